@@ -1,0 +1,58 @@
+# make demo: compile the example model and generate text.   make test: lint and tests.   Both set everything up first.
+# PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint setup clean distclean
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+# The tests run even if lint fails, so that one run shows everything; pytest's status wins.
+test: $(STAMP)
+	@$(BIN)/ruff check . ; lint=$$?; \
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal $(PYTEST_FLAGS); \
+	tests=$$?; [ $$lint -eq 0 ] || echo "make test: ruff check failed, see the top" >&2; \
+	[ $$tests -ne 0 ] && exit $$tests || exit $$lint
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+setup: $(STAMP)
+
+# A candidate has to run (a pyenv shim of a version that is off is on PATH and exits 127) and to be able to make a venv.
+PROBE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+# torch goes first, so that a download of that size is complete, or its failure plain, before the resolver sees the rest.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	        if "$$candidate" -c "$(PROBE)" >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "error: fxc needs Python 3.11, 3.12 or 3.13 that can make a venv, and found none" >&2; \
+	        echo "why: tried $(or $(PYTHON),python3.11 python3.12 python3.13 python3);" \
+	             "python3 here is $$(python3 --version 2>/dev/null || echo missing)" >&2; \
+	        echo "try: install python3.11 and python3.11-venv, or make PYTHON=/path/to/python3.12" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "making $(VENV) with $$python ($$("$$python" --version))"; \
+	    "$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment goes too; the next make sets it up again.
+distclean: clean
+	rm -rf $(VENV) *.egg-info

@@ -1,0 +1,4 @@
+"""fxc: an optimizing compiler for model compression."""
+
+import fxc_kernels.grouped_linear
+import fxc_kernels.int8_linear  # noqa: F401 - importing a kernel registers its operators

@@ -1,0 +1,7 @@
+"""The intermediate representation: `Program`, its text, its edits, its rules."""
+
+from fxc.ir.check import check
+from fxc.ir.program import Input, Program, Signature
+from fxc.ir.text import parse_program, print_program
+
+__all__ = ["Input", "Program", "Signature", "check", "parse_program", "print_program"]

@@ -1,0 +1,49 @@
+"""Structural invariants of a program: what must hold before and after every pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fxc.errors import VerificationFailed
+from fxc.ir.program import Program
+from fxc.ir.targets import refusal
+
+
+def check(program: Program) -> None:
+    """Raise `VerificationFailed`, naming the node, unless the program is well formed: the graph is acyclic and typed, calls
+    only admitted operators, reads only constants that exist and are used, and returns as many values as it says."""
+    problem = next(_problems(program), None)
+    if problem:
+        where, what = problem
+        raise VerificationFailed(what, where=where, why="the program breaks a structural rule of the IR")
+
+
+def _problems(program: Program):
+    program.graph.lint()
+    read = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            tensor = program.constants.get(node.target)
+            if tensor is None:
+                yield node.target, "the graph reads a constant that is not in the store"
+            elif (tensor.shape, tensor.dtype) != (tuple(node.meta["val"].shape), node.meta["val"].dtype):
+                yield node.target, f"the constant is {tensor.dtype}{list(tensor.shape)}, the graph says {node.meta['val']}"
+            read.add(node.target)
+        elif node.op == "call_function":
+            if reason := refusal(node.target):
+                yield str(node), reason
+        elif node.op not in ("placeholder", "output"):
+            yield str(node), f"nodes of the kind {node.op} are not allowed"
+        if node.op != "output" and node.meta.get("val") is None:
+            yield str(node), "the node has no type"
+    for fqn in program.constants.keys() - read:
+        yield fqn, "the constant is in the store and nothing reads it"
+    for alias, fqn in program.aliases.items():
+        if fqn not in program.constants or alias in program.constants:
+            yield alias, f"the tied name does not stand for a constant of the store ({fqn})"
+    if len(program.placeholders) != len(program.signature.inputs):
+        yield "inputs", f"{len(program.placeholders)} in the graph, {len(program.signature.inputs)} in the signature"
+    if len(program.results) != len(program.signature.outputs):
+        yield "outputs", f"{len(program.results)} in the graph, {len(program.signature.outputs)} in the signature"
+    if not all(isinstance(n.meta["val"], Tensor) for n in program.placeholders):
+        yield "inputs", "an input is not a tensor"

@@ -1,0 +1,76 @@
+"""The few mutations that passes may make. Each keeps types, FQNs and provenance right, or fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxc.ir.infer import fake_constant, fake_mode_of, infer
+from fxc.ir.program import Program
+
+
+def constant(program: Program, fqn: str, tensor: Tensor, before: fx.Node) -> fx.Node:
+    """Add the constant `fqn` and a node that reads it, placed before the node `before`."""
+    if fqn in program.constants or fqn in program.aliases:
+        raise ValueError(f"the program already has a constant {fqn}")
+    program.constants[fqn] = tensor
+    return read(program, fqn, before)
+
+
+def read(program: Program, fqn: str, before: fx.Node) -> fx.Node:
+    """A node that reads the existing constant `fqn`, placed before the node `before`."""
+    with program.graph.inserting_before(before):
+        node = program.graph.create_node("get_attr", fqn)
+    node.meta["val"] = fake_constant(fake_mode_of(program.graph), program.constants[fqn])
+    return node
+
+
+def call(program: Program, target: Any, args: tuple, *, replacing: fx.Node, by: str, kwargs: dict | None = None) -> fx.Node:
+    """Put `target(*args)` in the place of the node `replacing`. Every user of the old node uses the new one, which must
+    have the old one's shape and dtype; the old node is left without users, for `sweep` to remove."""
+    node = insert(program, target, args, before=replacing, by=by, fqn=replacing.meta.get("fqn", ""), kwargs=kwargs)
+    replace(replacing, node)
+    return node
+
+
+def insert(
+    program: Program, target: Any, args: tuple, *, before: fx.Node, by: str, fqn: str, kwargs: dict | None = None
+) -> fx.Node:
+    """Add a call before the node `before`, its type inferred, marked as made by the pass `by` for the module `fqn`."""
+    with program.graph.inserting_before(before):
+        node = program.graph.call_function(target, args, kwargs or {})
+    node.meta["val"] = infer(fake_mode_of(program.graph), target, args, kwargs or {})
+    node.meta["fqn"], node.meta["by"] = fqn, by
+    return node
+
+
+def replace(old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` use `new`, which must be of the same type."""
+    before, after = old.meta["val"], new.meta["val"]
+    if type_of(before) != type_of(after):
+        raise TypeError(f"{old} is {type_of(before)}, so {new}, which is {type_of(after)}, cannot replace it")
+    old.replace_all_uses_with(new)
+
+
+def type_of(value: Any) -> Any:
+    """What two values must share to stand for each other: dtype and shape, or the symbolic number."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(str(s) for s in value.shape)
+    if isinstance(value, (list, tuple)):
+        return tuple(type_of(v) for v in value)
+    return str(value)
+
+
+def sweep(program: Program) -> int:
+    """Remove nodes that nothing uses and constants that nothing reads, tied names included. Returns how many nodes went.
+    Every operator in a program is pure, so that a node without users is dead."""
+    removed = 0
+    for node in reversed(program.graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            program.graph.erase_node(node)
+            removed += 1
+    live = {node.target for node in program.graph.find_nodes(op="get_attr")}
+    program.constants = {fqn: t for fqn, t in program.constants.items() if fqn in live}
+    program.aliases = {alias: fqn for alias, fqn in program.aliases.items() if fqn in live}
+    return removed

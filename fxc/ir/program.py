@@ -1,0 +1,118 @@
+"""Program: what fxc rewrites. A flat FX graph, the constants beside it, and how it is called.
+
+The graph holds four kinds of node. A `placeholder` is one input tensor. A `get_attr` names a constant by the model's own
+name for it (its FQN). A `call_function` calls an operator admitted by `fxc.ir.targets`. The `output` returns a flat tuple.
+Every value's type is in `node.meta["val"]`: a FakeTensor, a SymInt, or a tuple of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input tensor. `default` says what to pass when the caller leaves it out: "ones:x" and "zeros:x" have the shape
+    of input x; None means that the caller must give it."""
+
+    name: str
+    default: str | None = None
+
+
+@dataclass
+class Signature:
+    """How the flat program is called. `call` and `result` are JSON structures over indices into inputs and outputs:
+    {"args": [...], "kwargs": {...}} and nestings of {"list": [...]}, {"tuple": [...]}, {"dict": {...}},
+    {"class": "module:Name", "dict": {...}}, {"value": constant} and plain integers."""
+
+    inputs: list[Input]
+    outputs: list[str]
+    call: Any
+    result: Any
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    graph: nodes in execution order; constants: FQN -> tensor, one entry for a group of tied weights, possibly on meta;
+    aliases: each other name of a tied weight -> its FQN in `constants`; metadata: small JSON facts about the source.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Tensor]
+    aliases: dict[str, str]
+    signature: Signature
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from fxc.ir.text import print_program
+
+        return print_program(self)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return self.graph.find_nodes(op="placeholder")
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """The nodes returned, in the order of `signature.outputs`."""
+        return list(self.graph.output_node().args[0])
+
+    @property
+    def is_on_meta(self) -> bool:
+        """True when some constant has a shape and a dtype but no values, so that the program can be planned, not run."""
+        return any(t.is_meta for t in self.constants.values())
+
+    def copy(self) -> Program:
+        """An independent graph over the same constant tensors."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            mapping[node].meta = dict(node.meta)
+        return Program(
+            graph, dict(self.constants), dict(self.aliases), copy.deepcopy(self.signature), copy.deepcopy(self.metadata)
+        )
+
+    def module(self, device: torch.device | str | None = None) -> fx.GraphModule:
+        """A runnable module: flat input tensors positionally, a flat tuple of tensors back. Its constants share memory
+        with the program's unless `device` asks for a copy elsewhere."""
+        program = self.copy()
+        if device is not None:
+            device = torch.device(device)
+            for node in program.graph.nodes:
+                node.args = _move_devices(node.args, device)
+                node.kwargs = _move_devices(node.kwargs, device)
+        root = {name: t if device is None else t.to(device) for name, t in program.constants.items()}
+        module = fx.GraphModule(root, program.graph, class_name=self.metadata.get("class", "Program"))
+        return module.eval().requires_grad_(False)
+
+    def nbytes(self) -> int:
+        """Bytes of the constants; a tied weight counts once."""
+        return sum(t.numel() * t.element_size() for t in self.constants.values())
+
+    def numel(self) -> int:
+        """Numbers in the constants; a tied weight counts once."""
+        return sum(t.numel() for t in self.constants.values())
+
+
+def _move_devices(argument: Any, device: torch.device) -> Any:
+    if isinstance(argument, torch.device):
+        return device
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_move_devices(a, device) for a in argument)
+    if isinstance(argument, dict):
+        return {k: _move_devices(v, device) for k, v in argument.items()}
+    return argument
+
+
+def users_of(program: Program, fqn: str) -> list[fx.Node]:
+    """The nodes that read the constant `fqn`."""
+    nodes = program.graph.find_nodes(op="get_attr")
+    return [user for node in nodes if node.target == fqn for user in node.users]

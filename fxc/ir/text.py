@@ -1,0 +1,523 @@
+"""The one textual form of a program. `parse_program(print_program(p))` gives `p` back, without its constants' values.
+
+    fxc program 1
+    metadata {"class": "Net", "kind": "module"}
+    call {"args": [0], "kwargs": {}}
+    result 0
+    symbol s0 = 2
+    constant @up.weight: f32[128, 64]
+    alias @down.weight = @up.weight
+    %0: f32[s0, 64] = input "x"
+    %1: f32[s0, 128] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+
+One value a line, numbered in order. A symbol is a size that is known only when the program runs, printed with the example
+value at which it was captured. A comment holds the module that a value came from and, in parentheses, the pass that made
+it. Parsing infers every type again and compares it with the one written, so that a changed text is found, and it resolves
+operators through `fxc.ir.targets` alone, so that a text cannot make it execute anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import operator
+import re
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from fxc.errors import InputRefused
+from fxc.ir.infer import fake_constant, infer, new_symbols
+from fxc.ir.program import Input, Program, Signature
+from fxc.ir.targets import name_of, resolve
+
+DTYPES = {
+    "f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16,
+    "f8e4m3": torch.float8_e4m3fn, "f8e5m2": torch.float8_e5m2,
+    "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "bool": torch.bool,
+    "c64": torch.complex64, "c128": torch.complex128,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LAYOUTS = {"strided": torch.strided}
+_FORMATS = {
+    "contiguous": torch.contiguous_format, "preserve": torch.preserve_format, "channels_last": torch.channels_last,
+}  # fmt: skip
+_FORMAT_NAMES = {f: name for name, f in _FORMATS.items()}
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+\Z")
+
+
+# ---------------------------------------------------------------------------------------------------------------- print
+
+
+def print_program(program: Program) -> str:
+    """The text of `program`."""
+    return _Printer(program).text()
+
+
+def print_node(program: Program, node: fx.Node) -> str:
+    """The line of one node, numbered as in the whole text, for messages."""
+    printer = _Printer(program)
+    printer.number()
+    return printer.line(node)
+
+
+class _Printer:
+    def __init__(self, program: Program):
+        self.program = program
+        self.names: dict[fx.Node, str] = {}
+        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+
+    def text(self) -> str:
+        program = self.program
+        body = [self.line(node) for node in self.number()]
+        signature = program.signature
+        results = ", ".join(
+            f"{json.dumps(name)} {self.names[node]}"
+            for name, node in zip(signature.outputs, program.results, strict=True)
+        )
+        head = [
+            "fxc program 1",
+            f"metadata {_json(program.metadata)}",
+            f"call {_json(signature.call)}",
+            f"result {_json(signature.result)}",
+            *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items()),
+            *(f"constant {_at(fqn)}: {_tensor_type(t.dtype, t.shape)}" for fqn, t in sorted(program.constants.items())),
+            *(f"alias {_at(alias)} = {_at(fqn)}" for alias, fqn in sorted(program.aliases.items())),
+        ]
+        return "\n".join([*head, *body, f"return {results}"]) + "\n"
+
+    def number(self) -> list[fx.Node]:
+        lines = []
+        for node in self.program.graph.nodes:
+            if node.op == "get_attr":
+                self.names[node] = _at(node.target)
+            elif node.op != "output":
+                self.names[node] = f"%{len(lines)}"
+                lines.append(node)
+        # Symbols are numbered in the order of the text, whatever torch called them.
+        for node in self.program.placeholders:
+            self.type(node.meta["val"])
+        return lines
+
+    def line(self, node: fx.Node) -> str:
+        left = f"{self.names[node]}: {self.type(node.meta['val'])} = "
+        if node.op == "placeholder":
+            declared = self.program.signature.inputs[self.program.placeholders.index(node)]
+            default = f" default {json.dumps(declared.default)}" if declared.default else ""
+            return f"{left}input {json.dumps(declared.name)}{default}"
+        arguments = [self.value(a) for a in node.args]
+        arguments += [f"{name}={self.value(a)}" for name, a in node.kwargs.items()]
+        return f"{left}{name_of(node.target)}({', '.join(arguments)}){_comment(node)}"
+
+    def type(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            return _tensor_type(value.dtype, [self.size(s) for s in value.shape])
+        if isinstance(value, (list, tuple)):
+            return f"({', '.join(self.type(v) for v in value)})"
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"number({self.size(value)})"
+        raise TypeError(f"a value of type {type(value).__name__} has no place in a program")
+
+    def size(self, value: Any) -> str:
+        if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return repr(value)
+        expression = value.node.expr
+        free = sorted(expression.free_symbols - self.symbols.keys(), key=lambda s: (len(s.name), s.name))
+        for symbol in free:
+            self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
+        return str(expression.xreplace(self.symbols)).replace(" ", "").replace(",", ";")
+
+    def _hint(self, symbol: sympy.Symbol) -> int:
+        for node in self.program.placeholders:
+            for size in node.meta["val"].shape:
+                if isinstance(size, torch.SymInt):
+                    env = size.node.shape_env
+                    return int(env.backed_var_to_val[symbol])
+        raise ValueError(f"{symbol} is no size of an input")
+
+    def value(self, argument: Any) -> str:
+        match argument:
+            case fx.Node():
+                return self.names[argument]
+            case None | bool():
+                return repr(argument)
+            case int():
+                return repr(argument)
+            case float():
+                return repr(argument)
+            case str():
+                return json.dumps(argument)
+            case list() | tuple():
+                return f"[{', '.join(self.value(a) for a in argument)}]"
+            case torch.dtype():
+                return _DTYPE_NAMES[argument]
+            case torch.device():
+                return f"device({json.dumps(str(argument))})"
+            case torch.layout():
+                return 'layout("strided")'
+            case torch.memory_format():
+                return f"format({json.dumps(_FORMAT_NAMES[argument])})"
+        raise TypeError(f"an argument of type {type(argument).__name__} has no place in a program")
+
+
+def _tensor_type(dtype: torch.dtype, shape: Any) -> str:
+    return f"{_DTYPE_NAMES[dtype]}[{', '.join(str(s) for s in shape)}]"
+
+
+def _at(fqn: str) -> str:
+    return f"@{fqn}" if _PLAIN_NAME.match(fqn) else f"@{json.dumps(fqn)}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _comment(node: fx.Node) -> str:
+    fqn, by = node.meta.get("fqn", ""), node.meta.get("by", "")
+    if not fqn and not by:
+        return ""
+    return f"  # {fqn if _PLAIN_NAME.match(fqn) or not fqn else json.dumps(fqn)}{f' ({by})' if by else ''}".rstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- parse
+
+_TOKEN = re.compile(
+    r'\s*(?:(?P<string>"(?:[^"\\\x00-\x1f]|\\.)*")|(?P<value>%\d+)|(?P<at>@(?:[A-Za-z0-9_.]+|"(?:[^"\\\x00-\x1f]|\\.)*"))'
+    r"|(?P<number>-?(?:inf\b|nan\b|\d+(?:\.\d+)?(?:e[+-]?\d+)?))|(?P<name>[A-Za-z_][A-Za-z0-9_.]*)|(?P<mark>[\[\]\(\),=]))"
+)
+_LINE = re.compile(
+    r"(?P<id>%\d+): (?P<type>.+?) = (?P<call>(?P<target>[A-Za-z_][A-Za-z0-9_.]*)(?P<args>[( ].*?))"
+    r'(?:  # (?P<fqn>[A-Za-z0-9_.]*|"(?:[^"\\]|\\.)*") ?(?:\((?P<by>[A-Za-z0-9_.:=-]+)\))?)?\Z'
+)
+_CONSTANTS = {"None": None, "True": True, "False": False, "inf": math.inf, "nan": math.nan}
+
+
+def parse_program(text: str, constants: dict[str, Tensor] | None = None) -> Program:
+    """The program that `text` says. Without `constants` its constants are on meta.
+
+    Raises `InputRefused`, with the line, for a text that is cut, malformed or changed, for an operator that is not
+    allowed, for a type that is not the one inferred, and for constants that do not fit.
+    """
+    number = 0
+    parser = _Parser(constants)
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    try:
+        for number, line in enumerate(lines, 1):
+            parser.read(line)
+        return parser.finish()
+    except _Bad as bad:
+        raise InputRefused(
+            str(bad),
+            where=f"program text, line {number}",
+            why=lines[number - 1][:160] if lines else "the text is empty",
+            hint="the text was damaged or written by another version of fxc: compile the model again",
+        ) from None
+
+
+class _Bad(Exception):
+    """What is wrong with the line at hand."""
+
+
+class _Parser:
+    def __init__(self, constants: dict[str, Tensor] | None):
+        self.given = constants
+        self.header: dict[str, Any] = {}
+        self.hints: list[int] = []
+        self.constants: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self.inputs: list[Input] = []
+        self.outputs: list[str] = []
+        self.graph = fx.Graph()
+        self.values: list[fx.Node] = []
+        self.reads: dict[str, fx.Node] = {}
+        self.mode = None
+        self.symbols: dict[str, torch.SymInt] = {}
+        self.names: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.typed: list[tuple[fx.Node, str]] = []
+        self.done = False
+
+    def read(self, line: str) -> None:
+        if self.done:
+            raise _Bad("there is text after the end of the program")
+        word, _, rest = line.partition(" ")
+        if word != "fxc" and "version" not in self.header:
+            raise _Bad("this is not the text of a program: its first line must be 'fxc program 1'")
+        if word.startswith("%"):
+            self._value(line)
+        elif word == "fxc":
+            if rest != "program 1":
+                raise _Bad(f"this version of fxc reads 'fxc program 1', not {line!r}")
+            self.header["version"] = 1
+        elif word in ("metadata", "call", "result"):
+            try:
+                self.header[word] = json.loads(rest)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise _Bad(f"{word} is not JSON ({error})") from None
+        elif word == "symbol":
+            name, _, hint = rest.partition(" = ")
+            if name != f"s{len(self.hints)}" or not hint.isdigit() or not 1 < int(hint) < 2**31 or self.mode:
+                raise _Bad("symbols must be s0, s1, ... in order, before any value, each with an example size above 1")
+            self.hints.append(int(hint))
+        elif word == "constant":
+            self._constant(rest)
+        elif word == "alias":
+            alias, _, fqn = rest.partition(" = ")
+            self.aliases[_name(alias)] = _name(fqn)
+        elif word == "return":
+            self._return(rest)
+        else:
+            raise _Bad(f"a line cannot begin with {word!r}")
+
+    def finish(self) -> Program:
+        if not self.done:
+            raise _Bad("the text ends before the program's return line")
+        for key in ("metadata", "call", "result"):
+            if key not in self.header:
+                raise _Bad(f"the text has no line {key!r}")
+        unread = sorted(self.constants.keys() - self.reads.keys())
+        if unread:
+            raise _Bad(f"the constant {unread[0]} is declared and never read")
+        if self.given is not None and (extra := sorted(self.given.keys() - self.constants.keys())):
+            raise _Bad(f"the tensor {extra[0]} is in the file and the program does not declare it")
+        for alias, fqn in self.aliases.items():
+            if fqn not in self.constants or alias in self.constants:
+                raise _Bad(f"the alias {alias} does not stand for a declared constant")
+        signature = Signature(self.inputs, self.outputs, self.header["call"], self.header["result"])
+        program = Program(self.graph, self.constants, self.aliases, signature, self.header["metadata"])
+        self._compare_types(program)
+        return program
+
+    def _compare_types(self, program: Program) -> None:
+        # Only at the end, because a size may turn out equal to another one on a later line.
+        printer = _Printer(program)
+        printer.symbols = self.names
+        for node, written in self.typed:
+            inferred = printer.type(node.meta["val"])
+            if inferred != written:
+                raise _Bad(f"%{self.values.index(node)} is written as {written} and is {inferred}")
+
+    def _constant(self, rest: str) -> None:
+        at, _, written = rest.rpartition(": ")
+        fqn = _name(at)
+        dtype, _, sizes = written.rstrip("]").partition("[")
+        try:
+            shape = [int(s) for s in sizes.split(", ")] if sizes else []
+            declared = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+        except (KeyError, ValueError, RuntimeError, OverflowError):
+            raise _Bad(f"{written!r} is not the type of a constant") from None
+        if fqn in self.constants:
+            raise _Bad(f"the constant {fqn} is declared twice")
+        if self.given is not None:
+            tensor = self.given.get(fqn)
+            if tensor is None:
+                raise _Bad(f"the constant {fqn} is declared and the weights do not have it")
+            if (tensor.shape, tensor.dtype) != (declared.shape, declared.dtype):
+                found = _tensor_type(tensor.dtype, tensor.shape) if tensor.dtype in _DTYPE_NAMES else str(tensor.dtype)
+                raise _Bad(f"the constant {fqn} is declared as {written} and the weights have {found}")
+            declared = tensor
+        self.constants[fqn] = declared
+
+    def _begin(self) -> None:
+        self.mode, symbols = new_symbols(self.hints)
+        self.symbols = {f"s{i}": s for i, s in enumerate(symbols)}
+        # A symbol may have been replaced by an equal one when types are compared: print each under its own name.
+        self.names = {
+            s.node.expr: sympy.Symbol(name, integer=True, positive=True) for name, s in self.symbols.items()
+        }
+
+    def _value(self, line: str) -> None:
+        if self.mode is None:
+            self._begin()
+        match = _LINE.match(line)
+        if not match:
+            raise _Bad("this is not a line '%number: type = operator(arguments)'")
+        if match["id"] != f"%{len(self.values)}":
+            raise _Bad(f"the value %{len(self.values)} is expected here, not {match['id']}")
+        node = self._input(match) if match["target"] == "input" else self._call(match)
+        self.values.append(node)
+        self.typed.append((node, match["type"]))
+
+    def _input(self, match: re.Match) -> fx.Node:
+        parsed = re.fullmatch(r' ("(?:[^"\\]|\\.)*")(?: default ("(?:[^"\\]|\\.)*"))?', match["args"])
+        if not parsed:
+            raise _Bad("an input is written: input \"name\" or input \"name\" default \"...\"")
+        name, default = json.loads(parsed[1]), parsed[2] and json.loads(parsed[2])
+        self.inputs.append(Input(name, default))
+        node = self.graph.placeholder(f"input_{len(self.inputs) - 1}")
+        dtype, _, sizes = match["type"].rstrip("]").partition("[")
+        if dtype not in DTYPES:
+            raise _Bad(f"{dtype!r} is not a dtype")
+        try:
+            shape = [self._size(ast.parse(s, mode="eval").body) for s in sizes.split(", ")] if sizes else []
+            with self.mode:
+                node.meta["val"] = torch.empty(shape, dtype=DTYPES[dtype], device="cpu")
+        except (KeyError, ValueError, RuntimeError, OverflowError, SyntaxError, RecursionError):
+            raise _Bad(f"{match['type']!r} is not the type of an input") from None
+        return node
+
+    def _size(self, expression: ast.expr) -> int | torch.SymInt:
+        match expression:
+            case ast.Constant(value=int() as value):
+                return value
+            case ast.Name(id=name):
+                return self.symbols[name]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return _ARITHMETIC[type(op)](self._size(left), self._size(right))
+        raise ValueError("not a size")
+
+    def _call(self, match: re.Match) -> fx.Node:
+        try:
+            target = resolve(match["target"])
+        except KeyError as error:
+            raise _Bad(error.args[0]) from None
+        args, kwargs = self._arguments(match["args"])
+        node = self.graph.call_function(target, args, kwargs)
+        try:
+            node.meta["val"] = infer(self.mode, target, args, kwargs)
+        except Exception as error:  # whatever the operator objects to, the text is at fault
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise _Bad(f"{match['target']} does not take these arguments: {first[:200]}") from None
+        if match["fqn"]:
+            node.meta["fqn"] = json.loads(match["fqn"]) if match["fqn"].startswith('"') else match["fqn"]
+        if match["by"]:
+            node.meta["by"] = match["by"]
+        return node
+
+    def _arguments(self, text: str) -> tuple[tuple, dict[str, Any]]:
+        tokens = _Tokens(text)
+        tokens.expect("(")
+        args, kwargs = [], {}
+        while not tokens.take(")"):
+            if args or kwargs:
+                tokens.expect(",")
+            if tokens.kind() == "name" and tokens.peek(1) == "=":
+                name = tokens.next()
+                tokens.expect("=")
+                kwargs[name] = self._argument(tokens)
+            elif kwargs:
+                raise _Bad("an argument without a name follows one with a name")
+            else:
+                args.append(self._argument(tokens))
+        if not tokens.at_end():
+            raise _Bad("there is text after the arguments")
+        return tuple(args), kwargs
+
+    def _argument(self, tokens: _Tokens) -> Any:
+        kind, text = tokens.kind(), tokens.next()
+        if kind == "value":
+            index = int(text[1:])
+            if index >= len(self.values):
+                raise _Bad(f"{text} is used before it is defined")
+            return self.values[index]
+        if kind == "at":
+            return self._read(_name(text))
+        if kind == "string":
+            return _string(text)
+        if kind == "number":
+            if text.lstrip("-") in _CONSTANTS:
+                return float(text)
+            return float(text) if any(c in text for c in ".e") else int(text)
+        if text == "[":
+            items = []
+            while not tokens.take("]"):
+                if items:
+                    tokens.expect(",")
+                items.append(self._argument(tokens))
+            return items
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
+        if text in DTYPES:
+            return DTYPES[text]
+        if text in ("device", "layout", "format"):
+            tokens.expect("(")
+            name = _string(tokens.next())
+            tokens.expect(")")
+            if text == "device" and name == "cpu":
+                return torch.device("cpu")
+            if text == "layout" and name in _LAYOUTS:
+                return _LAYOUTS[name]
+            if text == "format" and name in _FORMATS:
+                return _FORMATS[name]
+        raise _Bad(f"{text!r} cannot stand here")
+
+    def _read(self, fqn: str) -> fx.Node:
+        if fqn not in self.constants:
+            raise _Bad(f"the constant {fqn} is not declared")
+        if fqn not in self.reads:
+            node = self.graph.create_node("get_attr", fqn)
+            node.meta["val"] = fake_constant(self.mode, self.constants[fqn])
+            self.reads[fqn] = node
+        return self.reads[fqn]
+
+    def _return(self, rest: str) -> None:
+        results = []
+        for item in re.finditer(r'("(?:[^"\\]|\\.)*") (%\d+|@\S+)(?:, |\Z)', rest):
+            self.outputs.append(json.loads(item[1]))
+            results.append(self._argument(_Tokens(item[2])))
+        if len(", ".join(f"{json.dumps(o)} %" for o in self.outputs)) > len(rest) or not results:
+            raise _Bad("this is not a return line")
+        self.graph.output(tuple(results))
+        self.done = True
+
+
+class _Tokens:
+    def __init__(self, text: str):
+        self.items: list[tuple[str, str]] = []
+        position = 0
+        text = text.rstrip()
+        while position < len(text):
+            match = _TOKEN.match(text, position)
+            if not match:
+                raise _Bad(f"{text[position : position + 20]!r} cannot stand here")
+            self.items.append((match.lastgroup, match[match.lastgroup]))
+            position = match.end()
+        self.position = 0
+
+    def kind(self) -> str:
+        return self.items[self.position][0] if not self.at_end() else "end"
+
+    def peek(self, ahead: int) -> str | None:
+        index = self.position + ahead
+        return self.items[index][1] if index < len(self.items) else None
+
+    def next(self) -> str:
+        if self.at_end():
+            raise _Bad("the line ends too early")
+        self.position += 1
+        return self.items[self.position - 1][1]
+
+    def take(self, mark: str) -> bool:
+        if not self.at_end() and self.items[self.position] == ("mark", mark):
+            self.position += 1
+            return True
+        return False
+
+    def expect(self, mark: str) -> None:
+        if not self.take(mark):
+            raise _Bad(f"{mark!r} is missing")
+
+    def at_end(self) -> bool:
+        return self.position >= len(self.items)
+
+
+def _string(text: str) -> str:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise _Bad(f"{text} is not a string") from None
+    if not isinstance(value, str):
+        raise _Bad(f"{text} is not a string")
+    return value
+
+
+def _name(at: str) -> str:
+    if not at.startswith("@"):
+        raise _Bad(f"{at!r} is not the name of a constant")
+    return _string(at[1:]) if at.startswith('@"') else at[1:]

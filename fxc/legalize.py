@@ -1,0 +1,104 @@
+"""Make an exported graph pure: assertions go, an in-place operator becomes the functional one, foreign operators become fxc's.
+
+A program's operators neither mutate nor have effects (`fxc.ir.targets`), which is what makes every later rewrite simple.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxc.errors import CaptureFailed
+from fxc.ir.targets import name_of, refusal
+
+# Checks of what was traced, and markers without a value.
+_EFFECTS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+# In place only in the bookkeeping of gradients.
+_IDENTITIES = {"detach_", "requires_grad_"}
+
+
+def _foreign() -> dict[str, OpOverload]:
+    return {"transformers::grouped_mm_fallback": torch.ops.fxc.grouped_mm.default}
+
+
+def legalize(graph: fx.Graph) -> None:
+    """Rewrite `graph` in place. Raises `CaptureFailed`, naming the operator and the module, for what cannot be made pure."""
+    foreign = _foreign()
+    for node in list(graph.nodes):
+        if not isinstance(node.target, OpOverload):
+            continue
+        schema = node.target._schema
+        short = schema.name.split("::")[1]
+        if short in _EFFECTS:
+            graph.erase_node(node)
+        elif short in _IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif schema.name in foreign:
+            node.target = foreign[schema.name]
+        elif schema.is_mutable:
+            _make_functional(graph, node)
+    for node in graph.nodes:
+        if node.op == "call_function" and (reason := refusal(node.target)):
+            raise CaptureFailed(
+                reason,
+                where=node.meta.get("fqn") or str(node),
+                hint="compile the model without that module, or replace it by one written with public torch operators",
+            )
+
+
+def _make_functional(graph: fx.Graph, node: fx.Node) -> None:
+    """`add_(x, y)` -> `add(x, y)`, where later readers of x read the result instead."""
+    name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
+    functional = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
+    if not name.endswith("_") or functional is None or not isinstance(node.args[0], fx.Node):
+        raise _impure(node, "it writes to its arguments and has no functional form")
+    written = node.args[0]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for other in _aliases(written) - {node}:
+        if other.op != "call_function":
+            raise _impure(node, f"it writes to {'an input' if other.op == 'placeholder' else 'a weight'} of the model")
+        late = [u for u in other.users if order[u] > order[node] and u.op == "call_function"]
+        if other is not written and late:
+            raise _impure(node, f"it writes to memory that {name_of(late[0].target)} reads through another view")
+    with graph.inserting_before(node):
+        result = graph.call_function(functional, node.args, node.kwargs)
+    result.meta = dict(node.meta)
+    later = {user for user in written.users if order.get(user, -1) > order[node]}
+    written.replace_all_uses_with(result, delete_user_cb=later.__contains__)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Every value that may share memory with `node`, itself included."""
+    found, todo = set(), [node]
+    while todo:
+        current = todo.pop()
+        if current in found:
+            continue
+        found.add(current)
+        if _returns_view(current):
+            todo.append(current.args[0])
+        todo.extend(user for user in current.users if _returns_view(user) and user.args[0] is current)
+    return found
+
+
+def _returns_view(node: fx.Node) -> bool:
+    return (
+        isinstance(node.target, OpOverload)
+        and not node.target._schema.is_mutable
+        and bool(node.args)
+        and isinstance(node.args[0], fx.Node)
+        and any(r.alias_info is not None for r in node.target._schema.returns)
+    )
+
+
+def _impure(node: fx.Node, why: str) -> CaptureFailed:
+    return CaptureFailed(
+        f"{node.target} cannot be made free of side effects",
+        where=node.meta.get("fqn") or str(node),
+        why=why,
+        hint="write that line without the in-place operation",
+    )

@@ -1,0 +1,257 @@
+"""Where a model comes from: a folder, the Hugging Face hub, or a function. All is checked before anything is loaded.
+
+- `load_source("path/to/folder")`: a Hugging Face folder; it wins over a hub id that is spelled the same
+- `load_source("org/name", revision="v1")`: a hub id, from the local cache when there is no network
+- `load_source("package.module:function")`: runs your code, which returns a model or (model, example_inputs)
+"""
+
+import contextlib
+import importlib
+import logging
+import os
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fxc.checkpoint import Checkpoint, check_folder
+from fxc.errors import FxcError, InputRefused, ResourceError, UsageError
+from fxc.hub import fetch
+from fxc.safety import check_finite, check_relative_name, listed
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["artifact", "folder", "hub", "factory"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: in eval mode, without gradients. tokenizer_dir: where its tokenizer, processor and config files are.
+
+    source: JSON for the manifest: kind, id; of a checkpoint also dtype (as stored) and files (name -> sha256, size),
+    of a hub id revision and commit.
+    """
+
+    model: nn.Module
+    example_inputs: tuple | dict | None
+    tokenizer_dir: Path | None
+    source: dict[str, Any]
+
+
+def kind_of(source: str) -> Kind:
+    """What `source` names; a folder that exists wins over everything else that it could mean."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "artifact" if (path / "fxc.json").exists() else "folder"
+    if path.exists():
+        raise UsageError(
+            "this is a file, and a model is a folder",
+            where=source,
+            hint="name the folder that holds config.json and the weights, a hub id, or package.module:function",
+        )
+    if FACTORY.fullmatch(source):
+        return "factory"
+    if HUB_ID.fullmatch(source):
+        return "hub"
+    raise UsageError(
+        "no such model",
+        where=source,
+        why=f"it is no folder (seen from {Path.cwd()}), and not of the form of a hub id or package.module:function",
+        hint="check the path",
+    )
+
+
+def load_source(
+    source: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    allow_pickle: bool = False,
+) -> Loaded:
+    """Load the model that `source` names. dtype "auto" keeps what the weights are stored in, whatever the config says.
+
+    UsageError: there is no such source, or an option does not go with it. InputRefused: it is unsafe, damaged or
+    unsupported. An fxc artifact is a UsageError here: ask `kind_of` first.
+    """
+    kind, target = kind_of(source), as_dtype(dtype)
+    if kind == "artifact":
+        raise UsageError("this is an fxc artifact, compiled already", where=source, hint="open it with fxc.load()")
+    if revision is not None and kind != "hub":
+        raise UsageError(f"--revision goes with a hub id, and this is a {kind}", where=source, hint="leave it out")
+    if subfolder is not None:
+        check_relative_name(subfolder, where="--subfolder")
+
+    if kind == "factory":
+        loaded = call_factory(source)
+        if target is not None:
+            loaded.model.to(target)
+    else:
+        if kind == "hub":
+            trust = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+            folder, commit = fetch(source, revision, subfolder, **trust)
+            origin = {"revision": revision or "main", "commit": commit}
+        else:
+            folder, origin = Path(source).expanduser() / (subfolder or ""), {}
+            if HUB_ID.fullmatch(source):
+                log.info("%s: taking the local folder %s, not the hub id", source, folder.resolve())
+        checkpoint = check_folder(folder, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        stored = str(checkpoint.dtype).removeprefix("torch.") if checkpoint.dtype else None
+        described = {"kind": kind, "id": source, "subfolder": subfolder, **origin, "dtype": stored}
+        model = from_checkpoint(checkpoint, target, trust_remote_code)
+        loaded = Loaded(model, None, folder, described | {"files": checkpoint.files})
+
+    model = loaded.model.eval().requires_grad_(False)
+    check_finite(model.named_parameters())
+    check_finite(model.named_buffers(), inf_allowed=True)
+    if device is not None:
+        model.to(device)
+    return loaded
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype, or None for "auto"."""
+    if dtype == "auto":
+        return None
+    if dtype in DTYPES.values():
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    raise UsageError(f"unknown dtype {dtype}", where="--dtype", hint="auto, float32, bfloat16 or float16")
+
+
+def call_factory(source: str) -> Loaded:
+    """Import the module, with the current folder importable, and call the function without arguments."""
+    module, function = source.split(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        result = getattr(importlib.import_module(module), function)()
+    except FxcError:
+        raise
+    except Exception as exc:
+        # It is the user's code: whatever it raises is for them to read, and stays attached as the cause.
+        raise UsageError(
+            "the function that makes the model failed",
+            where=source,
+            why=f"{type(exc).__name__}: {exc}",
+            hint=f"python -c 'import {module}; {module}.{function}()' shows the whole traceback",
+        ) from exc
+    finally:
+        sys.path.remove(here)
+    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(model, nn.Module) or not isinstance(inputs, tuple | dict | None):
+        parts = result if isinstance(result, tuple) else (result,)
+        raise UsageError(
+            "the function did not return a model",
+            where=source,
+            why=f"it returned {', '.join(type(part).__name__ for part in parts) or 'nothing'}",
+            hint="return an nn.Module, or (module, example_inputs) with a tuple or a dict of tensors",
+        )
+    return Loaded(model, inputs, None, {"kind": "factory", "id": source})
+
+
+def from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    """The model that transformers makes of a checked folder, all of its weights from the checkpoint."""
+    folder = checkpoint.folder
+    with quiet_transformers():
+        import transformers
+
+        model_class = class_of(checkpoint.config, folder, trust_remote_code)
+        try:
+            model, report = model_class.from_pretrained(
+                str(folder),
+                dtype=dtype or checkpoint.dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                use_safetensors=checkpoint.is_safetensors,
+                weights_only=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (MemoryError, torch.OutOfMemoryError) as exc:
+            raise ResourceError("not enough memory to load the model", where=folder, why=exc) from exc
+        except pickle.UnpicklingError as exc:
+            # Not quoted: torch's text goes on to advise loading without the guard.
+            raise InputRefused(
+                "the pickle holds something else than tensors, so reading it could run code",
+                where=folder,
+                why=", ".join(checkpoint.weights),
+                hint="do not load it elsewhere either; take the model's safetensors version",
+            ) from exc
+        except Exception as exc:
+            # A bad folder makes transformers raise errors of any kind; this one says which, and is kept as the cause.
+            raise InputRefused(
+                f"transformers {transformers.__version__} cannot load it",
+                where=folder,
+                why=f"{type(exc).__name__}: {str(exc).strip()[:600]}",
+                hint="check that the folder is complete, and that this version of transformers knows its model_type",
+            ) from exc
+    if missing := report["missing_keys"]:
+        raise InputRefused(
+            f"the checkpoint lacks {len(missing)} of the model's weights, which would be random numbers",
+            where=folder,
+            why=listed(missing),
+            hint=f"config.json asks for {model_class.__name__}: name the class that the weights were saved from",
+        )
+    if unused := report["unexpected_keys"]:
+        log.info("%s: %s does not use %d tensors: %s", folder, model_class.__name__, len(unused), listed(unused))
+    return model
+
+
+def class_of(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> type:
+    """The class that `architectures` names, or AutoModel; with trust, the auto class that the model's code is for."""
+    import transformers
+
+    if trust_remote_code and isinstance(config.get("auto_map"), dict):
+        autos = [name for name in config["auto_map"] if name.startswith("AutoModel") and hasattr(transformers, name)]
+        return getattr(transformers, autos[0] if autos else "AutoModel")
+    names = config.get("architectures")
+    if not names:
+        return transformers.AutoModel
+    found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    raise InputRefused(
+        f"transformers {transformers.__version__} has no such model",
+        where=folder / "config.json",
+        why=f"architectures = {names}",
+        hint="a newer transformers may have it; a model of your own comes in as package.module:function",
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No hub kernels while loading, and no progress bars where nobody watches."""
+    before = os.environ.get("USE_HUB_KERNELS")
+    os.environ["USE_HUB_KERNELS"] = "0"
+    try:
+        from transformers.integrations import hub_kernels
+        from transformers.utils import logging as hf_logging
+
+        # The variable is read once, at import, and transformers may have been imported long before.
+        enabled, hub_kernels._kernels_enabled = hub_kernels._kernels_enabled, False
+        bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+        if bars:
+            hf_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            hub_kernels._kernels_enabled = enabled
+            if bars:
+                hf_logging.enable_progress_bar()
+    finally:
+        if before is None:
+            del os.environ["USE_HUB_KERNELS"]
+        else:
+            os.environ["USE_HUB_KERNELS"] = before

@@ -1,0 +1,1 @@
+"""Lowering: a portable program becomes the fastest callable for the machine at hand."""

@@ -1,0 +1,91 @@
+"""Which form of a linear layer is faster on this machine: measured once for each size, dtype and process."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxc.lower.packed import DenseLinear, Int8Linear, int8_product
+from fxc_kernels.int8_linear import quantize_rows
+
+# One token, a few sequences decoding together, one prompt.
+ROWS = (1, 16, 128)
+# int8 has to win by this factor: what it saves must be above the noise of the measurement.
+MARGIN = 0.95
+_SECONDS = 1e-3
+_REPEATS = 5
+
+# rows -> (seconds as int8, seconds as float)
+Timing = dict[int, tuple[float, float]]
+
+
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls: what other processes do to the machine only ever adds."""
+    run()
+    best, start = float("inf"), time.perf_counter()
+    for done in range(100):
+        before = time.perf_counter()
+        run()
+        after = time.perf_counter()
+        best = min(best, after - before)
+        if done + 1 >= _REPEATS and after - start > _SECONDS:
+            break
+    return best
+
+
+@functools.cache
+def measure(out_features: int, in_features: int, dtype: torch.dtype, quantize: bool, threads: int) -> Timing:
+    """Time both forms of one layer [N, K] for each count in ROWS.
+
+    quantize: count the quantization of the activations too (in eager they are calls of their own, a compiler fuses them).
+    threads: torch.get_num_threads(), since the answer depends on it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    qweight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
+    scale = torch.full((out_features,), 1e-3)
+    layer = Int8Linear(qweight, scale, None)
+    dense = DenseLinear((qweight.float() * 1e-3).to(dtype), None)
+    timing: Timing = {}
+    for rows in ROWS:
+        x = torch.randn(rows, in_features, generator=generator).to(dtype)
+        q = quantize_rows(x)[0]
+        product = functools.partial(int8_product, q, layer.packed, scale, layer.zero_point)
+        run = functools.partial(layer, x) if quantize else product
+        timing[rows] = (_best(run), _best(functools.partial(dense, x)))
+    return timing
+
+
+def describe(timing: Timing) -> str:
+    """ "M=1: int8 31 us, float 44 us; ..." """
+    return "; ".join(f"M={m}: int8 {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
+
+
+def int8_from(timing: Timing) -> int | None:
+    """The smallest row count from which int8 wins at every larger measured one; None when it loses at the largest."""
+    first = None
+    for rows in sorted(timing, reverse=True):
+        as_int8, as_float = timing[rows]
+        if as_int8 > MARGIN * as_float:
+            break
+        first = rows
+    return first
+
+
+def dense_limit(timing: Timing) -> int | None:
+    """Up to how many rows the float form is to be used: 0 for never, None for always."""
+    first = int8_from(timing)
+    if first is None:
+        return None
+    return max((rows for rows in timing if rows < first), default=0)
+
+
+def cpu_has_int8() -> bool:
+    """True when this CPU has int8 dot products (AVX512-VNNI or AMX) that oneDNN uses."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+def dequantized(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """qweight [N, K] * scale [N] as `dtype`."""
+    return (qweight.float() * scale[:, None]).to(dtype)

@@ -1,0 +1,131 @@
+"""Linear layers for plain eager execution on the CPU, each over a weight that oneDNN packed once.
+
+Every module maps x [..., K] to [..., N] in x's dtype. The int8 ones compute what fxc_kernels.int8_linear defines.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
+
+# Up to this many rows, int8 weights are read for float activations as two int8 products (see SplitLinear).
+SPLIT_ROWS = 32
+# q2 of the split: the remainder of rounding lies in [-1/2, 1/2], so 254 spreads it over the int8 range.
+SPLIT = 254.0
+# Temporaries above this many bytes leave the cache, and malloc maps fresh pages for them on every call.
+BLOCK_BYTES = 1 << 21
+
+# The torch ops of oneDNN take int64 zero points; every weight here is symmetric.
+_DTYPES_ONEDNN_WRITES = (torch.float32, torch.bfloat16)
+
+
+def pack_int8(qweight: Tensor) -> Tensor:
+    """int8 [N, K] -> an opaque oneDNN tensor, for `int8_product`."""
+    return torch.ops.onednn.qlinear_prepack(qweight.contiguous(), None)
+
+
+def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, dtype=torch.float32) -> Tensor:
+    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned in `dtype` [M, N]."""
+    return torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+def _row_scales(rows: Tensor) -> Tensor:
+    """The scale [M, 1] of `quantize_rows`, with two temporaries fewer."""
+    scale = rows.abs().amax(dim=-1, keepdim=True)
+    zero = scale <= ZERO_ROW
+    return scale.div_(INT8_MAX).masked_fill_(zero, 1.0)
+
+
+class _Rows(nn.Module):
+    """Flattens the leading dimensions, goes through the rows block by block and puts the dimensions back."""
+
+    def __init__(self, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = qweight.shape
+        self.packed = pack_int8(qweight)
+        self.scale = scale
+        self.bias = None if bias is None else bias.float()
+        self.zero_point = torch.zeros(self.out_features, dtype=torch.int64)
+        self.block = max(SPLIT_ROWS, BLOCK_BYTES // (4 * max(self.in_features, self.out_features)))
+
+    def block_forward(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        count = rows.shape[0]
+        if count <= self.block:
+            out = self.block_forward(rows)
+        else:
+            out = x.new_empty(count, self.out_features)
+            for start in range(0, count, self.block):
+                out[start : start + self.block] = self.block_forward(rows[start : start + self.block])
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(_Rows):
+    """fxc::int8_linear: rows quantized as they come, one int8 product, then row scale and bias."""
+
+    def block_forward(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] == 0:
+            return rows.new_empty(0, self.out_features)
+        rows = rows.float()
+        scale = _row_scales(rows)
+        q = (rows * scale.reciprocal()).round_().to(torch.int8)
+        out = int8_product(q, self.packed, self.scale, self.zero_point)
+        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale, out=out)
+
+
+class SplitLinear(_Rows):
+    """fxc::int8_weight_only_linear for few rows: x = s * (q1 + q2 / 254) as 2M int8 rows, relative error 3e-5.
+
+    The weights are read once, as int8, and the activations keep 16 bits.
+    """
+
+    def block_forward(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
+        if count == 0:
+            return rows.new_empty(0, self.out_features)
+        rows = rows.float()
+        scale = _row_scales(rows)
+        scaled = rows * scale.reciprocal()
+        q = scaled.new_empty(2 * count, self.in_features)
+        torch.round(scaled, out=q[:count])
+        torch.sub(scaled, q[:count], out=q[count:])
+        q[count:].mul_(SPLIT).round_()
+        halves = int8_product(q.to(torch.int8), self.packed, self.scale, self.zero_point)
+        out = halves[:count].add_(halves[count:], alpha=1 / SPLIT)
+        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale)
+
+
+class DenseLinear(nn.Module):
+    """A float linear layer. A bfloat16 weight is packed by oneDNN, which halves the time of a single row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else bias.to(weight.dtype)
+        packs = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if packs else None
+        self.weight = None if packs else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        if x.numel() == 0:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class ByRows(nn.Module):
+    """`few` up to `limit` rows, `many` above."""
+
+    def __init__(self, few: nn.Module, many: nn.Module, limit: int) -> None:
+        super().__init__()
+        self.few, self.many, self.limit = few, many, limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= self.limit * x.shape[-1]
+        return self.few(x) if few else self.many(x)

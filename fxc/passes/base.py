@@ -1,0 +1,154 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with one method that rewrites a program.
+
+A policy pass decides, and may change what the program computes, within limits that are measured. A mechanism pass may not,
+and is checked to have not. A pass tells the truth about what it changed, and where it declines it says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fxc.errors import UsageError
+from fxc.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that is true of a program or not. `check` returns None where it holds, else a counterexample in words."""
+
+    name: str
+    check: Callable[[Program], str | None] = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A layer that a pass could have changed and did not."""
+
+    fqn: str
+    reason: str
+
+
+@dataclass
+class Result:
+    """What a pass did: how many places it changed, where it declined, and the bytes of weights that it rewrote."""
+
+    changed: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    covered_bytes: int = 0
+
+
+@dataclass
+class Context:
+    """What passes are given besides the program.
+
+    skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; samples: sets of input tensors for the
+    program, realistic where calibration data was given, which gates and data-driven policies use.
+    """
+
+    skip: tuple[str, ...] = ()
+    samples: list[list[Tensor]] = field(default_factory=list)
+
+    def skips(self, fqn: str) -> str | None:
+        """The pattern that says to leave the module `fqn` alone, if one does."""
+        return next((p for p in self.skip if _matches(p, fqn)), None)
+
+
+def _matches(pattern: str, fqn: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], fqn) is not None
+        except re.error as error:
+            raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"*.{pattern}")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. A subclass that sets `name` can be used in `--passes` from then on."""
+
+    name: ClassVar[str] = ""
+    is_policy: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Fact]] = frozenset()
+    gives: ClassVar[frozenset[Fact]] = frozenset()
+    breaks: ClassVar[frozenset[Fact]] = frozenset()
+    registry: ClassVar[dict[str, type[Pass]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.name:
+            Pass.registry[cls.name] = cls
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Rewrite `program` in place."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The pass as it is written in `--passes`, with the options that are not at their defaults."""
+        options = [
+            f":{f.name}={_print_option(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name + "".join(options)
+
+
+def parse_passes(spec: str | Iterable[str | Pass]) -> list[Pass]:
+    """The passes in "int8:mode=weight_only,prune:heads=0.25". Raises `UsageError` for a name, an option or a value that
+    does not exist, with what there is."""
+    items = [s for s in spec.split(",") if s.strip()] if isinstance(spec, str) else list(spec)
+    return [item if isinstance(item, Pass) else _parse_pass(item.strip()) for item in items]
+
+
+def _parse_pass(text: str) -> Pass:
+    name, *options = text.split(":")
+    cls = Pass.registry.get(name)
+    if cls is None:
+        raise UsageError(
+            f"there is no pass {name!r}", hint=f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them"
+        )
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key not in fields or not equals:
+            known = ", ".join(fields) or "none"
+            raise UsageError(f"the pass {name} has no option {option!r}", hint=f"its options: {known}")
+        values[key] = _parse_option(f"{name}:{key}", types[key], value)
+    return cls(**values)
+
+
+def _parse_option(where: str, kind: Any, value: str) -> Any:
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise UsageError(f"{value!r} is not a value of it", where=where, hint=f"one of {', '.join(typing.get_args(kind))}")
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    if kind in (int, float, str):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    raise UsageError(f"{value!r} is not a {kind.__name__}", where=where)
+
+
+def _print_option(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+

@@ -1,0 +1,211 @@
+"""One way to write each thing, so that the patterns of later passes are one node deep.
+
+    %1: f32[s0, 8] = aten.dropout(%0, 0.1, False)            ->  (gone)
+    %2: f32[s0, 8] = aten.to.dtype(%1, f32)                  ->  (gone)
+    %3: f32[s0, 4] = aten.addmm(@bias, %2, @weight)          ->  %1: f32[s0, 4] = aten.linear(%0, @weight, @bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from fxc.ir.edit import call, insert, read, replace, sweep, type_of
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Pass, Result
+from fxc.passes.facts import CANONICAL
+
+aten = torch.ops.aten
+_END = 2**62  # slices to the end are written with a bound above every size
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.to.other}
+_COPIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default}
+_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Remove what does nothing, merge what is computed twice, and write products with constant matrices as linears."""
+
+    name: ClassVar[str] = "canonicalize"
+    gives: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
+
+    def run(self, program: Program, context: Context) -> Result:
+        changed, again = 0, True
+        while again:
+            round_changed = sum(_apply(program, node) for node in list(program.graph.nodes))
+            round_changed += _merge_duplicates(program)
+            sweep(program)
+            changed, again = changed + round_changed, round_changed > 0
+        return Result(changed)
+
+
+def _apply(program: Program, node: fx.Node) -> int:
+    if node.op != "call_function" or not node.users:
+        return 0
+    return int(any(rule(program, node) for rule in _RULES.get(node.target, ())))
+
+
+def _drop(node: fx.Node) -> bool:
+    """Let the users of `node` use its first argument, where that is the same value."""
+    source = node.args[0]
+    if type_of(source.meta["val"]) != type_of(node.meta["val"]):
+        return False
+    replace(node, source)
+    return True
+
+
+def _drop_cast(program: Program, node: fx.Node) -> bool:
+    if _drop(node):
+        return True
+    if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
+        return False
+    call(program, aten.to.dtype, (node.args[0], node.meta["val"].dtype), replacing=node, by="canonicalize")
+    return True
+
+
+def _drop_same(program: Program, node: fx.Node) -> bool:
+    return _drop(node)
+
+
+def _drop_dropout(program: Program, node: fx.Node) -> bool:
+    _, probability, training = node.args
+    return (not training or probability == 0) and _drop(node)
+
+
+def _drop_slice(program: Program, node: fx.Node) -> bool:
+    _, _, start, end, step = (*node.args, *(None,) * 5)[:5]
+    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= _END)) and step in (None, 1)
+    return whole and _drop(node)
+
+
+def _drop_neutral(program: Program, node: fx.Node) -> bool:
+    neutral = 1 if node.target in (aten.mul.Tensor, aten.div.Tensor) else 0
+    alpha = node.kwargs.get("alpha", 1)
+    return not isinstance(node.args[1], fx.Node) and node.args[1] == neutral and alpha == 1 and _drop(node)
+
+
+def _view_to_reshape(program: Program, node: fx.Node) -> bool:
+    if node.target is aten.reshape.default:
+        return _drop(node) or _collapse(node)
+    call(program, aten.reshape.default, node.args, replacing=node, by="canonicalize")
+    return True
+
+
+def _collapse(node: fx.Node) -> bool:
+    """reshape(reshape(x)) -> reshape(x)"""
+    source = node.args[0]
+    if source.target is not aten.reshape.default or -1 in node.args[1]:
+        return False
+    node.args = (source.args[0], node.args[1])
+    return True
+
+
+def _fold_transpose(program: Program, node: fx.Node) -> bool:
+    """A transposed weight that nothing reads as it is becomes a constant of its own shape."""
+    source = node.args[0]
+    if source.op != "get_attr" or len(source.users) > 1 or program.constants[source.target].ndim != 2:
+        return False
+    fqn = source.target
+    program.constants[fqn] = node.target(program.constants[fqn], *node.args[1:]).contiguous()
+    replace(node, read(program, fqn, before=node))
+    program.graph.erase_node(node)
+    program.graph.erase_node(source)
+    return True
+
+
+def _product_to_linear(program: Program, node: fx.Node) -> bool:
+    """mm(x, @w), matmul(x, @w), addmm(@b, x, @w) -> linear(x, @wt, @b), @wt the transposed constant under @w's name."""
+    bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
+    if weight.op != "get_attr" or len(weight.users) > 1 or program.constants[weight.target].ndim != 2:
+        return False
+    if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or (bias is not None and not _is_vector(bias, weight)):
+        return False
+    fqn = weight.target
+    program.constants[fqn] = program.constants[fqn].t().contiguous()
+    turned = read(program, fqn, before=node)
+    arguments = (x, turned) if bias is None else (x, turned, bias)
+    call(program, aten.linear.default, arguments, replacing=node, by="canonicalize")
+    program.graph.erase_node(node)
+    program.graph.erase_node(weight)
+    return True
+
+
+def _is_vector(bias: fx.Node, weight: fx.Node) -> bool:
+    return tuple(bias.meta["val"].shape) == (weight.meta["val"].shape[1],)
+
+
+def _linear_of_flat_rows(program: Program, node: fx.Node) -> bool:
+    """reshape(linear(reshape(x, [-1, K]))) -> linear(x), where only the last dimension of x has changed."""
+    rows = node.args[0]
+    if rows.target is not aten.reshape.default:
+        return False
+    x = rows.args[0]
+    leading = [str(s) for s in x.meta["val"].shape[:-1]]
+    width = str(node.meta["val"].shape[-1])
+    if str(x.meta["val"].shape[-1]) != str(rows.meta["val"].shape[-1]) or len(leading) == rows.meta["val"].ndim - 1:
+        return False
+    users = list(node.users)
+    if any(u.target is not aten.reshape.default or [str(s) for s in u.meta["val"].shape] != [*leading, width] for u in users):
+        return False
+    wide = insert(program, aten.linear.default, (x, *node.args[1:]), before=node, by="canonicalize", fqn=node.meta["fqn"])
+    for user in users:
+        replace(user, wide)
+    return True
+
+
+def _grouped_to_linear(program: Program, node: fx.Node) -> bool:
+    """grouped_mm(x, transpose(@w), offsets) -> grouped_linear(x, @w, offsets)"""
+    x, weight, offsets = node.args
+    if weight.target is not aten.transpose.int or {d % 3 for d in weight.args[1:]} != {1, 2}:
+        return False
+    call(program, torch.ops.fxc.grouped_linear.default, (x, weight.args[0], offsets), replacing=node, by="canonicalize")
+    return True
+
+
+def _merge_duplicates(program: Program) -> int:
+    """Common subexpression elimination. What is random is never the same twice."""
+    seen: dict[Any, fx.Node] = {}
+    merged = 0
+    for node in list(program.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node and type_of(first.meta["val"]) == type_of(node.meta["val"]):
+            node.replace_all_uses_with(first)
+            program.graph.erase_node(node)
+            merged += 1
+    return merged
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(_key(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((k, _key(v)) for k, v in sorted(argument.items()))
+    # 1, 1.0 and True are equal and not the same argument.
+    return argument if isinstance(argument, fx.Node) else (type(argument), repr(argument))
+
+
+_RULES: dict[Any, tuple[Callable[[Program, fx.Node], bool], ...]] = {
+    **dict.fromkeys(_CASTS, (_drop_cast,)),
+    **dict.fromkeys(_COPIES, (_drop_same,)),
+    **dict.fromkeys(_DROPOUTS, (_drop_dropout,)),
+    **dict.fromkeys(_RESHAPES, (_view_to_reshape,)),
+    **dict.fromkeys(_TRANSPOSES, (_fold_transpose,)),
+    aten.slice.Tensor: (_drop_slice,),
+    aten.expand.default: (_drop_same,),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), (_drop_neutral,)),
+    **dict.fromkeys((aten.mm.default, aten.matmul.default, aten.addmm.default), (_product_to_linear,)),
+    aten.linear.default: (_linear_of_flat_rows,),
+    torch.ops.fxc.grouped_mm.default: (_grouped_to_linear,),
+}

@@ -1,0 +1,121 @@
+"""Linear layers with int8 weights, and int8 activations or not.
+
+    %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
+ -> %3: f32[s0, 64] = fxc.int8_linear(%2, @mlp.up.qweight, @mlp.up.scale, @mlp.up.bias)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxc.ir.edit import call, constant, read, sweep
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Pass, Refusal, Result
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.schemes import int8 as scheme
+
+_LINEAR = torch.ops.aten.linear.default
+_GROUPED = torch.ops.fxc.grouped_linear.default
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Int8(Pass):
+    """Quantize the weights of linear layers, experts of mixtures included, to int8 with one scale for each output channel.
+
+    mode: "dynamic" quantizes activations too, each token by its own largest magnitude, as the layer runs; "weight_only"
+    keeps them.
+    """
+
+    mode: Literal["dynamic", "weight_only"] = "dynamic"
+
+    name: ClassVar[str] = "int8"
+    is_policy: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
+
+    def run(self, program: Program, context: Context) -> Result:
+        result = Result()
+        packed: dict[str, tuple[str, str]] = {}
+        for node in list(program.graph.nodes):
+            if node.target not in (_LINEAR, _GROUPED):
+                continue
+            fqn = layer_of(node)
+            if reason := context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}" or self._refusal(program, node):
+                result.refusals.append(Refusal(fqn, reason))
+                continue
+            weight = node.args[1].target
+            if weight not in packed:
+                tensor = program.constants[weight]
+                result.covered_bytes += tensor.numel() * tensor.element_size()
+                packed[weight] = _pack(program, weight, node)
+            self._rewrite(program, node, *packed[weight])
+            result.changed += 1
+        sweep(program)
+        return result
+
+    def _refusal(self, program: Program, node: fx.Node) -> str | None:
+        weight = node.args[1]
+        if weight.op != "get_attr":
+            return "its weight is computed while the model runs"
+        tensor = program.constants[weight.target]
+        if tensor.dtype not in _FLOATS:
+            return f"its weight is {tensor.dtype}"
+        if tensor.numel() == 0:
+            return "its weight is empty"
+        others = {user for user in weight.users if user.target not in (_LINEAR, _GROUPED)}
+        if others:
+            return "its weight is tied to another use (an embedding)"
+        if self.mode == "weight_only" and node.target is _GROUPED:
+            return "experts have no weight-only form: use mode=dynamic"
+        if not _is_smaller(tensor):
+            return f"int8 with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
+        return None
+
+    def _rewrite(self, program: Program, node: fx.Node, qweight: str, scale: str) -> None:
+        arguments = [read(program, qweight, before=node), read(program, scale, before=node)]
+        if node.target is _GROUPED:
+            call(
+                program,
+                torch.ops.fxc.int8_grouped_linear.default,
+                (node.args[0], *arguments, node.args[2]),
+                replacing=node,
+                by=self.name,
+            )
+            return
+        operator = torch.ops.fxc.int8_linear if self.mode == "dynamic" else torch.ops.fxc.int8_weight_only_linear
+        bias = node.args[2] if len(node.args) > 2 else None
+        call(program, operator.default, (node.args[0], *arguments, bias), replacing=node, by=self.name)
+
+
+def layer_of(node: fx.Node) -> str:
+    """What a user calls the layer: its weight's name without the last part, or the whole name of a bare parameter."""
+    weight = node.args[1]
+    if weight.op != "get_attr":
+        return node.meta.get("fqn") or str(node)
+    return weight.target.removesuffix(".weight")
+
+
+def _is_smaller(weight: Tensor) -> bool:
+    rows = weight.numel() // weight.shape[-1]
+    return weight.numel() + 4 * rows < weight.numel() * weight.element_size()
+
+
+def _pack(program: Program, weight: str, before: fx.Node) -> tuple[str, str]:
+    """Replace the constant `weight` by its int8 form; return the names of the integers and of their scales."""
+    tensor, base = program.constants[weight], weight.removesuffix(".weight")
+    qweight, scale = _quantize(tensor)
+    constant(program, f"{base}.qweight", qweight, before)
+    constant(program, f"{base}.scale", scale, before)
+    return f"{base}.qweight", f"{base}.scale"
+
+
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    if weight.is_meta:
+        return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(weight.shape[:-1], dtype=torch.float32)
+    qweight, scale = scheme.quantize_weight(weight.reshape(-1, weight.shape[-1]))
+    return qweight.reshape(weight.shape), scale.reshape(weight.shape[:-1])

@@ -1,0 +1,1 @@
+"""Weight formats, one file each: pack, unpack, and the operator that reads it."""

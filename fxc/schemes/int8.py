@@ -1,0 +1,40 @@
+"""int8 weights: symmetric, one scale per output channel. The ops that use them are in fxc_kernels.int8_linear."""
+
+import torch
+from torch import Tensor
+
+from fxc.errors import InputRefused
+from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `weight` [N, K] (any float dtype) to int8 [N, K] with a float32 scale [N].
+
+    scale = amax(|row|) / 127, or 1 for an all-zero row (and for K == 0), so |weight - qweight * scale| <= scale / 2 up to
+    float32 rounding. Raises InputRefused when the weight is not a float matrix or holds NaN or Inf.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise InputRefused(
+            "only a floating-point matrix can become an int8 weight",
+            why=f"this one is {weight.dtype} with shape {tuple(weight.shape)}",
+        )
+    rows, columns = weight.shape
+    if weight.numel() == 0:
+        return weight.new_empty(rows, columns, dtype=torch.int8), weight.new_ones(rows, dtype=torch.float32)
+    # float64 has numbers beyond float32: they are Inf here, and refused.
+    values = weight.detach().float()
+    amax = values.abs().amax(dim=1)
+    if not torch.isfinite(amax).all():
+        bad = int((~torch.isfinite(amax)).sum())
+        raise InputRefused(
+            "the weight holds NaN or Inf, which int8 cannot express",
+            why=f"{bad} of its {rows} output channels are affected",
+            hint="check the checkpoint, or leave this layer out with skip=",
+        )
+    scale = torch.where(amax <= ZERO_ROW, 1.0, amax / INT8_MAX)
+    return (values / scale[:, None]).round_().to(torch.int8), scale
+
+
+def dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """qweight int8 [N, K] times scale float32 [N], computed in float32, as `dtype` [N, K]."""
+    return (qweight.float() * scale[:, None]).to(dtype)

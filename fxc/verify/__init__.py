@@ -1,0 +1,1 @@
+"""Gates: what is checked after every pass."""

