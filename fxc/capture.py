@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxc.cache import cache_of, tensors_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
@@ -148,26 +149,6 @@ class _WithCache(nn.Module):
             use_cache=True,
         )
         return [output.logits, *tensors_of(output.past_key_values)]
-
-
-def cache_of(tensors: Any) -> Any:
-    """A Hugging Face cache over keys and values, [batch, kv_heads, length, head_dim] each, layer by layer. Its layers keep
-    every position, also in models with a sliding window, whose mask hides what lies outside."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache()
-    for key, value in zip(tensors[::2], tensors[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.keys, layer.values = key, value
-        layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
-        cache.layers.append(layer)
-    return cache
-
-
-def tensors_of(cache: Any) -> list[Tensor]:
-    """The keys and values of a Hugging Face cache, layer by layer."""
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _call_with_cache(model: nn.Module) -> Call:
@@ -348,11 +329,17 @@ def _export(model: nn.Module, call: Call) -> Program:
     )
     if call.kind == "causal_lm":
         signature.result = {"dict": {n: i for i, n in enumerate(call.module.names)}}
-    metadata = {"class": type(model).__name__, "kind": call.kind}
+    metadata = {"class": type(model).__name__, "kind": call.kind, "parameters": _parameter_names(model)}
     program = Program(graph, store, aliases, signature, metadata)
     _retype_constants(program)
     sweep(program)
     return program
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    """The names of the arguments of the model's forward, in order, for callers who give them by position."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY)
+    return [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
 
 
 def _trace(call: Call) -> torch.export.ExportedProgram:

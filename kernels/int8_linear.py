@@ -1,7 +1,7 @@
 """The int8 linear ops: ``fxc::int8_linear`` and ``fxc::int8_weight_only_linear``.
 
-The plain torch functions ``int8_linear_reference`` and ``int8_weight_only_linear_reference`` are the meaning of the ops:
-every kernel and every lowering is judged against them. Weights are symmetric int8 with one float32 scale per output row.
+The plain torch functions ``int8_linear_reference`` and ``int8_weight_only_linear_reference`` are the meaning of the
+ops: every kernel and every lowering is judged against them. Weights are symmetric int8, one float32 scale per row.
 
 The CPU kernels run the same integers through ``torch._int_mm``; they need no prepared weights and are meant for
 programs that were not lowered. Every other device, CUDA included, runs the reference itself.
@@ -57,7 +57,8 @@ def _without_terms(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer on int8 weights with activations quantized per row (per token) at run time.
 
-    x [..., K] float32/bfloat16/float16, qweight int8 [N, K], scale float32 [N], bias [N] or None -> [..., N] in x's dtype.
+    x [..., K] float32/bfloat16/float16, qweight int8 [N, K], scale float32 [N], bias [N] or None; returns [..., N] in
+    x's dtype.
     The products are summed exactly: float64 holds every integer the sum can reach for K < 2**38.
     Raises TypeError on a wrong dtype, ValueError on a wrong shape.
     """
@@ -82,7 +83,8 @@ def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor,
 
 def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, qweight, scale, bias)
-    if x.numel() == 0 or qweight.numel() == 0:
+    # torch._int_mm (2.13, CPU) returns wrong numbers when K == 1: it reads the transposed [N, 1] as if it were [1, N].
+    if x.numel() == 0 or qweight.numel() == 0 or x.shape[-1] == 1:
         return int8_linear_reference(x, qweight, scale, bias)
     q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
     return _rescale(torch._int_mm(q, qweight.t()), row_scale, x, scale, bias)

@@ -102,10 +102,10 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     ),
     "resnet": lambda: _auto(
         "AutoModelForImageClassification", "ResNetConfig", embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2],
-        layer_type="basic",
+        layer_type="basic", num_labels=40,
     ),
     "mobilenetv2": lambda: _auto(
-        "AutoModelForImageClassification", "MobileNetV2Config", depth_multiplier=0.35, image_size=64,
+        "AutoModelForImageClassification", "MobileNetV2Config", depth_multiplier=0.35, image_size=64, num_labels=40,
     ),
     "t5": lambda: _auto(
         "AutoModelForSeq2SeqLM", "T5Config", vocab_size=320, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,

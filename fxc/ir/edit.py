@@ -28,9 +28,11 @@ def read(program: Program, fqn: str, before: fx.Node) -> fx.Node:
 
 def call(program: Program, target: Any, args: tuple, *, replacing: fx.Node, by: str, kwargs: dict | None = None) -> fx.Node:
     """Put `target(*args)` in the place of the node `replacing`. Every user of the old node uses the new one, which must
-    have the old one's shape and dtype; the old node is left without users, for `sweep` to remove."""
+    have the old one's shape and dtype; the old node is left without users, for `sweep` to remove. The name of the old node
+    is kept in `meta["replaces"]`, so that the two can be compared."""
     node = insert(program, target, args, before=replacing, by=by, fqn=replacing.meta.get("fqn", ""), kwargs=kwargs)
     replace(replacing, node)
+    node.meta["replaces"] = replacing.name
     return node
 
 

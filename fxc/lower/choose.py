@@ -39,7 +39,7 @@ def _best(run: Callable[[], object]) -> float:
 def measure(out_features: int, in_features: int, dtype: torch.dtype, quantize: bool, threads: int) -> Timing:
     """Time both forms of one layer [N, K] for each count in ROWS.
 
-    quantize: count the quantization of the activations too (in eager they are calls of their own, a compiler fuses them).
+    quantize: count the quantization of activations too (in eager it is calls of its own, a compiler fuses it).
     threads: torch.get_num_threads(), since the answer depends on it.
     """
     generator = torch.Generator().manual_seed(0)

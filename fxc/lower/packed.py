@@ -3,6 +3,8 @@
 Every module maps x [..., K] to [..., N] in x's dtype. The int8 ones compute what fxc_kernels.int8_linear defines.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,6 @@ SPLIT = 254.0
 # Temporaries above this many bytes leave the cache, and malloc maps fresh pages for them on every call.
 BLOCK_BYTES = 1 << 21
 
-# The torch ops of oneDNN take int64 zero points; every weight here is symmetric.
-_DTYPES_ONEDNN_WRITES = (torch.float32, torch.bfloat16)
-
 
 def pack_int8(qweight: Tensor) -> Tensor:
     """int8 [N, K] -> an opaque oneDNN tensor, for `int8_product`."""
@@ -26,9 +25,7 @@ def pack_int8(qweight: Tensor) -> Tensor:
 
 def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, dtype=torch.float32) -> Tensor:
     """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned in `dtype` [M, N]."""
-    return torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], ""
-    )
+    return torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], "")
 
 
 def _row_scales(rows: Tensor) -> Tensor:
@@ -39,43 +36,55 @@ def _row_scales(rows: Tensor) -> Tensor:
 
 
 class _Rows(nn.Module):
-    """Flattens the leading dimensions, goes through the rows block by block and puts the dimensions back."""
+    """Goes through the rows block by block, so that a block and what becomes of it stay in the cache.
 
-    def __init__(self, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    activation: applied in float32 to each block of the result.
+    """
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = qweight.shape
         self.packed = pack_int8(qweight)
         self.scale = scale
         self.bias = None if bias is None else bias.float()
+        self.activation = activation
         self.zero_point = torch.zeros(self.out_features, dtype=torch.int64)
         self.block = max(SPLIT_ROWS, BLOCK_BYTES // (4 * max(self.in_features, self.out_features)))
 
-    def block_forward(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 rows [M, K], M > 0 -> (float32 [M, N] without row scale and bias, row scale [M, 1])."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         count = rows.shape[0]
-        if count <= self.block:
-            out = self.block_forward(rows)
-        else:
-            out = x.new_empty(count, self.out_features)
-            for start in range(0, count, self.block):
-                out[start : start + self.block] = self.block_forward(rows[start : start + self.block])
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        out = x.new_empty(count, self.out_features)
+        for start in range(0, count, self.block):
+            product, scale = self.product(rows[start : start + self.block].float())
+            block = out[start : start + self.block]
+            last = block if self.activation is None else product
+            if self.bias is None:
+                torch.mul(product, scale, out=last)
+            else:
+                torch.addcmul(self.bias, product, scale, out=last)
+            if self.activation is not None:
+                block.copy_(self.activation(product))
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 class Int8Linear(_Rows):
     """fxc::int8_linear: rows quantized as they come, one int8 product, then row scale and bias."""
 
-    def block_forward(self, rows: Tensor) -> Tensor:
-        if rows.shape[0] == 0:
-            return rows.new_empty(0, self.out_features)
-        rows = rows.float()
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = _row_scales(rows)
         q = (rows * scale.reciprocal()).round_().to(torch.int8)
-        out = int8_product(q, self.packed, self.scale, self.zero_point)
-        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale, out=out)
+        return int8_product(q, self.packed, self.scale, self.zero_point), scale
 
 
 class SplitLinear(_Rows):
@@ -84,11 +93,8 @@ class SplitLinear(_Rows):
     The weights are read once, as int8, and the activations keep 16 bits.
     """
 
-    def block_forward(self, rows: Tensor) -> Tensor:
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         count = rows.shape[0]
-        if count == 0:
-            return rows.new_empty(0, self.out_features)
-        rows = rows.float()
         scale = _row_scales(rows)
         scaled = rows * scale.reciprocal()
         q = scaled.new_empty(2 * count, self.in_features)
@@ -96,8 +102,7 @@ class SplitLinear(_Rows):
         torch.sub(scaled, q[:count], out=q[count:])
         q[count:].mul_(SPLIT).round_()
         halves = int8_product(q.to(torch.int8), self.packed, self.scale, self.zero_point)
-        out = halves[:count].add_(halves[count:], alpha=1 / SPLIT)
-        return out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale)
+        return halves[:count].add_(halves[count:], alpha=1 / SPLIT), scale
 
 
 class DenseLinear(nn.Module):

@@ -20,6 +20,7 @@ from fxc.schemes import int8 as scheme
 
 _LINEAR = torch.ops.aten.linear.default
 _GROUPED = torch.ops.fxc.grouped_linear.default
+MIN_OUTPUTS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,6 +73,8 @@ class Int8(Pass):
             return "its weight is tied to another use (an embedding)"
         if self.mode == "weight_only" and node.target is _GROUPED:
             return "experts have no weight-only form: use mode=dynamic"
+        if tensor.shape[-2] < MIN_OUTPUTS:
+            return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
         if not _is_smaller(tensor):
             return f"int8 with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None

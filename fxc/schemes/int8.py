@@ -10,8 +10,8 @@ from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round `weight` [N, K] (any float dtype) to int8 [N, K] with a float32 scale [N].
 
-    scale = amax(|row|) / 127, or 1 for an all-zero row (and for K == 0), so |weight - qweight * scale| <= scale / 2 up to
-    float32 rounding. Raises InputRefused when the weight is not a float matrix or holds NaN or Inf.
+    scale = amax(|row|) / 127, or 1 for an all-zero row (and for K == 0), so |weight - qweight * scale| <= scale / 2 up
+    to float32 rounding. Raises InputRefused when the weight is not a float matrix or holds NaN or Inf.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise InputRefused(

@@ -1,0 +1,200 @@
+"""Latency of whole models: fxc beside torch, torch.compile, ONNX Runtime, OpenVINO and torchao, all in one process.
+
+    python -m benchmarks.models --threads 2
+    python -m benchmarks.models --only 'encoder,*int8*' --sizes 8x128 --rounds 3
+
+Every contender must first give the original's numbers; then all are timed in interleaved rounds. A full run writes
+benchmarks/results/models-<cpu>.json and .md; one with --only or --sizes is only printed, unless --json names a file.
+On a machine that does other work too, set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against the others) and
+leave a core free.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from benchmarks import table
+from benchmarks.peers import Contender, Workbench
+from benchmarks.timing import Call, interleave
+from benchmarks.workloads import Decoder, Encoder
+
+WORKLOADS = ("encoder", "decoder")
+SIZES = "1x32,1x128,8x128,32x128"
+RESULTS = Path(__file__).resolve().parent / "results"
+# Below this a contender computes something else, and its time says nothing.
+LEAST_COSINE = 0.98
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def chosen(contenders: list[Contender], workload: str, only: list[str]) -> list[Contender]:
+    """Those that `only` asks for (workload names, patterns of row names, or both) and the first one, the baseline."""
+    workloads = [name for name in only if name in WORKLOADS]
+    patterns = [name for name in only if name not in WORKLOADS] or ["*"]
+    if workloads and workload not in workloads:
+        return []
+    matching = [each for each in contenders if any(fnmatch.fnmatch(each.name, pattern) for pattern in patterns)]
+    return matching and [each for each in contenders if each in matching or each is contenders[0]]
+
+
+def build(contenders: list[Contender], bench: Workbench) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each contender's `build` gave, and why the others are left out."""
+    built, left_out = {}, {}
+    for each in contenders:
+        if missing := each.absent():
+            left_out[each.name] = f"absent: {', '.join(missing)}"
+        else:
+            start = time.perf_counter()
+            try:
+                built[each.name] = each.build(bench)
+            except Exception as error:  # one contender's fault must not cost the others their measurement
+                left_out[each.name] = failure(error)
+        outcome = left_out.get(each.name) or f"ready in {time.perf_counter() - start:.1f} s"
+        note(f"{each.name}: {outcome}")
+    return built, left_out
+
+
+def failure(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"failed: {type(error).__name__}: {lines[0][:200]}"
+
+
+def agreeing(
+    workload: Any, built: dict[str, Any], inputs: Any, size: str, left_out: dict[str, str]
+) -> tuple[dict[str, Call], dict[str, float]]:
+    """The calls whose output agrees with the first one's, and the cosines; `left_out` is told of the others."""
+    calls, cosines, reference = {}, {}, None
+    for name, model in built.items():
+        call = workload.call(model, inputs, size)
+        try:
+            vectors = workload.vectors(call(), inputs)
+        except Exception as error:  # as in build: torch.compile, for one, fails only at its first call
+            left_out[f"{name} at {size}"] = failure(error)
+            continue
+        reference = vectors if reference is None else reference
+        cosine = torch.nn.functional.cosine_similarity(vectors, reference, dim=-1).mean().item()
+        if cosine >= LEAST_COSINE:  # false for NaN too
+            calls[name], cosines[name] = call, cosine
+        else:
+            left_out[f"{name} at {size}"] = f"wrong: cosine {cosine:.4f}"
+    return calls, cosines
+
+
+def measure(workload: Any, only: list[str], threads: int, rounds: int, seconds: float = 0.3) -> dict | None:
+    """One workload's results, as `table` takes them; None when nothing of it is chosen."""
+    contenders = chosen(workload.contenders, workload.name, only)
+    if not contenders:
+        return None
+    result = {"name": workload.name, "title": workload.title, "sizes": workload.sizes, "rows": {}, "left_out": {}}
+    if reason := workload.missing():
+        result["left_out"][workload.name] = reason
+        return result
+    bench = workload.workbench(threads)
+    built, result["left_out"] = build(contenders, bench)
+    baseline = contenders[0].name
+    result["rows"] = {name: {} for name in built}
+    for size in workload.sizes if baseline in built else []:
+        inputs = workload.inputs(bench, size)
+        calls, cosines = agreeing(workload, built, inputs, size, result["left_out"])
+        if baseline not in calls:
+            continue
+        note(f"{workload.name} {size}: timing {len(calls)} contenders over {rounds} rounds")
+        timings = interleave(calls, rounds, seconds)
+        for name, timing in timings.items():
+            result["rows"][name][size] = table.record(timing, timings[baseline], cosines[name])
+    return result
+
+
+def faults(result: dict, contenders: list[Contender]) -> list[str]:
+    """What must not be left out and is: the baseline, and whatever is ours."""
+    must = [each.name for at, each in enumerate(contenders) if at == 0 or each.ours]
+    return [text for text in result["left_out"] if any(text == name or text.startswith(f"{name} at ") for name in must)]
+
+
+def slug(name: str) -> str:
+    """'Intel(R) Xeon(R) Processor' -> 'intel-xeon-processor'."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def write(report: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table.markdown(report), encoding="utf-8")
+    note(f"wrote {path} and {path.with_suffix('.md').name}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default=SIZES, help=f"the encoder's, batch x length (default {SIZES})")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="patterns of row names, or encoder or decoder, with commas between")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write; markdown goes beside it")
+    options = parser.parse_args()
+    if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in options.sizes.split(",")):
+        parser.error(f"--sizes {options.sizes}: write batch x length, such as {SIZES}")
+    if options.threads < 1 or options.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    return options
+
+
+def quiet() -> None:
+    """The libraries' progress bars and warnings would bury the table."""
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def main() -> int:
+    options = arguments()
+    quiet()
+    torch.set_num_threads(options.threads)
+    only = [name.strip() for name in options.only.split(",") if name.strip()]
+    protocol = {
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "load_before": round(os.getloadavg()[0], 2),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+    }
+    report = {"hardware": table.hardware(), "versions": table.versions(), "protocol": protocol, "workloads": []}
+    # Standard output is for the tables: what libraries print there goes to standard error.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    broken = []
+    for workload in (Encoder(options.sizes.split(",")), Decoder()):
+        with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+            result = measure(workload, only, options.threads, options.rounds)
+        if result is None:
+            continue
+        report["workloads"].append(result)
+        broken += faults(result, workload.contenders)
+        if result["rows"]:
+            console.print(table.rich_table(result))
+        for name, reason in result["left_out"].items():
+            console.print(f"{name}: {reason}", markup=False, highlight=False)
+    if not report["workloads"]:
+        note(f"error: --only {options.only}: no row has such a name")
+        return 2
+    partial = bool(only) or options.sizes != SIZES
+    if options.json or not partial:
+        write(report, options.json or RESULTS / f"models-{slug(report['hardware']['cpu'])}.json")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

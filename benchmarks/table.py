@@ -1,0 +1,98 @@
+"""The results of one run as plain data (JSON), as a rich table and as markdown."""
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from benchmarks.timing import Timing
+
+PACKAGES = ["fxc", "torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao"]
+CPU_FLAGS = ["avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"]
+
+
+def hardware() -> dict:
+    """The CPU's model, physical cores, and which of the instructions are there that fast kernels need."""
+    able = torch.cpu.get_capabilities()
+    return {
+        "cpu": cpu_name(),
+        "cores": able.get("num_physical_cores", os.cpu_count()),
+        "flags": [flag for flag in CPU_FLAGS if able.get(flag)],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of each package, its version, or None when it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def record(timing: Timing, baseline: Timing, cosine: float) -> dict:
+    """One cell. ms and rounds in milliseconds; speedup: times faster than the first row, paired by round."""
+    return {
+        "ms": round(timing.median, 4),
+        "low": round(timing.low, 4),
+        "high": round(timing.high, 4),
+        "speedup": round(timing.speedup_over(baseline), 3),
+        "cosine": round(cosine, 5),
+        "rounds": [round(each, 4) for each in timing.rounds],
+    }
+
+
+def cells(result: dict) -> list[list[str]]:
+    """Of each row: name, "median  speedup" over "low-high" per size, and the worst cosine. No time is "-"."""
+    made = []
+    for name, row in result["rows"].items():
+        line = [name]
+        for size in result["sizes"]:
+            cell = row.get(size)
+            line.append("{ms:.2f}  {speedup:.2f}x\n{low:.2f}-{high:.2f}".format(**cell) if cell else "-")
+        line.append(f"{min(cell['cosine'] for cell in row.values()):.4f}" if row else "-")
+        made.append(line)
+    return made
+
+
+def rich_table(result: dict) -> Table:
+    table = Table(title=result["title"], caption="median over rounds, times faster than the first row; lowest-highest")
+    table.add_column("", no_wrap=True)
+    for name in [*result["sizes"], "cosine"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in cells(result):
+        table.add_row(*line)
+    return table
+
+
+def markdown(report: dict) -> str:
+    """The whole report for reading: the machine, then one table per workload with its left-out rows below."""
+    machine, protocol = report["hardware"], report["protocol"]
+    lines = [
+        f"# Latency on {machine['cpu']}",
+        "",
+        f"{machine['cores']} cores ({', '.join(machine['flags']) or 'none known'}), threads: {protocol['threads']}, "
+        f"interleaved rounds: {protocol['rounds']}, load before the run: {protocol['load_before']}. "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+        + ". Each cell: median over rounds in ms, times faster than the first row, lowest-highest.",
+    ]
+    for result in report["workloads"]:
+        heads = ["", *result["sizes"], "worst cosine"]
+        lines += ["", f"## {result['title']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines += [f"| {' | '.join(line).replace(chr(10), '<br>')} |" for line in cells(result)]
+        lines += [""] if result["left_out"] else []
+        lines += [f"- {name}: {reason}" for name, reason in result["left_out"].items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,203 @@
+"""optimize and load: the two functions that most programs call."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxc.capture import capture
+from fxc.errors import InputRefused, UsageError
+from fxc.ir.program import Program
+from fxc.load import DTYPES, kind_of, load_source
+from fxc.passes.base import Context, Pass, parse_passes
+from fxc.pipeline import Step, run_passes
+from fxc.runtime import artifact
+from fxc.runtime.model import CompiledModel, compiled_model
+
+# What a Hugging Face folder has besides weights and code, and a compiled model keeps.
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def optimize(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    passes: str | Sequence[str | Pass] = "int8",
+    *,
+    skip: Iterable[str] = (),
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    budget: float = 0.2,
+    allow_noop: bool = False,
+    dump_dir: str | Path | None = None,
+    on_step: Callable[[Step, Program], None] | None = None,
+) -> CompiledModel:
+    """Compile a model: capture it, run `passes` over it, and return it ready to call.
+
+    model: an `nn.Module`, which is not changed, or a source: a Hugging Face folder, a hub id (with `revision`), an fxc
+    artifact, or "package.module:function", which is run and returns a model or (model, example_inputs).
+    example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
+    passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures.
+    skip: patterns of module names to leave alone, globs or "re:...". dtype: "auto" keeps the model's own, else
+    "float32", "bfloat16", "float16". device, backend: where and how the result runs, "cpu" and "eager" by default.
+    verify, budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
+
+    Raises `FxcError`: `UsageError`, `InputRefused`, `CaptureFailed`, `VerificationFailed` or `ResourceError`.
+    """
+    parsed = parse_passes(passes)
+    captured = capture_source(
+        model, example_inputs, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, check=verify
+    )
+    before = captured.program
+    context = Context(skip=tuple(skip))
+    program, steps = run_passes(
+        before,
+        parsed,
+        context,
+        verify=verify,
+        budget=budget,
+        allow_noop=allow_noop,
+        dump_dir=Path(dump_dir) if dump_dir else None,
+        on_step=on_step,
+    )
+    report = {
+        "source": captured.source,
+        "dtype": str(dtype).removeprefix("torch."),
+        "skip": list(context.skip),
+        "bytes_before": captured.nbytes,
+        "bytes_after": program.nbytes(),
+        "parameters_before": before.numel(),
+        "parameters_after": program.numel(),
+        "coverage": round(sum(s.covered_bytes for s in steps) / max(before.nbytes(), 1), 4),
+        "passes": [*captured.passes, *(s.as_json() for s in steps)],
+    }
+    return compiled_model(
+        program, report, config=captured.config, files=captured.files, device=device, backend=backend
+    )
+
+
+class Captured:
+    """A captured source. nbytes: bytes of its weights as they came; passes: what an artifact went through already."""
+
+    def __init__(self, program: Program, config: Any, files: dict[str, Any], source: dict[str, Any], nbytes: int):
+        self.program, self.config, self.files, self.source, self.nbytes = program, config, files, source, nbytes
+        self.passes: list[dict[str, Any]] = []
+
+
+def capture_source(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+) -> Captured:
+    """The program of a model or of a source, with what belongs to it."""
+    if isinstance(model, nn.Module):
+        nbytes = _nbytes(model)
+        wanted = _dtype(dtype)
+        if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
+            model = copy.deepcopy(model).to(wanted)
+        program = capture(model, example_inputs, check=check)
+        config = getattr(model, "config", None)
+        return Captured(program, config, _files_of_module(model), {"kind": "module", "class": type(model).__name__}, nbytes)
+    source = str(model)
+    if kind_of(source) == "artifact":
+        if dtype != "auto":
+            raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
+        return _capture_artifact(Path(source))
+    loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    inputs = example_inputs if example_inputs is not None else loaded.example_inputs
+    program = capture(loaded.model, inputs, check=check)
+    sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
+    files = _files_of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
+    config = getattr(loaded.model, "config", None)
+    return Captured(program, config, files, loaded.source, sum(sizes) or _nbytes(loaded.model))
+
+
+def _capture_artifact(path: Path) -> Captured:
+    read = artifact.read(path)
+    report = read.manifest.get("report", {})
+    captured = Captured(
+        read.program, _config_of(path), _files_of_folder(path), {"kind": "artifact"}, read.program.nbytes()
+    )
+    captured.passes = report.get("passes", [])
+    captured.source = report.get("source", captured.source)
+    return captured
+
+
+def load(directory: str | Path, device: str | torch.device | None = None, backend: str | None = None) -> CompiledModel:
+    """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
+
+    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist.
+    """
+    path = Path(directory)
+    if not artifact.is_artifact(path):
+        raise UsageError(
+            "this is not an fxc artifact: it has no fxc.json",
+            where=str(path),
+            hint="'fxc compile MODEL -o DIR' writes one",
+        )
+    read = artifact.read(path)
+    return compiled_model(
+        read.program,
+        read.manifest.get("report", {}),
+        config=_config_of(path),
+        files=_files_of_folder(path),
+        device=device,
+        backend=backend,
+    )
+
+
+def _config_of(path: Path) -> Any:
+    if not (path / "config.json").exists():
+        return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise InputRefused(f"transformers cannot read it: {error}", where=str(path / "config.json")) from None
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return None if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"there is no dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _nbytes(model: nn.Module) -> int:
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _files_of_folder(folder: Path) -> dict[str, Any]:
+    found = {p.name: p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
+    return dict(sorted(found.items()))
+
+
+def _files_of_module(model: nn.Module) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        config["architectures"] = [type(model).__name__]
+        files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    if hasattr(getattr(model, "generation_config", None), "to_json_string"):
+        files["generation_config.json"] = model.generation_config.to_json_string(use_diff=False).encode()
+    return files

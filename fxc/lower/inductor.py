@@ -1,0 +1,104 @@
+"""Compile a lowered graph with Inductor, once per kind of shape, without Dynamo.
+
+Inductor is called directly: a Program is already one flat graph, its constants can be frozen (packed) where they are,
+and a call costs one check instead of Dynamo's guards over every constant. A specialization holds for all sizes that
+satisfy the conditions under which it was traced; sizes 0 and 1 are specializations of their own.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from fxc.errors import UsageError
+
+# Far more than one program needs: (batch 1 or more) x (sequence 1 or more) x (past 0, 1 or more) is 12.
+MAX_SPECIALIZATIONS = 32
+
+
+def require_compiler() -> None:
+    """Raise UsageError when this machine has no C++ compiler that Inductor can call."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        raise UsageError(
+            "the inductor backend needs a C++ compiler",
+            where="backend=inductor",
+            why=error,
+            hint="install g++ (or set CXX), or use backend=eager",
+        ) from error
+
+
+@dataclass
+class Specialization:
+    run: Callable[..., Any]
+    holds: Any  # the code object of its conditions, None when there are none
+
+    def accepts(self, inputs: tuple[Tensor, ...]) -> bool:
+        if self.holds is None:
+            return True
+        return eval(self.holds, SYMPY_INTERP, {"L": {f"t{i}": t for i, t in enumerate(inputs)}})
+
+
+class CompiledGraph(nn.Module):
+    """A GraphModule that runs compiled: flat tensors positionally, a flat tuple of tensors back.
+
+    dynamic: for each input, the dimensions whose size may change between calls.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, dynamic: list[frozenset[int]]) -> None:
+        super().__init__()
+        require_compiler()
+        self.graph_module = graph_module
+        self.dynamic = dynamic
+        self._known: dict[tuple, list[Specialization]] = {}
+        self._lock = threading.Lock()
+
+    def _kind(self, inputs: tuple[Tensor, ...]) -> tuple:
+        """What a specialization fixes: dtypes, static sizes, sizes 0 and 1, and the threads its loops are cut for."""
+        sizes = (
+            n if n < 2 or d not in dynamic else -1
+            for t, dynamic in zip(inputs, self.dynamic)
+            for d, n in enumerate(t.shape)
+        )
+        return (torch.get_num_threads(), *(t.dtype for t in inputs), *sizes)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = tuple(t.contiguous() for t in inputs)
+        kind = self._kind(inputs)
+        for candidate in self._known.get(kind, ()):
+            if candidate.accepts(inputs):
+                return tuple(candidate.run(*inputs))
+        with self._lock:
+            made = self._compile(inputs)
+            if sum(map(len, self._known.values())) >= MAX_SPECIALIZATIONS:
+                self._known.clear()
+            self._known.setdefault(kind, []).append(made)
+        return tuple(made.run(*inputs))
+
+    def _compile(self, inputs: tuple[Tensor, ...]) -> Specialization:
+        from torch._inductor.compile_fx import compile_fx
+
+        # Without duck shapes, two sizes that happen to be equal now stay independent unless the graph says otherwise.
+        shapes = ShapeEnv(duck_shape=False)
+        mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+        fakes = []
+        for i, tensor in enumerate(inputs):
+            kinds = [
+                DimDynamic.DYNAMIC if d in self.dynamic[i] and n > 1 else DimDynamic.STATIC
+                for d, n in enumerate(tensor.shape)
+            ]
+            context = StatelessSymbolicContext(dynamic_sizes=kinds, constraint_sizes=[None] * tensor.dim())
+            fakes.append(mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"in{i}")))
+        with torch.no_grad():
+            run = compile_fx(self.graph_module, fakes, config_patches={"freezing": True})
+        conditions = shapes.produce_guards_expression(fakes)
+        return Specialization(run, compile(conditions, "<shapes>", "eval") if conditions else None)

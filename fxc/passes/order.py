@@ -1,0 +1,109 @@
+"""The order of passes, from the facts that they need, give and break.
+
+A giver of a fact runs before those who need it, and who breaks a fact after all who need it. A pass that is needed and not
+asked for is added when exactly one pass gives what is missing and needs no options to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+
+from fxc.errors import UsageError
+from fxc.ir.program import Program
+from fxc.passes.base import Fact, Pass
+from fxc.passes.facts import FLOAT_WEIGHTS
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """passes: in the order to run; reasons: for each, why it stands where it does."""
+
+    passes: list[Pass]
+    reasons: list[list[str]]
+
+
+def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
+    """Order the passes `asked` for. `program`, when given, tells which facts hold before the first one.
+
+    Raises `UsageError` when two passes each have to run before the other, when a pass is given twice, or when nothing can
+    give what a pass needs; it names the passes and the fact.
+    """
+    passes = _complete(list(asked))
+    names = [p.name for p in passes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"the pass {name} is given twice", hint="give it once, with all of its options")
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for i, first in enumerate(passes):
+        for j, second in enumerate(passes):
+            if i == j:
+                continue
+            for fact in sorted(first.gives & second.needs, key=str):
+                _because(graph, i, j, f"{first.name} gives {fact}, which {second.name} needs")
+            for fact in sorted(first.needs & second.breaks, key=str):
+                _because(graph, i, j, f"{first.name} needs {fact}, which {second.name} breaks")
+    _check_givers(passes, program)
+    try:
+        # Ties keep the order in which the user wrote the passes.
+        indices = list(nx.lexicographical_topological_sort(graph))
+    except nx.NetworkXUnfeasible:
+        cycle = nx.find_cycle(graph)
+        why = "; ".join(r for i, j, *_ in cycle for r in graph.edges[i, j]["reasons"])
+        both = " and ".join(dict.fromkeys(passes[i].name for i, *_ in cycle))
+        raise UsageError(f"{both} each have to run before the other", why=why, hint="give only one of them") from None
+    reasons = []
+    for i in indices:
+        said = [] if passes[i] in asked else [f"added: {_who_needs(passes, passes[i])}"]
+        said += [r for j in graph.predecessors(i) for r in graph.edges[j, i]["reasons"]]
+        reasons.append(said)
+    return Ordered([passes[i] for i in indices], reasons)
+
+
+def _because(graph: nx.DiGraph, i: int, j: int, reason: str) -> None:
+    if graph.has_edge(i, j):
+        graph.edges[i, j]["reasons"].append(reason)
+    else:
+        graph.add_edge(i, j, reasons=[reason])
+
+
+def _complete(passes: list[Pass]) -> list[Pass]:
+    """`passes` and in front of them those that they need and that nobody asked for."""
+    todo = list(passes)
+    while todo:
+        wanted = todo.pop()
+        for fact in sorted(wanted.needs, key=str):
+            if any(fact in p.gives for p in passes):
+                continue
+            givers = [cls for cls in Pass.registry.values() if fact in cls.gives and not cls.is_policy]
+            if len(givers) == 1:
+                added = givers[0]()
+                passes.insert(0, added)
+                todo.append(added)
+    return passes
+
+
+def _check_givers(passes: list[Pass], program: Program | None) -> None:
+    for wanted in passes:
+        for fact in sorted(wanted.needs, key=str):
+            if not any(fact in p.gives for p in passes) and (why := _missing(fact, program)):
+                raise UsageError(
+                    f"the pass {wanted.name} needs {fact}, which no pass gives",
+                    why=why,
+                    hint="start from the original model" if fact == FLOAT_WEIGHTS else None,
+                )
+
+
+def _missing(fact: Fact, program: Program | None) -> str | None:
+    """Why `fact` does not hold at the start: FLOAT_WEIGHTS is true of every model that was not compressed before."""
+    if program is not None:
+        return fact.check(program)
+    return None if fact == FLOAT_WEIGHTS else f"{fact} does not hold of a captured model"
+
+
+def _who_needs(passes: list[Pass], giver: Pass) -> str:
+    wants = [f"{p.name} needs {fact}" for p in passes for fact in sorted(p.needs & giver.gives, key=str)]
+    return ", ".join(wants)

@@ -1,0 +1,100 @@
+"""Run passes over a program, one at a time, each through the gates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxc.errors import FxcError, UsageError, VerificationFailed
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Pass, Refusal
+from fxc.passes.order import order
+from fxc.verify.gates import judge
+from fxc.verify.samples import samples
+
+
+@dataclass
+class Step:
+    """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
+    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN."""
+
+    name: str
+    changed: int
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    covered_bytes: int
+    refusals: list[Refusal] = field(default_factory=list)
+    gates: dict[str, str] = field(default_factory=dict)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    context: Context,
+    *,
+    verify: bool = True,
+    budget: float = 0.2,
+    allow_noop: bool = False,
+    dump_dir: Path | None = None,
+    on_step: Callable[[Step, Program], None] | None = None,
+) -> tuple[Program, list[Step]]:
+    """Run `passes` in the order that their facts demand; `program` itself is not changed.
+
+    verify: run the gates. budget: see `fxc.verify.gates.judge`. allow_noop: let a policy pass change nothing. dump_dir:
+    write the text before the first pass and after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
+    Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
+    that changed nothing.
+    """
+    ordered = order(passes, program).passes
+    if dump_dir is not None:
+        dump_dir.mkdir(parents=True, exist_ok=True)
+        _dump(program, dump_dir / "00-capture.fxc")
+    tried = samples(program) if verify and not program.is_on_meta else []
+    steps = []
+    for number, step in enumerate(ordered, 1):
+        after = program.copy()
+        began = time.perf_counter()
+        try:
+            result = step.run(after, context)
+        except FxcError:
+            raise
+        except Exception as error:
+            raise VerificationFailed(
+                f"the pass {step} broke off: {type(error).__name__}: {error}",
+                hint="this is a fault of fxc; report it with the model's configuration",
+            ) from error
+        seconds = time.perf_counter() - began
+        if step.is_policy and result.changed == 0 and not allow_noop:
+            raise UsageError(
+                f"the pass {step} changed nothing",
+                why="; ".join(f"{r.fqn}: {r.reason}" for r in result.refusals[:5]) or "there is no layer for it",
+                hint="see the reasons; --allow-noop accepts a pass that does nothing",
+            )
+        done = Step(
+            str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), program.numel(),
+            after.numel(), result.covered_bytes, result.refusals,
+        )  # fmt: skip
+        if verify:
+            gates = judge(step, program, after, result, tried, budget)
+            done.gates, done.layer_errors = gates.outcome, gates.layers
+        if dump_dir is not None:
+            _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
+        program = after
+        steps.append(done)
+        if on_step is not None:
+            on_step(done, program)
+    return program, steps
+
+
+def _dump(program: Program, path: Path) -> None:
+    path.write_text(str(program), encoding="utf-8")

@@ -1,0 +1,95 @@
+"""From the arguments of a call to the flat tensors of a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxc.errors import UsageError
+from fxc.ir.program import Program
+
+
+def bind(program: Program, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The program's input tensors, from the positional and keyword arguments that the original model would take.
+
+    Inputs with a default may be left out. Arguments that the program was captured without may only be None or False.
+    Raises `UsageError` naming the argument for one that is missing, unknown, of another structure or of a wrong size.
+    """
+    call, signature = program.signature.call, program.signature
+    parameters = program.metadata.get("parameters", [])
+    flat: list[Tensor | None] = [None] * len(signature.inputs)
+    by_name: dict[str, Any] = dict(call["kwargs"])
+    by_name |= {parameters[i]: s for i, s in enumerate(call["args"]) if i < len(parameters)}
+    given = dict(kwargs)
+    for index, value in enumerate(args):
+        if call["args"] and index < len(call["args"]):
+            _match(call["args"][index], value, flat, f"argument {index}")
+        elif index < len(parameters) and parameters[index] not in given:
+            given[parameters[index]] = value
+        else:
+            raise UsageError(f"{len(args)} positional arguments were given", hint=_takes(program))
+    for name, value in given.items():
+        if name in by_name:
+            if value is not None:
+                _match(by_name[name], value, flat, name)
+        elif value is not None and value is not False:
+            raise UsageError(f"the program was captured without the argument {name!r}", hint=_takes(program))
+    for index, declared in enumerate(signature.inputs):
+        if flat[index] is None:
+            flat[index] = _default(program, declared, flat)
+    return [_fit(program, i, tensor) for i, tensor in enumerate(flat)]
+
+
+def _takes(program: Program) -> str:
+    return f"it takes {', '.join(i.name for i in program.signature.inputs)}"
+
+
+def _match(structure: Any, value: Any, flat: list[Tensor | None], name: str) -> None:
+    if isinstance(structure, int):
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} is a {type(value).__name__} and must be a tensor")
+        flat[structure] = value
+        return
+    if "value" in structure:
+        if value != structure["value"]:
+            raise UsageError(f"{name} is {value!r}; the program was captured with {structure['value']!r}")
+        return
+    inner = structure.get("list", structure.get("tuple", structure.get("dict")))
+    if isinstance(inner, dict):
+        if not isinstance(value, dict) or value.keys() != inner.keys():
+            raise UsageError(f"{name} must be a dict with the keys {', '.join(inner)}")
+        for key, child in inner.items():
+            _match(child, value[key], flat, f"{name}.{key}")
+        return
+    if not isinstance(value, (list, tuple)) or len(value) != len(inner):
+        raise UsageError(f"{name} must be a list or tuple of {len(inner)}")
+    for index, child in enumerate(inner):
+        _match(child, value[index], flat, f"{name}.{index}")
+
+
+def _default(program: Program, declared: Any, flat: list[Tensor | None]) -> Tensor:
+    if declared.default:
+        kind, _, of = declared.default.partition(":")
+        names = [i.name for i in program.signature.inputs]
+        like = flat[names.index(of)] if of in names else None
+        if like is not None and kind in ("ones", "zeros"):
+            return torch.ones_like(like) if kind == "ones" else torch.zeros_like(like)
+    raise UsageError(f"the input {declared.name} is missing", hint=_takes(program))
+
+
+def _fit(program: Program, index: int, tensor: Tensor) -> Tensor:
+    """`tensor` if it has a shape that the program takes, in the floating-point type that it was captured with."""
+    value, name = program.placeholders[index].meta["val"], program.signature.inputs[index].name
+    if tensor.ndim != value.ndim:
+        raise UsageError(f"the input {name} has {tensor.ndim} dimensions and must have {value.ndim}")
+    for dimension, (found, wanted) in enumerate(zip(tensor.shape, value.shape, strict=True)):
+        if isinstance(wanted, int) and found != wanted:
+            raise UsageError(
+                f"the input {name} has size {found} in dimension {dimension}; the program was captured for {wanted}",
+                hint="capture the model again with an example of that size",
+            )
+    if tensor.is_floating_point() != value.is_floating_point():
+        raise UsageError(f"the input {name} is {tensor.dtype} and must be {value.dtype}")
+    return tensor.to(value.dtype)

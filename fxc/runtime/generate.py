@@ -1,0 +1,126 @@
+"""A compiled causal language model, with Hugging Face's generation loop around one program for prefill and decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fxc.cache import cache_of, check_is_dynamic, tensors_of, write
+from fxc.errors import UsageError
+from fxc.runtime.model import CompiledModel
+
+
+class CompiledCausalLM(CompiledModel, GenerationMixin):
+    """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.config is None:
+            raise UsageError("a causal language model needs its Hugging Face configuration")
+        self.generation_config = generation_config_of(self.config, self.files)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    # What the generation loop asks of a model besides calling it.
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def _supports_logits_to_keep(self) -> bool:
+        return True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """input_ids [batch, new], attention_mask [batch, past + new] (1 where there is a token), position_ids [batch, new];
+        returns logits [batch, new, vocabulary] and the cache, which is updated in place when one is given."""
+        for name, value in unused.items():
+            if value is not None and value is not False and name not in ("cache_position", "token_type_ids"):
+                raise UsageError(f"the program was captured without the argument {name!r}")
+        if input_ids is None:
+            raise UsageError("the input input_ids is missing")
+        batch, new = input_ids.shape
+        past = self._past(past_key_values, batch)
+        length = past[0].shape[2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, length + new, dtype=torch.int64, device=input_ids.device)
+        if tuple(attention_mask.shape) != (batch, length + new):
+            raise UsageError(
+                f"attention_mask is {list(attention_mask.shape)} and must be [{batch}, {length + new}]",
+                hint="one column for each token of the past and of input_ids",
+            )
+        if position_ids is None:
+            position_ids = torch.arange(length, length + new, device=input_ids.device).expand(batch, -1)
+        logits, *present = self.run(
+            [input_ids, attention_mask.to(torch.int64), position_ids.expand(batch, -1), *past]
+        )
+        loss = None
+        if labels is not None:
+            shifted = logits[:, :-1].float().flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(shifted, labels[:, 1:].flatten().to(shifted.device))
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        if use_cache is False:
+            cache = None
+        elif past_key_values is None:
+            cache = cache_of(present)
+        else:
+            cache = past_key_values
+            write(cache, present)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def _past(self, cache: Any, batch: int) -> list[Tensor]:
+        if cache is not None:
+            check_is_dynamic(cache)
+            if tensors := tensors_of(cache):
+                return tensors
+        types = [n.meta["val"] for n in self.program.placeholders[3:]]
+        return [torch.empty(batch, t.shape[1], 0, t.shape[3], dtype=t.dtype, device=self.device) for t in types]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        from transformers import DynamicCache
+
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            raise UsageError(
+                f"the cache implementation {generation_config.cache_implementation!r} is not supported",
+                hint="leave cache_implementation out",
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DynamicCache()
+
+
+def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig:
+    """The original's generation configuration if it is among `files`, else what its model configuration says."""
+    import json
+    from pathlib import Path
+
+    if "generation_config.json" in files:
+        content = files["generation_config.json"]
+        text = content if isinstance(content, bytes) else Path(content).read_bytes()
+        return GenerationConfig.from_dict(json.loads(text))
+    return GenerationConfig.from_model_config(config)

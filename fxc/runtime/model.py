@@ -1,0 +1,98 @@
+"""CompiledModel: a program that is called as the original model was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxc.ir.program import Program
+from fxc.ir.structure import unflatten
+from fxc.lower.target import lower
+from fxc.runtime import artifact
+from fxc.runtime.binding import bind
+
+
+class CompiledModel(nn.Module):
+    """A compiled model. Calling it takes the original's arguments and returns the original's output class.
+
+    program: the portable program. report: what the compiler did, as JSON. config: the Hugging Face configuration, if the
+    original had one. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        report: dict[str, Any],
+        *,
+        config: Any = None,
+        files: Mapping[str, Path | bytes] | None = None,
+        device: str | torch.device | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.program = program
+        self.report = report
+        self.config = config
+        self.files = dict(files or {})
+        self.backend = backend or "eager"
+        self._device = torch.device(device or "cpu")
+        self._lowered: nn.Module | None = None
+        self.layers: list[Any] = []
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type that the program computes in: that of its first floating-point output."""
+        types = [n.meta["val"].dtype for n in self.program.results]
+        return next((t for t in types if t.is_floating_point), torch.float32)
+
+    def lower(self) -> nn.Module:
+        """Prepare the program for the device and backend, once. The first call does it otherwise."""
+        if self._lowered is None:
+            lowered, self.layers = lower(self.program, self._device, self.backend)
+            # Not a submodule: its packed weights are no part of the model's state.
+            object.__setattr__(self, "_lowered", lowered)
+        return self._lowered
+
+    def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """The program on flat tensors, without gradients."""
+        with torch.inference_mode():
+            return self.lower()(*[t.to(self._device) for t in tensors])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        as_tuple = kwargs.pop("return_dict", None) is False
+        outputs = self.run(bind(self.program, args, kwargs))
+        result = unflatten(self.program.signature.result, outputs)
+        return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
+
+    def save(self, directory: str | Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
+        """Write the artifact that `fxc.load` reads. All of it is written and verified, or nothing."""
+        artifact.save(
+            self.program,
+            Path(directory),
+            manifest={"report": self.report},
+            extra_files=self.files,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+        )
+
+    def extra_repr(self) -> str:
+        size = f"{self.program.nbytes() / 1e6:.1f} MB"
+        return f"{self.program.metadata.get('class')}, {size}, {self._device}, {self.backend}"
+
+
+def compiled_model(program: Program, report: dict[str, Any], **options: Any) -> CompiledModel:
+    """A `CompiledModel` of the kind that the program is: with `generate()` for a causal language model."""
+    if program.metadata.get("kind") == "causal_lm":
+        from fxc.runtime.generate import CompiledCausalLM
+
+        return CompiledCausalLM(program, report, **options)
+    return CompiledModel(program, report, **options)

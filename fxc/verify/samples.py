@@ -1,0 +1,83 @@
+"""Inputs to try a program on, made from nothing but its signature."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxc.ir.program import Program
+
+aten = torch.ops.aten
+
+
+def samples(program: Program) -> list[list[Tensor]]:
+    """Sets of input tensors at the sizes of capture and at two others, batch 1 among them; the same for the same program."""
+    if program.metadata.get("kind") == "causal_lm":
+        return [causal_lm_sample(program, *sizes) for sizes in ((2, 7, 9), (1, 1, 6), (3, 5, 0))]
+    return [_sample(program, *variant) for variant in ((0, 0), (1, 3), (-1, 2))]
+
+
+def causal_lm_sample(program: Program, batch: int, new: int, past: int, ids: Tensor | None = None) -> list[Tensor]:
+    """Inputs of a decoder: `new` tokens (random ones, or `ids`) after a random cache of `past`, one row padded on the left."""
+    generator = torch.Generator().manual_seed(batch * 10_007 + new * 101 + past)
+    tensors = []
+    mask = torch.ones(batch, past + new, dtype=torch.int64)
+    if batch > 1:
+        mask[0, : (past + new) // 3] = 0
+    for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
+        value = node.meta["val"]
+        if declared.name == "input_ids":
+            tensors.append(_integers(node, (batch, new), generator) if ids is None else ids)
+        elif declared.name == "attention_mask":
+            tensors.append(mask)
+        elif declared.name == "position_ids":
+            tensors.append((mask.cumsum(-1) - 1).clamp(min=0)[:, past:])
+        else:
+            shape = (batch, value.shape[1], past, value.shape[3])
+            tensors.append(torch.randn(shape, generator=generator).to(value.dtype))
+    return tensors
+
+
+def _sample(program: Program, batch_delta: int, delta: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1234 + 17 * batch_delta + delta)
+    tensors = []
+    for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
+        value = node.meta["val"]
+        shape = []
+        for dimension, size in enumerate(value.shape):
+            if isinstance(size, int):
+                shape.append(size)
+            elif dimension == 0:
+                shape.append(max(1, _hint(size) + batch_delta))
+            else:
+                shape.append(_hint(size) + (delta if value.dtype == torch.int64 else 0))
+        if value.dtype.is_floating_point:
+            tensors.append(torch.randn(shape, generator=generator).to(value.dtype))
+        elif "mask" in declared.name:
+            tensors.append(torch.ones(shape, dtype=value.dtype))
+        elif value.dtype == torch.bool:
+            tensors.append(torch.ones(shape, dtype=torch.bool))
+        else:
+            tensors.append(_integers(node, tuple(shape), generator).to(value.dtype))
+    return tensors
+
+
+def _hint(size: torch.SymInt) -> int:
+    return int(size.node.hint)
+
+
+def _integers(node: fx.Node, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers below the smallest table that they index."""
+    bounds = [u.args[0].meta["val"].shape[0] for u in _readers(node) if u.target is aten.embedding.default]
+    return torch.randint(0, min(bounds, default=2), shape, generator=generator)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The users of a value, looked for through casts, reshapes and shifts by a constant."""
+    found = []
+    for user in node.users:
+        found.append(user)
+        if user.op == "call_function" and user.target is not aten.embedding.default and user.args[:1] == (node,):
+            if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dtype == node.meta["val"].dtype:
+                found += _readers(user)
+    return found

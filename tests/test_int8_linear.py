@@ -1,0 +1,153 @@
+"""The int8 linear ops and the weight scheme under them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxc.errors import InputRefused
+from fxc.schemes.int8 import dequantize, quantize_weight
+from fxc_kernels.int8_linear import int8_linear_reference, int8_weight_only_linear_reference, quantize_rows
+
+OPS = {
+    "int8_linear": int8_linear_reference,
+    "int8_weight_only_linear": int8_weight_only_linear_reference,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def make(lead, rows, columns, dtype=torch.float32, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*lead, columns, generator=generator).to(dtype)
+    qweight = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand(rows, generator=generator) * 0.01
+    return x, qweight, scale, torch.randn(rows, generator=generator).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_cpu_kernel_follows_the_reference(name, dtype, lead, bias):
+    args = make(lead, 7, 13, dtype, bias)
+    out = getattr(torch.ops.fxc, name)(*args)
+    assert out.shape == (*lead, 7) and out.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out, OPS[name](*args), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(name, dtype):
+    torch.library.opcheck(getattr(torch.ops.fxc, name).default, make((2, 3), 5, 11, dtype))
+    torch.library.opcheck(getattr(torch.ops.fxc, name).default, make((4,), 8, 16, dtype, bias=False))
+
+
+def test_the_integers_are_exact_where_float32_is_not():
+    columns = 2**12 + 1
+    x = torch.full((1, columns), 127.0)
+    qweight = torch.full((1, columns), 127, dtype=torch.int8)
+    scale = torch.ones(1)
+    x[0, 0], qweight[0, 0] = 1.0, 1
+    exact = 127 * 127 * (columns - 1) + 1
+    assert exact > 2**24 and int(torch.tensor(float(exact), dtype=torch.float32)) != exact + 1
+    q, row_scale = quantize_rows(x)
+    assert row_scale.item() == 1.0 and int((q.long() @ qweight.long().t()).item()) == exact
+    expected = torch.tensor([[float(exact)]], dtype=torch.float32)
+    assert torch.equal(int8_linear_reference(x, qweight, scale), expected)
+    assert torch.equal(torch.ops.fxc.int8_linear(x, qweight, scale, None), expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_rows_of_zeros_give_the_bias(name):
+    x, qweight, scale, bias = make((3,), 4, 6)
+    x[1] = 0
+    out = getattr(torch.ops.fxc, name)(x, qweight, scale, bias)
+    assert torch.equal(out[1], bias) and torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("columns", [0, 1])
+def test_few_columns(name, columns):
+    x, qweight, scale, bias = make((2, 3), 4, columns)
+    out = getattr(torch.ops.fxc, name)(x, qweight, scale, bias)
+    torch.testing.assert_close(out, OPS[name](x, qweight, scale, bias))
+    if columns == 0:
+        assert torch.equal(out, bias.expand(2, 3, 4))
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_activations_do_not_come_out_finite(name, bad):
+    x, qweight, scale, bias = make((3,), 4, 6)
+    x[1, 2] = bad
+    out = getattr(torch.ops.fxc, name)(x, qweight, scale, bias)
+    assert not torch.isfinite(out[1]).any() and torch.isfinite(out[[0, 2]]).all()
+
+
+def test_wrong_operands_are_refused():
+    x, qweight, scale, bias = make((3,), 4, 6)
+    op = torch.ops.fxc.int8_linear
+    with pytest.raises(TypeError):
+        op(x.long(), qweight, scale, bias)
+    with pytest.raises(TypeError):
+        op(x, qweight.float(), scale, bias)
+    with pytest.raises(ValueError):
+        op(x[:, :5], qweight, scale, bias)
+    with pytest.raises(ValueError):
+        op(x, qweight, scale[:3], bias)
+    with pytest.raises(ValueError):
+        op(x, qweight, scale, bias[:3])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 40), st.floats(-37, 37), st.integers(0, 2**16))
+def test_quantized_rows_are_within_half_a_step(rows, columns, exponent, seed):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    q, scale = quantize_rows(x)
+    assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (rows, 1)
+    error = (x.double() - q.double() * scale.double()).abs()
+    normal = x.abs().amax(1) > 1e-30
+    assert (error <= scale.double() * 0.50001)[normal].all()
+    assert (q.abs().amax(1) == 127)[normal].all()
+    assert (scale[~normal] == 1).all() and (q[~normal] == 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 40), st.sampled_from(DTYPES), st.integers(0, 2**16))
+def test_quantized_weights_are_within_half_a_step(rows, columns, dtype, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight[seed % rows] *= seed % 3  # also rows of zeros
+    qweight, scale = quantize_weight(weight)
+    assert qweight.dtype == torch.int8 and scale.dtype == torch.float32
+    assert qweight.shape == weight.shape and scale.shape == (rows,) and (scale > 0).all()
+    restored = dequantize(qweight, scale, torch.float32)
+    assert ((restored - weight.float()).abs() <= scale[:, None] * 0.50001).all()
+    # What was rounded once stays: the scheme is idempotent on its own results.
+    again, scale_again = quantize_weight(restored)
+    assert torch.equal(again, qweight)
+    zero = weight.abs().amax(1) == 0
+    assert (scale[zero] == 1).all() and (qweight[zero] == 0).all()
+    torch.testing.assert_close(scale_again, scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
+def test_a_weight_without_a_scale_is_refused(bad):
+    weight = torch.ones(3, 4, dtype=torch.float64)
+    weight[1, 2] = bad
+    with pytest.raises(InputRefused, match="NaN or Inf"):
+        quantize_weight(weight)
+
+
+def test_a_weight_that_is_no_float_matrix_is_refused():
+    with pytest.raises(InputRefused):
+        quantize_weight(torch.ones(3, 4, dtype=torch.int32))
+    with pytest.raises(InputRefused):
+        quantize_weight(torch.ones(3, 4, 5))
+
+
+def test_empty_weights():
+    for shape in [(0, 4), (3, 0)]:
+        qweight, scale = quantize_weight(torch.empty(shape))
+        assert qweight.shape == shape and qweight.dtype == torch.int8 and scale.shape == shape[:1]

@@ -1,0 +1,225 @@
+"""Lowering for the CPU: the lowered module computes what the program says, in the program's dtype."""
+
+import shutil
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from fxc.errors import UsageError
+from fxc.ir import Input, Program, Signature
+from fxc.lower import choose
+from fxc.lower.cpu import lower_cpu
+from fxc.schemes.int8 import quantize_weight
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+HEADS, WIDTH = 2, 32
+
+
+class Block(nn.Module):
+    """q, k and v share an activation; `down` reads the result of `up` directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=bias) for bias in (True, False, True))
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 48), nn.Linear(48, 5, bias=False)
+
+    def forward(self, x):
+        q, k, v = (f(x).view(*x.shape[:2], HEADS, WIDTH // HEADS).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        hidden = gelu(self.up(self.norm(mixed + x)))
+        return hidden, self.down(hidden)
+
+
+def program_of(model: nn.Module, x: torch.Tensor, op: str = "int8_linear", skip: tuple[str, ...] = ()) -> Program:
+    auto = torch.export.Dim.AUTO
+    with torch.no_grad():
+        exported = torch.export.export(
+            model.eval(), (x,), dynamic_shapes=((auto, auto, torch.export.Dim.STATIC),), strict=False
+        )
+    source = exported.module(check_guards=False)
+    graph, constants, env = fx.Graph(), {}, {}
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            constants[node.target] = model.get_parameter(node.target).detach()
+            env[node] = graph.get_attr(node.target)
+        elif node.op == "output":
+            graph.output(tuple(env[n] for n in torch.utils._pytree.tree_leaves(node.args[0])))
+        elif node.target is torch.ops.aten.linear.default and node.args[1].target.split(".")[0] not in skip:
+            name = node.args[1].target.removesuffix(".weight")
+            constants[f"{name}.qweight"], constants[f"{name}.scale"] = quantize_weight(constants[f"{name}.weight"])
+            attributes = [graph.get_attr(f"{name}.{kind}") for kind in ("qweight", "scale")]
+            bias = env[node.args[2]] if len(node.args) > 2 else None
+            target = getattr(torch.ops.fxc, op).default
+            env[node] = graph.call_function(target, (env[node.args[0]], *attributes, bias))
+        elif node.op != "call_module":
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        if node in env:
+            env[node].meta = dict(node.meta)
+    return Program(graph, constants, {}, Signature([Input("x")], [], None, None))
+
+
+def timing(as_int8, as_float=1.0):
+    return lambda *size: {rows: (as_int8, as_float) for rows in (1, 16, 128)}
+
+
+int8_wins = timing(0.1)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(got, expected, tolerance):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).float().norm() <= tolerance * b.float().norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (1, 1), (3, 400), (0, 4), (2, 0)], ids=str)
+def test_eager_float32_matches_the_program(x, shape):
+    program = program_of(Block(), x)
+    lowered, _ = lower_cpu(program, "eager", measure=int8_wins, bf16=False)
+    x = torch.randn(*shape, WIDTH)
+    close(lowered(x), program.module()(x), 1e-5)
+
+
+def test_eager_bfloat16_keeps_its_dtype(x):
+    program = program_of(Block().bfloat16(), x.bfloat16())
+    lowered, _ = lower_cpu(program, "eager", measure=int8_wins)
+    close(lowered(x.bfloat16()), program.module()(x.bfloat16()), 2e-2)
+
+
+def test_weights_that_read_one_activation_share_one_product(x):
+    program = program_of(Block(), x)
+    lowered, report = lower_cpu(program, "eager", measure=int8_wins)
+    assert len([n for n in lowered.graph.nodes if n.op == "call_module"]) == 3
+    assert [c.fqn for c in report] == ["q", "k", "v", "up", "down"]
+    assert {c.op for c in report} == {"int8"} and "one product with q, k, v" in report[0].reason
+    assert [(c.out_features, c.in_features) for c in report] == [(32, 32)] * 3 + [(48, 32), (5, 48)]
+
+
+def test_the_program_is_not_changed(x):
+    program = program_of(Block(), x)
+    before, names, expected = str(program.graph), set(program.constants), program.module()(x)
+    lower_cpu(program, "eager", measure=int8_wins)
+    assert str(program.graph) == before and set(program.constants) == names
+    assert all(torch.equal(a, b) for a, b in zip(program.module()(x), expected))
+
+
+def test_a_layer_measured_slower_as_int8_is_dequantized_and_says_so(x):
+    block = Block()
+    lowered, report = lower_cpu(program_of(block, x), "eager", measure=timing(2.0), bf16=False)
+    assert all(c.op == "dequantized" and c.reason.startswith("dequantized: int8 was slower") for c in report)
+    # Without quantized activations it is the weight-only program.
+    close(lowered(x), program_of(block, x, "int8_weight_only_linear").module()(x), 1e-5)
+    assert not any(t.dtype == torch.int8 for t in lowered.state_dict().values())
+
+
+def test_a_layer_slower_for_few_rows_only_chooses_by_rows(x):
+    program = program_of(Block(), x)
+    mixed = lambda *size: {1: (2.0, 1.0), 16: (0.5, 1.0), 128: (0.1, 1.0)}  # noqa: E731
+    lowered, report = lower_cpu(program, "eager", measure=mixed, bf16=False)
+    assert {c.op for c in report} == {"int8 above M=1, float below"}
+    close(lowered(x), program.module()(x), 1e-5)
+    one = x[:1, :1].contiguous()
+    dense, _ = lower_cpu(program, "eager", measure=timing(2.0), bf16=False)
+    close(lowered(one), dense(one), 1e-6)
+
+
+def test_without_int8_instructions_everything_is_dequantized(x, monkeypatch):
+    monkeypatch.setattr(choose, "cpu_has_int8", lambda: False)
+    _, report = lower_cpu(program_of(Block(), x), "eager")
+    assert {c.op for c in report} == {"dequantized"} and "no int8 dot products" in report[0].reason
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 9), (3, 40), (0, 3)], ids=str)
+def test_weight_only_is_nearly_exact_on_both_sides_of_its_limit(x, shape):
+    program = program_of(Block(), x, "int8_weight_only_linear")
+    lowered, report = lower_cpu(program, "eager", measure=int8_wins, bf16=False)
+    assert {c.op for c in report} <= {"int8 weight-only", "dequantized"}
+    x = torch.randn(*shape, WIDTH)
+    close(lowered(x), program.module()(x), 2e-4)
+
+
+@needs_compiler
+def test_bfloat16_inside_stays_within_the_noise_of_int8(x):
+    block = Block()
+    program = program_of(block, x)
+    with torch.no_grad():
+        truth = block(x)
+    lowered, _ = lower_cpu(program, "inductor", measure=int8_wins)
+    for got, plain, true in zip(lowered(x), program.module()(x), truth):
+        noise = (plain - true).norm()
+        assert (got - true).norm() <= 1.5 * noise and got.dtype == torch.float32
+
+
+@needs_compiler
+def test_attention_over_skipped_layers_keeps_float32(x):
+    program = program_of(Block(), x, skip=("q",))
+    lowered, _ = lower_cpu(program, "inductor", measure=int8_wins)
+    attention = lowered.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+    )
+    assert all("to_dtype" not in str(argument) for node in attention for argument in node.args)
+
+
+def test_decisions_follow_the_timings():
+    assert choose.dense_limit({1: (1, 2), 16: (1, 2), 128: (1, 2)}) == 0
+    assert choose.dense_limit({1: (3, 2), 16: (1, 2), 128: (1, 2)}) == 1
+    assert choose.dense_limit({1: (1, 2), 16: (3, 2), 128: (1, 2)}) == 16
+    assert choose.dense_limit({1: (1, 2), 16: (1, 2), 128: (3, 2)}) is None
+    assert choose.dense_limit({1: (2, 2), 16: (1, 2), 128: (1, 2)}) == 1
+
+
+def test_measuring_covers_every_row_count_and_is_kept():
+    first = choose.measure(24, 16, torch.float32, True, 1)
+    assert tuple(first) == choose.ROWS and all(a > 0 and b > 0 for a, b in first.values())
+    assert choose.measure(24, 16, torch.float32, True, 1) is first
+
+
+def test_refusals(x):
+    program = program_of(Block(), x)
+    with pytest.raises(UsageError, match="backend"):
+        lower_cpu(program, "tvm")
+    program.constants = {name: t.to("meta") for name, t in program.constants.items()}
+    with pytest.raises(UsageError, match="without weights"):
+        lower_cpu(program)
+
+
+def test_inductor_without_a_compiler_says_what_to_do(x, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def missing():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(UsageError, match="backend=eager"):
+        lower_cpu(program_of(Block(), x), "inductor", measure=int8_wins)
+
+
+@needs_compiler
+def test_inductor_follows_the_program_over_changing_shapes(x):
+    program = program_of(Block(), x)
+    lowered, _ = lower_cpu(program, "inductor", measure=int8_wins, bf16=False)
+    for shape in [(2, 9), (9, 9), (3, 40), (1, 1)]:
+        x = torch.randn(*shape, WIDTH)
+        close(lowered(x), program.module()(x), 1e-4)
+    assert sum(map(len, lowered._known.values())) == 2
+
+
+@needs_compiler
+def test_inductor_weight_only(x):
+    program = program_of(nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU()), x, "int8_weight_only_linear")
+    lowered, _ = lower_cpu(program, "inductor", measure=int8_wins, bf16=False)
+    for shape in [(2, 9), (3, 40), (3, 9)]:
+        x = torch.randn(*shape, WIDTH)
+        close(lowered(x), program.module()(x), 2e-4)
+    assert sum(map(len, lowered._known.values())) == 2
