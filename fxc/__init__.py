@@ -5,10 +5,9 @@
     model = fxc.load("out")
 """
 
+import fxc.passes  # noqa: F401 - importing the passes registers them
 import fxc_kernels.grouped_linear
 import fxc_kernels.int8_linear  # noqa: F401 - importing a kernel registers its operators
-
-import fxc.passes  # noqa: F401 - importing the passes registers them
 from fxc.capture import capture
 from fxc.compiler import load, optimize
 from fxc.errors import FxcError

@@ -21,7 +21,7 @@ from fxc.cache import cache_of, tensors_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
-from fxc.ir.program import Input, Program, Signature
+from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.ir.structure import flatten, unflatten
 from fxc.legalize import legalize
 
@@ -197,7 +197,7 @@ def _call_without_cache(model: nn.Module) -> Call:
     config, name = model.config, model.main_input_name
     parameters = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"return_dict": True} if _takes(parameters, "return_dict") else {}
-    if "use_cache" in parameters or getattr(config, "use_cache", None) is not None and "input_ids" in parameters:
+    if "use_cache" in parameters or (getattr(config, "use_cache", None) is not None and "input_ids" in parameters):
         options["use_cache"] = False
 
     def example(batch: int, length: int, extra: int) -> dict[str, Tensor]:
@@ -284,8 +284,7 @@ def _call_by_example(model: nn.Module, example_inputs: Any) -> Call:
         structure = {"args": [], "kwargs": kwargs}
     else:
         args = [
-            flatten(v, flat, names, parameters[i] if i < len(parameters) else f"input{i}")
-            for i, v in enumerate(example_inputs)
+            flatten(v, flat, names, parameters[i] if i < len(parameters) else f"input{i}") for i, v in enumerate(example_inputs)
         ]
         structure = {"args": args, "kwargs": {}}
     if not flat:
@@ -307,6 +306,7 @@ def _call_by_example(model: nn.Module, example_inputs: Any) -> Call:
 
 def _export(model: nn.Module, call: Call) -> Program:
     names = list(call.inputs)
+    first_names = _first_names(model)
     call.module(*call.inputs.values())  # tells the output's structure, which tracing does not let a module keep
     try:
         exported = _trace(call)
@@ -320,7 +320,7 @@ def _export(model: nn.Module, call: Call) -> Program:
         ) from error
     graph, constants = _flatten_graph(exported.module(check_guards=False), names)
     legalize(graph)
-    canonical, aliases = _canonical_names(model, constants)
+    canonical, aliases = _canonical_names(first_names, constants)
     for node in graph.find_nodes(op="get_attr"):
         node.target = canonical[node.target]
     store = {canonical[name]: tensor.detach() for name, tensor in constants.items()}
@@ -346,9 +346,7 @@ def _trace(call: Call) -> torch.export.ExportedProgram:
     args = tuple(call.inputs.values())
     shapes = [call.dynamic[n] for n in call.inputs]
     # A variadic forward's arguments are one entry of dynamic_shapes; named ones come first.
-    named = [
-        p for p in inspect.signature(call.module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
-    ]
+    named = [p for p in inspect.signature(call.module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     dynamic = (*shapes[: len(named)], tuple(shapes[len(named) :]))
     if len(args) == len(named):
         dynamic = tuple(shapes)
@@ -444,17 +442,26 @@ def _module_of(node: fx.Node) -> str:
     return path.removeprefix("m").removeprefix(".") if path == "m" or path.startswith("m.") else path
 
 
-def _canonical_names(model: nn.Module, constants: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
-    """Every constant's name -> the first name of the same tensor in the model; and the other names of tied weights."""
-    everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}
-    for name, tensor in everything:
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        if not is_name(name):
+            raise CaptureFailed(
+                "its name has other characters than letters, digits, '_', '-' and '.'",
+                where=name,
+                hint="rename that parameter or the module that holds it",
+            )
         names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def _canonical_names(names: dict[str, str], constants: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """Every constant's name -> the first name of the same tensor; and the other names of tied weights."""
     canonical = {name: names.get(name, name) for name in constants}
     used = set(canonical.values())
-    aliases = {name: to for name, to in names.items() if name != to and to in used}
-    return canonical, aliases
+    return canonical, {name: to for name, to in names.items() if name != to and to in used}
 
 
 def _retype_constants(program: Program) -> None:
@@ -473,7 +480,7 @@ def compare(program: Program, call: Call) -> None:
         sizes = ", ".join(str(list(t.shape)) for t in inputs[:3])
         try:
             expected = call.module(*inputs)
-        except Exception:  # noqa: S112 - the model itself does not take this size, so there is nothing to compare with
+        except Exception:
             continue
         try:
             found = module(*inputs)

@@ -61,11 +61,41 @@ def optimize(
     captured = capture_source(
         model, example_inputs, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, check=verify
     )
+    return compile_captured(
+        captured,
+        parsed,
+        skip=skip,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        verify=verify,
+        budget=budget,
+        allow_noop=allow_noop,
+        dump_dir=dump_dir,
+        on_step=on_step,
+    )
+
+
+def compile_captured(
+    captured: Captured,
+    passes: Sequence[Pass],
+    *,
+    skip: Iterable[str] = (),
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    verify: bool = True,
+    budget: float = 0.2,
+    allow_noop: bool = False,
+    dump_dir: str | Path | None = None,
+    on_step: Callable[[Step, Program], None] | None = None,
+) -> CompiledModel:
+    """The second half of `optimize`, for a source that is captured already and keeps its program."""
     before = captured.program
     context = Context(skip=tuple(skip))
     program, steps = run_passes(
         before,
-        parsed,
+        passes,
         context,
         verify=verify,
         budget=budget,
@@ -84,9 +114,7 @@ def optimize(
         "coverage": round(sum(s.covered_bytes for s in steps) / max(before.nbytes(), 1), 4),
         "passes": [*captured.passes, *(s.as_json() for s in steps)],
     }
-    return compiled_model(
-        program, report, config=captured.config, files=captured.files, device=device, backend=backend
-    )
+    return compiled_model(program, report, config=captured.config, files=captured.files, device=device, backend=backend)
 
 
 class Captured:
@@ -132,9 +160,7 @@ def capture_source(
 def _capture_artifact(path: Path) -> Captured:
     read = artifact.read(path)
     report = read.manifest.get("report", {})
-    captured = Captured(
-        read.program, _config_of(path), _files_of_folder(path), {"kind": "artifact"}, read.program.nbytes()
-    )
+    captured = Captured(read.program, _config_of(path), _files_of_folder(path), {"kind": "artifact"}, read.program.nbytes())
     captured.passes = report.get("passes", [])
     captured.source = report.get("source", captured.source)
     return captured

@@ -27,6 +27,12 @@ def printable(text: object) -> str:
     return " ".join(_CONTROL.sub(" ", _ESCAPE.sub("", str(text))).split())
 
 
+def printable_lines(text: object) -> str:
+    """Like `printable` for text of many lines: line breaks, tabs and spaces stay."""
+    lines = _ESCAPE.sub("", str(text)).split("\n")
+    return "\n".join("\t".join(_CONTROL.sub(" ", part) for part in line.split("\t")) for line in lines)
+
+
 class FxcError(Exception):
     """Base of everything fxc raises on purpose.
 

@@ -13,7 +13,13 @@ from fxc.errors import CaptureFailed
 from fxc.ir.targets import name_of, refusal
 
 # Checks of what was traced, and markers without a value.
-_EFFECTS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+_EFFECTS = {
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
 # In place only in the bookkeeping of gradients.
 _IDENTITIES = {"detach_", "requires_grad_"}
 

@@ -106,6 +106,25 @@ def test_weights_that_read_one_activation_share_one_product(x):
     assert [(c.out_features, c.in_features) for c in report] == [(32, 32)] * 3 + [(48, 32), (5, 48)]
 
 
+def test_an_activation_is_applied_once(x):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.other = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+
+        def forward(self, x):
+            y = self.up(torch.sin(x))
+            return gelu(y, approximate="tanh"), torch.relu(self.other(x))
+
+    program = program_of(Gated(), x)
+    for measure in (int8_wins, lambda *size: {1: (2.0, 1.0), 16: (0.5, 1.0), 128: (0.1, 1.0)}, timing(2.0)):
+        lowered, report = lower_cpu(program, "eager", measure=measure)
+        absorbed = 0 if report[0].op == "dequantized" else 2
+        assert len([n for n in lowered.graph.nodes if n.op == "call_function" and "lu" in n.name]) == 2 - absorbed
+        close(lowered(x), program.module()(x), 1e-5 if absorbed else 0.05)
+    close(lowered(x[:1, :1]), program.module()(x[:1, :1]), 0.05)
+
+
 def test_the_program_is_not_changed(x):
     program = program_of(Block(), x)
     before, names, expected = str(program.graph), set(program.constants), program.module()(x)

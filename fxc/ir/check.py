@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxc.errors import VerificationFailed
-from fxc.ir.program import Program
+from fxc.ir.program import Program, is_name
 from fxc.ir.targets import refusal
 
 
@@ -27,7 +27,10 @@ def _problems(program: Program):
             if tensor is None:
                 yield node.target, "the graph reads a constant that is not in the store"
             elif (tensor.shape, tensor.dtype) != (tuple(node.meta["val"].shape), node.meta["val"].dtype):
-                yield node.target, f"the constant is {tensor.dtype}{list(tensor.shape)}, the graph says {node.meta['val']}"
+                yield (
+                    node.target,
+                    f"the constant is {tensor.dtype}{list(tensor.shape)}, the graph says {node.meta['val']}",
+                )
             read.add(node.target)
         elif node.op == "call_function":
             if reason := refusal(node.target):
@@ -38,6 +41,9 @@ def _problems(program: Program):
             yield str(node), "the node has no type"
     for fqn in program.constants.keys() - read:
         yield fqn, "the constant is in the store and nothing reads it"
+    for fqn in program.constants:
+        if not is_name(fqn):
+            yield fqn, "the constant has a name with other characters than letters, digits, '_', '-' and '.'"
     for alias, fqn in program.aliases.items():
         if fqn not in program.constants or alias in program.constants:
             yield alias, f"the tied name does not stand for a constant of the store ({fqn})"

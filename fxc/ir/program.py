@@ -8,11 +8,20 @@ Every value's type is in `node.meta["val"]`: a FakeTensor, a SymInt, or a tuple 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+"""Names end up in the Python code that torch.fx generates to run a graph, so that a quote or a bracket in one would be code."""
+
+
+def is_name(fqn: str) -> bool:
+    """Whether `fqn` may name a constant: dotted parts of letters, digits, _ and -, none of them an attribute of modules."""
+    return bool(_NAME.fullmatch(fqn)) and not any(hasattr(nn.Module, part) for part in fqn.split("."))
 
 
 @dataclass(frozen=True)
@@ -89,8 +98,11 @@ class Program:
             for node in program.graph.nodes:
                 node.args = _move_devices(node.args, device)
                 node.kwargs = _move_devices(node.kwargs, device)
-        root = {name: t if device is None else t.to(device) for name, t in program.constants.items()}
-        module = fx.GraphModule(root, program.graph, class_name=self.metadata.get("class", "Program"))
+        # Under a name of their own, constants cannot collide with what a GraphModule has besides.
+        for node in program.graph.find_nodes(op="get_attr"):
+            node.target = f"constants.{node.target}"
+        root = {f"constants.{name}": t if device is None else t.to(device) for name, t in program.constants.items()}
+        module = fx.GraphModule(root, program.graph, class_name="Program")
         return module.eval().requires_grad_(False)
 
     def nbytes(self) -> int:

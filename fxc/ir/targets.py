@@ -17,7 +17,17 @@ NAMESPACES = ("aten", "fxc")
 # Reads or maps a file, reads memory that the caller chose, or leaves memory uninitialised.
 FORBIDDEN = {"from_file", "as_strided", "as_strided_scatter", "_print", "_debug_has_internal_overlap"}
 # Private operators are refused unless a captured model needs them: many check their arguments less than public ones do.
-PRIVATE = {"_softmax", "_log_softmax", "_to_copy", "_grouped_mm", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__"}
+PRIVATE = {
+    "_softmax",
+    "_log_softmax",
+    "_to_copy",
+    "_grouped_mm",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__lshift__",
+    "__rshift__",
+}
 
 _FUNCTIONS = {
     **{f"operator.{f.__name__}": f for f in (

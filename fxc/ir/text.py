@@ -34,7 +34,7 @@ from torch._ops import OpOverload
 
 from fxc.errors import InputRefused
 from fxc.ir.infer import fake_constant, infer, new_symbols
-from fxc.ir.program import Input, Program, Signature
+from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.ir.targets import name_of, resolve
 
 DTYPES = {
@@ -50,10 +50,8 @@ _FORMATS = {
 }  # fmt: skip
 _FORMAT_NAMES = {f: name for name, f in _FORMATS.items()}
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+\Z")
-# torch.fx writes the names of constants into the Python source that it generates, and does not escape them.
-_PART_OF_NAME = re.compile(r"[A-Za-z0-9_+:/@ -]+\Z")
-_TAKEN_NAMES = {*dir(fx.GraphModule), *vars(nn.Module())}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+_OF_EVERY_MODULE = vars(nn.Module()).keys()  # training, _parameters, ...: attributes that no class shows
 
 
 # ---------------------------------------------------------------------------------------------------------------- print
@@ -82,8 +80,7 @@ class _Printer:
         body = [self.line(node) for node in self.number()]
         signature = program.signature
         results = ", ".join(
-            f"{json.dumps(name)} {self.names[node]}"
-            for name, node in zip(signature.outputs, program.results, strict=True)
+            f"{json.dumps(name)} {self.names[node]}" for name, node in zip(signature.outputs, program.results, strict=True)
         )
         head = [
             "fxc program 1",
@@ -175,7 +172,7 @@ def _tensor_type(dtype: torch.dtype, shape: Any) -> str:
 
 
 def _at(fqn: str) -> str:
-    return f"@{fqn}" if _PLAIN_NAME.match(fqn) else f"@{json.dumps(fqn)}"
+    return f"@{fqn}"
 
 
 def _json(value: Any) -> str:
@@ -193,13 +190,13 @@ def _comment(node: fx.Node) -> str:
 
 _STRING = r'"(?:[^"\\\x00-\x1f]|\\.)*"'
 _TOKEN = re.compile(
-    rf"\s*(?:(?P<string>{_STRING})|(?P<value>%[0-9]+)|(?P<at>@(?:[A-Za-z0-9_.]+|{_STRING}))"
+    rf"\s*(?:(?P<string>{_STRING})|(?P<value>%[0-9]+)|(?P<at>@[A-Za-z0-9_.-]+)"
     r"|(?P<number>-?(?:inf\b|nan\b|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?))|(?P<name>[A-Za-z_][A-Za-z0-9_.]*)"
     r"|(?P<mark>[\[\]\(\),=]))"
 )
 _TARGET = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _INPUT = re.compile(rf" ({_STRING})(?: default ({_STRING}))?\Z")
-_COMMENT = re.compile(rf"(?:  # (?P<fqn>[A-Za-z0-9_.]*|{_STRING}) ?(?:\((?P<by>[A-Za-z0-9_.:=-]+)\))?)?\Z")
+_COMMENT = re.compile(rf"(?:  # (?P<fqn>[A-Za-z0-9_.-]*|{_STRING}) ?(?:\((?P<by>[A-Za-z0-9_.:=-]+)\))?)?\Z")
 _DEFAULT = re.compile(r"(?:ones|zeros):(.+)\Z", re.DOTALL)
 _DEEPEST = 32  # nesting of the call and result structures; an argument nests once or twice
 _CONSTANTS = {"None": None, "True": True, "False": False, "inf": math.inf, "nan": math.nan}
@@ -356,6 +353,8 @@ class _Parser:
         fqn = _name(at)
         dtype, _, sizes = written.removesuffix("]").partition("[")
         try:
+            if not written.endswith("]"):
+                raise KeyError(written)
             shape = [_integer(s) for s in sizes.split(", ")] if sizes else []
             declared = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
         except (KeyError, TypeError, RuntimeError, OverflowError):
@@ -376,9 +375,7 @@ class _Parser:
         self.mode, symbols = new_symbols(self.hints)
         self.symbols = {f"s{i}": s for i, s in enumerate(symbols)}
         # A symbol may have been replaced by an equal one when types are compared: print each under its own name.
-        self.names = {
-            s.node.expr: sympy.Symbol(name, integer=True, positive=True) for name, s in self.symbols.items()
-        }
+        self.names = {s.node.expr: sympy.Symbol(name, integer=True, positive=True) for name, s in self.symbols.items()}
 
     def _value(self, line: str) -> None:
         if self.mode is None:
@@ -398,12 +395,12 @@ class _Parser:
     def _input(self, written: str, rest: str) -> fx.Node:
         parsed = _INPUT.match(rest)
         if not parsed:
-            raise _Bad("an input is written: input \"name\" or input \"name\" default \"...\"")
+            raise _Bad('an input is written: input "name" or input "name" default "..."')
         self.inputs.append(Input(_string(parsed[1]), parsed[2] and _string(parsed[2])))
         node = self.graph.placeholder(f"input_{len(self.inputs) - 1}")
         dtype, _, sizes = written.removesuffix("]").partition("[")
-        if dtype not in DTYPES:
-            raise _Bad(f"{dtype!r} is not a dtype")
+        if dtype not in DTYPES or not written.endswith("]"):
+            raise _Bad(f"{written[:80]!r} is not the type of an input")
         try:
             shape = [self._size(ast.parse(s, mode="eval").body) for s in sizes.split(", ")] if sizes else []
             with self.mode:
@@ -521,7 +518,7 @@ class _Parser:
             if results:
                 tokens.expect(",")
             if tokens.kind() != "string":
-                raise _Bad("what is returned is written: \"name\" %number, ...")
+                raise _Bad('what is returned is written: "name" %number, ...')
             self.outputs.append(_string(tokens.next()))
             if tokens.kind() not in ("value", "at"):
                 raise _Bad("only values can be returned")
@@ -586,10 +583,9 @@ def _string(text: str) -> str:
 
 
 def _name(at: str) -> str:
-    name = _string(at[1:]) if at.startswith('@"') else at[1:]
-    if not at.startswith("@") or not all(_PART_OF_NAME.match(p) and p not in _TAKEN_NAMES for p in name.split(".")):
+    if not at.startswith("@") or not is_name(at[1:]) or not _OF_EVERY_MODULE.isdisjoint(at[1:].split(".")):
         raise _Bad(f"{at[:80]!r} is not the name of a constant")
-    return name
+    return at[1:]
 
 
 def _prefixes(fqn: str) -> list[str]:

@@ -194,15 +194,16 @@ class _Lowering:
 
     def _eager(self, name: str, group: _Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
         qweight, scale, bias = group.qweight, group.scale, group.bias
+        absorbs = group.target is _INT8 and form != "dequantized" and dtype == torch.float32
+        activation = self._absorb_activation(group) if absorbs else None
         dense = None
         if form != "int8":
-            dense = packed.DenseLinear(choose.dequantized(qweight, scale, dtype), bias)
+            dense = packed.DenseLinear(choose.dequantized(qweight, scale, dtype), bias, activation)
         if form == "dequantized":
             module = dense
         elif group.target is _WEIGHT_ONLY:
             module = packed.ByRows(packed.SplitLinear(qweight, scale, bias), dense, limit)
         else:
-            activation = self._absorb_activation(group) if form == "int8" and dtype == torch.float32 else None
             module = packed.Int8Linear(qweight, scale, bias, activation)
             if dense is not None:
                 module = packed.ByRows(dense, module, limit)

@@ -108,15 +108,22 @@ class SplitLinear(_Rows):
 class DenseLinear(nn.Module):
     """A float linear layer. A bfloat16 weight is packed by oneDNN, which halves the time of a single row."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.activation = activation
         self.bias = None if bias is None else bias.to(weight.dtype)
         packs = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if packs else None
         self.weight = None if packs else weight
 
     def forward(self, x: Tensor) -> Tensor:
+        out = self._linear(x)
+        return out if self.activation is None else self.activation(out)
+
+    def _linear(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return nn.functional.linear(x, self.weight, self.bias)
         if x.numel() == 0:

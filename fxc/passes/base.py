@@ -114,9 +114,7 @@ def _parse_pass(text: str) -> Pass:
     name, *options = text.split(":")
     cls = Pass.registry.get(name)
     if cls is None:
-        raise UsageError(
-            f"there is no pass {name!r}", hint=f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them"
-        )
+        raise UsageError(f"there is no pass {name!r}", hint=f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -151,4 +149,3 @@ def _print_option(value: Any) -> str:
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {close[0]!r}? " if close else ""
-

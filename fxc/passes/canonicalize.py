@@ -1,8 +1,8 @@
 """One way to write each thing, so that the patterns of later passes are one node deep.
 
-    %1: f32[s0, 8] = aten.dropout(%0, 0.1, False)            ->  (gone)
-    %2: f32[s0, 8] = aten.to.dtype(%1, f32)                  ->  (gone)
-    %3: f32[s0, 4] = aten.addmm(@bias, %2, @weight)          ->  %1: f32[s0, 4] = aten.linear(%0, @weight, @bias)
+%1: f32[s0, 8] = aten.dropout(%0, 0.1, False)            ->  (gone)
+%2: f32[s0, 8] = aten.to.dtype(%1, f32)                  ->  (gone)
+%3: f32[s0, 4] = aten.addmm(@bias, %2, @weight)          ->  %1: f32[s0, 4] = aten.linear(%0, @weight, @bias)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear layers with int8 weights, and int8 activations or not.
 
-    %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
- -> %3: f32[s0, 64] = fxc.int8_linear(%2, @mlp.up.qweight, @mlp.up.scale, @mlp.up.bias)
+   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
+-> %3: f32[s0, 64] = fxc.int8_linear(%2, @mlp.up.qweight, @mlp.up.scale, @mlp.up.bias)
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Int8(Pass):
             if node.target not in (_LINEAR, _GROUPED):
                 continue
             fqn = layer_of(node)
-            if reason := context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}" or self._refusal(program, node):
+            if reason := (context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}") or self._refusal(
+                program, node
+            ):
                 result.refusals.append(Refusal(fqn, reason))
                 continue
             weight = node.args[1].target

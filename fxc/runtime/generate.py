@@ -73,9 +73,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             )
         if position_ids is None:
             position_ids = torch.arange(length, length + new, device=input_ids.device).expand(batch, -1)
-        logits, *present = self.run(
-            [input_ids, attention_mask.to(torch.int64), position_ids.expand(batch, -1), *past]
-        )
+        logits, *present = self.run([input_ids, attention_mask.to(torch.int64), position_ids.expand(batch, -1), *past])
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)

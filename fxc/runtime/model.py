@@ -73,14 +73,23 @@ class CompiledModel(nn.Module):
         result = unflatten(self.program.signature.result, outputs)
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
-    def save(self, directory: str | Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000) -> None:
-        """Write the artifact that `fxc.load` reads. All of it is written and verified, or nothing."""
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        overwrite: bool = False,
+        source: str | Path | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+    ) -> None:
+        """Write the artifact that `fxc.load` reads. All of it is written and verified, or nothing. source: the folder that
+        the model came from, which `directory` may not be."""
         artifact.save(
             self.program,
             Path(directory),
             manifest={"report": self.report},
             extra_files=self.files,
             overwrite=overwrite,
+            source=Path(source) if source is not None else None,
             max_shard_bytes=max_shard_bytes,
         )
 

@@ -1,7 +1,8 @@
 """A folder that is written as a whole or not at all.
 
-It is filled beside its target under a name of its own, synced to the disk, and renamed. A run that is killed, interrupted
-or out of disk space leaves the old folder, or none. Two writers of one target exclude each other with a lock on a file.
+It is filled beside its target under a name of its own, synced to the disk, and renamed. A run that is killed,
+interrupted or out of disk space leaves the old folder, or none. Two writers of one target exclude each other with a
+lock on a file.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def staged(
     Raises `UsageError` where `out` cannot be the target and `ResourceError` where the machine does not permit it: disk
     full, no permission, another writer.
     """
-    out = out.resolve()
-    _check_target(out, source)
     try:
+        out = out.resolve()
+        _check_target(out, source)
         out.parent.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             _recover(out)
@@ -74,6 +75,12 @@ def resource_error(error: OSError, out: Path) -> ResourceError:
     )
 
 
+def check_target(out: Path, source: Path | None = None, may_replace: Callable[[Path], str | None] | None = None) -> None:
+    """Raise the `UsageError` that `staged` would for the same arguments, before any work is done."""
+    _check_target(out.resolve(), source)
+    _check_replaceable(out.resolve(), may_replace)
+
+
 def _check_target(out: Path, source: Path | None) -> None:
     what = None
     if source is not None:
@@ -95,16 +102,12 @@ def _check_target(out: Path, source: Path | None) -> None:
 def _check_replaceable(out: Path, may_replace: Callable[[Path], str | None] | None) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
-    reason = may_replace(out) if may_replace else None
-    if may_replace is None or reason:
-        raise UsageError(
-            "the output exists and is not empty" if may_replace is None else "the output will not be replaced",
-            where=out,
-            why=reason,
-            hint="give another folder, or pass overwrite=True (--overwrite) to replace an artifact"
-            if may_replace is None
-            else "give another folder, or remove this one yourself",
-        )
+    if may_replace is None:
+        hint = "give another folder, or pass overwrite=True (--overwrite) to replace an artifact"
+        raise UsageError("the output exists and is not empty", where=out, hint=hint)
+    if reason := may_replace(out):
+        hint = "give another folder, or remove this one yourself"
+        raise UsageError("the output will not be replaced", where=out, why=reason, hint=hint)
 
 
 def _check_space(parent: Path, nbytes: int) -> None:
@@ -153,8 +156,8 @@ def _beside(out: Path, kind: str, owner: int | str | None = None) -> Path:
 
 
 def _recover(out: Path) -> None:
-    """Undo what a killed run left: put back the folder that it had moved aside, remove what it had not finished. Whoever
-    holds the lock knows that no other writer is at work here."""
+    """Undo what a killed run left: put back the folder that it had moved aside, remove what it had not finished.
+    Whoever holds the lock knows that no other writer is at work here."""
     prefix = _beside(out, "old", "").name
     for old in sorted(p for p in out.parent.iterdir() if p.name.startswith(prefix)):
         if out.exists():
@@ -190,5 +193,5 @@ def _put_in_place(folder: Path, out: Path) -> None:
             old.rename(out)
         raise
     _sync_one(out.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    # The new folder is in place and synced. What cannot be removed of the old one, the next save tries again.
+    shutil.rmtree(old, ignore_errors=True)

@@ -24,9 +24,7 @@ class Gates:
     layers: dict[str, float] = field(default_factory=dict)
 
 
-def judge(
-    step: Pass, before: Program, after: Program, result: Result, samples: list[list[Tensor]], budget: float
-) -> Gates:
+def judge(step: Pass, before: Program, after: Program, result: Result, samples: list[list[Tensor]], budget: float) -> Gates:
     """Check what `step` made of `before`. budget: the largest relative error of the outputs that a policy pass may cause.
 
     Raises `VerificationFailed` naming the pass, the gate and the node or layer.
@@ -107,7 +105,10 @@ def _within_budget(
     if worst > budget:
         layer, error = max(gates.layers.items(), key=lambda item: item[1], default=("", 0.0))
         raise _fail(
-            step, "meaning", f"the outputs differ by {worst:.3f}, the budget is {budget}; most in it: {error:.3f}", layer
+            step,
+            "meaning",
+            f"the outputs differ by {worst:.3f}, the budget is {budget}; most in it: {error:.3f}",
+            layer,
         )
     return f"ok: outputs differ by {worst:.2e} of their size, budget {budget}"
 

@@ -77,7 +77,8 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
         found.append(user)
-        if user.op == "call_function" and user.target is not aten.embedding.default and user.args[:1] == (node,):
-            if isinstance(user.meta.get("val"), Tensor) and user.meta["val"].dtype == node.meta["val"].dtype:
-                found += _readers(user)
+        passes_on = user.op == "call_function" and user.target is not aten.embedding.default and user.args[:1] == (node,)
+        value = user.meta.get("val")
+        if passes_on and isinstance(value, Tensor) and value.dtype == node.meta["val"].dtype:
+            found += _readers(user)
     return found

@@ -1,0 +1,296 @@
+"""The fxc command: parses, calls, prints. Whatever takes long to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fxc.errors import FxcError, ResourceError, UsageError, printable
+
+if TYPE_CHECKING:
+    from fxc.report.console import Output
+
+
+class Commands(TyperGroup):
+    """Turns exceptions into a text on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxcError as error:
+            _fail(error, error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except MemoryError as error:
+            _fail(ResourceError("out of memory", hint="use a machine with more memory, or a smaller --dtype"), error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            _fail(_unexpected(error), error)
+        except Exception as error:
+            # Typer's own exceptions (a wrong option, an exit code) carry what it needs to handle them.
+            if hasattr(error, "exit_code"):
+                raise
+            if type(error).__name__ == "OutOfMemoryError":
+                _fail(ResourceError("the device is out of memory", why=str(error).partition(".")[0]), error)
+            _fail(_unexpected(error), error)
+
+
+def _fail(shown: FxcError, cause: BaseException) -> None:
+    from fxc.report.console import show_error
+
+    if os.environ.get("FXC_TRACE"):
+        import traceback
+
+        traceback.print_exception(cause, file=sys.stderr)
+    show_error(shown)
+    raise typer.Exit(shown.exit_code) from None
+
+
+def _unexpected(error: Exception) -> FxcError:
+    return FxcError(
+        f"{type(error).__name__}: {printable(error)[:500]}",
+        hint="this is a fault of fxc: run the command again with FXC_TRACE=1 for the trace, and report it",
+    )
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a model smaller and faster, and measure what it costs.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fxc {version('fxc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if not os.environ.get("FXC_DEBUG"):
+        # transformers reads its variable when it is imported, which no command has done yet.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.filterwarnings("ignore")
+
+
+@app.command("compile")
+def compile_(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    passes: Annotated[
+        str | None, typer.Option(help="What to do, as in int8:mode=weight_only; int8 by default.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Text for the passes that learn from data.")] = None,
+    eval_text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text before and after.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    budget: Annotated[
+        float, typer.Option(help="The largest relative error of the outputs that a pass may cause.")
+    ] = 0.2,
+    min_coverage: Annotated[float, typer.Option(help="Fail when less of the weight bytes is rewritten, 0 to 1.")] = 0.0,
+    allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    dump_dir: Annotated[
+        Path | None, typer.Option(help="Write the program's text after each pass to this folder.")
+    ] = None,
+    print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
+    verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and write it as an artifact."""
+    from fxc.commands import CompileRequest, compile_model
+
+    request = CompileRequest(
+        model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
+        trust_remote_code, budget, min_coverage, allow_noop, overwrite, dump_dir, tuple(print_after or ()), verify,
+    )  # fmt: skip
+    with _output(as_json) as output:
+        compile_model(request, output)
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Argument(help="An artifact.")],
+    prompt: Annotated[str | None, typer.Option(help="A text to continue, greedily.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 64,
+    text: Annotated[str | None, typer.Option(help="A text to encode or to classify.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a compiled model on one input."""
+    from fxc.commands import run_model
+
+    if (prompt is None) == (text is None and image is None):
+        raise UsageError(
+            "give --prompt, or else --text or --image or both", hint="--prompt is for models that generate"
+        )
+    with _output(as_json) as output:
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, _device(device))
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Measure agreement with this model too, usually the original.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text, and with --against how near two models are."""
+    from fxc.commands import EvalRequest, evaluate
+
+    request = EvalRequest(
+        model, text, against, window, windows, backend, _device(device), dtype or "auto", revision, trust_remote_code
+    )
+    with _output(as_json) as output:
+        evaluate(request, output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List every layer, not only the largest.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of: operators, bytes by kind and by layer, its program."""
+    from fxc.commands import inspect_model
+
+    with _output(as_json) as output:
+        inspect_model(output, model, text, every, revision, trust_remote_code)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show how two programs differ, and in how many bytes."""
+    from fxc.commands import diff_models
+
+    with _output(as_json) as output:
+        diff_models(output, a, b, trust_remote_code)
+
+
+@app.command()
+def passes(
+    explain: Annotated[str | None, typer.Option(help="Order these passes and say why, as in int8,prune.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or explain the order in which some would run."""
+    from fxc.commands import explain_passes, list_passes
+
+    with _output(as_json) as output:
+        list_passes(output) if explain is None else explain_passes(output, explain)
+
+
+@bench.command("model")
+def bench_model(
+    models: Annotated[
+        list[str], typer.Argument(help="Models and artifacts; the first is what the others are compared with.")
+    ],
+    batch: Annotated[str, typer.Option(help="Batch sizes, as in 1,8.")] = "1",
+    seq: Annotated[str, typer.Option(help="Lengths of prompts or sequences, as in 32,128.")] = "128",
+    new: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch.")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure latency of several models in one process, in turns."""
+    from fxc.commands import bench_models
+
+    sizes = _sizes("--batch", batch), _sizes("--seq", seq)
+    with _output(as_json) as output:
+        bench_models(output, models, *sizes, new, rounds, threads, backend, _device(device), dtype or "auto")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run, and why not."""
+    from fxc.commands import examine_machine
+
+    with _output(as_json) as output:
+        examine_machine(output)
+
+
+def _output(as_json: bool) -> Output:
+    from fxc.report.console import Output
+
+    return Output(as_json)
+
+
+def _device(name: str | None) -> str | None:
+    """`name` if torch knows such a device and this machine has it."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}", where="--device", hint="cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"fxc does not run on {device.type}", where="--device", hint="cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"this machine has no {name} that torch can use", where="--device", hint="'fxc doctor' says why"
+        )
+    return name
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{text!r} is not a list of sizes", where=option, hint="as in 1,8,32")
+    return [int(part) for part in parts]

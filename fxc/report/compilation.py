@@ -1,0 +1,101 @@
+"""The tables that `fxc compile` prints."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from fxc.report.console import Output, ratio, size
+
+LOW_COVERAGE = 0.5
+_WORST = 5
+
+
+def show(
+    output: Output,
+    report: dict[str, Any],
+    kinds: tuple[dict[str, int], dict[str, int]],
+    disk: tuple[int, int],
+    memory: tuple[int, int],
+) -> None:
+    """Print the report of a compilation. kinds, disk, memory: (before, after)."""
+    rows = [
+        ("size on disk", size(disk[0]), size(disk[1]), ratio(disk[1], disk[0])),
+        ("weights in memory", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
+        _row("parameters", report["parameters_before"], report["parameters_after"], "{:,}"),
+    ]
+    if losses := report.get("perplexity"):
+        rows.append(_row("perplexity", losses["before"], losses["after"], "{:.3f}"))
+    output.table("before and after", ["", ">before", ">after", ">ratio"], rows)
+    if losses:
+        output.line(
+            f"perplexity changed by {losses['change']:+.2%} ± {losses['standard_error']:.2%} (one standard error)"
+        )
+    names = sorted({*kinds[0], *kinds[1]}, key=lambda name: -max(kinds[0].get(name, 0), kinds[1].get(name, 0)))
+    output.table(
+        "bytes by kind",
+        ["kind", ">before", ">after"],
+        [(k, *(size(s[k]) if k in s else "-" for s in kinds)) for k in names],
+    )
+    passes = [
+        (
+            p["name"],
+            f"{p['changed']:,}",
+            f"{p['seconds']:.2f}",
+            _gates(p["gates"]),
+            p["gates"].get("meaning", "not run"),
+        )
+        for p in report["passes"]
+    ]
+    output.table("passes", ["pass", ">changed", ">seconds", "gates", "meaning"], passes)
+    skipped = [row for p in report["passes"] for row in _refusals(p)]
+    output.table("left alone", ["pass", ">layers", "why", "which"], skipped)
+    errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
+    output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
+    output.line(coverage_text(report))
+
+
+def coverage_text(report: dict[str, Any]) -> str:
+    refused = sum(len(p["refusals"]) for p in report["passes"])
+    return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {refused} layers were left alone"
+
+
+def why_so_little(report: dict[str, Any]) -> str:
+    """The reasons for which layers were left alone, or that there were few layers to rewrite."""
+    rows = [row for p in report["passes"] for row in _refusals(p)]
+    named = "; ".join(f"{count} layers: {reason} ({which})" for _, count, reason, which in rows[:5])
+    return named or "most of the bytes are not in layers that the passes rewrite"
+
+
+def as_json(report: dict[str, Any], out: str) -> dict[str, Any]:
+    """The object of `fxc compile --json`."""
+    keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
+    extra = {"perplexity": report["perplexity"]} if "perplexity" in report else {}
+    return (
+        {key: report[key] for key in keys}
+        | {"gates": {p["name"]: p["gates"] for p in report["passes"]}, "out": out}
+        | extra
+    )
+
+
+def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
+    return name, form.format(before), form.format(after), ratio(after, before)
+
+
+def _gates(gates: dict[str, str]) -> str:
+    if not gates:
+        return "not run"
+    passed = sum(outcome.startswith("ok") for outcome in gates.values())
+    return f"{passed} of {len(gates)} ok"
+
+
+def _refusals(step: dict[str, Any]) -> list[tuple[str, int, str, str]]:
+    """One row for each reason, with the first few layers that it holds for."""
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for refusal in step["refusals"]:
+        by_reason[refusal["reason"]].append(refusal["fqn"])
+    rows = []
+    for reason, fqns in by_reason.items():
+        more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
+        rows.append((step["name"], len(fqns), reason, ", ".join(fqns[:3]) + more))
+    return rows

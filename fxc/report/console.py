@@ -1,0 +1,134 @@
+"""What commands print: tables and progress on a terminal, plain lines elsewhere, one JSON object with --json.
+
+Results go to stdout, progress and warnings to stderr. Names that come from a model are untrusted: every cell and line is
+cleaned of control characters and taken as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from fxc.errors import FxcError, printable, printable_lines
+
+T = TypeVar("T")
+
+
+class Output:
+    """One command's output. In JSON mode `table` and `line` write nothing, and whatever else prints goes to stderr.
+
+    Use as a context manager, so that stray prints are caught for as long as the command runs.
+    """
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+        self._stdout = sys.stdout
+        self.out = Console(file=self._stdout, highlight=False, soft_wrap=True)
+        self.err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._redirect: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+    def __enter__(self) -> Output:
+        if self.as_json:
+            self._redirect = contextlib.redirect_stdout(sys.stderr)
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._redirect.__exit__(*exception)
+
+    def line(self, text: object = "") -> None:
+        if not self.as_json:
+            self.out.print(Text(printable_lines(text)))
+
+    def block(self, text: str) -> None:
+        """Many lines, written as they are but for control characters."""
+        if not self.as_json:
+            self._stdout.write(printable_lines(text) + "\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """A column is right-aligned when its heading starts with '>'."""
+        cells = [[printable(cell) for cell in row] for row in rows]
+        if self.as_json or not cells:
+            return
+        names, right = [c.removeprefix(">") for c in columns], [c.startswith(">") for c in columns]
+        if self.out.is_terminal:
+            table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+            for name, is_right in zip(names, right, strict=True):
+                table.add_column(Text(name), justify="right" if is_right else "left", overflow="fold")
+            for row in cells:
+                table.add_row(*map(Text, row))
+            self.out.print(table, soft_wrap=False)
+            return
+        widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
+        self.out.print(Text(title))
+        for row in [names, *cells]:
+            padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)]
+            self.out.print(Text("  " + "  ".join(padded).rstrip()))
+
+    def json(self, value: Any) -> None:
+        """The result of the command, for --json. NaN and infinities, which JSON does not have, become null."""
+        if self.as_json:
+            self._stdout.write(json.dumps(_finite(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n")
+
+    def note(self, text: object) -> None:
+        self.err.print(Text(printable(text)))
+
+    def note_block(self, text: str) -> None:
+        print(printable_lines(text), file=sys.stderr)
+
+    def warn(self, text: object) -> None:
+        self.err.print(Text(f"warning: {printable(text)}", style="yellow"))
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what is being done for as long as it is: a spinner on a terminal, one line elsewhere."""
+        if self.err.is_terminal:
+            with self.err.status(Text(printable(what))):
+                yield
+        else:
+            self.note(f"{what} ...")
+            yield
+
+    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
+        """The items, with a progress bar on a terminal."""
+        if not self.err.is_terminal:
+            self.note(f"{what} ...")
+            yield from items
+            return
+        with Progress(console=self.err, transient=True) as progress:
+            yield from progress.track(items, description=printable(what).replace("[", "\\["))
+
+
+def show_error(error: FxcError) -> None:
+    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(Text(str(error), style="red"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people write them, in powers of ten: 1234567 -> "1.23 MB"."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def ratio(after: float, before: float) -> str:
+    return f"x{after / before:.3f}" if before else "-"

@@ -1,0 +1,147 @@
+"""What this machine can run, and where it cannot, why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fxc.errors import UsageError
+from fxc.lower.inductor import require_compiler
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "triton",
+    "numpy",
+    "networkx",
+    "typer",
+    "rich",
+    "pillow",
+)
+_OPTIONAL = {"pillow": "only for --image", "triton": "only for CUDA"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """ok: True, False, or None for a fact that is neither good nor bad. note: why not, or what follows from it."""
+
+    group: str
+    name: str
+    value: str
+    ok: bool | None = None
+    note: str = ""
+
+
+def examine(folder: Path = Path(".")) -> list[Finding]:
+    """All there is to know. folder: where output would go, for its free space."""
+    return [*_software(), *_processor(), *_cuda(), *_compiler(), *_space(folder)]
+
+
+def _software() -> list[Finding]:
+    found = [Finding("software", "python", f"{platform.python_version()} ({sys.executable})")]
+    for name in ("fxc", *PACKAGES):
+        try:
+            found.append(Finding("software", name, importlib.metadata.version(name), True))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(
+                Finding("software", name, "missing", None if name in _OPTIONAL else False, _OPTIONAL.get(name, ""))
+            )
+    return found
+
+
+def _processor() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    has = torch.cpu
+    features = {
+        "avx512": has._is_avx512_supported(),
+        "avx512_bf16": has._is_avx512_bf16_supported(),
+        "vnni": has._is_vnni_supported(),
+        "amx": has._is_amx_tile_supported(),
+    }
+    onednn = torch.backends.mkldnn.is_available()
+    found = [
+        Finding(
+            "cpu",
+            "model",
+            f"{_cpu_name()}, {cores} cores for this process, torch uses {torch.get_num_threads()} threads",
+        ),
+        Finding("cpu", "memory", _memory()),
+        *(Finding("cpu", name, "yes" if there else "no", there) for name, there in features.items()),
+        Finding(
+            "cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"
+        ),
+    ]
+    return [*found, _int8_path(features, onednn)]
+
+
+def _int8_path(features: dict[str, bool], onednn: bool) -> Finding:
+    if not onednn:
+        return Finding(
+            "cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch"
+        )
+    if not features["vnni"]:
+        why = "this CPU has no int8 dot products (AVX512-VNNI or AMX): files are smaller, speed is that of the float model"
+        return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, why)
+    how = "AMX" if features["amx"] else "AVX512-VNNI"
+    note = "a layer that is slower so, measured when a model is loaded, runs dequantized"
+    return Finding("cpu", "int8 layers", f"oneDNN int8 products with {how}", True, note)
+
+
+def _cuda() -> list[Finding]:
+    if torch.cuda.is_available():
+        return [
+            Finding("cuda", f"device {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}", True)
+            for i, p in ((i, torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count()))
+        ]
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    elif not Path("/proc/driver/nvidia/version").exists():
+        why = "there is no NVIDIA driver on this machine"
+    else:
+        why = f"the driver is there, and torch (CUDA {torch.version.cuda}) finds no device it can use: nvidia-smi says more"
+    return [Finding("cuda", "device", "none", None, why)]
+
+
+def _compiler() -> list[Finding]:
+    try:
+        require_compiler()
+    except UsageError as error:
+        return [Finding("inductor", "C++ compiler", "none", False, f"the backend inductor cannot run: {error.hint}")]
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    return [Finding("inductor", "C++ compiler", get_cpp_compiler(), True)]
+
+
+def _space(folder: Path) -> list[Finding]:
+    found = []
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    for name, place in (("here", folder), ("hugging face cache", cache)):
+        existing = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        found.append(Finding("disk", name, f"{free / 1e9:.1f} GB free ({place.absolute()})", free > 1e9))
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (ValueError, OSError, AttributeError):
+        return "unknown"

@@ -1,0 +1,107 @@
+"""Where the bytes of a program are: by kind of weight, by layer, on disk."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import fx
+
+from fxc.ir.program import Program
+from fxc.ir.targets import name_of
+
+# Operator -> what its weight is called here. Others with a weight are named by the operator itself.
+_KINDS = {
+    "aten.embedding": "embedding",
+    "aten.linear": "linear", "aten.addmm": "linear", "aten.mm": "linear", "aten.matmul": "linear",
+    "fxc.grouped_linear": "experts", "fxc.grouped_mm": "experts", "aten._grouped_mm": "experts",
+    "fxc.int8_linear": "int8 linear", "fxc.int8_weight_only_linear": "int8 linear",
+    "fxc.int8_grouped_linear": "int8 experts",
+    "aten.layer_norm": "norm", "aten.batch_norm": "norm", "aten.group_norm": "norm",
+    "aten._native_batch_norm_legit_no_training": "norm", "aten.rms_norm": "norm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The constants of one module. kind: of the largest of them; dtypes: all of theirs."""
+
+    name: str
+    kind: str
+    dtypes: str
+    parameters: int
+    nbytes: int
+
+
+def kinds_of(program: Program) -> dict[str, str]:
+    """FQN of each constant -> its kind: embedding, linear, int8 linear, scale, norm, bias, convolution, ..."""
+    readers: defaultdict[str, set[str]] = defaultdict(set)
+    for node in program.graph.nodes:
+        for argument in node.all_input_nodes if node.op == "call_function" else ():
+            if argument.op == "get_attr":
+                readers[argument.target].add(_kind_of_operator(node))
+    return {fqn: _kind(program, fqn, readers[fqn]) for fqn in program.constants}
+
+
+def _kind_of_operator(node: fx.Node) -> str:
+    name = ".".join(name_of(node.target).split(".")[:2])
+    return "convolution" if "conv" in name else _KINDS.get(name, "other")
+
+
+def _kind(program: Program, fqn: str, readers: set[str]) -> str:
+    if {"embedding", "linear"} <= readers:
+        return "embedding, tied to a linear"
+    if fqn.endswith(".scale"):
+        return "scales"
+    if program.constants[fqn].ndim < 2:
+        return "norm" if "norm" in readers or "norm" in fqn.lower() else "bias and other vectors"
+    return min(readers, default="other", key=lambda kind: (kind == "other", kind))
+
+
+def bytes_by_kind(program: Program) -> dict[str, int]:
+    """Kind -> bytes, the largest first; a tied weight counts once."""
+    total: Counter[str] = Counter()
+    for fqn, kind in kinds_of(program).items():
+        total[kind] += _nbytes(program, fqn)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def layers(program: Program) -> list[Layer]:
+    """The modules that have constants, the largest first."""
+    kinds = kinds_of(program)
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for fqn in program.constants:
+        members[fqn.rpartition(".")[0] or fqn].append(fqn)
+    found = []
+    for name, fqns in members.items():
+        largest = max(fqns, key=lambda fqn: _nbytes(program, fqn))
+        dtypes = sorted({str(program.constants[f].dtype).removeprefix("torch.") for f in fqns})
+        numbers = sum(program.constants[f].numel() for f in fqns)
+        found.append(Layer(name, kinds[largest], ", ".join(dtypes), numbers, sum(_nbytes(program, f) for f in fqns)))
+    return sorted(found, key=lambda layer: (-layer.nbytes, layer.name))
+
+
+def operators(program: Program) -> dict[str, int]:
+    """Operator -> how often it is called, the most frequent first."""
+    counts = Counter(name_of(n.target) for n in program.graph.nodes if n.op == "call_function")
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of what makes the model run: weights, program, manifest, configuration. Tokenizers are the same before and
+    after, and are left out."""
+    names = (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "program.fxc",
+        "fxc.json",
+        "config.json",
+        "pytorch_model*.bin",
+    )
+    return sum(path.stat().st_size for name in names for path in folder.glob(name))
+
+
+def _nbytes(program: Program, fqn: str) -> int:
+    tensor = program.constants[fqn]
+    return tensor.numel() * tensor.element_size()
