@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import fxc.schemes  # noqa: F401 - what is captured may become its operators
 from fxc.cache import cache_of, tensors_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.ir.edit import sweep

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 
 from fxc.errors import CaptureFailed
 from fxc.ir.targets import name_of, refusal
+from fxc.schemes import ops
 
 # Checks of what was traced, and markers without a value.
 _EFFECTS = {
@@ -24,13 +25,11 @@ _EFFECTS = {
 _IDENTITIES = {"detach_", "requires_grad_"}
 
 
-def _foreign() -> dict[str, OpOverload]:
-    return {"transformers::grouped_mm_fallback": torch.ops.fxc.grouped_mm.default}
+_FOREIGN = {"transformers::grouped_mm_fallback": ops.GROUPED_MM}
 
 
 def legalize(graph: fx.Graph) -> None:
     """Rewrite `graph` in place. Raises `CaptureFailed`, naming the operator and the module, for what cannot be made pure."""
-    foreign = _foreign()
     for node in list(graph.nodes):
         if not isinstance(node.target, OpOverload):
             continue
@@ -41,8 +40,8 @@ def legalize(graph: fx.Graph) -> None:
         elif short in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif schema.name in foreign:
-            node.target = foreign[schema.name]
+        elif schema.name in _FOREIGN:
+            node.target = _FOREIGN[schema.name]
         elif schema.is_mutable:
             _make_functional(graph, node)
     for node in graph.nodes:

@@ -1,5 +1,6 @@
 """The benchmark's measuring and its tables, on toys. No time is asserted: the clock is the test's own."""
 
+import json
 import sys
 
 import pytest
@@ -85,7 +86,7 @@ class Toy:
         return threads
 
     def inputs(self, bench, size):
-        return torch.tensor([[1.0, float(size)]])
+        return torch.tensor([[1.0, float(size[0])]])
 
     def call(self, model, inputs, size):
         return Call(lambda _: model(inputs))
@@ -174,3 +175,40 @@ def test_texts_are_sentences_and_calibration_has_none_of_the_measured_ones():
     assert len(measured[0].split()) > 100, "the first row fills 128 tokens"
     with pytest.raises(ValueError, match="too few"):
         text.texts(10_000)
+
+
+def run_main(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["models", *arguments])
+    monkeypatch.setattr(models, "quiet", lambda: None)
+    monkeypatch.setattr(models, "Encoder", lambda sizes: Toy(TOYS, tuple(sizes)))
+    monkeypatch.setattr(models, "Decoder", lambda: Toy([]))
+    monkeypatch.setattr(models, "interleave", lambda calls, *_: {name: Timing([1.0]) for name in calls})
+    return models.main()
+
+
+def test_the_program_prints_a_table_and_writes_json_and_markdown(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "run.json"
+    assert run_main(monkeypatch, "--only", "same", "--sizes", "1x1", "--json", str(out)) == 0
+    report = json.loads(out.read_text())
+    assert report["workloads"][0]["rows"]["same"]["1x1"]["speedup"] == 1.0
+    assert report["protocol"]["rounds"] == 5
+    assert out.with_suffix(".md").read_text() == table.markdown(report)
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_a_fault_of_ours_is_the_exit_status_and_a_partial_run_leaves_the_results_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "RESULTS", tmp_path)
+    assert run_main(monkeypatch, "--only", "broken") == 1
+    assert run_main(monkeypatch, "--only", "nothing*") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert run_main(monkeypatch) == 1
+    assert len(list(tmp_path.glob("models-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--sizes", "8by128"], ["--sizes", "0x4"], ["--rounds", "0"], ["--threads", "0"]]
+)
+def test_bad_options_are_refused(monkeypatch, arguments):
+    with pytest.raises(SystemExit) as exit:
+        run_main(monkeypatch, *arguments)
+    assert exit.value.code == 2

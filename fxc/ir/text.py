@@ -22,9 +22,12 @@ from __future__ import annotations
 import ast
 import json
 import keyword
+import logging
 import math
 import operator
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -213,10 +216,11 @@ def parse_program(text: str, constants: dict[str, Tensor] | None = None) -> Prog
     if lines and lines[-1] == "":
         lines.pop()
     try:
-        for line in lines:
-            parser.number += 1
-            parser.read(line)
-        return parser.finish()
+        with _without_tracebacks():
+            for line in lines:
+                parser.number += 1
+                parser.read(line)
+            return parser.finish()
     except _Bad as bad:
         raise InputRefused(
             str(bad),
@@ -224,6 +228,18 @@ def parse_program(text: str, constants: dict[str, Tensor] | None = None) -> Prog
             why=lines[parser.number - 1][:160] if lines else "the text is empty",
             hint="the text was damaged or written by another version of fxc: compile the model again",
         ) from None
+
+
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """torch logs a traceback for a call whose type it cannot infer, besides raising; here that is a refused line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Bad(Exception):

@@ -24,8 +24,16 @@ def pack_int8(qweight: Tensor) -> Tensor:
 
 
 def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, dtype=torch.float32) -> Tensor:
-    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned in `dtype` [M, N]."""
-    return torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], "")
+    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned in `dtype` [M, N].
+
+    A single row goes through as two: for M == 1 and some sizes (every layer with N == 256) oneDNN 3.12 falls back to its
+    reference code, which is 100 to 1000 times slower.
+    """
+    count = q.shape[0]
+    if count == 1:
+        q = torch.cat([q, q])
+    out = torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], "")
+    return out[:1] if count == 1 else out
 
 
 def _row_scales(rows: Tensor) -> Tensor:
@@ -108,9 +116,7 @@ class SplitLinear(_Rows):
 class DenseLinear(nn.Module):
     """A float linear layer. A bfloat16 weight is packed by oneDNN, which halves the time of a single row."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.activation = activation

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import SPLIT, SPLIT_ROWS, pack_int8
+from fxc.lower.packed import SPLIT, SPLIT_ROWS, int8_product, pack_int8
 from fxc_kernels.int8_linear import quantize_rows
 
 # Each specialization of a compiled program folds its own constants; they all share one packed copy of a weight.
@@ -37,8 +37,7 @@ torch.library.register_fake("fxc_cpu::pack_int8", lambda qweight: qweight.new_em
 
 def _product(q: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
     packed = torch.ops.fxc_cpu.pack_int8(qweight)
-    out = torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], "")
-    return out.float()
+    return int8_product(q, packed, scale, zero_point, dtype).float()
 
 
 def _finish(out: Tensor, row_scale: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

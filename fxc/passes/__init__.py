@@ -3,5 +3,7 @@
 import importlib
 import pkgutil
 
+import fxc.schemes  # noqa: F401 - the passes name its operators
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

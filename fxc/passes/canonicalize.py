@@ -19,6 +19,7 @@ from fxc.ir.edit import call, insert, read, replace, sweep, type_of
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import CANONICAL
+from fxc.schemes import ops
 
 aten = torch.ops.aten
 _END = 2**62  # slices to the end are written with a bound above every size
@@ -165,7 +166,7 @@ def _grouped_to_linear(program: Program, node: fx.Node) -> bool:
     x, weight, offsets = node.args
     if weight.target is not aten.transpose.int or {d % 3 for d in weight.args[1:]} != {1, 2}:
         return False
-    call(program, torch.ops.fxc.grouped_linear.default, (x, weight.args[0], offsets), replacing=node, by="canonicalize")
+    call(program, ops.GROUPED_LINEAR, (x, weight.args[0], offsets), replacing=node, by="canonicalize")
     return True
 
 
@@ -207,5 +208,5 @@ _RULES: dict[Any, tuple[Callable[[Program, fx.Node], bool], ...]] = {
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), (_drop_neutral,)),
     **dict.fromkeys((aten.mm.default, aten.matmul.default, aten.addmm.default), (_product_to_linear,)),
     aten.linear.default: (_linear_of_flat_rows,),
-    torch.ops.fxc.grouped_mm.default: (_grouped_to_linear,),
+    ops.GROUPED_MM: (_grouped_to_linear,),
 }

@@ -17,9 +17,10 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
 from fxc.schemes import int8 as scheme
+from fxc.schemes import ops
 
 _LINEAR = torch.ops.aten.linear.default
-_GROUPED = torch.ops.fxc.grouped_linear.default
+_GROUPED = ops.GROUPED_LINEAR
 MIN_OUTPUTS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,15 +87,15 @@ class Int8(Pass):
         if node.target is _GROUPED:
             call(
                 program,
-                torch.ops.fxc.int8_grouped_linear.default,
+                ops.INT8_GROUPED_LINEAR,
                 (node.args[0], *arguments, node.args[2]),
                 replacing=node,
                 by=self.name,
             )
             return
-        operator = torch.ops.fxc.int8_linear if self.mode == "dynamic" else torch.ops.fxc.int8_weight_only_linear
+        operator = ops.INT8_LINEAR if self.mode == "dynamic" else ops.INT8_WEIGHT_ONLY_LINEAR
         bias = node.args[2] if len(node.args) > 2 else None
-        call(program, operator.default, (node.args[0], *arguments, bias), replacing=node, by=self.name)
+        call(program, operator, (node.args[0], *arguments, bias), replacing=node, by=self.name)
 
 
 def layer_of(node: fx.Node) -> str:

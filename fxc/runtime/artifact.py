@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+import fxc.schemes  # noqa: F401 - programs name its operators
 from fxc.checkpoint import SAFE_INDEX, check_shard, index_files
 from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFailed
 from fxc.ir.check import check
