@@ -1,4 +1,4 @@
-"""Latency of several models in one process: their calls take turns, so that noise of the machine hits all of them alike."""
+"""Latency of several models in one process: their calls take turns, so that noise of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -58,11 +58,9 @@ class Row:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def contenders(
-    source: str, *, backend: str = "eager", device: str | None = None, dtype: str = "auto"
-) -> list[Contender]:
-    """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and, with
-    a backend that compiles, also uncompressed through that backend, so that compression is not credited with it."""
+def contenders(source: str, *, backend: str = "eager", device: str | None = None, dtype: str = "auto") -> list[Contender]:
+    """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and,
+    with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it."""
     name = Path(source).name if Path(source).is_dir() else source
     if kind_of(source) == "artifact":
         model = load(source, device=device, backend=backend)
@@ -87,7 +85,7 @@ def race(
     device: str | None = None,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> list[Row]:
-    """Time every contender at every size: in each round each is called in turn, and every other round turns the other way.
+    """Time every contender at every size: in each round each is called in turn, every other round in reverse.
 
     new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the contenders do
     not take the same inputs or the sizes are not ones that a model takes.
@@ -99,11 +97,11 @@ def race(
             raise UsageError(f"{entry.name} and {first.name} do not take the same inputs", why=f"{b} and {a}")
     if min([*batches, *lengths, new, rounds]) < 1:
         raise UsageError("sizes, tokens and rounds must be at least 1")
-    sequences = any(not isinstance(n, int) for p in first.program.placeholders for n in p.meta["val"].shape[1:])
+    sequences = any(_is_sequence(p.meta["val"]) for p in first.program.placeholders)
     rows, calls = [], []
     for batch in batches:
         for seq in lengths if sequences else [None]:
-            tensors = _inputs(first, batch, seq, device)
+            tensors = _inputs(first, batch, seq, new, device)
             for entry in entries:
                 rows.append(Row(entry, batch, seq))
                 calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
@@ -119,22 +117,30 @@ def race(
     return rows
 
 
-def _inputs(entry: Contender, batch: int, seq: int | None, device: str | None) -> list[Tensor]:
+def _inputs(entry: Contender, batch: int, seq: int | None, new: int, device: str | None) -> list[Tensor]:
     """Flat inputs of the wanted size, the program's samples cut or repeated along their dynamic dimensions."""
     config = getattr(entry.model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
-    if seq and longest and seq > longest:
-        raise UsageError(f"{entry.name} takes at most {longest} tokens, not {seq}", hint="--seq N")
+    total = (seq or 0) + (new if entry.is_causal else 0)
+    if longest and total > longest:
+        raise UsageError(f"{entry.name} takes at most {longest} tokens, not {total}", hint="--seq N, --new N")
     tensors = []
     for node, tensor in zip(entry.program.placeholders, samples(entry.program)[0], strict=True):
-        for dimension, declared in enumerate(node.meta["val"].shape):
-            if not isinstance(declared, int):
-                size = batch if dimension == 0 else seq
+        declared_as = node.meta["val"]
+        for dimension, declared in enumerate(declared_as.shape):
+            is_sequence = dimension > 0 and _is_sequence(declared_as)
+            if not isinstance(declared, int) and (dimension == 0 or is_sequence):
+                size = seq if is_sequence else batch
                 tensor = tensor.index_select(dimension, torch.arange(size) % max(tensor.shape[dimension], 1))
         tensors.append(tensor.to(device or "cpu"))
         if entry.is_causal:
             break
     return tensors
+
+
+def _is_sequence(tensor: Tensor) -> bool:
+    """Whether the dimensions after the first are lengths: of tokens and masks, and not of images and features."""
+    return not tensor.is_floating_point() and any(not isinstance(n, int) for n in tensor.shape[1:])
 
 
 def _now(tensor: Tensor) -> float:
@@ -160,7 +166,7 @@ def _forward(entry: Contender, tensors: list[Tensor]) -> Callable[[], dict[str, 
 
 
 def _decoder(entry: Contender, ids: Tensor, new: int) -> Callable[[], dict[str, float]]:
-    """Prefill of the prompt, and the mean over `new` tokens decoded after it, each the same token for every contender."""
+    """Prefill of the prompt, and the mean over `new` tokens decoded after it: the same tokens for every contender."""
     batch, length = ids.shape
     mask = torch.ones(batch, length + new, dtype=torch.int64, device=ids.device)
 

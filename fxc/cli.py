@@ -90,9 +90,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     if not os.environ.get("FXC_DEBUG"):
         # transformers reads its variable when it is imported, which no command has done yet.
@@ -103,13 +101,9 @@ def main(
 
 @app.command("compile")
 def compile_(
-    model: Annotated[
-        str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")
-    ],
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    passes: Annotated[
-        str | None, typer.Option(help="What to do, as in int8:mode=weight_only; int8 by default.")
-    ] = None,
+    passes: Annotated[str | None, typer.Option(help="What to do, as in int8:mode=weight_only; int8 by default.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Text for the passes that learn from data.")] = None,
@@ -118,21 +112,17 @@ def compile_(
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    budget: Annotated[
-        float, typer.Option(help="The largest relative error of the outputs that a pass may cause.")
-    ] = 0.2,
+    budget: Annotated[float, typer.Option(help="The largest relative error of the outputs that a pass may cause.")] = 0.2,
     min_coverage: Annotated[float, typer.Option(help="Fail when less of the weight bytes is rewritten, 0 to 1.")] = 0.0,
     allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
-    dump_dir: Annotated[
-        Path | None, typer.Option(help="Write the program's text after each pass to this folder.")
-    ] = None,
+    dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
     verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
-    from fxc.commands import CompileRequest, compile_model
+    from fxc.commands.compile import CompileRequest, compile_model
 
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
@@ -154,12 +144,10 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
-    from fxc.commands import run_model
+    from fxc.commands.run import run_model
 
     if (prompt is None) == (text is None and image is None):
-        raise UsageError(
-            "give --prompt, or else --text or --image or both", hint="--prompt is for models that generate"
-        )
+        raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
     with _output(as_json) as output:
         run_model(output, out, prompt, max_new_tokens, text, image, backend, _device(device))
 
@@ -168,9 +156,7 @@ def run(
 def eval_(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Measure agreement with this model too, usually the original.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Measure agreement with this model too, usually the original.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
     backend: Backend = "eager",
@@ -181,7 +167,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, and with --against how near two models are."""
-    from fxc.commands import EvalRequest, evaluate
+    from fxc.commands.evaluate import EvalRequest, evaluate
 
     request = EvalRequest(
         model, text, against, window, windows, backend, _device(device), dtype or "auto", revision, trust_remote_code
@@ -200,7 +186,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: operators, bytes by kind and by layer, its program."""
-    from fxc.commands import inspect_model
+    from fxc.commands.show import inspect_model
 
     with _output(as_json) as output:
         inspect_model(output, model, text, every, revision, trust_remote_code)
@@ -214,7 +200,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show how two programs differ, and in how many bytes."""
-    from fxc.commands import diff_models
+    from fxc.commands.show import diff_models
 
     with _output(as_json) as output:
         diff_models(output, a, b, trust_remote_code)
@@ -226,7 +212,7 @@ def passes(
     as_json: Json = False,
 ) -> None:
     """List the passes, or explain the order in which some would run."""
-    from fxc.commands import explain_passes, list_passes
+    from fxc.commands.show import explain_passes, list_passes
 
     with _output(as_json) as output:
         list_passes(output) if explain is None else explain_passes(output, explain)
@@ -234,9 +220,7 @@ def passes(
 
 @bench.command("model")
 def bench_model(
-    models: Annotated[
-        list[str], typer.Argument(help="Models and artifacts; the first is what the others are compared with.")
-    ],
+    models: Annotated[list[str], typer.Argument(help="Models and artifacts; the first is what the others are compared with.")],
     batch: Annotated[str, typer.Option(help="Batch sizes, as in 1,8.")] = "1",
     seq: Annotated[str, typer.Option(help="Lengths of prompts or sequences, as in 32,128.")] = "128",
     new: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 16,
@@ -248,7 +232,7 @@ def bench_model(
     as_json: Json = False,
 ) -> None:
     """Measure latency of several models in one process, in turns."""
-    from fxc.commands import bench_models
+    from fxc.commands.bench import bench_models
 
     sizes = _sizes("--batch", batch), _sizes("--seq", seq)
     with _output(as_json) as output:
@@ -258,7 +242,7 @@ def bench_model(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can run, and why not."""
-    from fxc.commands import examine_machine
+    from fxc.commands.show import examine_machine
 
     with _output(as_json) as output:
         examine_machine(output)
@@ -283,9 +267,7 @@ def _device(name: str | None) -> str | None:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"fxc does not run on {device.type}", where="--device", hint="cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"this machine has no {name} that torch can use", where="--device", hint="'fxc doctor' says why"
-        )
+        raise UsageError(f"this machine has no {name} that torch can use", where="--device", hint="'fxc doctor' says why")
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +115,30 @@ def compile_captured(
         "coverage": round(sum(s.covered_bytes for s in steps) / max(before.nbytes(), 1), 4),
         "passes": [*captured.passes, *(s.as_json() for s in steps)],
     }
-    return compiled_model(program, report, config=captured.config, files=captured.files, device=device, backend=backend)
+    return compiled_model(
+        program,
+        report,
+        config=captured.config,
+        files=captured.files,
+        source=captured.folder,
+        device=device,
+        backend=backend,
+    )
 
 
+@dataclass
 class Captured:
-    """A captured source. nbytes: bytes of its weights as they came; passes: what an artifact went through already."""
+    """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
+    source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
+    what an artifact went through already."""
 
-    def __init__(self, program: Program, config: Any, files: dict[str, Any], source: dict[str, Any], nbytes: int):
-        self.program, self.config, self.files, self.source, self.nbytes = program, config, files, source, nbytes
-        self.passes: list[dict[str, Any]] = []
+    program: Program
+    config: Any
+    files: dict[str, Any]
+    source: dict[str, Any]
+    nbytes: int
+    folder: Path | None = None
+    passes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def capture_source(
@@ -154,16 +170,16 @@ def capture_source(
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
     files = _files_of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
     config = getattr(loaded.model, "config", None)
-    return Captured(program, config, files, loaded.source, sum(sizes) or _nbytes(loaded.model))
+    nbytes = sum(sizes) or _nbytes(loaded.model)
+    return Captured(program, config, files, loaded.source, nbytes, folder=loaded.tokenizer_dir)
 
 
 def _capture_artifact(path: Path) -> Captured:
     read = artifact.read(path)
     report = read.manifest.get("report", {})
-    captured = Captured(read.program, _config_of(path), _files_of_folder(path), {"kind": "artifact"}, read.program.nbytes())
-    captured.passes = report.get("passes", [])
-    captured.source = report.get("source", captured.source)
-    return captured
+    source = report.get("source", {"kind": "artifact"})
+    files, nbytes = _files_of_folder(path), read.program.nbytes()
+    return Captured(read.program, _config_of(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
 def load(directory: str | Path, device: str | torch.device | None = None, backend: str | None = None) -> CompiledModel:

@@ -1,4 +1,4 @@
-"""How good a model is, and how far it is from another: perplexity on a text, agreement at the output and layer by layer."""
+"""How good a model is, and how far from another: perplexity on a text, agreement at the output and layer by layer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from fxc.verify.samples import samples
 # Batches are cut so that their logits have about this many numbers.
 _LOGITS = 1 << 26
 _MOST_ROWS = 8
+# exp of it is still a float64.
+_WORST_LOSS = 700
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -32,8 +34,8 @@ Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: exp of the mean loss; tokens: how many were scored; losses, counts: for each window, the sum of its losses in
-    nats and how many tokens that sum is over."""
+    """value: exp of the mean loss; tokens: how many were scored; losses, counts: for each window, the sum of its losses
+    in nats and how many tokens that sum is over."""
 
     value: float
     tokens: int
@@ -57,8 +59,8 @@ def perplexity(
     """The perplexity of a causal language model over windows that do not overlap; every token but a window's first is
     scored. model: called with input_ids [B, S] int64, returns an object with .logits [B, S, V]; tokens: [T] int64.
 
-    Raises `UsageError` when there are too few tokens, one that the model does not have, or windows longer than it takes,
-    and `VerificationFailed` when the model gives something that is not a number.
+    Raises `UsageError` when there are too few tokens, one that the model does not have, or windows longer than it
+    takes, and `VerificationFailed` when the model gives something that is not a number.
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 32_000
@@ -86,17 +88,20 @@ def perplexity(
             losses.append(loss)
             counts.append(len(expected) - 1)
     mean = sum(losses) / sum(counts)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, sum(counts), window, losses, counts)
+    if mean > _WORST_LOSS:
+        raise VerificationFailed(f"the mean loss is {mean:.0f} nats", hint="no perplexity can be computed: the model is broken")
+    return Perplexity(math.exp(mean), sum(counts), window, losses, counts)
 
 
-def change(before: Perplexity, after: Perplexity) -> tuple[float, float]:
-    """The relative change of perplexity and its standard error, from the paired differences of the windows."""
+def change(before: Perplexity, after: Perplexity) -> tuple[float, float | None]:
+    """The relative change of perplexity and its standard error, from the paired differences of the windows; of a single
+    window there is no such error."""
     total = sum(before.counts)
     differences = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
     mean = sum(differences) / total
     spread = sum((d - n * mean) ** 2 for d, n in zip(differences, before.counts))
     count = len(differences)
-    error = math.sqrt(spread * count / (count - 1)) / total if count > 1 else math.nan
+    error = math.sqrt(spread * count / (count - 1)) / total if count > 1 else None
     return math.expm1(mean), error
 
 
@@ -124,8 +129,8 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative errors of one layer's output. own: given the inputs that the original's layer has; accumulated: given those
-    that reach it through the layers before it. Infinite where the shapes differ."""
+    """Relative errors of one layer's output. own: given the inputs that the original's layer has; accumulated: given
+    those that reach it through the layers before it. Infinite where the shapes differ."""
 
     name: str
     own: float
@@ -252,7 +257,7 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
 
 
 def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:
-    """(layer, how often its weight was read before) -> the node that reads it, for weights of two dimensions or more."""
+    """(layer, how often its weight was read before) -> the node that reads it, for weights of at least two dimensions."""
     seen: Counter[str] = Counter()
     layers = {}
     for node in program.graph.nodes:
@@ -280,7 +285,7 @@ class _Recorder(fx.Interpreter):
 
 
 class _Compared(fx.Interpreter):
-    """Compares the nodes in `truth` with their expected values, and goes on with those if `put_back` and shapes allow."""
+    """Compares the nodes in `truth` with their expected values, and goes on with those where `put_back` says so."""
 
     def __init__(self, module: fx.GraphModule, truth: dict[str, Tensor], put_back: bool):
         super().__init__(module)

@@ -25,6 +25,12 @@ _EFFECTS = {
 _IDENTITIES = {"detach_", "requires_grad_"}
 
 
+# A program reads no memory that nobody wrote.
+_FILLED = {
+    "aten::empty_like": torch.ops.aten.zeros_like.default,
+    "aten::new_empty": torch.ops.aten.new_zeros.default,
+    "aten::empty": torch.ops.aten.zeros.default,
+}
 _FOREIGN = {"transformers::grouped_mm_fallback": ops.GROUPED_MM}
 
 
@@ -42,6 +48,8 @@ def legalize(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif schema.name in _FOREIGN:
             node.target = _FOREIGN[schema.name]
+        elif schema.name in _FILLED:
+            node.target = _FILLED[schema.name]
         elif schema.is_mutable:
             _make_functional(graph, node)
     for node in graph.nodes:

@@ -28,7 +28,8 @@ def new_symbols(hints: list[int]) -> tuple[FakeTensorMode, list[torch.SymInt]]:
         source = ConstantSource(f"s{index}")
         symbol = env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
         symbols.append(env.create_symintnode(symbol, hint=hint, source=source))
-    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=False), symbols
+    # An operator that has no rule for its type would be run on real data to learn it: that is refused.
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=False, allow_fallback_kernels=False), symbols
 
 
 def fake_constant(mode: FakeTensorMode, tensor: Tensor) -> FakeTensor:

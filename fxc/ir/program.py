@@ -19,9 +19,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names end up in the Python code that torch.fx generates to run a graph, so that a quote or a bracket in one would be code."""
 
 
+_MODULE = nn.Module()
+
+
 def is_name(fqn: str) -> bool:
     """Whether `fqn` may name a constant: dotted parts of letters, digits, _ and -, none of them an attribute of modules."""
-    return bool(_NAME.fullmatch(fqn)) and not any(hasattr(nn.Module, part) for part in fqn.split("."))
+    return bool(_NAME.fullmatch(fqn)) and not any(hasattr(_MODULE, part) for part in fqn.split("."))
 
 
 @dataclass(frozen=True)

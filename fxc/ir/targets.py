@@ -14,8 +14,13 @@ import torch
 from torch._ops import OpOverload
 
 NAMESPACES = ("aten", "fxc")
-# Reads or maps a file, reads memory that the caller chose, or leaves memory uninitialised.
-FORBIDDEN = {"from_file", "as_strided", "as_strided_scatter", "_print", "_debug_has_internal_overlap"}
+# Reads a file, or memory that the text chooses, or returns memory that nobody wrote.
+FORBIDDEN = {"from_file", "as_strided", "as_strided_copy", "as_strided_scatter", "data"}
+# Operators of one backend or of packed, sparse and quantized tensors: some trust their arguments and crash on wrong ones.
+FORBIDDEN_PREFIXES = (
+    "fbgemm_", "mkldnn_", "cudnn_", "miopen_", "mps_", "quantize", "q_", "fake_quantize", "sparse_", "to_sparse", "to_mkldnn",
+    "resize", "set", "empty", "new_empty", "quantized_", "choose_qparams", "dequantize", "record_stream", "unsafe_",
+)  # fmt: skip
 # Private operators are refused unless a captured model needs them: many check their arguments less than public ones do.
 PRIVATE = {
     "_softmax",
@@ -49,7 +54,8 @@ def refusal(target: object) -> str | None:
         if target.namespace not in NAMESPACES:
             return f"operators of the namespace {target.namespace!r} are not allowed"
         short = target._schema.name.split("::")[1]
-        if target.namespace == "aten" and (short in FORBIDDEN or (short.startswith("_") and short not in PRIVATE)):
+        is_private = short.startswith("_") and short not in PRIVATE
+        if target.namespace == "aten" and (is_private or short in FORBIDDEN or short.startswith(FORBIDDEN_PREFIXES)):
             return f"aten.{short} is not on the list of allowed operators"
         if target._schema.is_mutable:
             return f"{name_of(target)} mutates its arguments"

@@ -28,9 +28,7 @@ def show(
         rows.append(_row("perplexity", losses["before"], losses["after"], "{:.3f}"))
     output.table("before and after", ["", ">before", ">after", ">ratio"], rows)
     if losses:
-        output.line(
-            f"perplexity changed by {losses['change']:+.2%} ± {losses['standard_error']:.2%} (one standard error)"
-        )
+        output.line(f"perplexity changed by {change_text(losses['change'], losses['standard_error'])}")
     names = sorted({*kinds[0], *kinds[1]}, key=lambda name: -max(kinds[0].get(name, 0), kinds[1].get(name, 0)))
     output.table(
         "bytes by kind",
@@ -55,6 +53,11 @@ def show(
     output.line(coverage_text(report))
 
 
+def change_text(relative: float, error: float | None) -> str:
+    """A relative change with its standard error, where there is one."""
+    return f"{relative:+.3%}" + (f" ± {error:.3%} (standard error)" if error is not None else "")
+
+
 def coverage_text(report: dict[str, Any]) -> str:
     refused = sum(len(p["refusals"]) for p in report["passes"])
     return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {refused} layers were left alone"
@@ -68,14 +71,11 @@ def why_so_little(report: dict[str, Any]) -> str:
 
 
 def as_json(report: dict[str, Any], out: str) -> dict[str, Any]:
-    """The object of `fxc compile --json`."""
+    """The object of `fxc compile --json`; its passes begin with those that an artifact went through before, without times."""
     keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
+    gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
     extra = {"perplexity": report["perplexity"]} if "perplexity" in report else {}
-    return (
-        {key: report[key] for key in keys}
-        | {"gates": {p["name"]: p["gates"] for p in report["passes"]}, "out": out}
-        | extra
-    )
+    return {key: report[key] for key in keys} | {"gates": gates, "out": out} | extra
 
 
 def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:

@@ -1,7 +1,7 @@
 """What commands print: tables and progress on a terminal, plain lines elsewhere, one JSON object with --json.
 
-Results go to stdout, progress and warnings to stderr. Names that come from a model are untrusted: every cell and line is
-cleaned of control characters and taken as text, never as markup.
+Results go to stdout, progress and warnings to stderr. Names that come from a model are untrusted: every cell and line
+is cleaned of control characters and taken as text, never as markup.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The difference of two programs as a unified diff, in which renumbered values are not differences.
 
-Lines are paired by what they say without the numbers. The paired lines then tell which number of one program is which of
-the other, and a pair whose operands do not correspond is a difference after all: the same operator reads other values.
+Lines are paired by what they say without the numbers. The paired lines then tell which number of one program is which
+of the other, and a pair whose operands do not correspond is a difference after all: the same operator reads other values.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ _CONTEXT = 2
 
 
 def difference(before: str, after: str, names: tuple[str, str], context: int = _CONTEXT) -> str:
-    """A unified diff of two program texts, values numbered as in `before`, those that are only in `after` as %+0, %+1, ...;
-    "" when the programs are the same but for numbers."""
+    """A unified diff of two program texts, values numbered as in `before`, those only in `after` as %+0, %+1, ...; "" when
+    the programs are the same but for numbers."""
     a, b = before.splitlines(), after.splitlines()
-    matcher = difflib.SequenceMatcher(
-        None, [_VALUE.sub("%", s) for s in a], [_VALUE.sub("%", s) for s in b], autojunk=False
-    )
+    matcher = difflib.SequenceMatcher(None, [_VALUE.sub("%", s) for s in a], [_VALUE.sub("%", s) for s in b], autojunk=False)
     pairs = [(i + k, j + k) for i, j, count in matcher.get_matching_blocks() for k in range(count)]
     numbers = {_defined(b[j]): _defined(a[i]) for i, j in pairs if _defined(b[j])}
     fresh = 0
@@ -40,7 +38,7 @@ def _defined(line: str) -> str | None:
 
 
 def _unified(a: list[str], b: list[str], paired: dict[int, int], context: int) -> Iterator[str]:
-    """The lines of a unified diff, where exactly the lines in `paired` (index in a -> index in b, increasing) are equal."""
+    """The lines of a unified diff, where exactly those in `paired` (index in a -> index in b, increasing) are equal."""
     marked: list[tuple[str, str, int, int]] = []
     j = 0
     for i, line in enumerate(a):
@@ -54,9 +52,7 @@ def _unified(a: list[str], b: list[str], paired: dict[int, int], context: int) -
     shown = [False] * len(marked)
     for at, (mark, *_) in enumerate(marked):
         if mark != " ":
-            shown[max(0, at - context) : at + context + 1] = [True] * len(
-                shown[max(0, at - context) : at + context + 1]
-            )
+            shown[max(0, at - context) : at + context + 1] = [True] * len(shown[max(0, at - context) : at + context + 1])
     for at, (mark, line, i, j) in enumerate(marked):
         if shown[at]:
             if at == 0 or not shown[at - 1]:

@@ -52,9 +52,7 @@ def _software() -> list[Finding]:
         try:
             found.append(Finding("software", name, importlib.metadata.version(name), True))
         except importlib.metadata.PackageNotFoundError:
-            found.append(
-                Finding("software", name, "missing", None if name in _OPTIONAL else False, _OPTIONAL.get(name, ""))
-            )
+            found.append(Finding("software", name, "missing", None if name in _OPTIONAL else False, _OPTIONAL.get(name, "")))
     return found
 
 
@@ -76,18 +74,14 @@ def _processor() -> list[Finding]:
         ),
         Finding("cpu", "memory", _memory()),
         *(Finding("cpu", name, "yes" if there else "no", there) for name, there in features.items()),
-        Finding(
-            "cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"
-        ),
+        Finding("cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"),
     ]
     return [*found, _int8_path(features, onednn)]
 
 
 def _int8_path(features: dict[str, bool], onednn: bool) -> Finding:
     if not onednn:
-        return Finding(
-            "cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch"
-        )
+        return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch")
     if not features["vnni"]:
         why = "this CPU has no int8 dot products (AVX512-VNNI or AMX): files are smaller, speed is that of the float model"
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, why)

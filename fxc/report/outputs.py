@@ -40,8 +40,8 @@ def generate(model: CompiledModel, folder: Path, prompt: str, new: int) -> dict[
 
 
 def read(model: CompiledModel, folder: Path, text: str | None, image: Path | None) -> dict[str, Any]:
-    """What an encoder makes of a text, a vision model of an image, or a model of both of the two: "kind" is "labels", with
-    the most likely ones, or "embedding", with its size, norm and first values."""
+    """What an encoder makes of a text, a vision model of an image, or a model of both of the two: "kind" is "labels",
+    with the most likely ones, or "embedding", with its size, norm and first values."""
     if hasattr(model, "generate"):
         raise UsageError("this model continues a text", hint="--prompt TEXT")
     names = {declared.name for declared in model.program.signature.inputs}
@@ -95,25 +95,23 @@ def _describe(model: CompiledModel, output: Any, mask: Tensor | None) -> dict[st
         return {"kind": "labels", "top": top}
     value, how = _embedding(items, output, mask)
     return {
-        "kind": "embedding", "of": how, "size": value.numel(), "norm": value.norm().item(), "first": value[:_FIRST].tolist(),
-    }  # fmt: skip
+        "kind": "embedding",
+        "of": how,
+        "size": value.numel(),
+        "norm": value.norm().item(),
+        "first": value[:_FIRST].tolist(),
+    }
 
 
 def _embedding(items: dict[str, Any], output: Any, mask: Tensor | None) -> tuple[Tensor, str]:
     hidden = items.get("last_hidden_state")
     if isinstance(hidden, Tensor) and hidden.ndim == 3:
         weights = torch.ones(hidden.shape[:2]) if mask is None else mask.to(hidden.device).float()
-        return ((hidden.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True))[
-            0
-        ], "the mean over the tokens"
+        return ((hidden.float() * weights[..., None]).sum(1) / weights.sum(1, keepdim=True))[0], "the mean over the tokens"
     named = items or {"the output": output}
-    name, first = next(
-        ((k, t) for k, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()), (None, None)
-    )
+    name, first = next(((k, t) for k, t in named.items() if isinstance(t, Tensor) and t.is_floating_point()), (None, None))
     if first is None:
-        raise UsageError(
-            "the model's output has no floating-point tensor to show", hint="call it from Python: fxc.load"
-        )
+        raise UsageError("the model's output has no floating-point tensor to show", hint="call it from Python: fxc.load")
     return first[0].float().flatten(), str(name)
 
 

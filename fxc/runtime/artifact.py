@@ -29,8 +29,9 @@ import fxc.schemes  # noqa: F401 - programs name its operators
 from fxc.checkpoint import SAFE_INDEX, check_shard, index_files
 from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFailed
 from fxc.ir.check import check
+from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
-from fxc.ir.text import parse_program, print_program
+from fxc.ir.text import print_program
 from fxc.runtime.manifest import (
     DAMAGED,
     MANIFEST,

@@ -20,7 +20,8 @@ class CompiledModel(nn.Module):
     """A compiled model. Calling it takes the original's arguments and returns the original's output class.
 
     program: the portable program. report: what the compiler did, as JSON. config: the Hugging Face configuration, if the
-    original had one. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call.
+    original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
+    which is never written to. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class CompiledModel(nn.Module):
         *,
         config: Any = None,
         files: Mapping[str, Path | bytes] | None = None,
+        source: Path | None = None,
         device: str | torch.device | None = None,
         backend: str | None = None,
     ):
@@ -38,6 +40,7 @@ class CompiledModel(nn.Module):
         self.report = report
         self.config = config
         self.files = dict(files or {})
+        self.source = source
         self.backend = backend or "eager"
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
@@ -86,7 +89,7 @@ class CompiledModel(nn.Module):
         artifact.save(
             self.program,
             Path(directory),
-            manifest={"report": self.report},
+            manifest={"report": _lasting(self.report)},
             extra_files=self.files,
             overwrite=overwrite,
             source=Path(source) if source is not None else None,
@@ -96,6 +99,20 @@ class CompiledModel(nn.Module):
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"
         return f"{self.program.metadata.get('class')}, {size}, {self._device}, {self.backend}"
+
+
+def _lasting(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without the times that passes took: equal inputs have to give equal files."""
+    if "passes" not in report:
+        return report
+    return report | {"passes": [{k: v for k, v in p.items() if k != "seconds"} for p in report["passes"]]}
+
+
+def _reproducible(report: Any) -> Any:
+    """`report` without the times, which differ from run to run."""
+    if isinstance(report, dict):
+        return {k: _reproducible(v) for k, v in report.items() if k != "seconds"}
+    return [_reproducible(v) for v in report] if isinstance(report, (list, tuple)) else report
 
 
 def compiled_model(program: Program, report: dict[str, Any], **options: Any) -> CompiledModel:

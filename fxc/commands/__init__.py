@@ -1,0 +1,1 @@
+"""What each command does: the steps, and which table shows which result. `fxc.cli` parses and calls."""

@@ -1,0 +1,153 @@
+"""fxc compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxc import evaluate as quality
+from fxc.commands.sources import read_text, tokenizer_folder
+from fxc.compiler import Captured, capture_source, compile_captured
+from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.program import Program
+from fxc.load import kind_of
+from fxc.passes.base import Pass, parse_passes
+from fxc.passes.order import order
+from fxc.pipeline import Step
+from fxc.recipe import Recipe, read_recipe
+from fxc.report import compilation, sizes
+from fxc.report.console import Output
+from fxc.runtime.manifest import replaceable
+from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.runtime.staging import check_target
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """The options of `fxc compile`, as given."""
+
+    model: str
+    out: Path
+    passes: str | None
+    recipe: Path | None
+    skip: tuple[str, ...]
+    calib: Path | None
+    eval_text: Path | None
+    dtype: str | None
+    device: str | None
+    revision: str | None
+    trust_remote_code: bool
+    budget: float
+    min_coverage: float
+    allow_noop: bool
+    overwrite: bool
+    dump_dir: Path | None
+    print_after: tuple[str, ...]
+    verify: bool
+
+
+def compile_model(request: CompileRequest, output: Output) -> None:
+    recipe = read_recipe(request.recipe) if request.recipe else Recipe()
+    given = (request.passes, recipe.passes, "int8")
+    wanted = parse_passes(next(passes for passes in given if passes is not None))
+    skip = request.skip or recipe.skip or ()
+    dtype = request.dtype or recipe.dtype or "auto"
+    ordered = order(wanted).passes
+    _check_print_after(request.print_after, ordered)
+    text = read_text(request.eval_text, "--eval-text") if request.eval_text else None
+    if request.calib:
+        read_text(request.calib, "--calib")
+        output.warn(f"--calib {request.calib}: no pass of this recipe uses calibration data, so it changes nothing")
+    local = kind_of(request.model) in ("folder", "artifact")
+    source = Path(request.model).expanduser() if local else None
+    check_target(request.out, source, replaceable if request.overwrite else None)
+
+    with output.doing(f"capturing {request.model}"):
+        captured = capture_source(
+            request.model,
+            dtype=dtype,
+            revision=request.revision,
+            trust_remote_code=request.trust_remote_code,
+            check=request.verify,
+        )
+    scored = _scored(captured, text) if text is not None else None
+    with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}"):
+        model = compile_captured(
+            captured,
+            wanted,
+            skip=skip,
+            dtype=dtype,
+            device=request.device,
+            verify=request.verify,
+            budget=request.budget,
+            allow_noop=request.allow_noop,
+            dump_dir=request.dump_dir,
+            on_step=_on_step(output, request.print_after),
+        )
+    report = model.report
+    covered, least = report["coverage"], request.min_coverage
+    if covered < least:
+        raise VerificationFailed(
+            f"only {covered:.1%} of the weight bytes were rewritten, and --min-coverage is {least:.1%}",
+            where=request.model,
+            why=compilation.why_so_little(report),
+            hint="nothing was written; 'fxc inspect' shows where the bytes are",
+        )
+    if scored is not None:
+        report["perplexity"] = _perplexities(captured, model, scored, request.device, output)
+    with output.doing(f"writing {request.out}"):
+        model.save(request.out, overwrite=request.overwrite, source=source)
+
+    before, after = captured.program, model.program
+    disk = (
+        (sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes),
+        sizes.on_disk(request.out),
+    )
+    kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
+    steps = report["passes"][len(captured.passes) :]
+    compilation.show(output, report | {"passes": steps}, kinds, disk, (before.nbytes(), after.nbytes()))
+    if any(p.is_policy for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
+        output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
+    output.line(f"written to {request.out}")
+    output.json(compilation.as_json(report, str(request.out)))
+
+
+def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:
+    known = [p.name for p in ordered]
+    if missing := [name for name in names if name not in known]:
+        raise UsageError(f"no pass {missing[0]!r} is going to run", where="--print-after", hint=f"one of {', '.join(known)}")
+
+
+def _on_step(output: Output, print_after: tuple[str, ...]) -> Callable[[Step, Program], None]:
+    def on_step(step: Step, program: Program) -> None:
+        output.note(f"{step.name}: {step.changed} changed in {step.seconds:.2f} s")
+        if step.name.partition(":")[0] in print_after:
+            output.note_block(str(program))
+
+    return on_step
+
+
+def _scored(captured: Captured, text: str) -> torch.Tensor:
+    """The tokens of the evaluation text, by the source's tokenizer."""
+    if captured.program.metadata.get("kind") != "causal_lm":
+        raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
+    return quality.encode(quality.tokenizer_of(tokenizer_folder(captured)), text)
+
+
+def _perplexities(
+    captured: Captured, model: CompiledModel, tokens: torch.Tensor, device: str | None, output: Output
+) -> dict[str, Any]:
+    original = compiled_model(captured.program, {}, config=captured.config, files=captured.files, device=device)
+    before, after = (
+        quality.perplexity(m, tokens, track=lambda items, w=what: output.track(items, f"perplexity {w}"))
+        for m, what in ((original, "before"), (model, "after"))
+    )
+    relative, error = quality.change(before, after)
+    return {
+        "before": before.value, "after": after.value, "change": relative, "standard_error": error,
+        "tokens": before.tokens, "window": before.window,
+    }  # fmt: skip

@@ -1,0 +1,40 @@
+"""fxc run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fxc
+from fxc.report import outputs
+from fxc.report.console import Output
+from fxc.report.lowering import describe, forms
+
+
+def run_model(
+    output: Output,
+    out: Path,
+    prompt: str | None,
+    new: int,
+    text: str | None,
+    image: Path | None,
+    backend: str,
+    device: str | None,
+) -> None:
+    with output.doing(f"loading {out}"):
+        model = fxc.load(out, device=device, backend=backend)
+    model.lower()
+    for line in describe(model):
+        output.note(line)
+    if prompt is not None:
+        made = outputs.generate(model, out, prompt, new)
+        output.block(made["prompt"] + made["text"])
+        output.note(f"{made['tokens']} tokens in {made['seconds']:.2f} s on {model.device}, backend {backend}")
+    else:
+        made = outputs.read(model, out, text, image)
+        if made["kind"] == "labels":
+            rows = [(row["label"], f"{row['probability']:.4f}") for row in made["top"]]
+            output.table("labels", ["label", ">probability"], rows)
+        else:
+            first = ", ".join(f"{value:.4f}" for value in made["first"])
+            output.line(f"{made['of']}: {made['size']} numbers, norm {made['norm']:.4f}, the first: {first}")
+    output.json(made | {"lowering": forms(model)})

@@ -1,0 +1,379 @@
+"""Every command, what it prints, and the exit code of each way in which it can fail."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import save
+from typer.testing import CliRunner
+
+from fxc.cli import app
+from fxc.report.console import Output
+
+TEXT = "def answer(question):\n    return 42 if question else None\n\n" * 12
+
+
+def fxc(*arguments: object, code: int = 0):
+    """Run the command line in this process and check its exit code."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == code, f"{done.exit_code}: {done.output}\n{done.exception!r}"
+    return done
+
+
+def fxc_json(*arguments: object) -> dict:
+    return json.loads(fxc(*arguments, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with tiny models, a text, and the models compiled."""
+    root = tmp_path_factory.mktemp("cli")
+    for name in ("qwen2", "bert", "vit"):
+        save(name, root / name, tokenizer=name != "vit")
+        fxc("compile", root / name, "-o", root / f"{name}-int8")
+    (root / "text.txt").write_text(TEXT)
+    return root
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+
+def test_compile_prints_what_changed(folder, tmp_path):
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", "--eval-text", folder / "text.txt", "--skip", "lm_head")
+    for said in ("size on disk", "int8 linear", "perplexity", "6 of 6 ok", "skipped by the pattern lm_head", "coverage"):
+        assert said in done.stdout
+    assert "\x1b" not in done.output, "there is no terminal here"
+
+
+def test_compile_json_has_the_promised_keys_and_nothing_else_is_on_stdout(folder, tmp_path):
+    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "out", "--passes", "int8:mode=weight_only")
+    assert set(made) == {
+        "bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes", "gates", "out",
+    }  # fmt: skip
+    assert made["out"] == str(tmp_path / "out") and 0.5 < made["coverage"] <= 1
+    assert made["bytes_after"] < made["bytes_before"]
+    assert [p["name"] for p in made["passes"]] == ["canonicalize", "int8:mode=weight_only"] == list(made["gates"])
+    assert {"name", "changed", "seconds", "refusals"} <= set(made["passes"][1])
+    assert made["gates"]["int8:mode=weight_only"]["meaning"].startswith("ok")
+
+
+def test_compile_twice_gives_the_same_bytes(folder, tmp_path):
+    fxc("compile", folder / "qwen2", "-o", tmp_path / "again")
+    first, again = ({p.name: p.read_bytes() for p in out.iterdir()} for out in (folder / "qwen2-int8", tmp_path / "again"))
+    assert first == again
+
+
+def test_compile_reads_a_recipe_and_options_win(folder, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('passes = ["int8:mode=weight_only"]\nskip = ["*mlp*"]\ndtype = "bfloat16"\n')
+    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "a", "--recipe", recipe)
+    assert made["passes"][1]["name"] == "int8:mode=weight_only"
+    assert {r["reason"] for r in made["passes"][1]["refusals"]} == {"skipped by the pattern *mlp*"}
+    shown = fxc_json("inspect", tmp_path / "a")
+    assert "bfloat16" in next(each["dtypes"] for each in shown["layers"] if each["name"] == "model.embed_tokens")
+    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "b", "--recipe", recipe, "--passes", "int8", "--skip", "x")
+    assert made["passes"][1]["name"] == "int8" and made["passes"][1]["refusals"] == []
+
+
+@pytest.mark.parametrize("content", ["passes = 3", "passes = [", "speed = 9", "passes = [1]", "dtype = 8"])
+def test_compile_refuses_a_wrong_recipe(folder, tmp_path, content):
+    (tmp_path / "r.toml").write_text(content)
+    done = fxc("compile", folder / "bert", "-o", tmp_path / "out", "--recipe", tmp_path / "r.toml", code=2)
+    assert done.stderr.startswith("error[FXC-E2]")
+
+
+def test_compile_dumps_and_prints_programs(folder, tmp_path):
+    dumps = tmp_path / "dumps"
+    done = fxc(
+        "compile", folder / "bert", "-o", tmp_path / "out", "--dump-dir", dumps, "--print-after", "canonicalize", "--json"
+    )
+    assert sorted(p.name for p in dumps.iterdir()) == ["00-capture.fxc", "01-canonicalize.fxc", "02-int8.fxc"]
+    assert "fxc program 1" in done.stderr and json.loads(done.stdout)["out"]
+
+
+def test_compile_says_that_no_pass_uses_calibration_data(folder, tmp_path):
+    done = fxc("compile", folder / "bert", "-o", tmp_path / "out", "--calib", folder / "text.txt")
+    assert "no pass of this recipe uses calibration data" in done.stderr
+
+
+def test_compile_warns_of_low_coverage_and_can_fail(folder, tmp_path):
+    skip = ("--skip", "*mlp*", "--skip", "lm_head")
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", *skip)
+    assert "warning: less than half" in done.stderr and "skipped by the pattern" in done.stderr
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "no", *skip, "--min-coverage", "0.5", code=5)
+    assert "error[FXC-E5]" in done.stderr and not (tmp_path / "no").exists()
+
+
+def test_compile_takes_functions_and_artifacts(folder, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nprint('a stray print')\n"
+        "def build():\n    return torch.nn.Sequential(torch.nn.Linear(64, 64)), (torch.randn(2, 64),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made = fxc_json("compile", "mine:build", "-o", "out")
+    assert made["passes"][1]["changed"] == 1
+    done = fxc("compile", "out", "-o", "out2", code=2)
+    assert "float_weights" in done.stderr
+    again = fxc_json("compile", "out", "-o", "out2", "--passes", "")
+    assert again["bytes_after"] == made["bytes_after"] and again["coverage"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["{root}/nothing/here"], 2, "no such model"),
+        (["{root}/bert", "--passes", "int9"], 2, "did you mean"),
+        (["{root}/bert", "--passes", "int8:mode=fast"], 2, "one of dynamic, weight_only"),
+        (["{root}/bert", "--dtype", "int8"], 2, "unknown dtype"),
+        (["{root}/bert", "--device", "abacus"], 2, "there is no device"),
+        (["{root}/bert", "--skip", "*"], 2, "changed nothing"),
+        (["{root}/bert", "--eval-text", "{root}/text.txt"], 2, "perplexity"),
+        (["{root}/bert", "--eval-text", "{root}/none.txt"], 2, "cannot be read"),
+        (["{root}/bert", "--print-after", "prune"], 2, "no pass 'prune'"),
+        (["{root}/bert", "--revision", "v1"], 2, "--revision"),
+        (["{root}/bert", "--budget", "1e-9"], 5, "budget"),
+        (["{root}/empty"], 3, "config.json"),
+        (["org/not-in-the-cache"], 3, "cache"),
+    ],
+)
+def test_compile_fails_with_one_clear_error(folder, tmp_path, arguments, code, said):
+    (folder / "empty").mkdir(exist_ok=True)
+    arguments = [a.format(root=folder) for a in arguments]
+    done = fxc("compile", *arguments, "-o", tmp_path / "out", code=code)
+    assert f"error[FXC-E{code}]" in done.stderr and said in done.stderr
+    assert "Traceback" not in done.output and not (tmp_path / "out").exists()
+
+
+def test_compile_does_not_overwrite_unless_told(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    fxc("compile", folder / "bert", "-o", out, code=2)
+    fxc("compile", folder / "bert", "-o", out, "--overwrite", code=2)
+    fxc("compile", folder / "bert", "-o", folder / "bert", "--overwrite", code=2)
+    assert (out / "precious").read_text() == "x"
+    (out / "precious").unlink()
+    fxc("compile", folder / "bert", "-o", out)
+    assert "--overwrite" in fxc("compile", folder / "bert", "-o", out, code=2).stderr
+    fxc("compile", folder / "bert", "-o", out, "--overwrite")
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def test_run_continues_a_prompt(folder):
+    made = fxc_json("run", folder / "qwen2-int8", "--prompt", "def f", "--max-new-tokens", "5")
+    assert made["tokens"] == 5 and made["prompt"] == "def f" and sum(made["lowering"].values()) >= 15
+    done = fxc("run", folder / "qwen2-int8", "--prompt", "def f", "--max-new-tokens", "5")
+    assert done.stdout.startswith("def f") and "backend eager" in done.stderr
+
+
+def test_run_reads_a_text(folder, minilm_dir, tmp_path):
+    made = fxc_json("run", folder / "bert-int8", "--text", "hello")
+    assert [row["label"] for row in made["top"]] in (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"])
+    assert sum(row["probability"] for row in made["top"]) == pytest.approx(1)
+    fxc("compile", minilm_dir, "-o", tmp_path / "out", "--passes", "int8")
+    made = fxc_json("run", tmp_path / "out", "--text", "A cat sits on the mat.")
+    assert made["kind"] == "embedding" and made["size"] == 384 and len(made["first"]) == 8 and made["norm"] > 0
+    assert "norm" in fxc("run", tmp_path / "out", "--text", "A cat").stdout
+
+
+def test_run_looks_at_an_image(folder, tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is optional")
+    from transformers import ViTImageProcessor
+
+    image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    assert "image processor" in fxc("run", folder / "vit-int8", "--image", tmp_path / "red.png", code=2).stderr
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    fxc("compile", folder / "vit", "-o", tmp_path / "out")
+    assert len(fxc_json("run", tmp_path / "out", "--image", tmp_path / "red.png")["top"]) == 2
+    (tmp_path / "no.png").write_text("no image")
+    assert "not an image" in fxc("run", tmp_path / "out", "--image", tmp_path / "no.png", code=2).stderr
+
+
+def test_run_says_that_pillow_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "pip install pillow" in fxc("run", folder / "vit-int8", "--image", "x.png", code=2).stderr
+
+
+def test_run_says_what_a_model_takes(folder):
+    assert "--prompt" in fxc("run", folder / "qwen2-int8", "--text", "x", code=2).stderr
+    assert "--text" in fxc("run", folder / "bert-int8", "--prompt", "x", code=2).stderr
+    assert "--image" in fxc("run", folder / "vit-int8", "--prompt", "x", code=2).stderr
+    fxc("run", folder / "bert-int8", code=2)
+    fxc("run", folder / "bert", "--text", "x", code=2)
+    fxc("run", folder / "bert-int8", "--text", "x", "--backend", "warp", code=2)
+
+
+def test_run_refuses_a_damaged_artifact(folder, tmp_path):
+    fxc("compile", folder / "bert", "-o", tmp_path / "out")
+    text = (tmp_path / "out" / "program.fxc").read_text()
+    (tmp_path / "out" / "program.fxc").write_text(text[:-20])
+    assert "program.fxc" in fxc("run", tmp_path / "out", "--text", "x", code=3).stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_measures_perplexity_of_models_and_artifacts(folder):
+    options = ("--text", folder / "text.txt", "--window", 64)
+    original, packed = (fxc_json("eval", folder / name, *options) for name in ("qwen2", "qwen2-int8"))
+    assert original["tokens"] == packed["tokens"] == len(TEXT) - -(-len(TEXT) // 64)
+    assert packed["perplexity"] == pytest.approx(original["perplexity"], rel=0.02)
+    assert f"{original['perplexity']:.4f}" in fxc("eval", folder / "qwen2", *options).stdout
+
+
+def test_eval_measures_agreement(folder):
+    options = ("--text", folder / "text.txt", "--window", 64, "--windows", 2)
+    found = fxc_json("eval", folder / "qwen2-int8", *options, "--against", folder / "qwen2")
+    assert found["outputs"]["next_token"] > 0.8 and found["outputs"]["relative_error"] < 0.05
+    assert len(found["layers"]) == 16 and found["layers"][0]["own"] >= found["layers"][-1]["own"]
+    assert found["perplexity"] == pytest.approx(found["perplexity_against"], rel=0.02)
+    done = fxc("eval", folder / "vit-int8", "--against", folder / "vit")
+    assert "cosine_mean" in done.stdout and "made-up inputs" in done.stdout
+
+
+def test_eval_fails_clearly(folder, tmp_path):
+    fxc("eval", folder / "qwen2", code=2)
+    assert "--against" in fxc("eval", folder / "bert-int8", "--text", folder / "text.txt", code=2).stderr
+    assert "tokens" in fxc("eval", folder / "qwen2", "--text", folder / "text.txt", "--window", 300, code=2).stderr
+    assert "tokenizer" in fxc("eval", save("gpt2", tmp_path / "g", False), "--text", folder / "text.txt", code=2).stderr
+    fxc("eval", folder / "vit-int8", "--against", folder / "bert", code=2)
+
+
+# ------------------------------------------------------------------------------------------------- inspect, diff, passes
+
+
+def test_inspect_shows_bytes_that_add_up_and_the_program(folder):
+    shown = fxc_json("inspect", folder / "qwen2-int8")
+    assert sum(shown["bytes_by_kind"].values()) == sum(each["nbytes"] for each in shown["layers"]) == shown["bytes"]
+    assert shown["operators"]["fxc.int8_linear"] == 15 and shown["bytes_by_kind"]["scales"] > 0
+    assert "and 7 smaller ones" in fxc("inspect", folder / "qwen2-int8").stdout
+    assert "layers.1.input_layernorm" in fxc("inspect", folder / "qwen2-int8", "--all").stdout
+    text = fxc("inspect", folder / "qwen2-int8", "--text").stdout
+    assert text == (folder / "qwen2-int8" / "program.fxc").read_text()
+    assert "linear" in fxc_json("inspect", folder / "bert")["bytes_by_kind"]
+
+
+def test_diff_shows_the_rewrite(folder):
+    found = fxc_json("diff", folder / "bert", folder / "bert-int8")
+    assert not found["same"] and found["bytes_b"] < found["bytes_a"]
+    changed = [line for line in found["diff"].splitlines() if line.startswith("+") and "fxc.int8_linear(" in line]
+    assert len(changed) == 13
+    assert "the programs are the same" in fxc("diff", folder / "bert", folder / "bert").stdout
+
+
+def test_passes_are_listed_and_explained():
+    listed = {each["name"]: each for each in fxc_json("passes")["passes"]}
+    assert listed["int8"]["kind"] == "policy" and listed["int8"]["options"][0]["name"] == "mode"
+    assert "int8 (policy)" in fxc("passes").stdout
+    explained = fxc_json("passes", "--explain", "int8")["order"]
+    assert [each["name"] for each in explained] == ["canonicalize", "int8"] and explained[0]["reasons"]
+    assert "given twice" in fxc("passes", "--explain", "int8,int8", code=2).stderr
+
+
+# --------------------------------------------------------------------------------------------------- bench and doctor
+
+
+def test_bench_compares_with_the_first(folder):
+    found = fxc_json("bench", "model", folder / "qwen2", folder / "qwen2-int8", "--seq", "8", "--new", 2, "--rounds", 2)
+    assert [(r["name"], r["how"]) for r in found["results"]] == [("qwen2", "torch eager"), ("qwen2-int8", "fxc eager")]
+    assert found["results"][0]["speedup"] == {"prefill": 1.0, "decode": 1.0}
+    assert all(len(r["rounds"]["decode"]) == 2 for r in found["results"])
+    done = fxc("bench", "model", folder / "vit", folder / "vit-int8", "--batch", "1,2", "--rounds", 1)
+    assert done.stdout.count("fxc eager") == 2
+    fxc("bench", "model", folder / "vit", "--batch", "1,x", code=2)
+    fxc("bench", "model", folder / "vit", folder / "bert", code=2)
+
+
+def test_bench_threads_are_set(folder):
+    before = torch.get_num_threads()
+    try:
+        found = fxc_json("bench", "model", folder / "bert-int8", "--seq", 4, "--rounds", 1, "--threads", 2)
+        assert found["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_doctor_says_what_there_is():
+    found = {(f["group"], f["name"]): f for f in fxc_json("doctor")["findings"]}
+    assert found["software", "torch"]["value"] == torch.__version__
+    assert found["cpu", "int8 layers"]["ok"] == torch.cpu._is_vnni_supported()
+    assert torch.cuda.is_available() or found["cuda", "device"]["note"]
+    assert "int8 layers" in fxc("doctor").stdout
+
+
+# ------------------------------------------------------------------------------------------------------- how it behaves
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, fxc.cli; sys.exit(sum(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    before = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "fxc", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "compile" in done.stdout
+    assert time.perf_counter() - before < 5, "half a second on a machine that does nothing else"
+
+
+def test_wrong_usage_is_2():
+    for arguments in (["melt"], ["compile"], ["compile", "x"], ["run", "x", "--max-new-tokens", "0"], ["bench", "x"]):
+        fxc(*arguments, code=2)
+
+
+def test_a_fault_is_one_line_and_the_trace_is_for_those_who_ask(monkeypatch):
+    def broken():
+        raise RuntimeError("the \x1b[31mworld ended")
+
+    monkeypatch.setattr("fxc.report.machine.examine", broken)
+    done = fxc("doctor", code=1)
+    assert "error[FXC-E1]: RuntimeError: the world ended" in done.stderr and "FXC_TRACE=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    monkeypatch.setenv("FXC_TRACE", "1")
+    assert "Traceback" in fxc("doctor", code=1).stderr
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 6), (torch.OutOfMemoryError(), 6)])
+def test_interruption_and_lack_of_memory_have_their_codes(monkeypatch, error, code):
+    def stop():
+        raise error
+
+    monkeypatch.setattr("fxc.report.machine.examine", stop)
+    fxc("doctor", code=code)
+
+
+def test_a_terminal_gets_colours_unless_no_color(monkeypatch):
+    def shown() -> str:
+        output = Output()
+        output.out = Console(file=io.StringIO(), force_terminal=True, width=60)
+        output.table("title", ["name", ">bytes"], [("[bold]x[/]\x1b[2J", 3)])
+        return output.out.file.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    text = shown()
+    assert "[bold]x[/]" in text and "\x1b[2J" not in text and "\x1b[1m" in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any(f"\x1b[{colour}" in shown() for colour in ("3", "38", "9"))
+
+
+def test_json_mode_keeps_stdout_for_json(capsys):
+    with Output(as_json=True) as output:
+        print("a stray print")
+        output.line("a line")
+        output.table("title", ["x"], [(1,)])
+        output.json({"value": float("nan")})
+    written = capsys.readouterr()
+    assert json.loads(written.out) == {"value": None} and "a stray print" in written.err
+
+
+def test_python_m_fxc_reports_errors_the_same_way(tmp_path):
+    command = [sys.executable, "-m", "fxc", "eval", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("error[FXC-E2]") and done.stdout == ""
