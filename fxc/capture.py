@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 import fxc.schemes  # noqa: F401 - what is captured may become its operators
 from fxc.cache import cache_of, tensors_of
-from fxc.errors import CaptureFailed, UsageError
+from fxc.errors import CaptureFailed, FxcError, UsageError
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
@@ -308,7 +308,16 @@ def _call_by_example(model: nn.Module, example_inputs: Any) -> Call:
 def _export(model: nn.Module, call: Call) -> Program:
     names = list(call.inputs)
     first_names = _first_names(model)
-    call.module(*call.inputs.values())  # tells the output's structure, which tracing does not let a module keep
+    try:
+        call.module(*call.inputs.values())  # tells the output's structure, which tracing does not let a module keep
+    except FxcError:
+        raise
+    except Exception as error:  # it is the model's own code that runs here
+        raise CaptureFailed(
+            f"the model itself fails on the example inputs: {_first_line(error)}",
+            where=type(model).__name__,
+            hint="give example_inputs that the model takes",
+        ) from error
     try:
         exported = _trace(call)
     except Exception as error:  # torch.export raises many kinds; each means that this model cannot be captured as it is

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fxc.capture import capture
 from fxc.errors import InputRefused, UsageError
@@ -156,6 +157,7 @@ def capture_source(
         wanted = _dtype(dtype)
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
+            example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
         program = capture(model, example_inputs, check=check)
         config = getattr(model, "config", None)
         return Captured(program, config, _files_of_module(model), {"kind": "module", "class": type(model).__name__}, nbytes)
@@ -200,6 +202,7 @@ def load(directory: str | Path, device: str | torch.device | None = None, backen
         read.manifest.get("report", {}),
         config=_config_of(path),
         files=_files_of_folder(path),
+        source=path,
         device=device,
         backend=backend,
     )

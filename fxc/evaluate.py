@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fxc.runtime.model import CompiledModel
 from fxc.verify.compare import relative_error
 from fxc.verify.samples import samples
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.spm", "tekken.json")
 # Batches are cut so that their logits have about this many numbers.
 _LOGITS = 1 << 26
 _MOST_ROWS = 8
@@ -110,7 +112,8 @@ def tokenizer_of(folder: Any) -> Any:
     from transformers import AutoTokenizer
 
     missing = UsageError("the model has no tokenizer", where=folder, hint="put its tokenizer.json into the folder")
-    if folder is None:
+    # Without its files transformers makes an empty tokenizer of some kinds.
+    if folder is None or not any(True for name in _VOCABULARIES for _ in Path(folder).glob(name)):
         raise missing
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
