@@ -50,7 +50,7 @@ def main(model: Path, out: Path, output: Output) -> None:
     memory = entries[0].nbytes, packed.program.nbytes()
     table = [
         ("size on disk", size(disk[0]), size(disk[1]), ratio(disk[1], disk[0])),
-        ("weights in memory", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
+        ("weights, as stored", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
         ("perplexity", f"{losses[0].value:.3f}", f"{losses[1].value:.3f}", ratio(losses[1].value, losses[0].value)),
     ]
     for phase, what in (("prefill", "prefill of 128 tokens, ms"), ("decode", "decode of a token, ms")):

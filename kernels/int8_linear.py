@@ -3,6 +3,16 @@
 The plain torch functions ``int8_linear_reference`` and ``int8_weight_only_linear_reference`` are the meaning of the
 ops: every kernel and every lowering is judged against them. Weights are symmetric int8, one float32 scale per row.
 
+``int8_linear`` quantizes each row (token) of x by itself, asymmetric, when it runs:
+
+    lo = min(amin(row), 0)    hi = max(amax(row), 0)    s = (hi - lo) / 255    z = round(-128 - lo / s)
+    q = clamp(round(row / s) + z, -128, 127)            row ~= s * (q - z)
+    y[n] = s * scale[n] * (sum_k q[k] * w[n, k] - z * colsum[n]) + bias[n]     colsum[n] = sum_k w[n, k]
+
+The zero point keeps all 256 steps when a row's outliers lie on one side, as after GELU. The scheme and the integer
+correction z * colsum are those of gemmlowp (B. Jacob et al., "Quantization and Training of Neural Networks for
+Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3), applied per token; vLLM calls the term "azp".
+
 The CPU kernels run the same integers through ``torch._int_mm``; they need no prepared weights and are meant for
 programs that were not lowered. Every other device, CUDA included, runs the reference itself.
 """
@@ -10,21 +20,29 @@ programs that were not lowered. Every other device, CUDA included, runs the refe
 import torch
 from torch import Tensor
 
-INT8_MAX = 127
-# A row whose largest magnitude is not above this counts as all zero: below it, 1/scale would overflow float32.
+INT8_MIN, INT8_MAX = -128, 127
+INT8_STEPS = INT8_MAX - INT8_MIN
+# A row whose range is not above this counts as all zero: below it, 1/scale would overflow float32.
 ZERO_ROW = 1e-30
+# Up to this K, sum(q * w) - z * colsum stays within int32: |q - z| <= 255 and |w| <= 128.
+INT32_COLUMNS = (2**31 - 1) // (INT8_STEPS * 128)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row of ``x`` [M, K] (float, K > 0) by itself, symmetric: (int8 [M, K], float32 scale [M, 1]).
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row of ``x`` [M, K] (float, K > 0) by itself: (int8 [M, K], scale [M, 1], zero point [M, 1]).
 
-    scale = amax(|row|) / 127, or 1 for an all-zero row; q = round_half_even(row * (1 / scale)), so |q| <= 127 without a
-    clamp. A row holding NaN or Inf gets a scale of NaN or Inf, so that what is computed from it is not finite either.
+    The formula is the module's, with row * (1 / s) for row / s and halves rounded to even; scale is float32, the zero
+    point int32 in [-128, 127]. An all-zero row has scale 1. A row holding NaN or Inf, or one whose hi - lo overflows
+    float32, gets a scale of NaN or Inf, so that what is computed from it is not finite either.
     """
     row = x.float()
-    amax = row.abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(amax <= ZERO_ROW, 1.0, amax / INT8_MAX)
-    return (row * scale.reciprocal()).round().to(torch.int8), scale
+    lo = row.amin(dim=-1, keepdim=True).clamp(max=0)
+    span = row.amax(dim=-1, keepdim=True).clamp(min=0) - lo
+    scale = torch.where(span <= ZERO_ROW, 1.0, span / INT8_STEPS)
+    inverse = scale.reciprocal()
+    zero_point = (INT8_MIN - lo * inverse).round()
+    q = ((row * inverse).round() + zero_point).clamp(INT8_MIN, INT8_MAX)
+    return q.to(torch.int8), scale, zero_point.to(torch.int32)
 
 
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -55,18 +73,18 @@ def _without_terms(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer on int8 weights with activations quantized per row (per token) at run time.
+    """Linear layer on int8 weights with activations quantized per row (token) at run time, by the module's formula.
 
     x [..., K] float32/bfloat16/float16, qweight int8 [N, K], scale float32 [N], bias [N] or None; returns [..., N] in
     x's dtype.
-    The products are summed exactly: float64 holds every integer the sum can reach for K < 2**38.
+    The sums are exact: float64 holds every integer they can reach for K < 2**38.
     Raises TypeError on a wrong dtype, ValueError on a wrong shape.
     """
     _check(x, qweight, scale, bias)
     if x.shape[-1] == 0:
         return _without_terms(x, scale, bias)
-    q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-    acc = q.double() @ qweight.double().t()
+    q, row_scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]))
+    acc = (q.double() - zero_point) @ qweight.double().t()
     return _rescale(acc, row_scale, x, scale, bias)
 
 
@@ -83,11 +101,14 @@ def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor,
 
 def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, qweight, scale, bias)
+    columns = x.shape[-1]
     # torch._int_mm (2.13, CPU) returns wrong numbers when K == 1: it reads the transposed [N, 1] as if it were [1, N].
-    if x.numel() == 0 or qweight.numel() == 0 or x.shape[-1] == 1:
+    if x.numel() == 0 or qweight.numel() == 0 or columns == 1 or columns > INT32_COLUMNS:
         return int8_linear_reference(x, qweight, scale, bias)
-    q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
-    return _rescale(torch._int_mm(q, qweight.t()), row_scale, x, scale, bias)
+    q, row_scale, zero_point = quantize_rows(x.reshape(-1, columns))
+    column_sum = qweight.sum(dim=1, dtype=torch.int32)
+    acc = torch._int_mm(q, qweight.t()).addcmul_(zero_point, column_sum, value=-1)
+    return _rescale(acc, row_scale, x, scale, bias)
 
 
 def _int8_weight_only_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

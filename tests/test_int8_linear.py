@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from fxc.errors import InputRefused
 from fxc.schemes.int8 import dequantize, quantize_weight
-from fxc_kernels.int8_linear import int8_linear_reference, int8_weight_only_linear_reference, quantize_rows
+from fxc_kernels.int8_linear import (
+    INT32_COLUMNS,
+    int8_linear_reference,
+    int8_weight_only_linear_reference,
+    quantize_rows,
+)
 
 OPS = {
     "int8_linear": int8_linear_reference,
@@ -44,16 +49,90 @@ def test_opcheck(name, dtype):
     torch.library.opcheck(getattr(torch.ops.fxc, name).default, make((4,), 8, 16, dtype, bias=False))
 
 
-def test_the_integers_are_exact_where_float32_is_not():
-    columns = 2**12 + 1
-    x = torch.full((1, columns), 127.0)
+def naive(x, qweight, scale, bias):
+    """The formula of fxc_kernels.int8_linear in float64 and Python integers, one number at a time."""
+    rows = []
+    for row in x.double().tolist():
+        lo, hi = min(*row, 0.0), max(*row, 0.0)
+        s = (hi - lo) / 255 or 1.0
+        z = round(-128 - lo / s)
+        q = [min(max(round(v / s) + z, -128), 127) for v in row]
+        rows.append(
+            [
+                s * c * (sum(a * b for a, b in zip(q, w)) - z * sum(w)) + b
+                for w, c, b in zip(qweight.tolist(), scale.tolist(), bias.tolist())
+            ]
+        )
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def assert_follows_the_formula(implementation, x, qweight, scale, bias):
+    """Within float32 rounding, or one step where x / s lies so near a half that float32 and float64 round apart."""
+    expected = naive(x, qweight, scale, bias)
+    out = implementation(x, qweight, scale, bias)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+ROWS = {
+    "both sides": lambda x: x,
+    "above": lambda x: x.abs() + 0.1,
+    "below": lambda x: -x.abs() - 0.1,
+    "one outlier": lambda x: torch.where(torch.arange(x.shape[1]) == 3, 40.0, x),
+    "gelu": lambda x: torch.nn.functional.gelu(4 * x),
+    "zero": torch.zeros_like,
+    "constant": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("implementation", [int8_linear_reference, torch.ops.fxc.int8_linear], ids=["reference", "op"])
+def test_int8_linear_is_its_formula(implementation, rows, seed):
+    x, qweight, scale, bias = make((4,), 7, 33, seed=seed)
+    qweight += (qweight < 0) * 60  # column sums far from 0
+    assert_follows_the_formula(implementation, ROWS[rows](x), qweight, scale, bias)
+
+
+@pytest.mark.parametrize("fault", ["no correction", "zero point off by one", "symmetric", "column sum of |w|"])
+def test_the_formula_tells_a_wrong_implementation_apart(fault):
+    def wrong(x, qweight, scale, bias):
+        q, s, z = quantize_rows(x)
+        column_sum = qweight.long().sum(1)
+        if fault == "no correction":
+            z = 0 * z
+        elif fault == "zero point off by one":
+            z = z + 1
+        elif fault == "column sum of |w|":
+            column_sum = qweight.long().abs().sum(1)
+        else:
+            s = x.abs().amax(1, keepdim=True) / 127
+            q, z = (x / s).round(), 0 * z
+        return (q.long() @ qweight.long().t() - z * column_sum) * s * scale + bias
+
+    args = make((4,), 7, 33)
+    with pytest.raises(AssertionError):
+        assert_follows_the_formula(wrong, ROWS["gelu"](args[0]), *args[1:])
+
+
+def test_rows_with_one_sided_outliers_keep_their_steps():
+    x = ROWS["gelu"](torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    q, scale, zero_point = quantize_rows(x)
+    symmetric = x.abs().amax(1, keepdim=True) / 127
+    error = (x - scale * (q.int() - zero_point)).norm()
+    assert error < 0.6 * (x - symmetric * (x / symmetric).round()).norm()
+
+
+@pytest.mark.parametrize("columns", [2**12 + 1, INT32_COLUMNS, INT32_COLUMNS + 1])
+def test_the_integers_are_exact_where_float32_is_not(columns):
+    x = torch.full((1, columns), 255.0)
     qweight = torch.full((1, columns), 127, dtype=torch.int8)
     scale = torch.ones(1)
     x[0, 0], qweight[0, 0] = 1.0, 1
-    exact = 127 * 127 * (columns - 1) + 1
+    exact = 255 * 127 * (columns - 1) + 1
     assert exact > 2**24 and int(torch.tensor(float(exact), dtype=torch.float32)) != exact + 1
-    q, row_scale = quantize_rows(x)
-    assert row_scale.item() == 1.0 and int((q.long() @ qweight.long().t()).item()) == exact
+    q, row_scale, zero_point = quantize_rows(x)
+    assert row_scale.item() == 1.0 and zero_point.item() == -128
+    assert int(((q.long() - zero_point) @ qweight.long().t()).item()) == exact
     expected = torch.tensor([[float(exact)]], dtype=torch.float32)
     assert torch.equal(int8_linear_reference(x, qweight, scale), expected)
     assert torch.equal(torch.ops.fxc.int8_linear(x, qweight, scale, None), expected)
@@ -105,13 +184,18 @@ def test_wrong_operands_are_refused():
 @given(st.integers(1, 6), st.integers(1, 40), st.floats(-37, 37), st.integers(0, 2**16))
 def test_quantized_rows_are_within_half_a_step(rows, columns, exponent, seed):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
-    q, scale = quantize_rows(x)
-    assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (rows, 1)
-    error = (x.double() - q.double() * scale.double()).abs()
-    normal = x.abs().amax(1) > 1e-30
-    assert (error <= scale.double() * 0.50001)[normal].all()
-    assert (q.abs().amax(1) == 127)[normal].all()
-    assert (scale[~normal] == 1).all() and (q[~normal] == 0).all()
+    q, scale, zero_point = quantize_rows(x)
+    assert (q.dtype, scale.dtype, zero_point.dtype) == (torch.int8, torch.float32, torch.int32)
+    assert scale.shape == zero_point.shape == (rows, 1) and (zero_point.abs() <= 128).all()
+    steps = q.int() - zero_point
+    error = (x.double() - steps * scale.double()).abs()
+    span = x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)
+    normal = span > 1e-30
+    assert (error <= scale.double() * 0.5001)[normal].all()
+    used = steps.amax(1).clamp(min=0) - steps.amin(1).clamp(max=0)
+    assert (used >= 254)[normal].all()
+    assert (scale[~normal] == 1).all() and (steps[~normal] == 0).all()
+    assert quantize_rows(torch.zeros_like(x))[0].eq(-128).all()
 
 
 @settings(deadline=None, max_examples=60)

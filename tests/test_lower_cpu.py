@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from fxc.errors import UsageError
 from fxc.ir import Input, Program, Signature
-from fxc.lower import choose
+from fxc.lower import choose, packed
 from fxc.lower.cpu import lower_cpu
 from fxc.schemes.int8 import quantize_weight
 
@@ -91,6 +91,43 @@ def test_eager_float32_matches_the_program(x, shape):
     close(lowered(x), program.module()(x), 1e-5)
 
 
+def biased(x):
+    """A program whose int8 layer reads rows far from 0 through weights whose sums are far from 0, and such rows."""
+    model = nn.Linear(WIDTH, 24)
+    with torch.no_grad():
+        model.weight.add_(0.1)
+    return program_of(model, x), torch.nn.functional.gelu(3 * x) + 2
+
+
+BACKENDS = ["eager", pytest.param("inductor", marks=needs_compiler)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_points_are_taken_out_exactly(x, backend):
+    program, x = biased(x)
+    lowered, _ = lower_cpu(program, backend, measure=int8_wins)
+    close(lowered(x), program.module()(x), 1e-6)
+    x[0, 1] = 0
+    x[1, 2, 3] = float("inf")
+    x[1, 4, 5] = float("nan")
+    (out,), bias = lowered(x), program.constants["bias"]
+    torch.testing.assert_close(out[0, 1], bias, rtol=0, atol=1e-6)
+    assert not torch.isfinite(out[1, [2, 4]]).any()
+    out[1, [2, 4]] = 0
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lowering_without_the_zero_point_term_is_noticed(x, backend, monkeypatch):
+    program, x = biased(x)
+    term = packed.zero_point_term
+    for wrong in (lambda *a: 0 * term(*a), lambda *a: -term(*a), lambda *a: term(*a).bfloat16().float()):
+        monkeypatch.setattr(packed, "zero_point_term", wrong)
+        lowered, _ = lower_cpu(program, backend, measure=int8_wins)
+        with pytest.raises(AssertionError):
+            close(lowered(x), program.module()(x), 1e-6)
+
+
 def test_eager_bfloat16_keeps_its_dtype(x):
     program = program_of(Block().bfloat16(), x.bfloat16())
     lowered, _ = lower_cpu(program, "eager", measure=int8_wins)
@@ -163,9 +200,19 @@ def test_without_int8_instructions_everything_is_dequantized(x, monkeypatch):
 def test_weight_only_is_nearly_exact_on_both_sides_of_its_limit(x, shape):
     program = program_of(Block(), x, "int8_weight_only_linear")
     lowered, report = lower_cpu(program, "eager", measure=int8_wins, bf16=False)
-    assert {c.op for c in report} <= {"int8 weight-only", "dequantized"}
+    assert {c.op for c in report} == {"int8 up to M=16, float above"}
     x = torch.randn(*shape, WIDTH)
     close(lowered(x), program.module()(x), 2e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_only_is_measured_too(x, backend):
+    program = program_of(Block(), x, "int8_weight_only_linear")
+    lowered, report = lower_cpu(program, backend, measure=timing(2.0))
+    assert {c.op for c in report} == {"dequantized"} and "int8 was slower" in report[0].reason
+    assert not any(t.dtype == torch.int8 for t in lowered.state_dict().values())
+    _, report = lower_cpu(program, backend)
+    assert all("M=1: int8" in c.reason and "M=32: int8" in c.reason for c in report)
 
 
 @needs_compiler
@@ -198,10 +245,20 @@ def test_decisions_follow_the_timings():
     assert choose.dense_limit({1: (2, 2), 16: (1, 2), 128: (1, 2)}) == 1
 
 
-def test_measuring_covers_every_row_count_and_is_kept():
-    first = choose.measure(24, 16, torch.float32, True, 1)
-    assert tuple(first) == choose.ROWS and all(a > 0 and b > 0 for a, b in first.values())
-    assert choose.measure(24, 16, torch.float32, True, 1) is first
+def test_weight_only_decisions_follow_the_timings():
+    assert choose.split_limit({1: (1, 2), 8: (1, 2), 32: (1, 2)}) == 32
+    assert choose.split_limit({1: (1, 2), 8: (1, 2), 32: (3, 2)}) == 8
+    assert choose.split_limit({1: (3, 2), 8: (1, 2), 32: (1, 2)}) == 0
+    assert choose.split_limit({1: (2, 2), 8: (1, 2)}) == 0
+    assert choose.split_limit({1: (1, 2), 128: (1, 2)}) == 1
+
+
+@pytest.mark.parametrize("weight_only, rows", [(False, choose.ROWS), (True, choose.WEIGHT_ONLY_ROWS)])
+@pytest.mark.parametrize("surroundings", [False, True])
+def test_measuring_covers_every_row_count_and_is_kept(weight_only, rows, surroundings):
+    first = choose.measure(24, 16, torch.float32, weight_only, surroundings, 1)
+    assert tuple(first) == rows and all(a > 0 and b > 0 for a, b in first.values())
+    assert choose.measure(24, 16, torch.float32, weight_only, surroundings, 1) is first
 
 
 def test_refusals(x):

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import DenseLinear, Int8Linear, int8_product
+from fxc.lower.packed import SPLIT_ROWS, DenseLinear, Int8Linear, SplitLinear, int8_product
 from fxc_kernels.int8_linear import quantize_rows
 
 # One token, a few sequences decoding together, one prompt.
 ROWS = (1, 16, 128)
+# Weight-only is for few rows: SplitLinear doubles them.
+WEIGHT_ONLY_ROWS = (1, 8, SPLIT_ROWS)
 # int8 has to win by this factor: what it saves must be above the noise of the measurement.
 MARGIN = 0.95
 # Both forms run in turns, so that another process slows both down; the best of each counts.
@@ -41,21 +43,24 @@ def _race(first: Callable[[], object], second: Callable[[], object]) -> tuple[fl
 
 
 @functools.cache
-def measure(out_features: int, in_features: int, dtype: torch.dtype, quantize: bool, threads: int) -> Timing:
-    """Time both forms of one layer [N, K] for each count in ROWS.
+def measure(
+    out_features: int, in_features: int, dtype: torch.dtype, weight_only: bool, quantize: bool, threads: int
+) -> Timing:
+    """Time the int8 and the float form of one layer [N, K] for each count in ROWS (WEIGHT_ONLY_ROWS).
 
-    quantize: count the quantization of activations too (in eager it is calls of its own, a compiler fuses it).
+    weight_only: the int8 form keeps the activations (SplitLinear) instead of quantizing them (Int8Linear).
+    quantize: count what surrounds the int8 product too (in eager it is calls of its own, a compiler fuses it).
     threads: torch.get_num_threads(), since the answer depends on it.
     """
     generator = torch.Generator().manual_seed(0)
     qweight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
     scale = torch.full((out_features,), 1e-3)
-    layer = Int8Linear(qweight, scale, None)
+    layer = (SplitLinear if weight_only else Int8Linear)(qweight, scale, None)
     dense = DenseLinear((qweight.float() * 1e-3).to(dtype), None)
     timing: Timing = {}
-    for rows in ROWS:
+    for rows in WEIGHT_ONLY_ROWS if weight_only else ROWS:
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
-        q = quantize_rows(x)[0]
+        q = quantize_rows(torch.cat([x, x]) if weight_only else x)[0]
         product = functools.partial(int8_product, q, layer.packed, scale, layer.zero_point)
         run = functools.partial(layer, x) if quantize else product
         timing[rows] = _race(run, functools.partial(dense, x))
@@ -84,6 +89,17 @@ def dense_limit(timing: Timing) -> int | None:
     if first is None:
         return None
     return max((rows for rows in timing if rows < first), default=0)
+
+
+def split_limit(timing: Timing) -> int:
+    """Up to how many rows weight-only int8 is to be used: it wins at every measured row count up to there; 0 for never."""
+    limit = 0
+    for rows in sorted(timing):
+        as_int8, as_float = timing[rows]
+        if as_int8 > MARGIN * as_float or rows > SPLIT_ROWS:
+            break
+        limit = rows
+    return limit
 
 
 def cpu_has_int8() -> bool:

@@ -63,8 +63,8 @@ def lower_cpu(
 
     measure: (N, K, dtype) -> Timing, instead of timing the two forms of a layer on this machine.
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
-    query and key come from int8 layers, and the int8 products before they are rescaled. It never changes a dtype of the
-    program, and nothing happens where the CPU has no bfloat16 instructions.
+    query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
+    no bfloat16 instructions.
     Raises UsageError for an unknown backend, a program on meta, or inductor without a C++ compiler.
     """
     if backend not in ("eager", "inductor"):
@@ -172,18 +172,23 @@ class _Lowering:
             self.report.append(LayerChoice(name, op, reason, size, group.qweight.shape[1]))
 
     def _decide(self, group: _Group, dtype: torch.dtype) -> tuple[str, int, str]:
-        """(form, up to how many rows a float copy is used, reason)."""
+        """(form, limit, reason). int8 is used above `limit` rows; as weight-only, up to `limit` rows."""
         rows, columns = group.qweight.shape
         if self.measure is None and not choose.cpu_has_int8():
             return "dequantized", 0, "dequantized: this CPU has no int8 dot products (AVX512-VNNI, AMX)"
         if dtype not in (torch.float32, torch.bfloat16):
             return "dequantized", 0, f"dequantized: no int8 product takes {dtype} to {dtype} on a CPU"
-        if group.target is _WEIGHT_ONLY:
-            return "int8 weight-only", packed.SPLIT_ROWS, f"int8 up to M={packed.SPLIT_ROWS}, a float copy above"
+        weight_only = group.target is _WEIGHT_ONLY
         if self.measure is None:
-            timing = choose.measure(rows, columns, dtype, self.backend == "eager", torch.get_num_threads())
+            eager = self.backend == "eager"
+            timing = choose.measure(rows, columns, dtype, weight_only, eager, torch.get_num_threads())
         else:
             timing = self.measure(rows, columns, dtype)
+        if weight_only:
+            limit = choose.split_limit(timing)
+            if limit == 0:
+                return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
+            return f"int8 up to M={limit}, float above", limit, f"measured: {choose.describe(timing)}"
         limit = choose.dense_limit(timing)
         if limit is None or (limit > 0 and rows * columns > SMALL_LAYER):
             return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
@@ -239,11 +244,11 @@ class _Lowering:
         zero_point = constant("zero_point", torch.zeros(group.qweight.shape[0], dtype=torch.int32))
         args = (group.x, constant("qweight", group.qweight), constant("scale", group.scale), zero_point, bias)
         if group.target is _WEIGHT_ONLY:
-            return self.graph.call_function(traced.split_or_dense, (*args, weight))
-        product_dtype = torch.bfloat16 if self.bf16 else torch.float32
+            return self.graph.call_function(traced.split_or_dense, (*args, weight, limit))
+        args = (*args, constant("zero_point_term", packed.zero_point_term(group.qweight, group.scale)))
         if weight is None:
-            return self.graph.call_function(traced.int8_linear, (*args, product_dtype))
-        return self.graph.call_function(traced.int8_or_dense, (*args, product_dtype, weight, limit))
+            return self.graph.call_function(traced.int8_linear, args)
+        return self.graph.call_function(traced.int8_or_dense, (*args, weight, limit))
 
     # the rest of the graph
 

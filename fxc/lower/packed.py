@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
+from fxc_kernels.int8_linear import INT8_MAX, INT8_MIN, INT8_STEPS, ZERO_ROW
 
-# Up to this many rows, int8 weights are read for float activations as two int8 products (see SplitLinear).
+# Up to this many rows, int8 weights may be read for float activations as two int8 products (see SplitLinear).
 SPLIT_ROWS = 32
 # q2 of the split: the remainder of rounding lies in [-1/2, 1/2], so 254 spreads it over the int8 range.
 SPLIT = 254.0
@@ -23,8 +23,10 @@ def pack_int8(qweight: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(qweight.contiguous(), None)
 
 
-def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, dtype=torch.float32) -> Tensor:
-    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned in `dtype` [M, N].
+def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned as float32 [M, N].
+
+    zero_point: the weight's, zeros [N].
 
     A single row goes through as two: for M == 1 and some sizes (every layer with N == 256) oneDNN 3.12 falls back to its
     reference code, which is 100 to 1000 times slower.
@@ -32,15 +34,33 @@ def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, d
     count = q.shape[0]
     if count == 1:
         q = torch.cat([q, q])
-    out = torch.ops.onednn.qlinear_pointwise(q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, dtype, "none", [], "")
+    out = torch.ops.onednn.qlinear_pointwise(
+        q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+    )
     return out[:1] if count == 1 else out
 
 
-def _row_scales(rows: Tensor) -> Tensor:
-    """The scale [M, 1] of `quantize_rows`, with two temporaries fewer."""
+def zero_point_term(qweight: Tensor, scale: Tensor) -> Tensor:
+    """-scale * colsum, float32 [1, N]: times a row's zero point, what `int8_product` has too much for that row."""
+    return qweight.sum(dim=1, dtype=torch.int32).float().mul_(scale).neg_()[None]
+
+
+def symmetric_scales(rows: Tensor) -> Tensor:
+    """float32 rows [M, K] -> the scale [M, 1] that puts their largest magnitude at 127, or 1 for an all-zero row."""
     scale = rows.abs().amax(dim=-1, keepdim=True)
     zero = scale <= ZERO_ROW
     return scale.div_(INT8_MAX).masked_fill_(zero, 1.0)
+
+
+def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fxc_kernels.int8_linear.quantize_rows` with fewer temporaries; the zero point stays float32."""
+    lo = rows.amin(dim=-1, keepdim=True).clamp_(max=0)
+    scale = rows.amax(dim=-1, keepdim=True).clamp_(min=0).sub_(lo)
+    zero = scale <= ZERO_ROW
+    inverse = scale.div_(INT8_STEPS).masked_fill_(zero, 1.0).reciprocal()
+    zero_point = lo.mul_(inverse).neg_().add_(INT8_MIN).round_()
+    q = (rows * inverse).round_().add_(zero_point).clamp_(INT8_MIN, INT8_MAX)
+    return q.to(torch.int8), scale, zero_point
 
 
 class _Rows(nn.Module):
@@ -87,12 +107,22 @@ class _Rows(nn.Module):
 
 
 class Int8Linear(_Rows):
-    """fxc::int8_linear: rows quantized as they come, one int8 product, then row scale and bias."""
+    """fxc::int8_linear: rows quantized as they come, one int8 product, its zero points taken out, row scale and bias."""
+
+    def __init__(
+        self,
+        qweight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(qweight, scale, bias, activation)
+        self.zero_point_term = zero_point_term(qweight, scale)
 
     def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = _row_scales(rows)
-        q = (rows * scale.reciprocal()).round_().to(torch.int8)
-        return int8_product(q, self.packed, self.scale, self.zero_point), scale
+        q, scale, zero_point = _quantize_rows(rows)
+        product = int8_product(q, self.packed, self.scale, self.zero_point)
+        return product.addcmul_(zero_point, self.zero_point_term), scale
 
 
 class SplitLinear(_Rows):
@@ -103,7 +133,7 @@ class SplitLinear(_Rows):
 
     def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         count = rows.shape[0]
-        scale = _row_scales(rows)
+        scale = symmetric_scales(rows)
         scaled = rows * scale.reciprocal()
         q = scaled.new_empty(2 * count, self.in_features)
         torch.round(scaled, out=q[:count])

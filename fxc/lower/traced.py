@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import SPLIT, SPLIT_ROWS, int8_product, pack_int8
+from fxc.lower.packed import SPLIT, int8_product, pack_int8, symmetric_scales
 from fxc_kernels.int8_linear import quantize_rows
 
 # Each specialization of a compiled program folds its own constants; they all share one packed copy of a weight.
@@ -35,9 +35,8 @@ torch.library.impl("fxc_cpu::pack_int8", "cpu", _pack_once)
 torch.library.register_fake("fxc_cpu::pack_int8", lambda qweight: qweight.new_empty(qweight.shape[1], qweight.shape[0]))
 
 
-def _product(q: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-    packed = torch.ops.fxc_cpu.pack_int8(qweight)
-    return int8_product(q, packed, scale, zero_point, dtype).float()
+def _product(q: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return int8_product(q, torch.ops.fxc_cpu.pack_int8(qweight), scale, zero_point)
 
 
 def _finish(out: Tensor, row_scale: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,30 +46,37 @@ def _finish(out: Tensor, row_scale: Tensor, x: Tensor, bias: Tensor | None) -> T
     return out.to(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
-def int8_linear(x, qweight, scale, zero_point, bias, product_dtype):
-    """fxc::int8_linear. product_dtype: what the product is written as before the row scale (float32 or bfloat16)."""
+def int8_linear(x, qweight, scale, zero_point, bias, zero_point_term):
+    """fxc::int8_linear. zero_point: the weight's, zeros [N]; zero_point_term: see fxc.lower.packed.
+
+    The product is written as float32: bfloat16 would round it before the rows' zero points are taken out, where it can
+    be many times larger than the result, and was not faster.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], qweight.shape[0])
-    q, row_scale = quantize_rows(rows)
-    return _finish(_product(q, qweight, scale, zero_point, product_dtype), row_scale, x, bias)
+    q, row_scale, row_zero_point = quantize_rows(rows)
+    out = _product(q, qweight, scale, zero_point) + row_zero_point * zero_point_term
+    return _finish(out, row_scale, x, bias)
 
 
-def int8_or_dense(x, qweight, scale, zero_point, bias, product_dtype, weight, limit):
+def int8_or_dense(x, qweight, scale, zero_point, bias, zero_point_term, weight, limit):
     """Up to `limit` rows a float linear over `weight`, above that `int8_linear`."""
     if x.numel() <= limit * x.shape[-1]:
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return int8_linear(x, qweight, scale, zero_point, bias, product_dtype)
+    return int8_linear(x, qweight, scale, zero_point, bias, zero_point_term)
 
 
-def split_or_dense(x, qweight, scale, zero_point, bias, weight):
-    """fxc::int8_weight_only_linear: two int8 products for few rows (see fxc.lower.packed), a float linear for many."""
-    if x.numel() == 0 or x.numel() > SPLIT_ROWS * x.shape[-1]:
+def split_or_dense(x, qweight, scale, zero_point, bias, weight, limit):
+    """fxc::int8_weight_only_linear: two int8 products (see fxc.lower.packed) up to `limit` rows, a float linear above."""
+    if x.numel() == 0 or x.numel() > limit * x.shape[-1]:
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1]).float()
-    first, row_scale = quantize_rows(rows)
-    rest = ((rows * row_scale.reciprocal() - first) * SPLIT).round().to(torch.int8)
-    halves = _product(torch.cat([first, rest]), qweight, scale, zero_point, torch.float32)
+    row_scale = symmetric_scales(rows)
+    scaled = rows * row_scale.reciprocal()
+    first = scaled.round()
+    rest = ((scaled - first) * SPLIT).round()
+    halves = _product(torch.cat([first, rest]).to(torch.int8), qweight, scale, zero_point)
     count = rows.shape[0]
     return _finish(halves[:count] + halves[count:] * (1 / SPLIT), row_scale, x, bias)
 

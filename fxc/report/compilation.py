@@ -21,7 +21,7 @@ def show(
     """Print the report of a compilation. kinds, disk, memory: (before, after)."""
     rows = [
         ("size on disk", size(disk[0]), size(disk[1]), ratio(disk[1], disk[0])),
-        ("weights in memory", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
+        ("weights, as stored", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
         _row("parameters", report["parameters_before"], report["parameters_after"], "{:,}"),
     ]
     if losses := report.get("perplexity"):
