@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxc.capture import capture
 from fxc.compiler import load
 from fxc.errors import UsageError
+from fxc.frontend import capture
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.load import kind_of, load_source
 from fxc.runtime.model import compiled_model
+from fxc.sources import kind_of, load_source
 from fxc.verify.samples import samples
 
 _CALLS = 3

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxc.capture import capture
 from fxc.errors import InputRefused, UsageError
+from fxc.frontend import capture
 from fxc.ir.program import Program
-from fxc.load import DTYPES, kind_of, load_source
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.sources import DTYPES, kind_of, load_source
 
 # What a Hugging Face folder has besides weights and code, and a compiled model keeps.
 COMPANIONS = (

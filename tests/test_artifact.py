@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fxc  # noqa: F401 - registers the operators
-from fxc.capture import capture
 from fxc.errors import FxcError, InputRefused, ResourceError, UsageError, VerificationFailed
+from fxc.frontend import capture
 from fxc.ir import Program, check, parse_program, print_program
 from fxc.runtime import artifact, manifest, staging
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fxc import bench
-from fxc.load import kind_of
 from fxc.report.console import Output, size
+from fxc.sources import kind_of
 
 
 def bench_models(

@@ -14,7 +14,6 @@ from fxc.commands.sources import read_text, tokenizer_folder
 from fxc.compiler import Captured, capture_source, compile_captured
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.load import kind_of
 from fxc.passes.base import Pass, parse_passes
 from fxc.passes.order import order
 from fxc.pipeline import Step
@@ -24,6 +23,7 @@ from fxc.report.console import Output
 from fxc.runtime.manifest import replaceable
 from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.runtime.staging import check_target
+from fxc.sources import kind_of
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from fxc import evaluate as quality
 from fxc.commands.sources import read_text, tokenizer_folder
 from fxc.compiler import capture_source
 from fxc.errors import UsageError
-from fxc.load import kind_of, load_source
 from fxc.report.compilation import change_text
 from fxc.report.console import Output
 from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.sources import kind_of, load_source
 
 _LARGEST_LAYERS = 15
 _LAYER_INPUTS = 4

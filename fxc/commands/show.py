@@ -7,13 +7,13 @@ from typing import Any
 
 from fxc.compiler import capture_source
 from fxc.ir.program import Program
-from fxc.load import kind_of
 from fxc.passes.base import Pass, parse_passes
 from fxc.passes.order import order
 from fxc.report import machine, sizes
 from fxc.report.console import Output, size
 from fxc.report.difference import difference
 from fxc.runtime import artifact
+from fxc.sources import kind_of
 
 _LARGEST_LAYERS = 15
 

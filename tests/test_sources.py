@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fxc.errors import FxcError, InputRefused, UsageError
-from fxc.load import kind_of, load_source
 from fxc.safety import check_finite, check_relative_name, safetensors_header
+from fxc.sources import kind_of, load_source
 
 INDEX = "model.safetensors.index.json"
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
