@@ -27,7 +27,7 @@ import transformers
 from rich.console import Console
 
 from benchmarks import table
-from benchmarks.peers import Contender, Workbench
+from benchmarks.peers import Contender, Workbench, layers_of
 from benchmarks.timing import Call, interleave
 from benchmarks.workloads import Decoder, Encoder
 
@@ -100,7 +100,8 @@ def measure(workload: Any, only: list[str], threads: int, rounds: int, seconds: 
     contenders = chosen(workload.contenders, workload.name, only)
     if not contenders:
         return None
-    result = {"name": workload.name, "title": workload.title, "sizes": workload.sizes, "rows": {}, "left_out": {}}
+    result = {"name": workload.name, "title": workload.title, "sizes": workload.sizes, "rows": {}}
+    result |= {"left_out": {}, "layers": {}}
     if reason := workload.missing():
         result["left_out"][workload.name] = reason
         return result
@@ -117,6 +118,7 @@ def measure(workload: Any, only: list[str], threads: int, rounds: int, seconds: 
         timings = interleave(calls, rounds, seconds)
         for name, timing in timings.items():
             result["rows"][name][size] = table.record(timing, timings[baseline], cosines[name])
+    result["layers"] = {name: counts for name, model in built.items() if (counts := layers_of(model))}
     return result
 
 
@@ -185,8 +187,8 @@ def main() -> int:
         broken += faults(result, workload.contenders)
         if result["rows"]:
             console.print(table.rich_table(result))
-        for name, reason in result["left_out"].items():
-            console.print(f"{name}: {reason}", markup=False, highlight=False)
+        for line in table.remarks(result):
+            console.print(line, markup=False, highlight=False)
     if not report["workloads"]:
         note(f"error: --only {options.only}: no row has such a name")
         return 2

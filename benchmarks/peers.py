@@ -6,6 +6,7 @@ is slower than float32.
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,6 +186,12 @@ def ours(passes: str, backend: str, dtype: str = "auto") -> Callable[[Workbench]
 
 def our_encoder(passes: str, backend: str, dtype: str = "auto") -> Callable[[Workbench], HiddenStates]:
     return lambda bench: HiddenStates(ours(passes, backend, dtype)(bench))
+
+
+def layers_of(built: Any) -> dict[str, int]:
+    """How many layers of fxc's model in `built` run in which form on this machine, as its lowering chose."""
+    modules = built.modules() if isinstance(built, torch.nn.Module) else []
+    return dict(Counter(layer.op for each in modules if isinstance(each, fxc.CompiledModel) for layer in each.layers))
 
 
 # The first one is what all are compared with, in numbers and in time.

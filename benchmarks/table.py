@@ -68,6 +68,14 @@ def cells(result: dict) -> list[list[str]]:
     return made
 
 
+def remarks(result: dict) -> list[str]:
+    """Why rows are left out, and in which form fxc's layers run, which a row's name does not tell."""
+    runs = {name: ", ".join(f"{count} {op}" for op, count in ops.items()) for name, ops in result["layers"].items()}
+    return [f"{name}: {reason}" for name, reason in result["left_out"].items()] + [
+        f"{name} runs its layers as: {forms}" for name, forms in runs.items()
+    ]
+
+
 def rich_table(result: dict) -> Table:
     table = Table(title=result["title"], caption="median over rounds, times faster than the first row; lowest-highest")
     table.add_column("", no_wrap=True)
@@ -93,6 +101,5 @@ def markdown(report: dict) -> str:
         heads = ["", *result["sizes"], "worst cosine"]
         lines += ["", f"## {result['title']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [f"| {' | '.join(line).replace(chr(10), '<br>')} |" for line in cells(result)]
-        lines += [""] if result["left_out"] else []
-        lines += [f"- {name}: {reason}" for name, reason in result["left_out"].items()]
+        lines += ["", *(f"- {line}" for line in remarks(result))]
     return "\n".join(lines) + "\n"

@@ -53,12 +53,12 @@ def time_once(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def time_round(call: Call, seconds: float, at_least: int = 3) -> float:
-    """Median milliseconds per unit over as many calls as fit in `seconds`, after one that warms the caches again."""
+def time_round(call: Call, seconds: float) -> float:
+    """Median milliseconds per unit over calls until `seconds` are spent, after one that warms the caches again."""
     time.sleep(SETTLE_SECONDS)
     time_once(call)
     spent: list[float] = []
-    while len(spent) < at_least or sum(spent) < seconds:
+    while not spent or sum(spent) < seconds:
         spent.append(time_once(call))
     return median(spent) * 1e3 / call.units
 

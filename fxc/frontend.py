@@ -11,7 +11,7 @@ import inspect
 import operator
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ class Call:
     """What to trace: a module whose forward takes the flat tensors in `inputs` and returns a flat list of tensors.
 
     inputs: name -> example tensor; dynamic: name -> {dimension: AUTO}; defaults: name -> Input.default;
-    other_sizes: further sets of inputs, of sizes that are not traced, for the check.
+    other_sizes: further sets of inputs, of sizes that are not traced, for the check; stacks: of a decoder, which of the
+    cache's tensors are alike.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class Call:
     other_sizes: list[list[Tensor]]
     call: Any
     kind: str
+    stacks: list[list[int]] = field(default_factory=list)
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, check: bool = True) -> Program:
@@ -152,6 +154,19 @@ class _WithCache(nn.Module):
         return [output.logits, *tensors_of(output.past_key_values)]
 
 
+class _WithStackedCache(_WithCache):
+    """The same function of the cache's tensors stacked, one stack for each shape that they have. It is what is traced: every
+    tensor brings symbols of its own, and with two for each of 80 layers tracing takes twice as long."""
+
+    def __init__(self, model: nn.Module, stacks: list[list[int]]):
+        super().__init__(model, sum(map(len, stacks)) // 2)
+        self.stacks = stacks
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *stacked: Tensor) -> list[Tensor]:
+        members = {i: t for stack, many in zip(self.stacks, stacked, strict=True) for i, t in zip(stack, many.unbind(0))}
+        return super().forward(input_ids, attention_mask, position_ids, *(members[i] for i in sorted(members)))
+
+
 def _call_with_cache(model: nn.Module) -> Call:
     config = model.config.get_text_config(decoder=True)
     device = next(model.parameters()).device
@@ -171,10 +186,11 @@ def _call_with_cache(model: nn.Module) -> Call:
     names = ["input_ids", "attention_mask", "position_ids"]
     names += [f"past.{i}.{part}" for i in range(len(past_shapes) // 2) for part in ("key", "value")]
     inputs = dict(zip(names, example(2, 7, 9), strict=True))
-    dynamic = {n: {0: AUTO, 2: AUTO} if n.startswith("past.") else {0: AUTO, 1: AUTO} for n in names}
     others = [] if device.type == "meta" else [example(*sizes) for sizes in ((1, 1, 12), (3, 6, 5), (1, 11, 0))]
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(names)}}
-    return Call(_WithCache(model, len(past_shapes) // 2), inputs, dynamic, {}, others, structure, "causal_lm")
+    stacks = [[i for i, s in enumerate(past_shapes) if s == shape] for shape in dict.fromkeys(past_shapes)]
+    module = _WithCache(model, len(past_shapes) // 2)
+    return Call(module, inputs, {}, {}, others, structure, "causal_lm", stacks)
 
 
 def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
@@ -328,7 +344,9 @@ def _export(model: nn.Module, call: Call) -> Program:
             hint="if its control flow depends on tensor values, compile the part that does not; "
             "set TORCH_LOGS=+dynamic for torch's own account",
         ) from error
-    graph, constants = _flatten_graph(exported.module(check_guards=False), names)
+    graph, constants = _flatten_graph(exported.module(check_guards=False))
+    if call.stacks:
+        _unstack(graph, call.stacks)
     legalize(graph)
     canonical, aliases = _canonical_names(first_names, constants)
     for node in graph.find_nodes(op="get_attr"):
@@ -353,14 +371,39 @@ def _parameter_names(model: nn.Module) -> list[str]:
 
 
 def _trace(call: Call) -> torch.export.ExportedProgram:
-    args = tuple(call.inputs.values())
-    shapes = [call.dynamic[n] for n in call.inputs]
-    # A variadic forward's arguments are one entry of dynamic_shapes; named ones come first.
-    named = [p for p in inspect.signature(call.module.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    dynamic = (*shapes[: len(named)], tuple(shapes[len(named) :]))
-    if len(args) == len(named):
-        dynamic = tuple(shapes)
-    return torch.export.export(call.module, args, dynamic_shapes=dynamic, strict=False)
+    args = list(call.inputs.values())
+    if call.stacks:
+        rows, past = args[:3], args[3:]
+        stacked = tuple(torch.stack([past[i] for i in stack]) for stack in call.stacks)
+        dynamic = ({0: AUTO, 1: AUTO},) * 3 + (({1: AUTO, 3: AUTO},) * len(stacked),)
+        module = _WithStackedCache(call.module.m, call.stacks)
+        return torch.export.export(module, (*rows, *stacked), dynamic_shapes=dynamic, strict=False)
+    dynamic = (tuple(call.dynamic[n] for n in call.inputs),)  # one entry for all of a variadic forward's arguments
+    return torch.export.export(call.module, tuple(args), dynamic_shapes=dynamic, strict=False)
+
+
+def _unstack(graph: fx.Graph, stacks: list[list[int]]) -> None:
+    """Give the graph a placeholder for each tensor of the cache in place of the stacked ones."""
+    stacked = graph.find_nodes(op="placeholder")[3:]
+    placeholders: dict[int, fx.Node] = {}
+    mode = fake_mode_of(graph)
+    for stack, whole in zip(stacks, stacked, strict=True):
+        (unbound,) = (user for user in whole.users if user.target is torch.ops.aten.unbind.int)
+        for item in list(unbound.users):
+            value = item.meta["val"]
+            with graph.inserting_before(whole):
+                index = stack[item.args[1]]
+                node = placeholders[index] = graph.placeholder(f"past_{index}")
+            with mode:
+                node.meta = {"val": torch.empty(value.shape, dtype=value.dtype, device="cpu"), "fqn": "", "by": ""}
+            item.replace_all_uses_with(node)
+            graph.erase_node(item)
+        graph.erase_node(unbound)
+        for user in list(whole.users):  # what is left asks for the sizes of the stack
+            user.args = (placeholders[stack[0]], user.args[1] - 1)
+        graph.erase_node(whole)
+    for before, index in zip(sorted(placeholders), sorted(placeholders)[1:]):
+        placeholders[before].append(placeholders[index])
 
 
 def _first_line(error: Exception) -> str:
@@ -368,7 +411,7 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _flatten_graph(module: fx.GraphModule, names: list[str]) -> tuple[fx.Graph, dict[str, Tensor]]:
+def _flatten_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The exported module's graph with one placeholder an input and a flat tuple returned, regions inlined; and the
     tensors that it reads, by FQN."""
     graph, constants = fx.Graph(), {}

@@ -10,8 +10,9 @@ from conftest import REPO
 # Appended, so that the repository's folder `kernels` cannot come before Hugging Face's package of that name.
 sys.path.append(str(REPO))
 
+import fxc
 from benchmarks import models, table, text, timing
-from benchmarks.peers import DECODERS, ENCODERS, Contender
+from benchmarks.peers import DECODERS, ENCODERS, Contender, layers_of
 from benchmarks.timing import Call, Timing
 
 
@@ -45,7 +46,7 @@ def test_a_round_is_the_median_per_unit_without_preparation(clock):
         return "prepared"
 
     # The first call, of nine seconds, warms the caches and does not count.
-    assert timing.time_round(Call(run, prepare, units=4), seconds=0.1) == pytest.approx(0.4 / 4 * 1e3)
+    assert timing.time_round(Call(run, prepare, units=4), seconds=1.0) == pytest.approx(0.4 / 4 * 1e3)
 
 
 def test_a_round_goes_on_until_its_seconds_are_spent(clock):
@@ -58,7 +59,7 @@ def test_rounds_interleave_and_alternate(clock):
     log = []
     calls = {name: taking(clock, 1.0, log, name) for name in "abc"}
     timings = timing.interleave(calls, rounds=3, seconds=0.0, warmup=1)
-    order = [log[at] for at in range(3, len(log), 4)]
+    order = [log[at] for at in range(3, len(log), 2)]
     assert log[:3] == ["a", "b", "c"]
     assert order == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
     assert [len(each.rounds) for each in timings.values()] == [3, 3, 3]
@@ -151,13 +152,23 @@ def test_tables_show_the_numbers_and_what_is_left_out(result):
     line = next(line for line in table.cells(result) if line[0] == "same")
     assert line[1] == "3.00  3.00x\n2.00-4.00" and line[-1] == "0.9987"
     assert table.rich_table(result).row_count == 5
+    result["layers"]["same"] = {"dequantized": 3, "int8": 1}
     protocol = {"threads": 1, "rounds": 2, "load_before": 0.0}
     report = {"hardware": table.hardware(), "versions": table.versions(), "protocol": protocol, "workloads": [result]}
     shown = table.markdown(report)
     assert "| same | 3.00  3.00x<br>2.00-4.00 |" in shown
     assert "| wrong | - | - | - |" in shown
     assert "- gone: absent: no_such_module_here" in shown
+    assert "- same runs its layers as: 3 dequantized, 1 int8" in shown
     assert torch.__version__ in shown
+
+
+def test_how_layers_run_is_counted():
+    """A row called int8 whose layers this machine runs dequantized must say so."""
+    compiled = fxc.optimize(torch.nn.Linear(64, 64), (torch.ones(2, 64),), passes="int8", budget=1.0)
+    compiled(torch.ones(2, 64))
+    assert sum(layers_of(torch.nn.Sequential(compiled)).values()) == 1
+    assert layers_of(torch.nn.Linear(2, 2)) == layers_of(print) == {}
 
 
 def test_machine_and_names():
