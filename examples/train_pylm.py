@@ -1,6 +1,6 @@
 """Train the bundled example: a small Qwen2-architecture language model of Python source code.
 
-    python examples/train_pylm.py --out examples/pylm --steps 4500
+    python examples/train_pylm.py --out examples/pylm --steps 2700
 
 The corpus is the running interpreter's own standard library, split by file: a file belongs to the held-out part when
 the SHA-256 of its relative path says so. The held-out text is written beside the model (at most 400 kB), so that anyone
@@ -79,7 +79,7 @@ def perplexity(model, tokens: torch.Tensor, window: int = 256, limit: int | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("examples/pylm"))
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2.5e-3)
