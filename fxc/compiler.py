@@ -49,8 +49,9 @@ def optimize(
 ) -> CompiledModel:
     """Compile a model: capture it, run `passes` over it, and return it ready to call.
 
-    model: an `nn.Module`, which is not changed, or a source: a Hugging Face folder, a hub id (with `revision`), an fxc
-    artifact, or "package.module:function", which is run and returns a model or (model, example_inputs).
+    model: an `nn.Module`, which is not changed and may be changed afterwards, or a source: a Hugging Face folder, a hub id
+    (with `revision`), an fxc artifact, or "package.module:function", which is run and returns a model or
+    (model, example_inputs).
     example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures.
     skip: patterns of module names to leave alone, globs or "re:...". dtype: "auto" keeps the model's own, else
@@ -105,6 +106,8 @@ def compile_captured(
         dump_dir=Path(dump_dir) if dump_dir else None,
         on_step=on_step,
     )
+    if captured.borrowed:
+        own_constants(program, before)
     report = {
         "source": captured.source,
         "dtype": str(dtype).removeprefix("torch."),
@@ -131,7 +134,7 @@ def compile_captured(
 class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
-    what an artifact went through already."""
+    what an artifact went through already; borrowed: whether the program's constants are the tensors of the caller's model."""
 
     program: Program
     config: Any
@@ -140,6 +143,27 @@ class Captured:
     nbytes: int
     folder: Path | None = None
     passes: list[dict[str, Any]] = field(default_factory=list)
+    borrowed: bool = False
+
+
+def own_constants(program: Program, lender: Program) -> None:
+    """Copy those constants of `program` that share memory with one of `lender`, so that editing the one leaves the other
+    as it is. Shapes and strides stay."""
+    lent = {_storage(t) for t in lender.constants.values() if not t.is_meta}
+    copies: dict[tuple, Tensor] = {}
+    for name, tensor in program.constants.items():
+        if tensor.is_meta or tensor.numel() == 0 or _storage(tensor) not in lent:
+            continue
+        # Two names for the same numbers keep sharing them.
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copies:
+            span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            copies[key] = tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
+        program.constants[name] = copies[key]
+
+
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def capture_source(
@@ -153,14 +177,15 @@ def capture_source(
 ) -> Captured:
     """The program of a model or of a source, with what belongs to it."""
     if isinstance(model, nn.Module):
-        nbytes = _nbytes(model)
+        given, nbytes = model, _nbytes(model)
         wanted = _dtype(dtype)
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
         program = capture(model, example_inputs, check=check)
         config = getattr(model, "config", None)
-        return Captured(program, config, _files_of_module(model), {"kind": "module", "class": type(model).__name__}, nbytes)
+        source = {"kind": "module", "class": type(model).__name__}
+        return Captured(program, config, _files_of_module(model), source, nbytes, borrowed=model is given)
     source = str(model)
     if kind_of(source) == "artifact":
         if dtype != "auto":

@@ -97,3 +97,9 @@ class ResourceError(FxcError):
     """Memory, disk or a device is missing or too small."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's message, for a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

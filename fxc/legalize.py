@@ -5,12 +5,15 @@ A program's operators neither mutate nor have effects (`fxc.ir.targets`), which 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
 
 from fxc.errors import CaptureFailed
-from fxc.ir.targets import name_of, refusal
+from fxc.ir.infer import fake_mode_of, infer
+from fxc.ir.targets import refusal
 from fxc.schemes import ops
 
 # Checks of what was traced, and markers without a value.
@@ -72,12 +75,16 @@ def _make_functional(graph: fx.Graph, node: fx.Node) -> None:
     for other in _aliases(written) - {node}:
         if other.op != "call_function":
             raise _impure(node, f"it writes to {'an input' if other.op == 'placeholder' else 'a weight'} of the model")
-        late = [u for u in other.users if order[u] > order[node] and u.op == "call_function"]
-        if other is not written and late:
-            raise _impure(node, f"it writes to memory that {name_of(late[0].target)} reads through another view")
+        if other is not written and any(order[user] > order[node] for user in other.users):
+            raise _impure(node, "it writes to memory that is read later through another view")
     with graph.inserting_before(node):
         result = graph.call_function(functional, node.args, node.kwargs)
-    result.meta = dict(node.meta)
+        result.meta = dict(node.meta)
+        result.meta["val"] = infer(fake_mode_of(graph), functional, node.args, node.kwargs)
+        dtype = written.meta["val"].dtype
+        if result.meta["val"].dtype != dtype:  # what is written takes the type of where it is written
+            result = graph.call_function(torch.ops.aten.to.dtype, (result, dtype))
+            result.meta = dict(node.meta)
     later = {user for user in written.users if order.get(user, -1) > order[node]}
     written.replace_all_uses_with(result, delete_user_cb=later.__contains__)
     node.replace_all_uses_with(result)
@@ -99,13 +106,14 @@ def _aliases(node: fx.Node) -> set[fx.Node]:
 
 
 def _returns_view(node: fx.Node) -> bool:
-    return (
-        isinstance(node.target, OpOverload)
-        and not node.target._schema.is_mutable
-        and bool(node.args)
-        and isinstance(node.args[0], fx.Node)
-        and any(r.alias_info is not None for r in node.target._schema.returns)
-    )
+    """Whether the node's value may share memory with its first argument: a view, views, or one of several views."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target is operator.getitem:
+        return _returns_view(node.args[0])
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        return False
+    return any(argument.alias_info is not None for argument in node.target._schema.arguments)
 
 
 def _impure(node: fx.Node, why: str) -> CaptureFailed:

@@ -28,22 +28,31 @@ ZERO_ROW = 1e-30
 INT32_COLUMNS = (2**31 - 1) // (INT8_STEPS * 128)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize each row of ``x`` [M, K] (float, K > 0) by itself: (int8 [M, K], scale [M, 1], zero point [M, 1]).
+def row_parameters(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, 1 / s, z) of each row of ``x`` [M, K] (float, K > 0) by the module's formula, all float32 [M, 1].
 
-    The formula is the module's, with row * (1 / s) for row / s and halves rounded to even; scale is float32, the zero
-    point int32 in [-128, 127]. An all-zero row has scale 1. A row holding NaN or Inf, or one whose hi - lo overflows
-    float32, gets a scale of NaN or Inf, so that what is computed from it is not finite either.
+    An all-zero row has scale 1. A row holding NaN or Inf, or one whose hi - lo overflows float32, gets a scale of NaN or
+    Inf, so that what is computed from it is not finite either.
     """
     row = x.float()
     lo = row.amin(dim=-1, keepdim=True).clamp(max=0)
     span = row.amax(dim=-1, keepdim=True).clamp(min=0) - lo
     scale = torch.where(span <= ZERO_ROW, 1.0, span / INT8_STEPS)
     inverse = scale.reciprocal()
-    zero_point = (INT8_MIN - lo * inverse).round()
+    return scale, inverse, (INT8_MIN - lo * inverse).round()
+
+
+def round_rows(x: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
+    """clamp(round(x * inverse) + zero_point) as int8, halves to even: x [M, K] float, the others from `row_parameters`."""
     # Clamped as integers: compiled, a float clamp costs more because it keeps NaN.
-    q = ((row * inverse).round() + zero_point).to(torch.int32).clamp(INT8_MIN, INT8_MAX)
-    return q.to(torch.int8), scale, zero_point.to(torch.int32)
+    q = ((x.float() * inverse).round() + zero_point).to(torch.int32)
+    return q.clamp(INT8_MIN, INT8_MAX).to(torch.int8)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize each row of ``x`` [M, K] (float, K > 0): (int8 [M, K], scale float32 [M, 1], zero point int32 [M, 1])."""
+    scale, inverse, zero_point = row_parameters(x)
+    return round_rows(x, inverse, zero_point), scale, zero_point.to(torch.int32)
 
 
 def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:

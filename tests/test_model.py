@@ -102,7 +102,7 @@ def test_writing_to_a_buffer_is_refused():
             self.count.add_(1)
             return x + self.count
 
-    with pytest.raises(CaptureFailed, match="weight of the model"):
+    with pytest.raises(CaptureFailed, match="writes to its buffer count"):
         fxc.optimize(Counts(), (torch.randn(2, 3),))
 
 
@@ -121,7 +121,7 @@ def test_in_place_operations_become_functional_ones():
         assert torch.equal(a, b)
 
 
-def test_a_view_that_sees_a_write_is_refused():
+def test_a_view_sees_a_later_write():
     class Aliased(nn.Module):
         def forward(self, x):
             y = x * 2
@@ -129,8 +129,8 @@ def test_a_view_that_sees_a_write_is_refused():
             y.add_(1)
             return z + 1
 
-    with pytest.raises(CaptureFailed, match="through another view"):
-        fxc.optimize(Aliased(), (torch.randn(2, 3),), passes="")
+    x = torch.randn(4, 3)
+    assert torch.equal(fxc.optimize(Aliased(), (torch.randn(2, 3),), passes="")(x), Aliased()(x))
 
 
 def test_a_language_model_is_called_as_the_original():

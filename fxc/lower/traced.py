@@ -8,9 +8,10 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch._inductor import inductor_prims
 
 from fxc.lower.packed import SPLIT, int8_product, pack_int8, symmetric_scales
-from fxc_kernels.int8_linear import quantize_rows
+from fxc_kernels.int8_linear import round_rows, row_parameters
 
 # Each specialization of a compiled program folds its own constants; they all share one packed copy of a weight.
 _PACKED: dict[tuple[int, int, int], tuple[weakref.ref, weakref.ref]] = {}
@@ -39,6 +40,11 @@ def _product(q: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> T
     return int8_product(q, torch.ops.fxc_cpu.pack_int8(qweight), scale, zero_point)
 
 
+def _stored(row_value: Tensor) -> Tensor:
+    """row_value [M, 1], computed once per row: Inductor would repeat its division for every vector that uses it."""
+    return inductor_prims.force_stride_order(row_value, (1, 1))
+
+
 def _finish(out: Tensor, row_scale: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     out = out * row_scale
     if bias is not None:
@@ -55,7 +61,8 @@ def int8_linear(x, qweight, scale, zero_point, bias, zero_point_term):
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], qweight.shape[0])
-    q, row_scale, row_zero_point = quantize_rows(rows)
+    row_scale, inverse, row_zero_point = map(_stored, row_parameters(rows))
+    q = round_rows(rows, inverse, row_zero_point)
     out = _product(q, qweight, scale, zero_point) + row_zero_point * zero_point_term
     return _finish(out, row_scale, x, bias)
 

@@ -53,8 +53,10 @@ def _match(structure: Any, value: Any, flat: list[Tensor | None], name: str) -> 
         flat[structure] = value
         return
     if "value" in structure:
-        if value != structure["value"]:
-            raise UsageError(f"{name} is {value!r}; the program was captured with {structure['value']!r}")
+        # A tensor compared with a number is a tensor, which has no one truth.
+        if isinstance(value, Tensor) or value != structure["value"]:
+            given = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+            raise UsageError(f"{name} is {given}; the program was captured with {structure['value']!r}")
         return
     inner = structure.get("list", structure.get("tuple", structure.get("dict")))
     if isinstance(inner, dict):

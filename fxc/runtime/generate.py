@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxc.cache import cache_of, check_is_dynamic, tensors_of, write
-from fxc.errors import UsageError
+from fxc.errors import InputRefused, UsageError
 from fxc.runtime.model import CompiledModel
 
 
@@ -25,6 +25,12 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         super().__init__(*args, **kwargs)
         if self.config is None:
             raise UsageError("a causal language model needs its Hugging Face configuration")
+        self._positions = self.program.metadata.get("positions", "arange")
+        if self._positions not in ("arange", "mask"):
+            raise InputRefused(
+                f"the program counts positions by {self._positions!r}, which this version of fxc does not know",
+                hint="compile the model again",
+            )
         self.generation_config = generation_config_of(self.config, self.files)
 
     @classmethod
@@ -50,12 +56,14 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         past_key_values: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """input_ids [batch, new], attention_mask [batch, past + new] (1 where there is a token), position_ids [batch, new];
-        returns logits [batch, new, vocabulary] and the cache, which is updated in place when one is given."""
+        """input_ids [batch, new], attention_mask [batch, past + new] (1 where there is a token), position_ids [batch, new],
+        by default what the original takes: counted from the first column, or from the first token of each row;
+        logits_to_keep: how many of the last positions to return logits for (0: all), or which, as a tensor of indices.
+        Returns logits [batch, new, vocabulary] and the cache, which is updated in place when one is given."""
         for name, value in unused.items():
             if value is not None and value is not False and name not in ("cache_position", "token_type_ids"):
                 raise UsageError(f"the program was captured without the argument {name!r}")
@@ -71,14 +79,19 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
                 f"attention_mask is {list(attention_mask.shape)} and must be [{batch}, {length + new}]",
                 hint="one column for each token of the past and of input_ids",
             )
-        if position_ids is None:
-            position_ids = torch.arange(length, length + new, device=input_ids.device).expand(batch, -1)
-        logits, *present = self.run([input_ids, attention_mask.to(torch.int64), position_ids.expand(batch, -1), *past])
+        attention_mask = attention_mask.to(torch.int64)
+        if position_ids is None and self._positions == "mask":
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, length:]
+        elif position_ids is None:
+            position_ids = torch.arange(length, length + new, device=input_ids.device)
+        logits, *present = self.run([input_ids, attention_mask, position_ids.expand(batch, -1), *past])
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(shifted, labels[:, 1:].flatten().to(shifted.device))
-        if logits_to_keep:
+        if isinstance(logits_to_keep, Tensor):
+            logits = logits[:, logits_to_keep.to(logits.device)]
+        elif logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         if use_cache is False:
             cache = None

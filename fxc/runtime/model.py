@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.lower.target import lower
@@ -21,7 +22,8 @@ class CompiledModel(nn.Module):
 
     program: the portable program. report: what the compiler did, as JSON. config: the Hugging Face configuration, if the
     original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
-    which is never written to. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call.
+    which is never written to. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first
+    call. It has no parameters: its weights are constants of the program.
     """
 
     def __init__(
@@ -60,14 +62,17 @@ class CompiledModel(nn.Module):
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""
         if self._lowered is None:
-            lowered, self.layers = lower(self.program, self._device, self.backend)
+            # What is kept has to serve calls outside inference mode too, whoever makes the first one.
+            with torch.inference_mode(False), torch.no_grad():
+                lowered, self.layers = lower(self.program, self._device, self.backend)
             # Not a submodule: its packed weights are no part of the model's state.
             object.__setattr__(self, "_lowered", lowered)
         return self._lowered
 
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        """The program on flat tensors, without gradients."""
-        with torch.inference_mode():
+        """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
+        them, and they may be edited."""
+        with torch.no_grad():
             return self.lower()(*[t.to(self._device) for t in tensors])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +80,34 @@ class CompiledModel(nn.Module):
         outputs = self.run(bind(self.program, args, kwargs))
         result = unflatten(self.program.signature.result, outputs)
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompiledModel:
+        """What `to`, `cuda`, `half` and their like come down to, also when a module that holds this one is moved. The
+        program stays where and what it is: raises `UsageError` unless that is what is asked for."""
+        why = None
+        try:
+            probe = torch.empty(0, dtype=self.dtype, device=self._device)
+            found = fn(probe)
+            if (found.device, found.dtype) == (probe.device, probe.dtype):
+                return self
+        except (RuntimeError, AssertionError) as error:  # torch's own for a device that this machine has not
+            why = error
+        raise UsageError(
+            f"a compiled model stays on its device ({self._device}) and in its dtype ({self.dtype})",
+            why=why,
+            hint="fxc.load(directory, device=...) or fxc.optimize(..., device=...) for another device, "
+            "fxc.optimize(..., dtype=...) for another dtype",
+        )
+
+    def train(self, mode: bool = True) -> CompiledModel:
+        """`eval()` and `train(False)` change nothing. Raises `UsageError` for `train()`."""
+        if mode:
+            raise UsageError(
+                "a compiled model cannot be put into training mode",
+                why="it has no parameters, and dropout and batch statistics were captured as in evaluation",
+                hint="train the original and compile it again, or call train() on the other modules alone",
+            )
+        return super().train(False)
 
     def save(
         self,
