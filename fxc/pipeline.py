@@ -12,7 +12,7 @@ from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Refusal
 from fxc.passes.order import order
-from fxc.verify.gates import judge
+from fxc.verify.gates import Budget, judge
 from fxc.verify.samples import samples
 
 
@@ -44,14 +44,16 @@ def run_passes(
     *,
     verify: bool = True,
     budget: float = 0.2,
+    layer_budget: float = 0.5,
     allow_noop: bool = False,
     dump_dir: Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
 ) -> tuple[Program, list[Step]]:
     """Run `passes` in the order that their facts demand; `program` itself is not changed.
 
-    verify: run the gates. budget: see `fxc.verify.gates.judge`. allow_noop: let a policy pass change nothing. dump_dir:
-    write the text before the first pass and after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
+    verify: run the gates. budget, layer_budget: the largest relative error that a policy pass may cause in the outputs, and
+    in one layer alone. allow_noop: let a policy pass change nothing. dump_dir: write the text before the first pass and
+    after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
     that changed nothing.
     """
@@ -85,7 +87,7 @@ def run_passes(
             after.numel(), result.covered_bytes, result.refusals,
         )  # fmt: skip
         if verify:
-            gates = judge(step, program, after, result, tried, budget)
+            gates = judge(step, program, after, result, tried, Budget(budget, layer_budget))
             done.gates, done.layer_errors = gates.outcome, gates.layers
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")

@@ -8,7 +8,6 @@ import weakref
 
 import torch
 from torch import Tensor
-from torch._inductor import inductor_prims
 
 from fxc.lower.packed import SPLIT, int8_product, pack_int8, symmetric_scales
 from fxc_kernels.int8_linear import round_rows, row_parameters
@@ -42,6 +41,8 @@ def _product(q: Tensor, qweight: Tensor, scale: Tensor, zero_point: Tensor) -> T
 
 def _stored(row_value: Tensor) -> Tensor:
     """row_value [M, 1], computed once per row: Inductor would repeat its division for every vector that uses it."""
+    from torch._inductor import inductor_prims  # seconds to import, and eager does without
+
     return inductor_prims.force_stride_order(row_value, (1, 1))
 
 

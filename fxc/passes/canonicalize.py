@@ -16,9 +16,9 @@ from torch import fx
 from torch._ops import OpOverload
 
 from fxc.ir.edit import call, insert, read, replace, sweep, type_of
-from fxc.ir.program import Program
+from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Result
-from fxc.passes.facts import CANONICAL
+from fxc.passes.facts import CANONICAL, SECOND_OPERAND, TRANSPOSES, factor
 from fxc.schemes import ops
 
 aten = torch.ops.aten
@@ -27,7 +27,6 @@ _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.def
 _COPIES = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.clone.default}
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,9 @@ def _collapse(node: fx.Node) -> bool:
 def _fold_transpose(program: Program, node: fx.Node) -> bool:
     """A transposed weight that nothing reads as it is becomes a constant of its own shape."""
     source = node.args[0]
-    if source.op != "get_attr" or len(source.users) > 1 or program.constants[source.target].ndim != 2:
+    if source.op != "get_attr" or program.constants[source.target].ndim != 2:
+        return False
+    if users_of(program, source.target) != [node] or all(factor(program, user) is node for user in node.users):
         return False
     fqn = source.target
     program.constants[fqn] = node.target(program.constants[fqn], *node.args[1:]).contiguous()
@@ -122,24 +123,50 @@ def _fold_transpose(program: Program, node: fx.Node) -> bool:
 
 
 def _product_to_linear(program: Program, node: fx.Node) -> bool:
-    """mm(x, @w), matmul(x, @w), addmm(@b, x, @w) -> linear(x, @wt, @b), @wt the transposed constant under @w's name."""
-    bias, x, weight = node.args[:3] if node.target is aten.addmm.default else (None, *node.args[:2])
-    if weight.op != "get_attr" or len(weight.users) > 1 or program.constants[weight.target].ndim != 2:
+    """mm(x, t(@w)), matmul(x, t(@w)) -> linear(x, @w) and addmm(b, x, t(@w)) -> linear(x, @w, b), or
+    beta * b + alpha * linear(x, @w) where b is no vector or there are factors. A constant that is not transposed in the
+    graph and may be is first stored transposed under its own name."""
+    matrix = factor(program, node)
+    if matrix is None:
         return False
-    if any(node.kwargs.get(k, 1) != 1 for k in ("alpha", "beta")) or (bias is not None and not _is_vector(bias, weight)):
-        return False
-    fqn = weight.target
-    program.constants[fqn] = program.constants[fqn].t().contiguous()
-    turned = read(program, fqn, before=node)
-    arguments = (x, turned) if bias is None else (x, turned, bias)
-    call(program, aten.linear.default, arguments, replacing=node, by="canonicalize")
+    if matrix.op == "get_attr":
+        _store_transposed(program, matrix.target)
+        matrix = node.args[SECOND_OPERAND[node.target]]
+    weight = matrix.args[0]
+    if node.target is not aten.addmm.default:
+        call(program, aten.linear.default, (node.args[0], weight), replacing=node, by="canonicalize")
+    else:
+        _addmm_to_linear(program, node, weight)
+    # Until the sweep it would count as a user of its arguments.
     program.graph.erase_node(node)
-    program.graph.erase_node(weight)
     return True
 
 
-def _is_vector(bias: fx.Node, weight: fx.Node) -> bool:
-    return tuple(bias.meta["val"].shape) == (weight.meta["val"].shape[1],)
+def _store_transposed(program: Program, fqn: str) -> None:
+    """Turn the constant `fqn`, and let all who read it read the transpose of what is now stored."""
+    program.constants[fqn] = program.constants[fqn].t().contiguous()
+    for old in [n for n in program.graph.find_nodes(op="get_attr") if n.target == fqn]:
+        turned = read(program, fqn, before=old)
+        replace(old, insert(program, aten.t.default, (turned,), before=old, by="canonicalize", fqn=""))
+        program.graph.erase_node(old)
+
+
+def _addmm_to_linear(program: Program, node: fx.Node, weight: fx.Node) -> None:
+    bias, x = node.args[:2]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    if alpha == beta == 1 and tuple(bias.meta["val"].shape) == tuple(weight.meta["val"].shape[:1]):
+        call(program, aten.linear.default, (x, weight, bias), replacing=node, by="canonicalize")
+        return
+
+    def then(target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        return insert(program, target, args, before=node, by="canonicalize", fqn=node.meta.get("fqn", ""), kwargs=kwargs)
+
+    value = then(aten.linear.default, x, weight)
+    if alpha != 1:
+        value = then(aten.mul.Tensor, value, alpha)
+    if beta != 0:  # the definition ignores a bias times 0, NaN included
+        value = then(aten.add.Tensor, value, bias, **({"alpha": beta} if beta != 1 else {}))
+    replace(node, value)
 
 
 def _linear_of_flat_rows(program: Program, node: fx.Node) -> bool:
@@ -202,11 +229,11 @@ _RULES: dict[Any, tuple[Callable[[Program, fx.Node], bool], ...]] = {
     **dict.fromkeys(_COPIES, (_drop_same,)),
     **dict.fromkeys(_DROPOUTS, (_drop_dropout,)),
     **dict.fromkeys(_RESHAPES, (_view_to_reshape,)),
-    **dict.fromkeys(_TRANSPOSES, (_fold_transpose,)),
+    **dict.fromkeys(TRANSPOSES, (_fold_transpose,)),
     aten.slice.Tensor: (_drop_slice,),
     aten.expand.default: (_drop_same,),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), (_drop_neutral,)),
-    **dict.fromkeys((aten.mm.default, aten.matmul.default, aten.addmm.default), (_product_to_linear,)),
+    **dict.fromkeys(SECOND_OPERAND, (_product_to_linear,)),
     aten.linear.default: (_linear_of_flat_rows,),
     ops.GROUPED_MM: (_grouped_to_linear,),
 }

@@ -4,35 +4,81 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-from fxc.ir.program import Program
+from fxc.ir.program import Program, users_of
 from fxc.passes.base import Fact
 
 aten = torch.ops.aten
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+SECOND_OPERAND = {aten.mm.default: 1, aten.matmul.default: 1, aten.addmm.default: 2}
+"""The operators that multiply by a matrix, and which of their arguments it is."""
 
 
-def _is_constant_matrix(node: object, program: Program) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr" and program.constants[node.target].ndim == 2
+def factor(program: Program, node: fx.Node) -> fx.Node | None:
+    """The matrix of the product `node`, where it can be the weight of a linear: a constant transposed in the graph, or one
+    that may be stored transposed, because all that is done with it is to multiply by it. None for every other node."""
+    matrix = node.args[SECOND_OPERAND[node.target]] if node.target in SECOND_OPERAND else None
+    if not isinstance(matrix, fx.Node):
+        return None
+    if is_transposed_matrix(program, matrix):
+        return matrix
+    if not _is_matrix(program, matrix):
+        return None
+    return matrix if all(_multiplies_by(user, matrix.target) for user in users_of(program, matrix.target)) else None
+
+
+def is_transposed_matrix(program: Program, node: fx.Node) -> bool:
+    """Whether `node` is the transpose of a constant matrix."""
+    if node.target not in TRANSPOSES or not _is_matrix(program, node.args[0]):
+        return False
+    # Of a matrix, what swaps two different dimensions or reverses their order is the transpose.
+    if node.target is aten.permute.default:
+        return [d % 2 for d in node.args[1]] == [1, 0]
+    return node.target is not aten.transpose.int or (node.args[1] - node.args[2]) % 2 == 1
+
+
+def _is_matrix(program: Program, node: fx.Node) -> bool:
+    if node.op != "get_attr":
+        return False
+    tensor = program.constants[node.target]
+    return tensor.ndim == 2 and tensor.dtype.is_floating_point
+
+
+def _multiplies_by(user: fx.Node, fqn: str) -> bool:
+    """Whether `user` is a product whose second operand, and nothing else, is the constant `fqn`."""
+    reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
+    return user.target in SECOND_OPERAND and reads == [SECOND_OPERAND[user.target]]
 
 
 def _not_canonical(program: Program) -> str | None:
     for node in program.graph.nodes:
-        if node.target in (aten.mm.default, aten.matmul.default) and _is_constant_matrix(node.args[1], program):
-            return f"{node} multiplies by the constant {node.args[1].target} and is not a linear"
-        if node.target is aten.addmm.default and _is_constant_matrix(node.args[2], program):
-            return f"{node} multiplies by the constant {node.args[2].target} and is not a linear"
+        if (matrix := factor(program, node)) is not None:
+            fqn = matrix.target if matrix.op == "get_attr" else matrix.args[0].target
+            return f"{node} multiplies by the constant {fqn} and is not a linear"
     return None
+
+
+def arguments(node: fx.Node) -> dict[str, object]:
+    """The arguments of a call by the names that its operator's schema gives them; {} where it has no schema."""
+    if not isinstance(node.target, OpOverload):
+        return {}
+    return dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+
+
+def packed_weight(node: fx.Node) -> str | None:
+    """The FQN of the packed weight that `node` multiplies by, if it is one of fxc's operators that do."""
+    weight = arguments(node).get("qweight") if getattr(node.target, "namespace", "") == "fxc" else None
+    return weight.target if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def _has_packed_weight(program: Program) -> str | None:
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and node.target.endswith(".qweight"):
-            return f"{node.target} is a quantized weight"
-    return None
+    fqn = next((fqn for node in program.graph.nodes if (fqn := packed_weight(node))), None)
+    return f"{fqn} is a quantized weight" if fqn else None
 
 
 CANONICAL = Fact("canonical", _not_canonical)
-"""A product with a constant matrix is an `aten.linear` (or a grouped one) and nothing that does nothing is left."""
+"""A product with a constant matrix, other uses of which do not stand in the way (`factor`), is an `aten.linear`."""
 
 FLOAT_WEIGHTS = Fact("float_weights", _has_packed_weight)
 """Every weight is still a floating-point tensor of its own shape, so that it can be pruned or quantized."""

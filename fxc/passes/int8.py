@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.ir.edit import call, constant, read, sweep
-from fxc.ir.program import Program
+from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Refusal, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
 from fxc.schemes import int8 as scheme
@@ -29,8 +30,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Int8(Pass):
     """Quantize the weights of linear layers, experts of mixtures included, to int8 with one scale for each output channel.
 
-    mode: "dynamic" quantizes activations too, each token by its own largest magnitude, as the layer runs; "weight_only"
-    keeps them.
+    mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them.
     """
 
     mode: Literal["dynamic", "weight_only"] = "dynamic"
@@ -71,8 +71,7 @@ class Int8(Pass):
             return f"its weight is {tensor.dtype}"
         if tensor.numel() == 0:
             return "its weight is empty"
-        others = {user for user in weight.users if user.target not in (_LINEAR, _GROUPED)}
-        if others:
+        if not all(_is_only_weight_of(user, weight.target) for user in users_of(program, weight.target)):
             return "its weight is tied to another use (an embedding)"
         if self.mode == "weight_only" and node.target is _GROUPED:
             return "experts have no weight-only form: use mode=dynamic"
@@ -106,6 +105,12 @@ def layer_of(node: fx.Node) -> str:
     return weight.target.removesuffix(".weight")
 
 
+def _is_only_weight_of(user: fx.Node, fqn: str) -> bool:
+    """Whether `user` is a linear that reads the constant `fqn` as its weight and as nothing else."""
+    reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
+    return user.target in (_LINEAR, _GROUPED) and reads == [1]
+
+
 def _is_smaller(weight: Tensor) -> bool:
     rows = weight.numel() // weight.shape[-1]
     return weight.numel() + 4 * rows < weight.numel() * weight.element_size()
@@ -115,9 +120,24 @@ def _pack(program: Program, weight: str, before: fx.Node) -> tuple[str, str]:
     """Replace the constant `weight` by its int8 form; return the names of the integers and of their scales."""
     tensor, base = program.constants[weight], weight.removesuffix(".weight")
     qweight, scale = _quantize(tensor)
-    constant(program, f"{base}.qweight", qweight, before)
-    constant(program, f"{base}.scale", scale, before)
-    return f"{base}.qweight", f"{base}.scale"
+    names = _free_name(program, weight, base, "qweight"), _free_name(program, weight, base, "scale")
+    for name, value in zip(names, (qweight, scale), strict=True):
+        constant(program, name, value, before)
+    return names
+
+
+def _free_name(program: Program, weight: str, base: str, part: str) -> str:
+    """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already."""
+    prefixes = itertools.chain([base, f"{base}.int8"], (f"{base}.int8_{n}" for n in itertools.count(2)))
+    return next(name for p in prefixes if _is_free(program, name := f"{p}.{part}", weight))
+
+
+def _is_free(program: Program, name: str, weight: str) -> bool:
+    """Whether no constant besides `weight`, which will go, has this name, lies in a module of it or is one around it."""
+    others = (fqn for fqn in program.constants if fqn != weight)
+    return name not in program.aliases and not any(
+        fqn == name or fqn.startswith(f"{name}.") or name.startswith(f"{fqn}.") for fqn in others
+    )
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

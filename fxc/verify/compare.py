@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from fxc.ir.program import Program
 
-_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+_PROMOTED = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT64_LIMIT = 1 << 31  # bytes of a program's float64 copy
 
 
@@ -27,7 +28,7 @@ def in_float64(program: Program) -> Program | None:
     if 8 * program.numel() > _FLOAT64_LIMIT:
         return None
     promoted = program.copy()
-    promoted.constants = {k: t.double() if t.dtype in _HALVES else t for k, t in program.constants.items()}
+    promoted.constants = {k: t.double() if t.dtype in _PROMOTED else t for k, t in program.constants.items()}
     for node in promoted.graph.nodes:
         node.args = tuple(_promote(a) for a in node.args)
         node.kwargs = {k: _promote(a) for k, a in node.kwargs.items()}
@@ -35,29 +36,62 @@ def in_float64(program: Program) -> Program | None:
 
 
 def _promote(argument: object) -> object:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _HALVES else argument
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _PROMOTED else argument
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart two lists of outputs are. error: the largest over the floating-point outputs of
+    |found - expected| / |expected| (Frobenius), infinite where one of the two is not finite where the other is; finite:
+    how many finite numbers it was measured on, `integers` included; integers: how many integers and booleans were
+    compared, and `unequal` of them differ."""
+
+    error: float = 0.0
+    finite: int = 0
+    integers: int = 0
+    unequal: int = 0
+
+    def __or__(self, other: Difference) -> Difference:
+        """Of both together."""
+        return Difference(
+            max(self.error, other.error),
+            self.finite + other.finite,
+            self.integers + other.integers,
+            self.unequal + other.unequal,
+        )
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
+    """Compare outputs one by one. Where shapes differ the error is infinite."""
+    total = Difference()
+    for a, b in zip(found, expected, strict=True):
+        total |= _difference(a, b)
+    return total
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest over the outputs of |found - expected| / |expected| (Frobenius); infinite where shapes differ or one of
-    the two is not finite where the other is."""
-    return max((_relative_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+    """`Difference.error`, infinite where an integer differs; 0.0 where both are NaN or infinite in the same places."""
+    total = difference(found, expected)
+    return float("inf") if total.unequal else total.error
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
+def _difference(found: Tensor, expected: Tensor) -> Difference:
     if found.shape != expected.shape:
-        return float("inf")
+        return Difference(error=float("inf"))
+    if expected.dtype.is_complex:
+        found, expected = torch.view_as_real(found.resolve_conj()), torch.view_as_real(expected.resolve_conj())
     if not expected.dtype.is_floating_point:
-        return 0.0 if torch.equal(found, expected) else float("inf")
+        return Difference(0.0, expected.numel(), expected.numel(), int((found != expected).sum()))
     a, b = found.double(), expected.double()
+    finite = int(b.isfinite().sum())
     same = (a == b) | (a.isnan() & b.isnan())
     a, b = torch.where(same, 0.0, a), torch.where(same, torch.where(b.isfinite(), b, 0.0), b)
-    difference = torch.where(same, 0.0, a - b).norm().item()
-    if difference == 0.0:
-        return 0.0
+    distance = torch.where(same, 0.0, a - b).norm().item()
+    if distance == 0.0:
+        return Difference(0.0, finite)
     size = b.norm().item()
-    error = difference / size if size > 0 else float("inf")
-    return error if error == error else float("inf")
+    error = distance / size if size > 0 else float("inf")
+    return Difference(error if error == error else float("inf"), finite)
 
 
 class _Recorder(fx.Interpreter):
@@ -75,28 +109,61 @@ class _Recorder(fx.Interpreter):
 
 
 class _LocalErrors(fx.Interpreter):
-    """Runs a program with the value of every replaced node put back to what it was, so that each error is its own."""
+    """Runs a program with the value of every rewritten node put back to what it was, so that each error is its own.
+
+    expected: node name -> the value it had before the pass.
+    """
 
     def __init__(self, module: fx.GraphModule, expected: dict[str, Tensor]):
         super().__init__(module)
-        self.expected, self.errors = expected, {}
+        self.expected, self.differences = expected, {}
 
     def run_node(self, node: fx.Node):
         value = super().run_node(node)
-        if node.meta.get("replaces") in self.expected:
-            expected = self.expected[node.meta["replaces"]]
-            name = node.meta.get("layer") or node.meta.get("fqn") or node.name
-            self.errors[name] = max(_relative_error(value, expected), self.errors.get(name, 0.0))
-            return expected
-        return value
+        expected = self.expected.get(node.name)
+        if not isinstance(value, Tensor) or not isinstance(expected, Tensor) or value.shape != expected.shape:
+            return value
+        name = node.meta.get("layer") or node.meta.get("fqn") or node.name
+        self.differences[name] = self.differences.get(name, Difference()) | _difference(value, expected)
+        return expected.to(value.dtype)
 
 
 def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: str) -> dict[str, float]:
-    """Relative error of every layer that the pass `by` rewrote, each given the inputs that it had before."""
-    replaced = {n.meta["replaces"] for n in after.graph.nodes if n.meta.get("by") == by and n.meta.get("replaces")}
+    """Relative error of every layer that the pass `by` rewrote, each given the inputs that it had before. A layer whose
+    shape the pass changed cannot be compared, nor one that has no finite value before: they are left out."""
+    rewritten = _rewritten(before, after, by)
     with torch.no_grad():
-        recorder = _Recorder(before.module(), replaced)
+        recorder = _Recorder(before.module(), set(rewritten.values()))
         recorder.run(*inputs)
-        local = _LocalErrors(after.module(), recorder.values)
+        local = _LocalErrors(after.module(), {new: recorder.values[old] for new, old in rewritten.items()})
         local.run(*inputs)
-    return local.errors
+    return {name: d.error for name, d in local.differences.items() if d.finite > d.integers}
+
+
+def _rewritten(before: Program, after: Program, by: str) -> dict[str, str]:
+    """The names of the nodes that the pass `by` made in the place of another, of those whose call it changed, and of those
+    that read a constant that it changed -> the names of their counterparts before."""
+    old = {node.name: node for node in before.graph.nodes if node.op == "call_function"}
+    made = {
+        node.name: node.meta["replaces"]
+        for node in after.graph.nodes
+        if node.meta.get("by") == by and node.name not in old and node.meta.get("replaces") in old
+    }
+    changed = {fqn for fqn, tensor in after.constants.items() if tensor is not before.constants.get(fqn)}
+
+
+    def written(node: fx.Node) -> str:
+        """The call, a constant named by itself and a value by the node that it stood in before the pass."""
+        return str(fx.map_arg(
+            (str(node.target), node.args, node.kwargs),
+            lambda a: f"@{a.target}" if a.op == "get_attr" else f"%{made.get(a.name, a.name)}",
+        ))  # fmt: skip
+
+    edited = {
+        node.name: node.name
+        for node in after.graph.nodes
+        if node.op == "call_function"
+        and node.name in old
+        and (written(node) != written(old[node.name]) or any(n.target in changed for n in node.all_input_nodes))
+    }
+    return made | edited

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxc.errors import VerificationFailed
 from fxc.ir.check import check
 from fxc.ir.program import Program
 from fxc.passes.base import Pass, Result
-from fxc.verify.compare import in_float64, layer_errors, relative_error, run
+from fxc.passes.facts import arguments, packed_weight
+from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -24,13 +25,24 @@ class Gates:
     layers: dict[str, float] = field(default_factory=dict)
 
 
-def judge(step: Pass, before: Program, after: Program, result: Result, samples: list[list[Tensor]], budget: float) -> Gates:
-    """Check what `step` made of `before`. budget: the largest relative error of the outputs that a policy pass may cause.
+@dataclass(frozen=True)
+class Budget:
+    """The largest relative error that a policy pass may cause: in the outputs, and in a single layer that is given the
+    inputs that it had before."""
+
+    outputs: float = 0.2
+    layer: float = 0.5
+
+
+def judge(step: Pass, before: Program, after: Program, result: Result, samples: list[list[Tensor]], budget: Budget) -> Gates:
+    """Check what `step` made of `before`. samples: inputs, those of the sizes of capture first; other sizes that `before`
+    itself refuses are left out.
 
     Raises `VerificationFailed` naming the pass, the gate and the node or layer.
     """
     gates = Gates()
     check(after)
+    _same_results(step, before, after)
     gates.outcome["structure"] = "ok"
     _facts(step, before, after)
     gates.outcome["facts"] = "ok"
@@ -43,7 +55,7 @@ def judge(step: Pass, before: Program, after: Program, result: Result, samples: 
     elif result.changed == 0:
         gates.outcome["meaning"] = "ok: nothing changed"
     elif step.is_policy:
-        gates.outcome["meaning"] = _within_budget(step, before, after, samples, budget, gates)
+        _within_budget(step, before, after, samples, budget, gates)
     else:
         gates.outcome["meaning"] = _unchanged(step, before, after, samples)
     return gates
@@ -57,6 +69,15 @@ def _fail(step: Pass, gate: str, what: str, where: str | None = None) -> Verific
     )
 
 
+def _same_results(step: Pass, before: Program, after: Program) -> None:
+    results = zip(before.signature.outputs, before.results, after.results, strict=True)
+    for name, *nodes in results:
+        old, new = ((n.meta["val"].dtype, n.meta["val"].ndim) for n in nodes)
+        if old != new:
+            described = (f"{dtype} of {rank} dimensions" for dtype, rank in (old, new))
+            raise _fail(step, "structure", " became ".join(described), name)
+
+
 def _facts(step: Pass, before: Program, after: Program) -> None:
     for fact in sorted(step.gives, key=str):
         if why := fact.check(after):
@@ -67,6 +88,7 @@ def _facts(step: Pass, before: Program, after: Program) -> None:
 
 
 def _finite(step: Pass, before: Program, after: Program) -> str:
+    scales = _scales(after)
     fresh = [fqn for fqn, t in after.constants.items() if t is not before.constants.get(fqn)]
     for fqn in fresh:
         tensor = after.constants[fqn]
@@ -74,19 +96,30 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
             continue
         if not tensor.isfinite().all():
             raise _fail(step, "finite", f"{int((~tensor.isfinite()).sum())} values are NaN or infinite", fqn)
-        if fqn.endswith(".scale") and not (tensor > 0).all():
+        if fqn in scales and not (tensor > 0).all():
             raise _fail(step, "finite", "a scale is not positive", fqn)
     return f"ok: {len(fresh)} new constants"
 
 
+def _scales(program: Program) -> set[str]:
+    """The constants that fxc's operators take as scales; a model may have parameters of that name besides."""
+    nodes = [n for n in program.graph.nodes if getattr(n.target, "namespace", "") == "fxc"]
+    taken = [a for n in nodes for name, a in arguments(n).items() if name.endswith("scale")]
+    return {a.target for a in taken if isinstance(a, fx.Node) and a.op == "get_attr"}
+
+
 def _lowered(step: Pass, before: Program, after: Program) -> str:
     """No weight that was packed is still there as floats."""
-    for fqn in after.constants:
-        base = fqn.removesuffix(".qweight")
-        if base != fqn and (f"{base}.weight" in after.constants or base in after.constants):
-            raise _fail(step, "lowered", "the float weight is still there beside the packed one", base)
-    made = sum(1 for n in after.graph.nodes if n.meta.get("by") == step.name)
-    return f"ok: {made} nodes"
+    old = {node.name: node for node in before.graph.nodes}
+    made = [n for n in after.graph.nodes if n.meta.get("by") == step.name]
+    for node in made:
+        replaced = old.get(node.meta.get("replaces"))
+        if replaced is None or packed_weight(node) is None:
+            continue
+        weight = arguments(replaced).get("weight")
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in after.constants:
+            raise _fail(step, "lowered", "the float weight is still there beside the packed one", weight.target)
+    return f"ok: {len(made)} nodes"
 
 
 def _smaller(step: Pass, before: Program, after: Program, result: Result) -> str:
@@ -96,34 +129,124 @@ def _smaller(step: Pass, before: Program, after: Program, result: Result) -> str
 
 
 def _within_budget(
-    step: Pass, before: Program, after: Program, samples: list[list[Tensor]], budget: float, gates: Gates
-) -> str:
-    gates.layers = layer_errors(before, after, samples[0], step.name)
-    worst = 0.0
-    for inputs in samples:
-        worst = max(worst, relative_error(run(after, inputs), run(before, inputs)))
-    if worst > budget:
-        layer, error = max(gates.layers.items(), key=lambda item: item[1], default=("", 0.0))
+    step: Pass, before: Program, after: Program, samples: list[list[Tensor]], budget: Budget, gates: Gates
+) -> None:
+    """Fill in the outcomes "meaning" and "layers", and the layers' errors."""
+    seen = _compared(step, before, after, samples)
+    try:
+        gates.layers = layer_errors(before, after, samples[0], step.name)
+    except Exception as error:
+        raise _fail(step, "layers", f"its layers do not run on what they were given before: {_said(error)}") from error
+    layer, most = max(gates.layers.items(), key=lambda item: item[1], default=("", 0.0))
+    total = seen.total
+    if total.error > budget.outputs:
         raise _fail(
             step,
             "meaning",
-            f"the outputs differ by {worst:.3f}, the budget is {budget}; most in it: {error:.3f}",
+            f"the outputs differ by {total.error:.3f}, the budget is {budget.outputs}; most in it: {most:.3f}",
             layer,
         )
-    return f"ok: outputs differ by {worst:.2e} of their size, budget {budget}"
+    if most > budget.layer:
+        raise _fail(step, "layers", f"alone it differs by {most:.3f}, the budget of a layer is {budget.layer}", layer)
+    # Which of two near numbers is the larger is not what a policy promises.
+    integers = f"; {total.unequal / total.integers:.2%} of the integers differ" if total.integers else ""
+    if total.finite == total.integers:
+        gates.outcome["meaning"] = f"not measured: no output has a finite floating-point number{integers}"
+    else:
+        gates.outcome["meaning"] = (
+            f"ok: outputs differ by {total.error:.2e} of their size, budget {budget.outputs}, {seen}{integers}"
+        )
+    gates.outcome["layers"] = (
+        f"ok: {len(gates.layers)}, the largest error {most:.2e}, budget {budget.layer}"
+        if gates.layers
+        else "not measured: no layer has a finite value to compare"
+    )
 
 
 def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[Tensor]]) -> str:
-    worst, how = 0.0, "float64"
-    promoted = in_float64(before), in_float64(after)
-    if None in promoted:
-        promoted, how = (before, after), "its own dtype"
-    dtypes = {t.dtype for t in promoted[0].constants.values() if t.dtype.is_floating_point} or {torch.float64}
-    limit = max(MECHANISM_LIMIT.get(d, 0.0) for d in dtypes)
-    for inputs in samples:
-        if how == "float64":
-            inputs = [t.double() if t.dtype.is_floating_point else t for t in inputs]
-        worst = max(worst, relative_error(run(promoted[1], inputs), run(promoted[0], inputs)))
-        if worst > limit:
-            raise _fail(step, "meaning", f"it may not change what the program computes; it does, by {worst:.1e}")
-    return f"ok: outputs differ by {worst:.1e} in {how} at {len(samples)} sizes"
+    own = _limit(before), "its own dtype"
+    wide = in_float64(before), in_float64(after)
+    why_not = "one of its operators has no such form, or it is too large" if None in wide else None
+    doubled = [[t.double() if t.dtype.is_floating_point else t for t in inputs] for inputs in samples]
+    if why_not is None:
+        why_not = _outputs(wide[0], doubled[0])[1]
+    if why_not is not None:
+        seen = _compared(step, before, after, samples)
+        _must_agree(step, seen.total, *own, exact=True)
+        how = f"its own dtype (not in float64: {why_not})"
+    else:
+        seen = _compared(step, *wide, doubled)
+        _must_agree(step, seen.total, MECHANISM_LIMIT[torch.float64], "float64", exact=True)
+        # Integers were compared in float64: rounding may turn an argmax.
+        narrow = _compared(step, before, after, samples[:1], same_dtypes=True)
+        _must_agree(step, narrow.total, *own, exact=False)
+        how = f"float64, by {narrow.total.error:.1e} in its own dtype"
+    if seen.total.finite == 0:
+        return "not measured: no output has a finite number"
+    return f"ok: outputs differ by {seen.total.error:.1e} in {how}, {seen}"
+
+
+def _limit(program: Program) -> float:
+    """What rounding in the coarsest of the program's dtypes may make of its outputs."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor)}
+    return max(MECHANISM_LIMIT.get(dtype, 0.0) for dtype in dtypes | {torch.float64})
+
+
+def _must_agree(step: Pass, total: Difference, limit: float, how: str, *, exact: bool) -> None:
+    if total.error > limit:
+        raise _fail(
+            step, "meaning", f"it may not change what the program computes; it does, by {total.error:.1e} in {how}"
+        )
+    if exact and total.unequal:
+        share = f"{total.unequal} of {total.integers} integers differ in {how}"
+        raise _fail(step, "meaning", f"it may not change what the program computes; it does: {share}")
+
+
+@dataclass
+class _Seen:
+    """The differences over all the sizes that were tried, and how many the program itself refused."""
+
+    total: Difference = field(default_factory=Difference)
+    tried: int = 0
+    refused: int = 0
+
+    def __str__(self) -> str:
+        others = f"; {self.refused} others are refused by the program itself" if self.refused else ""
+        return f"at {self.tried} size{'s' * (self.tried != 1)}{others}"
+
+
+def _compared(
+    step: Pass, before: Program, after: Program, samples: list[list[Tensor]], *, same_dtypes: bool = False
+) -> _Seen:
+    """Run both on all samples. `before` may refuse any but the first; `after` none that `before` takes."""
+    seen = _Seen()
+    for number, inputs in enumerate(samples):
+        expected, refusal = _outputs(before, inputs)
+        sizes = ", ".join(str(list(t.shape)) for t in inputs[:4])
+        if refusal is not None:
+            if number == 0:
+                raise _fail(step, "meaning", f"the program before it does not run at the sizes of capture: {refusal}", sizes)
+            seen.refused += 1
+            continue
+        found, refusal = _outputs(after, inputs)
+        if refusal is not None:
+            raise _fail(step, "meaning", f"what it made does not run where the program before it does: {refusal}", sizes)
+        if same_dtypes and [t.dtype for t in found] != [t.dtype for t in expected]:
+            dtypes = " became ".join(", ".join(str(t.dtype) for t in ts) for ts in (expected, found))
+            raise _fail(step, "meaning", f"the outputs are of other dtypes: {dtypes}")
+        seen.total |= difference(found, expected)
+        seen.tried += 1
+    return seen
+
+
+def _outputs(program: Program, inputs: list[Tensor]) -> tuple[tuple[Tensor, ...], str | None]:
+    """The outputs, or () and why the program did not run: any error of an operator is a refusal of these inputs."""
+    try:
+        return run(program, inputs), None
+    except Exception as error:
+        return (), _said(error)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'without a message'}"

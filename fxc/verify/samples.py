@@ -54,12 +54,21 @@ def _sample(program: Program, batch_delta: int, delta: int) -> list[Tensor]:
         if value.dtype.is_floating_point:
             tensors.append(torch.randn(shape, generator=generator).to(value.dtype))
         elif "mask" in declared.name:
-            tensors.append(torch.ones(shape, dtype=value.dtype))
+            tensors.append(_mask(shape, value.dtype))
         elif value.dtype == torch.bool:
             tensors.append(torch.ones(shape, dtype=torch.bool))
         else:
             tensors.append(_integers(node, tuple(shape), generator).to(value.dtype))
     return tensors
+
+
+def _mask(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Ones, the first row padded at its end. Whether True keeps a position or leaves it out differs from model to model, so
+    that a boolean mask has both in every row: with one of them alone the model may have nothing to attend to."""
+    mask = torch.ones(shape, dtype=dtype)
+    if len(shape) > 1 and shape[-1] > 3 and (shape[0] > 1 or dtype == torch.bool):
+        (mask if dtype == torch.bool else mask[:1])[..., shape[-1] // 2 + 1 :] = 0
+    return mask
 
 
 def _hint(size: torch.SymInt) -> int:
