@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 def test_compile_prints_what_changed(folder, tmp_path):
     done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", "--eval-text", folder / "text.txt", "--skip", "lm_head")
-    for said in ("size on disk", "int8 linear", "perplexity", "6 of 6 ok", "skipped by the pattern lm_head", "coverage"):
+    for said in ("size on disk", "int8 linear", "perplexity", "7 of 7 ok", "skipped by the pattern lm_head", "coverage"):
         assert said in done.stdout
     assert "\x1b" not in done.output, "there is no terminal here"
 

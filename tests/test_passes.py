@@ -160,6 +160,64 @@ def test_a_dropout_that_drops_is_kept():
     assert "dropout" in body(run_passes(program, parse_passes("canonicalize"), Context(), verify=False)[0])
 
 
+class Square(nn.Module):
+    """Products with one square weight, written in many ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.w = nn.Parameter(torch.randn(32, 32))
+        self.row = nn.Parameter(torch.randn(1, 32))
+
+    def forward(self, x):
+        return self.how(x, self.w, self.row)
+
+
+@pytest.mark.parametrize(
+    ("how", "linears", "left"),
+    [
+        (lambda x, w, b: torch.relu(x @ w) @ w, 2, ()),
+        (lambda x, w, b: torch.relu(x @ w.t()) @ w.t(), 2, ()),
+        (lambda x, w, b: torch.relu(x @ w.transpose(-1, -2)) @ w.permute(1, 0), 2, ()),
+        (lambda x, w, b: torch.addmm(b, x, w), 1, ("aten.add.Tensor",)),
+        (lambda x, w, b: torch.addmm(b[0], x, w, alpha=0.5), 1, ("aten.mul.Tensor", "aten.add.Tensor")),
+        (lambda x, w, b: torch.addmm(b, x, w, beta=0), 1, ()),
+        (lambda x, w, b: torch.addmm(x, x, w, beta=2), 1, ("alpha=2",)),
+        (lambda x, w, b: x @ w + w.sum(), 0, ("aten.matmul", "aten.sum")),
+        (lambda x, w, b: x @ w.t() + w.sum(), 1, ("aten.sum",)),
+        (lambda x, w, b: x @ (w @ w), 0, ("aten.matmul",)),
+        (lambda x, w, b: x @ (w @ w.t()), 1, ("aten.matmul",)),
+    ],
+)
+def test_products_become_linears_or_are_left_and_the_fact_holds(how, linears, left):
+    torch.manual_seed(0)
+    model, x = Square(how), torch.randn(3, 32)
+    program = canonical(model, x)
+    text = body(program)
+    assert text.count("aten.linear(") == linears, text
+    assert all(part in text for part in left), text
+    assert "aten.t(" not in text or not linears
+    assert CANONICAL.check(program) is None
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_with_the_embedding_itself_is_left_alone():
+    class TiedProduct(nn.Module):
+        def __init__(self, turned):
+            super().__init__()
+            self.e, self.turned = nn.Embedding(32, 32), turned
+
+        def forward(self, ids):
+            return self.e(ids) @ (self.e.weight.t() if self.turned else self.e.weight)
+
+    ids = torch.randint(0, 32, (2, 5))
+    assert "aten.matmul" in body(canonical(TiedProduct(False), ids))
+    turned = fxc.capture(TiedProduct(True), (ids,))
+    small, steps = run_passes(turned, parse_passes("int8"), Context(), allow_noop=True)
+    assert "aten.linear(" in body(small) and "tied" in steps[-1].refusals[0].reason
+
+
 # ---------------------------------------------------------------------------------------------------------------- int8
 
 
@@ -199,6 +257,70 @@ def test_a_pass_that_does_nothing_is_an_error_with_the_reasons():
         run_passes(program, parse_passes("int8"), Context(skip=("*",)))
     assert "skipped by the pattern" in str(caught.value)
     assert run_passes(program, parse_passes("int8"), Context(skip=("*",)), allow_noop=True)[1][-1].changed == 0
+
+
+class Scaled(nn.Module):
+    """A linear layer that has names of its own where int8 wants to put its constants."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+        for name in names:
+            inner = nn.Module() if "." in name else self
+            if "." in name:
+                self.add_module(name.partition(".")[0], inner)
+            inner.register_parameter(name.rpartition(".")[2], nn.Parameter(-torch.rand(32)))
+
+    def forward(self, x):
+        factors = [p for n, p in self.named_parameters() if n != "weight"]
+        return torch.nn.functional.linear(x, self.weight) * sum(factors)
+
+
+@pytest.mark.parametrize(
+    ("names", "made"),
+    [
+        ([], {"a.qweight", "a.scale"}),
+        (["scale"], {"a.qweight", "a.int8.scale"}),
+        (["qweight"], {"a.int8.qweight", "a.scale"}),
+        (["scale.gain", "qweight"], {"a.int8.qweight", "a.int8.scale"}),
+        (["scale", "int8"], {"a.qweight", "a.int8_2.scale"}),
+    ],
+)
+def test_packed_weights_take_free_names(names, made):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = Scaled(names)
+
+        def forward(self, x):
+            return self.a(x) + 1
+
+    program = fxc.capture(Around(), (torch.randn(3, 32),))
+    own = {f"a.{name}" for name in names}
+    small, _ = run_passes(program, parse_passes("int8"), Context())
+    assert set(small.constants) == made | own
+    assert all(torch.equal(small.constants[n], program.constants[n]) for n in own)
+    small.module()(torch.randn(3, 32))
+
+
+def test_a_parameter_that_is_called_qweight_is_not_a_packed_weight():
+    program = fxc.capture(Scaled(["qweight"]), (torch.randn(3, 32),))
+    assert FLOAT_WEIGHTS.check(program) is None
+    assert "is a quantized weight" in FLOAT_WEIGHTS.check(run_passes(program, parse_passes("int8"), Context())[0])
+
+
+def test_a_weight_multiplied_by_itself_is_refused():
+    class Gram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x):
+            return x + torch.nn.functional.linear(self.w, self.w)
+
+    program = fxc.capture(Gram(), (torch.randn(32, 32),), check=False)
+    _, steps = run_passes(program, parse_passes("int8"), Context(), allow_noop=True)
+    assert steps[-1].changed == 0 and "tied" in steps[-1].refusals[0].reason
 
 
 # --------------------------------------------------------------------------------------------------------------- gates

@@ -72,9 +72,9 @@ class Printer:
         )
         head = [
             "fxc program 1",
-            f"metadata {_json(program.metadata)}",
-            f"call {_json(signature.call)}",
-            f"result {_json(signature.result)}",
+            f"metadata {json.dumps(program.metadata, sort_keys=True)}",
+            f"call {json.dumps(signature.call)}",
+            f"result {json.dumps(signature.result)}",
             *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items()),
             *(f"constant {_at(fqn)}: {tensor_type(t.dtype, t.shape)}" for fqn, t in sorted(program.constants.items())),
             *(f"alias {_at(alias)} = {_at(fqn)}" for alias, fqn in sorted(program.aliases.items())),
@@ -161,10 +161,6 @@ def tensor_type(dtype: torch.dtype, shape: Any) -> str:
 
 def _at(fqn: str) -> str:
     return f"@{fqn}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def _comment(node: fx.Node) -> str:

@@ -151,13 +151,13 @@ def _rewritten(before: Program, after: Program, by: str) -> dict[str, str]:
     }
     changed = {fqn for fqn, tensor in after.constants.items() if tensor is not before.constants.get(fqn)}
 
-
     def written(node: fx.Node) -> str:
         """The call, a constant named by itself and a value by the node that it stood in before the pass."""
-        return str(fx.map_arg(
-            (str(node.target), node.args, node.kwargs),
-            lambda a: f"@{a.target}" if a.op == "get_attr" else f"%{made.get(a.name, a.name)}",
-        ))  # fmt: skip
+
+        def name(a: fx.Node) -> str:
+            return f"@{a.target}" if a.op == "get_attr" else f"%{made.get(a.name, a.name)}"
+
+        return str(fx.map_arg((str(node.target), node.args, node.kwargs), name))
 
     edited = {
         node.name: node.name

@@ -171,7 +171,7 @@ def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[T
     if why_not is None:
         why_not = _outputs(wide[0], doubled[0])[1]
     if why_not is not None:
-        seen = _compared(step, before, after, samples)
+        seen = _compared(step, before, after, samples, same_dtypes=True)
         _must_agree(step, seen.total, *own, exact=True)
         how = f"its own dtype (not in float64: {why_not})"
     else:
@@ -195,9 +195,7 @@ def _limit(program: Program) -> float:
 
 def _must_agree(step: Pass, total: Difference, limit: float, how: str, *, exact: bool) -> None:
     if total.error > limit:
-        raise _fail(
-            step, "meaning", f"it may not change what the program computes; it does, by {total.error:.1e} in {how}"
-        )
+        raise _fail(step, "meaning", f"it may not change what the program computes; it does, by {total.error:.1e} in {how}")
     if exact and total.unequal:
         share = f"{total.unequal} of {total.integers} integers differ in {how}"
         raise _fail(step, "meaning", f"it may not change what the program computes; it does: {share}")
@@ -216,9 +214,7 @@ class _Seen:
         return f"at {self.tried} size{'s' * (self.tried != 1)}{others}"
 
 
-def _compared(
-    step: Pass, before: Program, after: Program, samples: list[list[Tensor]], *, same_dtypes: bool = False
-) -> _Seen:
+def _compared(step: Pass, before: Program, after: Program, samples: list[list[Tensor]], *, same_dtypes: bool = False) -> _Seen:
     """Run both on all samples. `before` may refuse any but the first; `after` none that `before` takes."""
     seen = _Seen()
     for number, inputs in enumerate(samples):
