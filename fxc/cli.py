@@ -113,6 +113,7 @@ def compile_(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     budget: Annotated[float, typer.Option(help="The largest relative error of the outputs that a pass may cause.")] = 0.2,
+    layer_budget: Annotated[float, typer.Option(help="The largest relative error of one layer that a pass may cause.")] = 0.5,
     min_coverage: Annotated[float, typer.Option(help="Fail when less of the weight bytes is rewritten, 0 to 1.")] = 0.0,
     allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
@@ -126,7 +127,7 @@ def compile_(
 
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
-        trust_remote_code, budget, min_coverage, allow_noop, overwrite, dump_dir, tuple(print_after or ()), verify,
+        trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir, tuple(print_after or ()), verify,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)

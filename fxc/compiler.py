@@ -43,6 +43,7 @@ def optimize(
     trust_remote_code: bool = False,
     verify: bool = True,
     budget: float = 0.2,
+    layer_budget: float = 0.5,
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
@@ -56,7 +57,7 @@ def optimize(
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures.
     skip: patterns of module names to leave alone, globs or "re:...". dtype: "auto" keeps the model's own, else
     "float32", "bfloat16", "float16". device, backend: where and how the result runs, "cpu" and "eager" by default.
-    verify, budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
+    verify, budget, layer_budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
 
     Raises `FxcError`: `UsageError`, `InputRefused`, `CaptureFailed`, `VerificationFailed` or `ResourceError`.
     """
@@ -73,6 +74,7 @@ def optimize(
         backend=backend,
         verify=verify,
         budget=budget,
+        layer_budget=layer_budget,
         allow_noop=allow_noop,
         dump_dir=dump_dir,
         on_step=on_step,
@@ -89,6 +91,7 @@ def compile_captured(
     backend: str | None = None,
     verify: bool = True,
     budget: float = 0.2,
+    layer_budget: float = 0.5,
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
@@ -102,6 +105,7 @@ def compile_captured(
         context,
         verify=verify,
         budget=budget,
+        layer_budget=layer_budget,
         allow_noop=allow_noop,
         dump_dir=Path(dump_dir) if dump_dir else None,
         on_step=on_step,

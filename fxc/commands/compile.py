@@ -42,6 +42,7 @@ class CompileRequest:
     revision: str | None
     trust_remote_code: bool
     budget: float
+    layer_budget: float
     min_coverage: float
     allow_noop: bool
     overwrite: bool
@@ -84,6 +85,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             device=request.device,
             verify=request.verify,
             budget=request.budget,
+            layer_budget=request.layer_budget,
             allow_noop=request.allow_noop,
             dump_dir=request.dump_dir,
             on_step=_on_step(output, request.print_after),
