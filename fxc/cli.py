@@ -127,7 +127,8 @@ def compile_(
 
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
-        trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir, tuple(print_after or ()), verify,
+        trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
+        tuple(print_after or ()), verify,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)
