@@ -18,6 +18,7 @@ from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
 from fxc.runtime.binding import bind
 from fxc.runtime.model import CompiledModel
+from fxc.safety import read_json
 from fxc.verify.compare import relative_error
 from fxc.verify.samples import samples
 
@@ -109,17 +110,27 @@ def change(before: Perplexity, after: Perplexity) -> tuple[float, float | None]:
 
 def tokenizer_of(folder: Any) -> Any:
     """The tokenizer in a folder. Raises `UsageError` where there is none that transformers can read."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     missing = UsageError("the model has no tokenizer", where=folder, hint="put its tokenizer.json into the folder")
     # Without its files transformers makes an empty tokenizer of some kinds.
     if folder is None or not any(True for name in _VOCABULARIES for _ in Path(folder).glob(name)):
         raise missing
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        kind = PreTrainedTokenizerFast if _declares_plain_tokenizer(Path(folder)) else AutoTokenizer
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         missing.why = str(error).strip().partition("\n")[0] or None
         raise missing from error
+
+
+def _declares_plain_tokenizer(folder: Path) -> bool:
+    """Whether the folder says that its tokenizer.json is all there is to its tokenizer. For some kinds of model AutoTokenizer
+    goes by the kind instead and splits the text in another way than the model was trained with."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    return read_json(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
