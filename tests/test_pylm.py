@@ -29,7 +29,7 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
     tokens = evaluate.encode(evaluate.tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
     original = evaluate.perplexity(load_source(str(pylm_dir)).model, tokens, limit=WINDOWS)
     small = evaluate.perplexity(compiled, tokens, limit=WINDOWS)
-    assert original.value < 12, "the example is a trained model, and its tokenizer the one it was trained with"
+    assert original.value < 15, "the example is a trained model, and its tokenizer the one it was trained with"
     assert abs(small.value / original.value - 1) < 0.01
     # This machine may run some layers in float because that is faster: the integers have to be as good by themselves.
     module = compiled.program.module()
