@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fxc.checkpoint import PICKLE, PICKLE_INDEX, SAFE, SAFE_INDEX, check_config_file, index_files
-from fxc.errors import InputRefused
+from fxc.errors import InputRefused, first_line
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -37,7 +37,7 @@ def fetch(
         raise InputRefused(
             "cannot get it from the Hugging Face hub",
             where=repo,
-            why=str(exc).strip().partition("\n")[0] or type(exc).__name__,
+            why=first_line(exc),
             hint="check the spelling and --revision; a private or gated model needs `hf auth login` first",
         ) from exc
     return folder, snapshot.name

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxc.errors import InputRefused
+from fxc.errors import InputRefused, first_line
 from fxc.ir.infer import fake_constant, infer, new_symbols
 from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.ir.targets import resolve
@@ -288,8 +288,7 @@ class _Parser:
         try:
             node.meta["val"] = infer(self.mode, target, args, kwargs)
         except Exception as error:  # whatever the operator objects to, the text is at fault
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise _Bad(f"{name} does not take these arguments: {first[:200]}") from None
+            raise _Bad(f"{name} does not take these arguments: {first_line(error)[:200]}") from None
         if not isinstance(target, OpOverload) and not _is_small(node.meta["val"]):
             raise _Bad("a number does not fit into 64 bits")
         if comment["fqn"]:

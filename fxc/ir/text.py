@@ -50,13 +50,6 @@ def print_program(program: Program) -> str:
     return Printer(program).text()
 
 
-def print_node(program: Program, node: fx.Node) -> str:
-    """The line of one node, numbered as in the whole text, for messages."""
-    printer = Printer(program)
-    printer.number()
-    return printer.line(node)
-
-
 class Printer:
     def __init__(self, program: Program):
         self.program = program
