@@ -106,14 +106,18 @@ def compile_(
     passes: Annotated[str | None, typer.Option(help="What to do, as in int8:mode=weight_only; int8 by default.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
-    calib: Annotated[Path | None, typer.Option(help="Text for the passes that learn from data.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
     eval_text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text before and after.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
-    budget: Annotated[float, typer.Option(help="The largest relative error of the outputs that a pass may cause.")] = 0.2,
-    layer_budget: Annotated[float, typer.Option(help="The largest relative error of one layer that a pass may cause.")] = 0.5,
+    budget: Annotated[
+        float | None, typer.Option(help="The largest relative error of the outputs that a pass may cause; else its own.")
+    ] = None,
+    layer_budget: Annotated[
+        float | None, typer.Option(help="The largest relative error of one layer that a pass may cause; else its own.")
+    ] = None,
     min_coverage: Annotated[float, typer.Option(help="Fail when less of the weight bytes is rewritten, 0 to 1.")] = 0.0,
     allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fxc.calibration import calibration_samples, check_data
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
@@ -36,14 +37,15 @@ def optimize(
     passes: str | Sequence[str | Pass] = "int8",
     *,
     skip: Iterable[str] = (),
+    calib: Any = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     backend: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = True,
-    budget: float = 0.2,
-    layer_budget: float = 0.5,
+    budget: float | None = None,
+    layer_budget: float | None = None,
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
@@ -55,13 +57,18 @@ def optimize(
     (model, example_inputs).
     example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures.
-    skip: patterns of module names to leave alone, globs or "re:...". dtype: "auto" keeps the model's own, else
-    "float32", "bfloat16", "float16". device, backend: where and how the result runs, "cpu" and "eager" by default.
+    skip: patterns of module names to leave alone, globs or "re:...".
+    calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
+    of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
+    dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
+    runs, "cpu" and "eager" by default.
     verify, budget, layer_budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
 
     Raises `FxcError`: `UsageError`, `InputRefused`, `CaptureFailed`, `VerificationFailed` or `ResourceError`.
     """
     parsed = parse_passes(passes)
+    if calib is not None:
+        check_data(calib)
     captured = capture_source(
         model, example_inputs, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, check=verify
     )
@@ -69,6 +76,7 @@ def optimize(
         captured,
         parsed,
         skip=skip,
+        calib=calib,
         dtype=dtype,
         device=device,
         backend=backend,
@@ -86,12 +94,13 @@ def compile_captured(
     passes: Sequence[Pass],
     *,
     skip: Iterable[str] = (),
+    calib: Any = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     backend: str | None = None,
     verify: bool = True,
-    budget: float = 0.2,
-    layer_budget: float = 0.5,
+    budget: float | None = None,
+    layer_budget: float | None = None,
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
@@ -99,6 +108,8 @@ def compile_captured(
     """The second half of `optimize`, for a source that is captured already and keeps its program."""
     before = captured.program
     context = Context(skip=tuple(skip))
+    if calib is not None:
+        context.samples = calibration_samples(before, calib, folder=captured.folder, config=captured.config)
     program, steps = run_passes(
         before,
         passes,
@@ -120,7 +131,7 @@ def compile_captured(
         "bytes_after": program.nbytes(),
         "parameters_before": before.numel(),
         "parameters_after": program.numel(),
-        "coverage": round(sum(s.covered_bytes for s in steps) / max(before.nbytes(), 1), 4),
+        "coverage": _coverage(before, steps),
         "passes": [*captured.passes, *(s.as_json() for s in steps)],
     }
     return compiled_model(
@@ -132,6 +143,12 @@ def compile_captured(
         device=device,
         backend=backend,
     )
+
+
+def _coverage(before: Program, steps: Sequence[Step]) -> float:
+    """Of the bytes that were there when the first pass came that rewrites weights, the share that was rewritten."""
+    there = next((s.bytes_before for s in steps if s.covered_bytes), before.nbytes())
+    return round(sum(s.covered_bytes for s in steps) / max(there, 1), 4)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass, Refusal
+from fxc.passes.base import Context, Pass, Refusal, Removal
 from fxc.passes.order import order
 from fxc.verify.gates import Budget, judge
 from fxc.verify.samples import samples
@@ -30,6 +30,7 @@ class Step:
     parameters_after: int
     covered_bytes: int
     refusals: list[Refusal] = field(default_factory=list)
+    removed: list[Removal] = field(default_factory=list)
     gates: dict[str, str] = field(default_factory=dict)
     layer_errors: dict[str, float] = field(default_factory=dict)
 
@@ -43,8 +44,8 @@ def run_passes(
     context: Context,
     *,
     verify: bool = True,
-    budget: float = 0.2,
-    layer_budget: float = 0.5,
+    budget: float | None = None,
+    layer_budget: float | None = None,
     allow_noop: bool = False,
     dump_dir: Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
@@ -52,7 +53,7 @@ def run_passes(
     """Run `passes` in the order that their facts demand; `program` itself is not changed.
 
     verify: run the gates. budget, layer_budget: the largest relative error that a policy pass may cause in the outputs, and
-    in one layer alone. allow_noop: let a policy pass change nothing. dump_dir: write the text before the first pass and
+    in one layer alone; by default each pass has its own (`Pass.budget`). allow_noop: let a policy pass change nothing. dump_dir: write the text before the first pass and
     after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
     that changed nothing.
@@ -84,13 +85,16 @@ def run_passes(
             )
         done = Step(
             str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), program.numel(),
-            after.numel(), result.covered_bytes, result.refusals,
+            after.numel(), result.covered_bytes, result.refusals, result.removed,
         )  # fmt: skip
         if verify:
-            gates = judge(step, program, after, result, tried, Budget(budget, layer_budget))
+            own = step.budget
+            limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
+            gates = judge(step, program, after, result, tried, limits)
             done.gates, done.layer_errors = gates.outcome, gates.layers
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
+        tried = [result.interface.inputs(program, inputs) for inputs in tried]
         program = after
         steps.append(done)
         if on_step is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxc import evaluate as quality
+from fxc.calibration import check_data
 from fxc.commands.sources import read_text, tokenizer_folder
 from fxc.compiler import Captured, capture_source, compile_captured
 from fxc.errors import UsageError, VerificationFailed
@@ -41,8 +42,8 @@ class CompileRequest:
     device: str | None
     revision: str | None
     trust_remote_code: bool
-    budget: float
-    layer_budget: float
+    budget: float | None
+    layer_budget: float | None
     min_coverage: float
     allow_noop: bool
     overwrite: bool
@@ -61,7 +62,9 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     _check_print_after(request.print_after, ordered)
     text = read_text(request.eval_text, "--eval-text") if request.eval_text else None
     if request.calib:
-        read_text(request.calib, "--calib")
+        check_data(request.calib)
+    learns = any(each.uses_data() for each in ordered)
+    if request.calib and not learns:
         output.warn(f"--calib {request.calib}: no pass of this recipe uses calibration data, so it changes nothing")
     local = kind_of(request.model) in ("folder", "artifact")
     source = Path(request.model).expanduser() if local else None
@@ -81,6 +84,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             captured,
             wanted,
             skip=skip,
+            calib=request.calib if learns else None,
             dtype=dtype,
             device=request.device,
             verify=request.verify,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import Tensor, fx
@@ -16,6 +17,20 @@ def constant(program: Program, fqn: str, tensor: Tensor, before: fx.Node) -> fx.
         raise ValueError(f"the program already has a constant {fqn}")
     program.constants[fqn] = tensor
     return read(program, fqn, before)
+
+
+def is_free(program: Program, name: str, but: str | None = None) -> bool:
+    """Whether no constant except for `but`, which will go, has this name, lies in a module of it or is one around it."""
+    others = (fqn for fqn in program.constants if fqn != but)
+    return name not in program.aliases and not any(
+        fqn == name or fqn.startswith(f"{name}.") or name.startswith(f"{fqn}.") for fqn in others
+    )
+
+
+def free_name(program: Program, name: str) -> str:
+    """`name`, or `name_2`, `name_3`, ... where it is taken."""
+    candidates = itertools.chain([name], (f"{name}_{n}" for n in itertools.count(2)))
+    return next(each for each in candidates if is_free(program, each))
 
 
 def read(program: Program, fqn: str, before: fx.Node) -> fx.Node:

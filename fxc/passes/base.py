@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxc.errors import UsageError
 from fxc.ir.program import Program
+from fxc.passes.interface import Interface
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,26 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Removal:
+    """Of the `before` units of a kind ("head", "ffn", "channel", ...) in the module `scope`, how many went."""
+
+    scope: str
+    kind: str
+    before: int
+    removed: int
+
+
 @dataclass
 class Result:
-    """What a pass did: how many places it changed, where it declined, and the bytes of weights that it rewrote."""
+    """What a pass did: how many places it changed, where it declined, the bytes of weights that it rewrote, which units it
+    removed or masked, and what became of the program's inputs and outputs."""
 
     changed: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     covered_bytes: int = 0
+    removed: list[Removal] = field(default_factory=list)
+    interface: Interface = field(default_factory=Interface)
 
 
 @dataclass
@@ -83,6 +97,12 @@ class Pass:
     needs: ClassVar[frozenset[Fact]] = frozenset()
     gives: ClassVar[frozenset[Fact]] = frozenset()
     breaks: ClassVar[frozenset[Fact]] = frozenset()
+    owes: ClassVar[frozenset[Fact]] = frozenset()
+    """Facts that another pass has to make true after this one: what is masked is to be removed."""
+    budget: ClassVar[tuple[float, float]] = (0.2, 0.5)
+    """Of a policy: the largest relative error that it may cause in the outputs, and in one layer alone."""
+    shrinks: ClassVar[bool] = True
+    """Of a policy: whether it makes the weights smaller by itself."""
     registry: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -92,6 +112,10 @@ class Pass:
     def run(self, program: Program, context: Context) -> Result:
         """Rewrite `program` in place."""
         raise NotImplementedError
+
+    def uses_data(self) -> bool:
+        """Whether the pass, with its options, learns from `Context.samples`."""
+        return False
 
     def __str__(self) -> str:
         """The pass as it is written in `--passes`, with the options that are not at their defaults."""

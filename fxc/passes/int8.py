@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from fxc.ir.edit import call, constant, read, sweep
+from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Refusal, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
@@ -129,15 +129,7 @@ def _pack(program: Program, weight: str, before: fx.Node) -> tuple[str, str]:
 def _free_name(program: Program, weight: str, base: str, part: str) -> str:
     """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already."""
     prefixes = itertools.chain([base, f"{base}.int8"], (f"{base}.int8_{n}" for n in itertools.count(2)))
-    return next(name for p in prefixes if _is_free(program, name := f"{p}.{part}", weight))
-
-
-def _is_free(program: Program, name: str, weight: str) -> bool:
-    """Whether no constant besides `weight`, which will go, has this name, lies in a module of it or is one around it."""
-    others = (fqn for fqn in program.constants if fqn != weight)
-    return name not in program.aliases and not any(
-        fqn == name or fqn.startswith(f"{name}.") or name.startswith(f"{fqn}.") for fqn in others
-    )
+    return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The order of passes, from the facts that they need, give and break.
 
-A giver of a fact runs before those who need it, and who breaks a fact after all who need it. A pass that is needed and not
-asked for is added when exactly one pass gives what is missing and needs no options to do so.
+A giver of a fact runs before those who need it and after those who owe it, and who breaks a fact after all who need it. A pass
+that is needed or owed and not asked for is added when exactly one pass gives what is missing and needs no options to do so.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
                 continue
             for fact in sorted(first.gives & second.needs, key=str):
                 _because(graph, i, j, f"{first.name} gives {fact}, which {second.name} needs")
+            for fact in sorted(first.owes & second.gives, key=str):
+                _because(graph, i, j, f"{first.name} owes {fact}, which {second.name} gives")
             for fact in sorted(first.needs & second.breaks, key=str):
                 _because(graph, i, j, f"{first.name} needs {fact}, which {second.name} breaks")
     _check_givers(passes, program)
@@ -75,7 +77,7 @@ def _complete(passes: list[Pass]) -> list[Pass]:
     todo = list(passes)
     while todo:
         wanted = todo.pop()
-        for fact in sorted(wanted.needs, key=str):
+        for fact in sorted(wanted.needs | wanted.owes, key=str):
             if any(fact in p.gives for p in passes):
                 continue
             givers = [cls for cls in Pass.registry.values() if fact in cls.gives and not cls.is_policy]
@@ -106,4 +108,5 @@ def _missing(fact: Fact, program: Program | None) -> str | None:
 
 def _who_needs(passes: list[Pass], giver: Pass) -> str:
     wants = [f"{p.name} needs {fact}" for p in passes for fact in sorted(p.needs & giver.gives, key=str)]
+    wants += [f"{p.name} owes {fact}" for p in passes for fact in sorted(p.owes & giver.gives, key=str)]
     return ", ".join(wants)

@@ -12,6 +12,7 @@ from fxc.ir.check import check
 from fxc.ir.program import Program
 from fxc.passes.base import Pass, Result
 from fxc.passes.facts import arguments, packed_weight
+from fxc.passes.interface import Interface
 from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -42,14 +43,15 @@ def judge(step: Pass, before: Program, after: Program, result: Result, samples: 
     """
     gates = Gates()
     check(after)
-    _same_results(step, before, after)
+    _same_results(step, before, after, result.interface)
     gates.outcome["structure"] = "ok"
     _facts(step, before, after)
     gates.outcome["facts"] = "ok"
     gates.outcome["finite"] = _finite(step, before, after)
     if step.is_policy:
         gates.outcome["lowered"] = _lowered(step, before, after)
-        gates.outcome["smaller"] = _smaller(step, before, after, result)
+        if step.shrinks:
+            gates.outcome["smaller"] = _smaller(step, before, after, result)
     if after.is_on_meta:
         gates.outcome["meaning"] = "not run: the weights are on meta"
     elif result.changed == 0:
@@ -57,7 +59,7 @@ def judge(step: Pass, before: Program, after: Program, result: Result, samples: 
     elif step.is_policy:
         _within_budget(step, before, after, samples, budget, gates)
     else:
-        gates.outcome["meaning"] = _unchanged(step, before, after, samples)
+        gates.outcome["meaning"] = _unchanged(step, before, after, samples, result.interface)
     return gates
 
 
@@ -69,9 +71,9 @@ def _fail(step: Pass, gate: str, what: str, where: str | None = None) -> Verific
     )
 
 
-def _same_results(step: Pass, before: Program, after: Program) -> None:
-    results = zip(before.signature.outputs, before.results, after.results, strict=True)
-    for name, *nodes in results:
+def _same_results(step: Pass, before: Program, after: Program, interface: Interface) -> None:
+    expected = interface.outputs(before, before.results)
+    for name, *nodes in zip(after.signature.outputs, expected, after.results, strict=True):
         old, new = ((n.meta["val"].dtype, n.meta["val"].ndim) for n in nodes)
         if old != new:
             described = (f"{dtype} of {rank} dimensions" for dtype, rank in (old, new))
@@ -163,7 +165,7 @@ def _within_budget(
     )
 
 
-def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[Tensor]]) -> str:
+def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[Tensor]], interface: Interface) -> str:
     own = _limit(before), "its own dtype"
     wide = in_float64(before), in_float64(after)
     why_not = "one of its operators has no such form, or it is too large" if None in wide else None
@@ -171,14 +173,14 @@ def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[T
     if why_not is None:
         why_not = _outputs(wide[0], doubled[0])[1]
     if why_not is not None:
-        seen = _compared(step, before, after, samples, same_dtypes=True)
+        seen = _compared(step, before, after, samples, interface, same_dtypes=True)
         _must_agree(step, seen.total, *own, exact=True)
         how = f"its own dtype (not in float64: {why_not})"
     else:
-        seen = _compared(step, *wide, doubled)
+        seen = _compared(step, *wide, doubled, interface)
         _must_agree(step, seen.total, MECHANISM_LIMIT[torch.float64], "float64", exact=True)
         # Integers were compared in float64: rounding may turn an argmax.
-        narrow = _compared(step, before, after, samples[:1], same_dtypes=True)
+        narrow = _compared(step, before, after, samples[:1], interface, same_dtypes=True)
         _must_agree(step, narrow.total, *own, exact=False)
         how = f"float64, by {narrow.total.error:.1e} in its own dtype"
     if seen.total.finite == 0:
@@ -214,8 +216,17 @@ class _Seen:
         return f"at {self.tried} size{'s' * (self.tried != 1)}{others}"
 
 
-def _compared(step: Pass, before: Program, after: Program, samples: list[list[Tensor]], *, same_dtypes: bool = False) -> _Seen:
+def _compared(
+    step: Pass,
+    before: Program,
+    after: Program,
+    samples: list[list[Tensor]],
+    interface: Interface | None = None,
+    *,
+    same_dtypes: bool = False,
+) -> _Seen:
     """Run both on all samples. `before` may refuse any but the first; `after` none that `before` takes."""
+    interface = interface or Interface()
     seen = _Seen()
     for number, inputs in enumerate(samples):
         expected, refusal = _outputs(before, inputs)
@@ -225,7 +236,8 @@ def _compared(step: Pass, before: Program, after: Program, samples: list[list[Te
                 raise _fail(step, "meaning", f"the program before it does not run at the sizes of capture: {refusal}", sizes)
             seen.refused += 1
             continue
-        found, refusal = _outputs(after, inputs)
+        expected = interface.outputs(before, expected)
+        found, refusal = _outputs(after, interface.inputs(before, inputs))
         if refusal is not None:
             raise _fail(step, "meaning", f"what it made does not run where the program before it does: {refusal}", sizes)
         if same_dtypes and [t.dtype for t in found] != [t.dtype for t in expected]:

@@ -1,0 +1,76 @@
+"""Axis analysis: which dimensions of which weights, values and inputs are one and the same, and which may lose indices."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from fxc.analysis.axis import Axis, pin, resolve
+from fxc.analysis.rules import Axes, Link, fresh, join, rule_of
+from fxc.ir.program import Program
+
+
+def analyse(program: Program) -> Axes:
+    """The axes of every value. Needs shapes only, so that weights may be on meta."""
+    axes = Axes(program)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            axes.values[node] = fresh(value)
+        elif node.op == "get_attr":
+            if node.target not in axes.constants:
+                axes.constants[node.target] = fresh(value)
+            axes.values[node] = axes.constants[node.target]
+        elif node.op == "call_function" and isinstance(value, (Tensor, list, tuple)):
+            rule = rule_of(node.target)
+            if rule is None:
+                why = f"{str(node.target).removesuffix('.default')} has no rule"
+                axes.pin_all(node, why)
+                axes.values[node] = fresh(value, why)
+            else:
+                axes.values[node] = rule(axes, node)
+        else:
+            axes.values[node] = ()
+    _pin_interface(axes)
+    _join_sources(axes)
+    return axes
+
+
+def _join_sources(axes: Axes) -> None:
+    """Keys and values that the same query heads share are numbered alike, and go together."""
+    first: dict[Axis, Link] = {}
+    for link in axes.links:
+        other = first.setdefault(resolve(link.result), link)
+        if other is not link and torch.equal(other.index, link.index):
+            join(other.source, link.source)
+
+
+def cache_pairs(program: Program) -> dict[str, tuple[int, int]]:
+    """Of a decoder's key and value cache: name without its first part -> (index of the input, index of the output). What a
+    call returns there is what the next one is given."""
+    outputs = {name.partition(".")[2]: i for i, name in enumerate(program.signature.outputs) if re.match(r"present\.", name)}
+    return {
+        rest: (i, outputs[rest])
+        for i, declared in enumerate(program.signature.inputs)
+        if (rest := declared.name.partition(".")[2]) in outputs and declared.name.startswith("past.")
+    }
+
+
+def _pin_interface(axes: Axes) -> None:
+    program = axes.program
+    pairs = cache_pairs(program).values()
+    placeholders, results = program.placeholders, program.results
+    paired = {i for i, _ in pairs}, {o for _, o in pairs}
+    for i, o in pairs:
+        for a, b in zip(axes.values[placeholders[i]], axes.values[results[o]], strict=True):
+            join(a, b)
+    for node, declared, i in zip(placeholders, program.signature.inputs, range(len(placeholders))):
+        if i not in paired[0]:
+            for axis in axes.values[node]:
+                pin(axis, f"it is a dimension of the input {declared.name}")
+    for node, name, o in zip(results, program.signature.outputs, range(len(results))):
+        if o not in paired[1]:
+            for axis in axes.values[node]:
+                pin(axis, f"it is a dimension of the output {name}")

@@ -1,0 +1,50 @@
+"""What a pass made of a program's inputs and outputs: a cache with fewer heads, or of fewer layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fxc.ir.program import Program
+
+
+@dataclass
+class Interface:
+    """kept: name of an input -> dimension -> which of the indices that it had before are left; dropped: inputs that are gone.
+    The output that a cache input comes from (`past.*` from `present.*`) is cut and dropped with it."""
+
+    kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+
+    def cut(self, inputs: dict[str, dict[int, Tensor]]) -> None:
+        """Of what is left, only these indices stay."""
+        for name, dims in inputs.items():
+            mine = self.kept.setdefault(name, {})
+            for dim, indices in dims.items():
+                mine[dim] = mine[dim][indices] if dim in mine else indices
+
+    def drop(self, inputs: Sequence[str]) -> None:
+        self.dropped += inputs
+
+    def inputs(self, before: Program, tensors: Sequence[Any]) -> list[Any]:
+        """Inputs of the program before, as the one after takes them; what is not a tensor is passed on as it is."""
+        return self._cut([i.name for i in before.signature.inputs], tensors)
+
+    def outputs(self, before: Program, tensors: Sequence[Any]) -> list[Any]:
+        """Outputs of the program before, as the one after should give them."""
+        names = ["past." + n.removeprefix("present.") if n.startswith("present.") else n for n in before.signature.outputs]
+        return self._cut(names, tensors)
+
+    def _cut(self, names: list[str], tensors: Sequence[Any]) -> list[Any]:
+        result = []
+        for name, tensor in zip(names, tensors, strict=True):
+            if name in self.dropped:
+                continue
+            if isinstance(tensor, Tensor):
+                for dim, indices in self.kept.get(name, {}).items():
+                    tensor = tensor.index_select(dim, indices)
+            result.append(tensor)
+        return result
