@@ -7,6 +7,8 @@ On a CPU each group is one matrix product. There is no CUDA kernel of fxc's own 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,21 @@ def _rows(x: Tensor, weight: Tensor, inner: int, outer: int) -> Tensor:
 grouped_mm.register_fake(lambda x, weight, offsets: _rows(x, weight, 1, 2))
 grouped_linear.register_fake(lambda x, weight, offsets: _rows(x, weight, 2, 1))
 int8_grouped_linear.register_fake(lambda x, qweight, scale, offsets: _rows(x, qweight, 2, 1))
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """dx = dy W and dW = dy^T x, group by group."""
+    x, weight, offsets = ctx.saved_tensors
+    dx = torch.ops.fxc.grouped_mm(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        starts = [0, *offsets.tolist()]
+        dweight = torch.stack([grad[a:b].t() @ x[a:b] for a, b in itertools.pairwise(starts)])
+    return dx, dweight, None
+
+
+grouped_linear.register_autograd(_gradients, setup_context=_keep)

@@ -1,0 +1,154 @@
+"""The numbered blocks of a network, what they change of their input, and how to take one out.
+
+A block is a module whose name ends in a number ("layers.3") and that turns one value into another of the same type. Where a
+number within a number is one, the outer is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxc.ir.edit import insert, replace, sweep, type_of
+from fxc.ir.program import Program
+
+aten = torch.ops.aten
+_AROUND_RESIDUALS = (aten.add.Tensor, aten.layer_norm.default, aten.rms_norm.default, aten.relu.default)
+
+
+@dataclass(frozen=True)
+class Block:
+    """`exit` is computed in the module `scope` from `entry`, and nothing else that depends on `entry` leaves it."""
+
+    scope: str
+    entry: fx.Node
+    exit: fx.Node
+
+
+def blocks(program: Program) -> tuple[list[Block], dict[str, str]]:
+    """The blocks in the order of the graph, and for numbered modules that are none: why."""
+    found: list[Block] = []
+    why: dict[str, str] = {}
+    for scope in _numbered(program):
+        if any(scope.startswith(f"{b.scope}.") for b in found):
+            continue
+        block = block_at(program, scope)
+        if isinstance(block, Block):
+            found.append(block)
+        else:
+            why[scope] = block
+    return found, why
+
+
+def _numbered(program: Program) -> list[str]:
+    """Module names that end in a number, outer ones first."""
+    scopes: dict[str, None] = {}
+    for node in program.graph.nodes:
+        parts = (node.meta.get("fqn") or "").split(".")
+        for end, part in enumerate(parts, 1):
+            if part.isdecimal():
+                scopes[".".join(parts[:end])] = None
+    return sorted(scopes, key=lambda s: s.count("."))
+
+
+def block_at(program: Program, scope: str) -> Block | str:
+    """The block that the module `scope` is, or why it is none."""
+    inside = [n for n in program.graph.nodes if n.op == "call_function" and _within(n, scope)]
+    if not inside:
+        return "no operator of the graph belongs to it"
+    members = set(inside)
+    sources = dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members and n.op != "get_attr")
+    caches = _cache_outputs(program)
+    found = []
+    for entry in sources:
+        value = entry.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        reached = {entry}
+        for node in inside:
+            if any(n in reached for n in node.all_input_nodes):
+                reached.add(node)
+        exits = [
+            n
+            for n in inside
+            if n in reached and any(u not in members and (u.op != "output" or n not in caches) for u in n.users)
+        ]
+        if len(exits) == 1 and type_of(exits[0].meta["val"]) == type_of(value):
+            found.append(Block(scope, entry, exits[0]))
+    if len(found) == 1:
+        return found[0]
+    return "it turns no one value into another of the same shape" if not found else "several values could be its input"
+
+
+def _within(node: fx.Node, scope: str) -> bool:
+    fqn = node.meta.get("fqn") or ""
+    return fqn == scope or fqn.startswith(f"{scope}.")
+
+
+def _cache_outputs(program: Program) -> set[fx.Node]:
+    return {r for name, r in zip(program.signature.outputs, program.results) if name.startswith("present.")}
+
+
+def take_out(program: Program, block: Block) -> None:
+    """Remove what the block does: one that adds to its input becomes its input, and a branch without a residual of its own
+    becomes zero."""
+    if _has_residual(block):
+        block.exit.replace_all_uses_with(block.entry)
+    else:
+        before = next(n for n in program.graph.nodes if n in block.exit.users)
+        fqn = block.scope
+        zero = insert(program, aten.zeros_like.default, (block.entry,), before=before, by="prune", fqn=fqn)
+        replace(block.exit, zero)
+    sweep(program)
+
+
+def _has_residual(block: Block) -> bool:
+    """Whether sums and norms lead from the exit back to the entry."""
+    todo, seen = [block.exit], set()
+    while todo:
+        node = todo.pop()
+        if node is block.entry:
+            return True
+        if node not in seen and node.target in (
+            aten.add.Tensor,
+            aten.layer_norm.default,
+            aten.rms_norm.default,
+            aten.relu.default,
+        ):
+            seen.add(node)
+            todo += [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    return False
+
+
+class _Similarity(fx.Interpreter):
+    """Runs a program and sums, for each block, the cosine of what goes in and what comes out, token by token."""
+
+    def __init__(self, module: fx.GraphModule, found: Sequence[Block]):
+        super().__init__(module)
+        self.found = {b.exit.name: b for b in found}
+        self.kept, self.sums, self.counts = {b.entry.name: None for b in found}, {}, {}
+
+    def run_node(self, node: fx.Node):
+        value = super().run_node(node)
+        if (block := self.found.get(node.name)) is not None:
+            before = self.kept[block.entry.name]
+            # Of images the channels come second, of tokens last.
+            dim = 1 if value.ndim == 4 else -1
+            cosine = torch.nn.functional.cosine_similarity(before.double(), value.double(), dim=dim)
+            self.sums[block] = self.sums.get(block, 0.0) + cosine.sum().item()
+            self.counts[block] = self.counts.get(block, 0) + cosine.numel()
+        if node.name in self.kept:
+            self.kept[node.name] = value
+        return value
+
+
+def influence(program: Program, found: Sequence[Block], samples: Sequence[Sequence[Tensor]]) -> dict[Block, float]:
+    """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, "ShortGPT", block influence)."""
+    runner = _Similarity(program.module(), found)
+    with torch.no_grad():
+        for inputs in samples:
+            runner.run(*inputs)
+    return {b: 1 - runner.sums[b] / runner.counts[b] for b in found}

@@ -1,0 +1,254 @@
+"""Decide which heads, channels and layers go, and mask them; `dead_structure` then removes them.
+
+constant @down.weight: f32[64, 160]   ->   the same, with zeros in the columns of the units that go
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxc.analysis.groups import NAMES, Group, groups
+from fxc.errors import UsageError
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result
+from fxc.passes.blocks import Block, block_at, blocks, influence, take_out
+from fxc.passes.dead_structure import NO_DEAD_STRUCTURE
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.mask import mask, unmaskable
+from fxc.passes.plan import Drop, parse_drops, read_plan
+from fxc.passes.scores import NEED_DATA, Criterion, scores
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Mask the least important heads, FFN channels and convolution channels, and drop whole layers.
+
+    heads, ffn, channels, layers: the share of each that goes, from 0 to below 1. criterion: l2, l1 (magnitude), bn_scale, or
+    from calibration data wanda, taylor, mask_gradient; layers always go by how little they change their input, which needs
+    data. scope: whether units compete within their layer or over the whole model. round_to: channels are kept in multiples of
+    it. uniform: every layer keeps as many as the others, and every KV head as many query heads, so that the result can be said
+    in a Hugging Face configuration. drop: explicit decisions, "MODULE/heads/0+5;MODULE"; plan: a JSON file of them.
+    """
+
+    heads: float = 0.0
+    ffn: float = 0.0
+    channels: float = 0.0
+    layers: float = 0.0
+    criterion: Criterion = "l2"
+    scope: Literal["layer", "global"] = "layer"
+    round_to: int = 1
+    uniform: bool = False
+    drop: str = ""
+    plan: str = ""
+
+    name: ClassVar[str] = "prune"
+    is_policy: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
+    owes: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
+    # How far the outputs move is what the user asked for: it is measured, reported, and limited only by --budget.
+    budget: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+    shrinks: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "ffn", "channels", "layers"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                raise UsageError(f"{name}={share} is not a share from 0 to below 1", where="prune", hint=f"prune:{name}=0.25")
+        if self.round_to < 1:
+            raise UsageError(f"round_to={self.round_to} is not a positive number", where="prune")
+        if self.uniform and self.scope == "global":
+            raise UsageError("uniform=true keeps the layers alike, and scope=global does not", where="prune")
+        if not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan):
+            raise UsageError("prune does not say how much", hint="for instance prune:heads=0.25:ffn=0.3")
+        parse_drops(self.drop)
+
+    def uses_data(self) -> bool:
+        return self.layers > 0 or ((self.heads or self.ffn or self.channels) > 0 and self.criterion in NEED_DATA)
+
+    def run(self, program: Program, context: Context) -> Result:
+        result = Result()
+        if program.is_on_meta:
+            raise UsageError("weights on meta have no magnitudes to prune by", where="prune")
+        if self.uses_data() and not context.samples:
+            what = "layers are" if self.layers else f"criterion={self.criterion} is"
+            raise UsageError(f"{what} measured on calibration data, and there is none", where="prune", hint="--calib FILE")
+        drops = parse_drops(self.drop) + (read_plan(self.plan) if self.plan else ())
+        self._drop(program, drops, result)
+        if self.layers:
+            self._drop_layers(program, context, result)
+        shares = {"head": self.heads, "ffn": self.ffn, "channel": self.channels}
+        self._prune_units(program, {kind: share for kind, share in shares.items() if share}, context, result)
+        return result
+
+    # ------------------------------------------------------------------------------------------------------- by importance
+
+    def _prune_units(self, program: Program, shares: dict[str, float], context: Context, result: Result) -> None:
+        candidates: dict[str, list[Group]] = {kind: [] for kind in shares}
+        for group in groups(program):
+            if group.kind not in shares:
+                continue
+            if pattern := context.skips(group.name):
+                result.refusals.append(Refusal(group.name, f"skipped by the pattern {pattern}"))
+            elif reason := unmaskable(group):
+                result.refusals.append(Refusal(group.name, f"its {NAMES[group.kind]}s stay: {reason}"))
+            elif self.uniform and not any(part.isdecimal() for part in group.members[0].fqn.split(".")):
+                result.refusals.append(Refusal(group.name, "uniform=true prunes the numbered layers only"))
+            else:
+                candidates[group.kind].append(group)
+        found = scores(program, [g for gs in candidates.values() for g in gs], self.criterion, context.samples)
+        for kind, share in shares.items():
+            scored = [g for g in candidates[kind] if g in found]
+            for group in candidates[kind]:
+                if group not in found:
+                    result.refusals.append(Refusal(group.name, f"{self.criterion} says nothing about it"))
+            if not scored:
+                result.refusals.append(Refusal("", f"the model has no {NAMES[kind]}s that can be pruned by {self.criterion}"))
+            choose = self._over_the_model if self.scope == "global" else self._layer_by_layer
+            for group, units in choose(scored, found, share):
+                _mask(program, group, units, result)
+
+    def _layer_by_layer(
+        self, candidates: Sequence[Group], found: dict[Group, Tensor], share: float
+    ) -> Iterable[tuple[Group, Tensor]]:
+        for group in candidates:
+            if self.uniform and group.kind == "head" and group.source is not None:
+                yield group, _alike(group, found[group], share)
+            else:
+                count = self._count(group, share * group.size)
+                yield group, found[group].argsort(stable=True)[:count]
+
+    def _over_the_model(
+        self, candidates: Sequence[Group], found: dict[Group, Tensor], share: float
+    ) -> Iterable[tuple[Group, Tensor]]:
+        # Gradients compare layers; weights of one layer are larger than those of another for no reason of importance.
+        means = {g: 1.0 if self.criterion == "taylor" else found[g].mean().item() or 1.0 for g in candidates}
+        comparable = {g: found[g] / means[g] for g in candidates}
+        ranked = sorted((comparable[g][u].item(), i, u) for i, g in enumerate(candidates) for u in range(g.size))
+        most = round(share * len(ranked))
+        chosen: list[list[int]] = [[] for _ in candidates]
+        for _, i, unit in ranked:
+            if most and len(chosen[i]) < candidates[i].size - self._least(candidates[i]):
+                chosen[i].append(unit)
+                most -= 1
+        for group, units in zip(candidates, chosen, strict=True):
+            yield group, torch.tensor(units[: self._count(group, len(units))], dtype=torch.int64)
+
+    def _least(self, group: Group) -> int:
+        return min(group.size, 1 if group.kind == "head" else self.round_to)
+
+    def _count(self, group: Group, wanted: float) -> int:
+        """How many units go when `wanted` should: at least one stays, and of channels a multiple of round_to."""
+        keep = group.size - round(wanted)
+        if group.kind != "head":
+            keep = round(keep / self.round_to) * self.round_to
+        return group.size - min(max(keep, self._least(group)), group.size)
+
+    # ----------------------------------------------------------------------------------------------------------- whole layers
+
+    def _drop_layers(self, program: Program, context: Context, result: Result) -> None:
+        found, why = blocks(program)
+        candidates = [b for b in found if not context.skips(b.scope)]
+        result.refusals += [Refusal(scope, f"it is no layer: {reason}") for scope, reason in why.items()]
+        count = min(round(self.layers * len(found)), len(candidates), len(found) - 1)
+        if not candidates:
+            result.refusals.append(Refusal("", "the model has no numbered layers that can be dropped"))
+            return
+        changes = influence(program, candidates, context.samples)
+        for block in sorted(candidates, key=lambda b: changes[b])[: max(count, 0)]:
+            _take_out(program, block.scope, result)
+
+    # --------------------------------------------------------------------------------------------------------------- by decree
+
+    def _drop(self, program: Program, drops: Sequence[Drop], result: Result) -> None:
+        for each in drops:
+            if not each.kind:
+                _take_out(program, each.module, result)
+        wanted = [each for each in drops if each.kind]
+        there = groups(program) if wanted else []
+        for each in wanted:
+            group = _group_at(there, each)
+            units = torch.tensor(each.units)
+            if each.kind == "kv_heads":
+                units = torch.isin(group.source[1], units).nonzero().flatten()
+            if len(units) >= group.size:
+                raise UsageError(
+                    f"these are all of its {group.size} {NAMES[group.kind]}s",
+                    where=str(each),
+                    hint=f"drop {each.module} itself",
+                )
+            _mask(program, group, units, result)
+
+
+def _alike(group: Group, found: Tensor, share: float) -> Tensor:
+    """The least important query heads such that each KV head that stays keeps as many as the others: whole KV heads with all
+    that read them, or one number of each."""
+    source, index = group.source
+    each = group.size // source.size
+    wanted = round(share * group.size)
+    by_group = {n * each for n in range(source.size)}
+    of_each = {n * source.size for n in range(each)}
+    count = min(by_group | of_each, key=lambda n: (abs(n - wanted), n))
+    if count % each == 0:
+        totals = torch.zeros(source.size, dtype=found.dtype).index_add_(0, index, found)
+        return torch.isin(index, totals.argsort(stable=True)[: count // each]).nonzero().flatten()
+    order = found.reshape(source.size, each).argsort(1, stable=True)[:, : count // source.size]
+    return (order + torch.arange(source.size)[:, None] * each).flatten()
+
+
+def _mask(program: Program, group: Group, units: Tensor, result: Result) -> None:
+    if len(units):
+        mask(program, group, units)
+        result.changed += len(units)
+        result.removed.append(Removal(group.name, group.kind, group.size, len(units)))
+
+
+def _take_out(program: Program, scope: str, result: Result) -> None:
+    # Taking out another layer may have changed what this one reads.
+    block = block_at(program, scope)
+    if not isinstance(block, Block):
+        raise UsageError("it cannot be dropped as a whole", where=scope, why=block, hint="'fxc inspect MODEL' lists modules")
+    take_out(program, block)
+    result.changed += 1
+    result.removed.append(Removal(scope, "layer", 1, 1))
+
+
+def _group_at(there: Sequence[Group], drop: Drop) -> Group:
+    """The one group of the kind in or around the module. Raises `UsageError` where there is none, or several, or a unit of it
+    is not there."""
+    kind = "head" if drop.kind == "kv_heads" else {"heads": "head", "ffn": "ffn", "channels": "channel"}[drop.kind]
+    its = [g for g in there if g.kind == kind]
+    exact = [g for g in its if g.name == drop.module or g.scope == drop.module]
+    inside = exact or [g for g in its if any(m.fqn.startswith(f"{drop.module}.") for m in g.members)]
+    inside = inside if len(inside) < 2 else [g for g in inside if g.scope.startswith(drop.module)] or inside
+    if drop.kind == "kv_heads":
+        inside = [g for g in inside if g.source is not None]
+    if len(inside) != 1:
+        names = ", ".join(g.name for g in (inside or its)[:8]) or "none in this model"
+        raise UsageError(
+            f"{len(inside) or 'no'} groups of {drop.kind} are in it", where=drop.module, hint=f"name one of: {names}"
+        )
+    group = inside[0]
+    size = group.source[0].size if drop.kind == "kv_heads" else group.size
+    if reason := unmaskable(group):
+        raise UsageError(f"its {NAMES[group.kind]}s have to stay", where=drop.module, why=reason)
+    if max(drop.units) >= size:
+        raise UsageError(f"it has {drop.kind} 0 to {size - 1}, not {max(drop.units)}", where=drop.module)
+    return group
+
+
+def with_drops(passes: Sequence[Pass], drops: Sequence[str], plan: str | None) -> list[Pass]:
+    """`passes` with these decisions given to the prune pass among them, or to a new one in front."""
+    text = ";".join(str(d) for each in drops for d in parse_drops(each))
+    given = {"drop": text, "plan": plan or ""}
+    if not text and not plan:
+        return list(passes)
+    if not any(isinstance(p, Prune) for p in passes):
+        return [Prune(**given), *passes]
+    return [dataclasses.replace(p, **given) if isinstance(p, Prune) else p for p in passes]
