@@ -53,7 +53,8 @@ def run_passes(
     """Run `passes` in the order that their facts demand; `program` itself is not changed.
 
     verify: run the gates. budget, layer_budget: the largest relative error that a policy pass may cause in the outputs, and
-    in one layer alone; by default each pass has its own (`Pass.budget`). allow_noop: let a policy pass change nothing. dump_dir: write the text before the first pass and
+    in one layer alone; by default each pass has its own (`Pass.budget`). allow_noop: let a policy pass change nothing.
+    dump_dir: write the text before the first pass and
     after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
     that changed nothing.

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from fxc.ir.edit import call, insert, read, replace, sweep, type_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Result
-from fxc.passes.facts import CANONICAL, SECOND_OPERAND, TRANSPOSES, factor
+from fxc.passes.facts import CANONICAL, SECOND_OPERAND, TRANSPOSES, factor, is_transposed_matrix
 from fxc.schemes import ops
 
 aten = torch.ops.aten
@@ -115,6 +115,8 @@ def _fold_transpose(program: Program, node: fx.Node) -> bool:
     if users_of(program, source.target) != [node] or all(factor(program, user) is node for user in node.users):
         return False
     fqn = source.target
+    if is_transposed_matrix(program, node):
+        _record_turned(program, fqn)
     program.constants[fqn] = node.target(program.constants[fqn], *node.args[1:]).contiguous()
     replace(node, read(program, fqn, before=node))
     program.graph.erase_node(node)
@@ -144,11 +146,18 @@ def _product_to_linear(program: Program, node: fx.Node) -> bool:
 
 def _store_transposed(program: Program, fqn: str) -> None:
     """Turn the constant `fqn`, and let all who read it read the transpose of what is now stored."""
+    _record_turned(program, fqn)
     program.constants[fqn] = program.constants[fqn].t().contiguous()
     for old in [n for n in program.graph.find_nodes(op="get_attr") if n.target == fqn]:
         turned = read(program, fqn, before=old)
         replace(old, insert(program, aten.t.default, (turned,), before=old, by="canonicalize", fqn=""))
         program.graph.erase_node(old)
+
+
+def _record_turned(program: Program, fqn: str) -> None:
+    """Keep in the metadata which constants are stored as the transpose of what the model has, to turn them back in an export."""
+    turned = sorted({*program.metadata.pop("transposed", ())} ^ {fqn})
+    program.metadata |= {"transposed": turned} if turned else {}
 
 
 def _addmm_to_linear(program: Program, node: fx.Node, weight: fx.Node) -> None:

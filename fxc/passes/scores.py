@@ -174,6 +174,8 @@ def _with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dic
                 shape = [-1 if d == site.dim else 1 for d in range(value.ndim)]
                 factor = then(aten.reshape.default, then(aten.add.Tensor, change, 1), shape)
                 product = then(aten.mul.Tensor, source, then(aten.to.dtype, factor, value.dtype))
+            # Another group may be masked at the same place.
+            product.meta["val"] = value
             consumer.args = tuple(product if i == site.operand else a for i, a in enumerate(consumer.args))
     return copy, masks
 
