@@ -107,7 +107,7 @@ def compile_(
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
-    eval_text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text before and after.")] = None,
+    eval_text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text after every pass.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -124,6 +124,11 @@ def compile_(
     dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
     verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
+    measure: Annotated[bool, typer.Option(help="Time the model after every pass.")] = True,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A JSON file of what to prune.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
@@ -132,10 +137,24 @@ def compile_(
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
         trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
-        tuple(print_after or ()), verify,
+        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="An artifact with floating-point weights.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a plain Hugging Face folder, which loads without fxc."""
+    from fxc.commands.export import export_model
+
+    with _output(as_json) as output:
+        export_model(output, artifact, out, overwrite)
 
 
 @app.command()
@@ -186,7 +205,8 @@ def eval_(
 def inspect(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="List every layer, not only the largest.")] = False,
+    axes: Annotated[bool, typer.Option("--axes", help="Show which weights share an axis, and what may be pruned.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List everything, not only the largest.")] = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -195,7 +215,7 @@ def inspect(
     from fxc.commands.show import inspect_model
 
     with _output(as_json) as output:
-        inspect_model(output, model, text, every, revision, trust_remote_code)
+        inspect_model(output, model, text, axes, every, revision, trust_remote_code)
 
 
 @app.command()

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxc.calibration import calibration_samples, check_data
+from fxc.configuration import describe_config, difference
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.facts import FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import CompiledModel, compiled_model
@@ -110,6 +112,18 @@ def compile_captured(
     context = Context(skip=tuple(skip))
     if calib is not None:
         context.samples = calibration_samples(before, calib, folder=captured.folder, config=captured.config)
+    config, why_not = captured.config, None
+
+    def watch(step: Step, after: Program) -> None:
+        """Say in the configuration what removal leaves, before a pass that packs weights hides their shapes."""
+        nonlocal config, why_not
+        is_smaller = step.parameters_after < step.parameters_before and not FLOAT_WEIGHTS.check(after)
+        if is_smaller and captured.config is not None:
+            described, why_not = describe_config(after, captured.config)
+            config = captured.config if described is None else described
+        if on_step is not None:
+            on_step(step, after)
+
     program, steps = run_passes(
         before,
         passes,
@@ -119,7 +133,7 @@ def compile_captured(
         layer_budget=layer_budget,
         allow_noop=allow_noop,
         dump_dir=Path(dump_dir) if dump_dir else None,
-        on_step=on_step,
+        on_step=watch,
     )
     if captured.borrowed:
         own_constants(program, before)
@@ -134,11 +148,16 @@ def compile_captured(
         "coverage": _coverage(before, steps),
         "passes": [*captured.passes, *(s.as_json() for s in steps)],
     }
+    files, changes = captured.files, {}
+    if config is not captured.config and (changes := difference(captured.config, config)):
+        files = files | {"config.json": _config_json(config, program.metadata["class"])}
+    if changes or why_not:
+        report["configuration"] = {"changes": changes, "not_exportable": why_not}
     return compiled_model(
         program,
         report,
-        config=captured.config,
-        files=captured.files,
+        config=config,
+        files=files,
         source=captured.folder,
         device=device,
         backend=backend,
@@ -286,9 +305,12 @@ def _files_of_folder(folder: Path) -> dict[str, Any]:
 def _files_of_module(model: nn.Module) -> dict[str, Any]:
     files: dict[str, Any] = {}
     if hasattr(getattr(model, "config", None), "to_json_string"):
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(model).__name__]
-        files["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        files["config.json"] = _config_json(model.config, type(model).__name__)
     if hasattr(getattr(model, "generation_config", None), "to_json_string"):
         files["generation_config.json"] = model.generation_config.to_json_string(use_diff=False).encode()
     return files
+
+
+def _config_json(config: Any, architecture: str) -> bytes:
+    content = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [architecture]}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -91,7 +91,7 @@ def run_passes(
         if verify:
             own = step.budget
             limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
-            gates = judge(step, program, after, result, tried, limits)
+            gates = judge(step, program, after, result, tried, limits, context)
             done.gates, done.layer_errors = gates.outcome, gates.layers
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")

@@ -16,7 +16,7 @@ ALLOWED = {
     "fxc.errors": set(),
     "fxc.safety": {"fxc.errors"},
     "fxc.ir": {"fxc.errors"},
-    "fxc.analysis": {"fxc.errors", "fxc.ir"},
+    "fxc.analysis": {"fxc.errors", "fxc.ir", "fxc.schemes"},
     "fxc.schemes": {"fxc.errors", "fxc.ir", "fxc_kernels"},
     "fxc.lower": {"fxc.errors", "fxc.ir", "fxc_kernels"},
     "fxc.passes": {"fxc.errors", "fxc.ir", "fxc.analysis", "fxc.schemes"},

@@ -23,9 +23,9 @@ from torch._ops import OpOverload
 from fxc.analysis.axes import cache_pairs
 from fxc.analysis.shapes import regroup
 from fxc.ir.program import Program
+from fxc.schemes import ops
 
 aten = torch.ops.aten
-fxc = torch.ops.fxc
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +82,10 @@ class _State:
 
 
 def _of(state: _State, node: fx.Node) -> Any:
-    rule = _RULES.get(node.target)
-    if rule is None and isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags:
+    rule, tags = _RULES.get(node.target), node.target.tags if isinstance(node.target, OpOverload) else ()
+    if rule is None and torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
         rule = _pointwise
-    if rule is None or (isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags):
-        return None
-    return rule(state, node)
+    return None if rule is None else rule(state, node)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
@@ -273,7 +271,8 @@ def _matmul(state: _State, node: fx.Node) -> Known | None:
 
 
 def _attention(state: _State, node: fx.Node) -> Known | None:
-    """A constant value is passed on: the weights add up to one. With a mask they may be all zero, and only zero passes."""
+    """A constant value is passed on: the weights add up to one. With a mask they may be all zero, after dropout they are
+    others, and only zero passes."""
     known = state.get(node.args[2])
     if known is None:
         return None
@@ -282,7 +281,8 @@ def _attention(state: _State, node: fx.Node) -> Known | None:
     heads, given = _shape(node)[-3], known.values.shape[-3]
     if 1 < given < heads:
         known = known.map(lambda t: t.repeat_interleave(heads // given, -3))
-    return known if mask is None else Known(known.values, known.zeros())
+    dropout = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return known if mask is None and not dropout else Known(known.values, known.zeros())
 
 
 # ---------------------------------------------------------------------------------------------------- norms
@@ -531,7 +531,7 @@ _RULES: dict[Any, Callable[[_State, fx.Node], Any]] = {
     **_rules(_filled((1,)), aten.full.default, aten.full_like.default),
     **_rules(_filled((2,)), aten.new_full.default),
     **_rules(_linear, aten.linear.default),
-    **_rules(_grouped_linear, fxc.grouped_linear.default),
+    **_rules(_grouped_linear, ops.GROUPED_LINEAR),
     **_rules(_convolution, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     **_rules(_matmul, aten.matmul.default, aten.bmm.default, aten.mm.default),
     **_rules(_attention, aten.scaled_dot_product_attention.default),

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from fxc.analysis.axis import DYNAMIC, Atom, Axis, atoms, resolve, units
 from fxc.analysis.known import Known, pads
 from fxc.analysis.rules import Axes, Site
+from fxc.schemes import ops
 
 aten = torch.ops.aten
-fxc = torch.ops.fxc
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
@@ -90,7 +90,7 @@ def _dead_positions(site: Site, axes: Axes, known: dict[fx.Node, Known], found: 
         return _dead_of_linear(site, known, found)
     if node.target in CONVOLUTIONS:
         return _dead_of_convolution(site, known, found)
-    if node.target is fxc.grouped_linear.default:
+    if node.target is ops.GROUPED_LINEAR:
         return _dead_of_experts(site, known)
     if node.target is aten.scaled_dot_product_attention.default:
         key = _vanishes(node, 1, -1, known)

@@ -32,9 +32,9 @@ from fxc.analysis.axis import (
 )  # fmt: skip
 from fxc.analysis.shapes import regroup
 from fxc.ir.program import Program
+from fxc.schemes import ops
 
 aten = torch.ops.aten
-fxc = torch.ops.fxc
 Dims = tuple[Axis, ...]
 """The axes of a tensor; a tuple of them for a value of several tensors."""
 
@@ -122,8 +122,8 @@ EINSUM = {
     aten.bmm.default: "b m k, b k n -> b m n",
     aten.embedding.default: "!row d, ... -> ... d",
     aten.batch_norm.default: "n c ..., c, c, c, c -> n c ...",
-    fxc.grouped_linear.default: "t k, !expert n k, !expert -> t n",
-    fxc.grouped_mm.default: "t k, !expert k n, !expert -> t n",
+    ops.GROUPED_LINEAR: "t k, !expert n k, !expert -> t n",
+    ops.GROUPED_MM: "t k, !expert k n, !expert -> t n",
 }
 """A letter that stands twice is one axis; one that is not in the result is summed over, which makes a site; "..." are any
 dimensions, broadcast from the right; what is marked with "!" is chosen by number and keeps its size."""

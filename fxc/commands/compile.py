@@ -12,17 +12,18 @@ import torch
 from fxc import evaluate as quality
 from fxc.calibration import check_data
 from fxc.commands.sources import read_text, tokenizer_folder
+from fxc.commands.stages import Stages
 from fxc.compiler import Captured, capture_source, compile_captured
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Pass, parse_passes
 from fxc.passes.order import order
+from fxc.passes.prune import with_drops
 from fxc.pipeline import Step
 from fxc.recipe import Recipe, read_recipe
 from fxc.report import compilation, sizes
 from fxc.report.console import Output
 from fxc.runtime.manifest import replaceable
-from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.runtime.staging import check_target
 from fxc.sources import kind_of
 
@@ -50,12 +51,16 @@ class CompileRequest:
     dump_dir: Path | None
     print_after: tuple[str, ...]
     verify: bool
+    measure: bool
+    drop: tuple[str, ...]
+    plan: Path | None
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
     recipe = read_recipe(request.recipe) if request.recipe else Recipe()
     given = (request.passes, recipe.passes, "int8")
     wanted = parse_passes(next(passes for passes in given if passes is not None))
+    wanted = with_drops(wanted, request.drop, str(request.plan) if request.plan else "")
     skip = request.skip or recipe.skip or ()
     dtype = request.dtype or recipe.dtype or "auto"
     ordered = order(wanted).passes
@@ -79,6 +84,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             check=request.verify,
         )
     scored = _scored(captured, text) if text is not None else None
+    stages = Stages(captured)
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}"):
         model = compile_captured(
             captured,
@@ -92,7 +98,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             layer_budget=request.layer_budget,
             allow_noop=request.allow_noop,
             dump_dir=request.dump_dir,
-            on_step=_on_step(output, request.print_after),
+            on_step=_on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered}),
         )
     report = model.report
     covered, least = report["coverage"], request.min_coverage
@@ -103,8 +109,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             why=compilation.why_so_little(report),
             hint="nothing was written; 'fxc inspect' shows where the bytes are",
         )
-    if scored is not None:
-        report["perplexity"] = _perplexities(captured, model, scored, request.device, output)
+    worth = _measure(report, stages, scored, request.device, output) if request.measure or scored is not None else []
     with output.doing(f"writing {request.out}"):
         model.save(request.out, overwrite=request.overwrite, source=source)
 
@@ -115,11 +120,11 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     )
     kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
     steps = report["passes"][len(captured.passes) :]
-    compilation.show(output, report | {"passes": steps}, kinds, disk, (before.nbytes(), after.nbytes()))
-    if any(p.is_policy for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
+    compilation.show(output, report | {"passes": steps, "stages": worth}, kinds, disk, (before.nbytes(), after.nbytes()))
+    if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
         output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
     output.line(f"written to {request.out}")
-    output.json(compilation.as_json(report, str(request.out)))
+    output.json(compilation.as_json(report | {"stages": worth}, str(request.out)))
 
 
 def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:
@@ -128,9 +133,12 @@ def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:
         raise UsageError(f"no pass {missing[0]!r} is going to run", where="--print-after", hint=f"one of {', '.join(known)}")
 
 
-def _on_step(output: Output, print_after: tuple[str, ...]) -> Callable[[Step, Program], None]:
+def _on_step(
+    output: Output, print_after: tuple[str, ...], stages: Stages, is_policy: dict[str, bool]
+) -> Callable[[Step, Program], None]:
     def on_step(step: Step, program: Program) -> None:
         output.note(f"{step.name}: {step.changed} changed in {step.seconds:.2f} s")
+        stages.add(step, program, is_policy[step.name])
         if step.name.partition(":")[0] in print_after:
             output.note_block(str(program))
 
@@ -144,16 +152,15 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     return quality.encode(quality.tokenizer_of(tokenizer_folder(captured)), text)
 
 
-def _perplexities(
-    captured: Captured, model: CompiledModel, tokens: torch.Tensor, device: str | None, output: Output
-) -> dict[str, Any]:
-    original = compiled_model(captured.program, {}, config=captured.config, files=captured.files, device=device)
-    before, after = (
-        quality.perplexity(m, tokens, track=lambda items, w=what: output.track(items, f"perplexity {w}"))
-        for m, what in ((original, "before"), (model, "after"))
-    )
-    relative, error = quality.change(before, after)
-    return {
-        "before": before.value, "after": after.value, "change": relative, "standard_error": error,
-        "tokens": before.tokens, "window": before.window,
-    }  # fmt: skip
+def _measure(report: dict[str, Any], stages: Stages, tokens: torch.Tensor | None, device: str | None, output: Output) -> None:
+    """Put into the report what each pass was worth, and the change of perplexity."""
+    rows = stages.measure(tokens, device, output)
+    measured = [row["perplexity"] for row in rows if "perplexity" in row]
+    if measured:
+        before, after = measured[0], measured[-1]
+        relative, error = quality.change(before, after)
+        report["perplexity"] = {
+            "before": before.value, "after": after.value, "change": relative, "standard_error": error,
+            "tokens": before.tokens, "window": before.window,
+        }  # fmt: skip
+    return [row | ({"perplexity": row["perplexity"].value} if "perplexity" in row else {}) for row in rows]

@@ -7,8 +7,10 @@ from typing import Any
 
 from fxc.compiler import capture_source
 from fxc.ir.program import Program
-from fxc.passes.base import Pass, parse_passes
+from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
+from fxc.report import axes as coupled
 from fxc.report import machine, sizes
 from fxc.report.console import Output, size
 from fxc.report.difference import difference
@@ -18,8 +20,15 @@ from fxc.sources import kind_of
 _LARGEST_LAYERS = 15
 
 
-def inspect_model(output: Output, source: str, text: bool, every: bool, revision: str | None, trust_remote_code: bool) -> None:
+def inspect_model(
+    output: Output, source: str, text: bool, axes: bool, every: bool, revision: str | None, trust_remote_code: bool
+) -> None:
     program, report = _program(output, source, revision, trust_remote_code)
+    if axes:
+        Canonicalize().run(program, Context())
+        coupled.show(output, program, every)
+        output.json({"groups": coupled.as_json(program)})
+        return
     if text and not output.as_json:
         output.block(str(program).rstrip("\n"))
         return
@@ -82,7 +91,7 @@ def list_passes(output: Output) -> None:
         output.line(f"    {each['doc']}")
         for option in each["options"]:
             output.line(f"    {option['name']}={option['default']}  {option['values']}")
-        for relation in ("needs", "gives", "breaks"):
+        for relation in ("needs", "gives", "breaks", "owes"):
             if each[relation]:
                 output.line(f"    {relation} {', '.join(each[relation])}")
     output.json({"passes": listed})
@@ -98,7 +107,7 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
         "kind": "policy" if cls.is_policy else "mechanism",
         "doc": " ".join((cls.__doc__ or "").split()),
         "options": options,
-        **{relation: sorted(map(str, getattr(cls, relation))) for relation in ("needs", "gives", "breaks")},
+        **{relation: sorted(map(str, getattr(cls, relation))) for relation in ("needs", "gives", "breaks", "owes")},
     }
 
 

@@ -146,7 +146,7 @@ class _Similarity(fx.Interpreter):
 
 
 def influence(program: Program, found: Sequence[Block], samples: Sequence[Sequence[Tensor]]) -> dict[Block, float]:
-    """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, "ShortGPT", block influence)."""
+    """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, block influence)."""
     runner = _Similarity(program.module(), found)
     with torch.no_grad():
         for inputs in samples:

@@ -32,7 +32,7 @@ def replace_constants(program: Program, known: dict[fx.Node, Known]) -> int:
         if node not in varies or node not in known or not known[node].is_complete:
             continue
         for user in list(node.users):
-            if user.target in _BROADCASTING and user not in known:
+            if user.target in _BROADCASTING and not (user in known and known[user].is_complete):
                 replaced += _combine(program, user, node, known[node])
     return replaced
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxc.ir.edit import call, insert, read, replace, sweep, type_of
+from fxc.ir.edit import call, constant, insert, is_free, read, replace, sweep, type_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import CANONICAL, SECOND_OPERAND, TRANSPOSES, factor, is_transposed_matrix
@@ -91,6 +91,19 @@ def _drop_neutral(program: Program, node: fx.Node) -> bool:
     return not isinstance(node.args[1], fx.Node) and node.args[1] == neutral and alpha == 1 and _drop(node)
 
 
+def _apply_mask(program: Program, node: fx.Node) -> bool:
+    """mul(@w_mask, @w_orig) -> @w: a mask that torch.nn.utils.prune left in place."""
+    names = sorted(a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
+    fqn = names[0].removesuffix("_mask") if names else ""
+    if names != [f"{fqn}_mask", f"{fqn}_orig"] or not is_free(program, fqn):
+        return False
+    mask, weight = (program.constants[name] for name in names)
+    if weight.shape != mask.shape:
+        return False
+    replace(node, constant(program, fqn, weight * mask, before=node))
+    return True
+
+
 def _view_to_reshape(program: Program, node: fx.Node) -> bool:
     if node.target is aten.reshape.default:
         return _drop(node) or _collapse(node)
@@ -155,7 +168,7 @@ def _store_transposed(program: Program, fqn: str) -> None:
 
 
 def _record_turned(program: Program, fqn: str) -> None:
-    """Keep in the metadata which constants are stored as the transpose of what the model has, to turn them back in an export."""
+    """Keep in the metadata which constants are stored as the transpose of what the model has: an export turns them back."""
     turned = sorted({*program.metadata.pop("transposed", ())} ^ {fqn})
     program.metadata |= {"transposed": turned} if turned else {}
 
@@ -241,7 +254,8 @@ _RULES: dict[Any, tuple[Callable[[Program, fx.Node], bool], ...]] = {
     **dict.fromkeys(TRANSPOSES, (_fold_transpose,)),
     aten.slice.Tensor: (_drop_slice,),
     aten.expand.default: (_drop_same,),
-    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), (_drop_neutral,)),
+    **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor), (_drop_neutral,)),
+    aten.mul.Tensor: (_drop_neutral, _apply_mask),
     **dict.fromkeys(SECOND_OPERAND, (_product_to_linear,)),
     aten.linear.default: (_linear_of_flat_rows,),
     ops.GROUPED_MM: (_grouped_to_linear,),

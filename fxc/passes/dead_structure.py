@@ -49,6 +49,7 @@ class DeadStructure(Pass):
     name: ClassVar[str] = "dead_structure"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
     gives: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
+    rounds: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> Result:
         result = Result()

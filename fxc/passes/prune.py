@@ -6,6 +6,7 @@ constant @down.weight: f32[64, 160]   ->   the same, with zeros in the columns o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -138,7 +139,8 @@ class Prune(Pass):
                 chosen[i].append(unit)
                 most -= 1
         for group, units in zip(candidates, chosen, strict=True):
-            yield group, torch.tensor(units[: self._count(group, len(units))], dtype=torch.int64)
+            # Rounding may take some more of the group than were chosen, or some fewer.
+            yield group, found[group].argsort(stable=True)[: self._count(group, len(units))]
 
     def _least(self, group: Group) -> int:
         return min(group.size, 1 if group.kind == "head" else self.round_to)
@@ -187,19 +189,19 @@ class Prune(Pass):
 
 
 def _alike(group: Group, found: Tensor, share: float) -> Tensor:
-    """The least important query heads such that each KV head that stays keeps as many as the others: whole KV heads with all
-    that read them, or one number of each."""
-    source, index = group.source
+    """The least important query heads such that each KV head that stays keeps as many as the others: the numbers of KV heads
+    and of query heads to each of them that come nearest to what should stay, the more of both the better."""
+    source, _ = group.source
     each = group.size // source.size
-    wanted = round(share * group.size)
-    by_group = {n * each for n in range(source.size)}
-    of_each = {n * source.size for n in range(each)}
-    count = min(by_group | of_each, key=lambda n: (abs(n - wanted), n))
-    if count % each == 0:
-        totals = torch.zeros(source.size, dtype=found.dtype).index_add_(0, index, found)
-        return torch.isin(index, totals.argsort(stable=True)[: count // each]).nonzero().flatten()
-    order = found.reshape(source.size, each).argsort(1, stable=True)[:, : count // source.size]
-    return (order + torch.arange(source.size)[:, None] * each).flatten()
+    keep = group.size - round(share * group.size)
+    sizes = itertools.product(range(1, source.size + 1), range(1, each + 1))
+    kv_heads, of_each = min(sizes, key=lambda s: (abs(s[0] * s[1] - keep), -s[0] * s[1], -s[1]))
+    by_kv_head = found.reshape(source.size, each)
+    best = by_kv_head.argsort(dim=1, stable=True)[:, each - of_each :]
+    kept = by_kv_head.gather(1, best).sum(1).argsort(stable=True)[source.size - kv_heads :]
+    goes = torch.ones(source.size, each, dtype=torch.bool)
+    goes[kept[:, None], best[kept]] = False
+    return goes.flatten().nonzero().flatten()
 
 
 def _mask(program: Program, group: Group, units: Tensor, result: Result) -> None:
@@ -243,10 +245,10 @@ def _group_at(there: Sequence[Group], drop: Drop) -> Group:
     return group
 
 
-def with_drops(passes: Sequence[Pass], drops: Sequence[str], plan: str | None) -> list[Pass]:
+def with_drops(passes: Sequence[Pass], drops: Sequence[str], plan: str) -> list[Pass]:
     """`passes` with these decisions given to the prune pass among them, or to a new one in front."""
     text = ";".join(str(d) for each in drops for d in parse_drops(each))
-    given = {"drop": text, "plan": plan or ""}
+    given = {"drop": text, "plan": plan}
     if not text and not plan:
         return list(passes)
     if not any(isinstance(p, Prune) for p in passes):

@@ -110,9 +110,19 @@ def _rewrite(axes: Axes, node: fx.Node, mask_of: Any) -> bool:
             return False
         node.args = (*node.args[:6], channels // inner)
         return True
+    if target is aten.repeat_interleave.self_int and node.args[0].meta["val"].shape[_dim(node, 2)] == 1:
+        # Several of them are linked to what they are copies of, and counted there.
+        if mask_of(dims[_dim(node, 2)]) is None:
+            return False
+        node.args = (node.args[0], int(mask_of(dims[_dim(node, 2)]).sum()), *node.args[2:])
+        return True
     if target is aten.scaled_dot_product_attention.default:
         return _keep_scale(axes, node, mask_of)
     return False
+
+
+def _dim(node: fx.Node, place: int) -> int:
+    return node.args[place] if len(node.args) > place else node.kwargs["dim"]
 
 
 def _count(axis: Axis, size: Any, mask_of: Any) -> int | None:
@@ -184,7 +194,7 @@ def _fold(axes: Axes, node: fx.Node, values: Tensor, alive: dict[Atom, Tensor]) 
 
 
 def _follow(axes: Axes, link: Link, alive: dict[Atom, Tensor]) -> fx.Node | None:
-    """Make the copies that stay read what stays. Returns the first node that was put in, if any was."""
+    """Make the copies that stay read what stays. Returns the node whose type is to be inferred anew, if there is one."""
     result, node = resolve(link.result), link.node
     stays = kept(result, alive)
     there = kept(link.source, alive)
@@ -204,9 +214,8 @@ def _follow(axes: Axes, link: Link, alive: dict[Atom, Tensor]) -> fx.Node | None
         if is_even:
             node.args = (node.args[0], each, *node.args[2:])
             node.kwargs = {k: v for k, v in node.kwargs.items() if k == "dim"}
-            return None
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs["dim"]
-        node.args = (node.args[0], dim, _index(axes, node, index))
+            return node
+        node.args = (node.args[0], _dim(node, 2), _index(axes, node, index))
         node.target, node.kwargs = aten.index_select.default, {}
         return node
     if node.target is aten.scaled_dot_product_attention.default:

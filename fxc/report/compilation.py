@@ -35,6 +35,9 @@ def show(
         ["kind", ">before", ">after"],
         [(k, *(size(s[k]) if k in s else "-" for s in kinds)) for k in names],
     )
+    _stages(output, report.get("stages", []))
+    removed = [(r["scope"] or "the model", r["kind"], r["before"], r["before"] - r["removed"]) for r in _removed(report)]
+    output.table("removed", ["module", "kind", ">before", ">after"], removed)
     passes = [
         (
             p["name"],
@@ -51,6 +54,27 @@ def show(
     errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
     output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
     output.line(coverage_text(report))
+
+
+def _stages(output: Output, stages: list[dict[str, Any]]) -> None:
+    """What each pass was worth: sizes, and what was measured of latency and perplexity."""
+    phases = list(dict.fromkeys(phase for s in stages for phase in s.get("milliseconds", {})))
+    has_perplexity = any("perplexity" in s for s in stages)
+    header = ["after", ">parameters", ">weights", *(f">{p}, ms" for p in phases), *([">perplexity"] if has_perplexity else [])]
+    rows = [
+        (
+            s["name"], f"{s['parameters']:,}", size(s["bytes"]), *(f"{s['milliseconds'][p]:.2f}" for p in phases),
+            *([f"{s['perplexity']:.3f}"] if has_perplexity else []),
+        )
+        for s in stages
+    ]  # fmt: skip
+    output.table("pass by pass", header, rows)
+
+
+def _removed(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The units that went, as the last pass that tells of them says: what was masked and then removed is told once."""
+    told = [p["removed"] for p in report["passes"] if p.get("removed")]
+    return told[-1] if told else []
 
 
 def change_text(relative: float, error: float | None) -> str:
@@ -74,7 +98,7 @@ def as_json(report: dict[str, Any], out: str) -> dict[str, Any]:
     """The object of `fxc compile --json`; its passes begin with those that an artifact went through before, without times."""
     keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
     gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
-    extra = {"perplexity": report["perplexity"]} if "perplexity" in report else {}
+    extra = {key: report[key] for key in ("perplexity", "stages") if key in report}
     return {key: report[key] for key in keys} | {"gates": gates, "out": out} | extra
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from fxc.ir.structure import unflatten
 from fxc.lower.target import lower
 from fxc.runtime import artifact
 from fxc.runtime.binding import bind
+
+if TYPE_CHECKING:
+    from fxc.export import Exported
 
 
 class CompiledModel(nn.Module):
@@ -128,6 +131,20 @@ class CompiledModel(nn.Module):
             source=Path(source) if source is not None else None,
             max_shard_bytes=max_shard_bytes,
         )
+
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Exported:
+        """Write a plain Hugging Face folder, which `AutoModel.from_pretrained` loads without fxc: all of it, loaded back and
+        compared, or nothing. Raises `UsageError` with the reason where no configuration says what the model is now, as
+        where its layers differ or its weights are quantized."""
+        from fxc.export import export
+
+        match self.report.get("source"):
+            case {"kind": "folder", "id": str(origin)}:
+                sources = [Path(origin).expanduser()]
+            case _:
+                sources = []
+        sources += [self.source] if self.source is not None else []
+        return export(self.program, self.config, self.files, directory, overwrite=overwrite, sources=sources)
 
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"

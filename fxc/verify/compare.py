@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxc.ir.infer import fake_constant, fake_mode_of, infer
 from fxc.ir.program import Program
 
 _PROMOTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,9 +21,9 @@ def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return program.module()(*inputs)
 
 
-def in_float64(program: Program) -> Program | None:
+def in_float64(program: Program, *, typed: bool = False) -> Program | None:
     """A copy that computes everything in float64, its casts promoted too; None when it would be too large or when one of
-    its operators has no such form."""
+    its operators has no such form. typed: infer its types anew, so that passes can run on it."""
     if any("fxc.int8" in str(node.target) for node in program.graph.nodes):
         return None
     if 8 * program.numel() > _FLOAT64_LIMIT:
@@ -32,7 +33,21 @@ def in_float64(program: Program) -> Program | None:
     for node in promoted.graph.nodes:
         node.args = tuple(_promote(a) for a in node.args)
         node.kwargs = {k: _promote(a) for k, a in node.kwargs.items()}
+    if typed:
+        _infer_again(promoted)
     return promoted
+
+
+def _infer_again(program: Program) -> None:
+    mode = fake_mode_of(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.meta["val"].dtype in _PROMOTED:
+            with mode:
+                node.meta["val"] = node.meta["val"].double()
+        elif node.op == "get_attr":
+            node.meta["val"] = fake_constant(mode, program.constants[node.target])
+        elif node.op == "call_function":
+            node.meta["val"] = infer(mode, node.target, node.args, node.kwargs)
 
 
 def _promote(argument: object) -> object:

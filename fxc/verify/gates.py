@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from fxc.errors import VerificationFailed
 from fxc.ir.check import check
 from fxc.ir.program import Program
-from fxc.passes.base import Pass, Result
+from fxc.passes.base import Context, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.interface import Interface
 from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run
@@ -35,9 +36,17 @@ class Budget:
     layer: float = 0.5
 
 
-def judge(step: Pass, before: Program, after: Program, result: Result, samples: list[list[Tensor]], budget: Budget) -> Gates:
+def judge(
+    step: Pass,
+    before: Program,
+    after: Program,
+    result: Result,
+    samples: list[list[Tensor]],
+    budget: Budget,
+    context: Context | None = None,
+) -> Gates:
     """Check what `step` made of `before`. samples: inputs, those of the sizes of capture first; other sizes that `before`
-    itself refuses are left out.
+    itself refuses are left out; context: what the pass was given.
 
     Raises `VerificationFailed` naming the pass, the gate and the node or layer.
     """
@@ -59,7 +68,7 @@ def judge(step: Pass, before: Program, after: Program, result: Result, samples: 
     elif step.is_policy:
         _within_budget(step, before, after, samples, budget, gates)
     else:
-        gates.outcome["meaning"] = _unchanged(step, before, after, samples, result.interface)
+        gates.outcome["meaning"] = _unchanged(step, before, after, samples, result.interface, context or Context())
     return gates
 
 
@@ -156,16 +165,18 @@ def _within_budget(
         gates.outcome["meaning"] = f"not measured: no output has a finite floating-point number{integers}"
     else:
         gates.outcome["meaning"] = (
-            f"ok: outputs differ by {total.error:.2e} of their size, budget {budget.outputs}, {seen}{integers}"
+            f"ok: outputs differ by {total.error:.2e} of their size, {_within(budget.outputs)}, {seen}{integers}"
         )
     gates.outcome["layers"] = (
-        f"ok: {len(gates.layers)}, the largest error {most:.2e}, budget {budget.layer}"
+        f"ok: {len(gates.layers)}, the largest error {most:.2e}, {_within(budget.layer)}"
         if gates.layers
         else "not measured: no layer has a finite value to compare"
     )
 
 
-def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[Tensor]], interface: Interface) -> str:
+def _unchanged(
+    step: Pass, before: Program, after: Program, samples: list[list[Tensor]], interface: Interface, context: Context
+) -> str:
     own = _limit(before), "its own dtype"
     wide = in_float64(before), in_float64(after)
     why_not = "one of its operators has no such form, or it is too large" if None in wide else None
@@ -177,15 +188,24 @@ def _unchanged(step: Pass, before: Program, after: Program, samples: list[list[T
         _must_agree(step, seen.total, *own, exact=True)
         how = f"its own dtype (not in float64: {why_not})"
     else:
-        seen = _compared(step, *wide, doubled, interface)
-        _must_agree(step, seen.total, MECHANISM_LIMIT[torch.float64], "float64", exact=True)
+        seen, how = _compared(step, *wide, doubled, interface), "float64"
+        if step.rounds and seen.total.error > MECHANISM_LIMIT[torch.float64]:
+            # What it computed of constants was rounded to their dtype: in float64 it has to do the same exactly.
+            wide = in_float64(before, typed=True), in_float64(before, typed=True)
+            exact = step.run(wide[1], context)
+            seen, how = _compared(step, *wide, doubled, exact.interface), "float64, run there too"
+        _must_agree(step, seen.total, MECHANISM_LIMIT[torch.float64], how, exact=True)
         # Integers were compared in float64: rounding may turn an argmax.
-        narrow = _compared(step, before, after, samples[:1], interface, same_dtypes=True)
+        narrow = _compared(step, before, after, samples[: None if step.rounds else 1], interface, same_dtypes=True)
         _must_agree(step, narrow.total, *own, exact=False)
-        how = f"float64, by {narrow.total.error:.1e} in its own dtype"
+        how = f"{how}, by {narrow.total.error:.1e} in its own dtype"
     if seen.total.finite == 0:
         return "not measured: no output has a finite number"
     return f"ok: outputs differ by {seen.total.error:.1e} in {how}, {seen}"
+
+
+def _within(budget: float) -> str:
+    return f"budget {budget}" if math.isfinite(budget) else "which no budget limits"
 
 
 def _limit(program: Program) -> float:
