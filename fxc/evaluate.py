@@ -197,6 +197,19 @@ def inputs_for(
     return [sentence_inputs(program, tokenizer, line) for line in lines], f"{len(lines)} lines of text"
 
 
+def _is_cache(name: str) -> bool:
+    return name.startswith("past.")
+
+
+def for_both(tensors: list[Tensor], program: Program, original: Program) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
+    a past."""
+    caches = [[tuple(n.meta["val"].shape[1::2]) for n in p.placeholders[3:]] for p in (program, original)]
+    if original.metadata.get("kind") != "causal_lm" or caches[0] == caches[1]:
+        return tensors, tensors
+    return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])
+
+
 def agreement(
     model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], *, track: Track = iter
 ) -> dict[str, float]:
@@ -207,7 +220,7 @@ def agreement(
     from the original's; otherwise cosine_mean and cosine_min over the samples, a sequence taken as the mean of its
     positions, and, where the output is logits over classes, same_label.
     """
-    a, b = ([i.name for i in m.program.signature.inputs] for m in (model, original))
+    a, b = ([i.name for i in m.program.signature.inputs if not _is_cache(i.name)] for m in (model, original))
     if a != b:
         raise UsageError("the two were not made from the same model", why=f"the inputs are {a} and {b}")
     program = original.program
@@ -218,7 +231,8 @@ def agreement(
     difference = magnitude = 0.0
     values: defaultdict[str, list[Tensor]] = defaultdict(list)
     for tensors in track(inputs):
-        found, expected = (m.run(tensors)[index].float().cpu() for m in (model, original))
+        given = for_both(tensors, model.program, program)
+        found, expected = (m.run(its)[index].float().cpu() for m, its in zip((model, original), given, strict=True))
         if found.shape != expected.shape:
             raise UsageError(f"the outputs are {list(found.shape)} and {list(expected.shape)}")
         difference += (found - expected).double().square().sum().item()
@@ -258,12 +272,13 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
     modules = [p.module() for p in programs]
     for tensors in inputs:
         with torch.no_grad():
+            given = for_both(tensors, *programs)
             recorded = _Recorder(modules[1], set(pairs.values()))
-            recorded.run(*tensors)
+            recorded.run(*given[1])
             truth = {name: recorded.values[to] for name, to in pairs.items()}
             for errors, put_back in ((own, True), (accumulated, False)):
                 compared = _Compared(modules[0], truth, put_back)
-                compared.run(*tensors)
+                compared.run(*given[0])
                 for name, error in compared.errors.items():
                     errors[names[name]].append(error)
     layers = [LayerError(n, sum(own[n]) / len(own[n]), sum(accumulated[n]) / len(accumulated[n])) for n in own]

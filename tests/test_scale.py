@@ -38,10 +38,23 @@ parsed = parse_program(text)
 times["print and parse"] = clock() - began
 assert print_program(parsed) == text
 
+from collections import Counter
+
+from fxc.analysis.groups import groups
+from fxc.passes.canonicalize import Canonicalize
+
+Canonicalize().run(parsed, Context())
+began = clock()
+found = groups(parsed)
+times["axes"] = clock() - began
+units = Counter((g.kind, g.size, g.pinned is None) for g in found)
+axes_peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
 small, steps = run_passes(program, parse_passes("int8"), Context())
 print(json.dumps({
     "parameters": program.numel(), "bytes": program.nbytes(), "int8_bytes": small.nbytes(), "changed": steps[-1].changed,
     "nodes": len(program.graph.nodes), "peak_bytes": peak, "seconds": times,
+    "units": [[*key, n] for key, n in units.items()], "axes_peak_bytes": axes_peak,
 }))
 """
 
@@ -56,6 +69,9 @@ def test_72b_is_captured_printed_parsed_and_planned_without_weights():
     assert found["changed"] == 7 * layers + 1
     assert found["int8_bytes"] < 0.53 * found["bytes"]
     assert found["peak_bytes"] < 1.5e9
+    units = {tuple(key): n for *key, n in found["units"]}
+    assert units["head", 64, True] == units["kv_head", 8, True] == units["ffn", 29568, True] == layers
+    assert found["seconds"]["axes"] < 60 and found["axes_peak_bytes"] < 2e9
 
 
 if __name__ == "__main__":

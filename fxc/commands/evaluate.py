@@ -91,17 +91,21 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
         layers = quality.layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])
     result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
     output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])
+    reshaped = [layer.name for layer in layers if layer.own == float("inf")]
+    layers = [layer for layer in layers if layer.name not in reshaped]
     changed = [layer for layer in layers if layer.own > 0]
     rows = [(each.name, f"{each.own:.5f}", f"{each.accumulated:.5f}") for each in changed[:_LARGEST_LAYERS]]
     output.table("relative error by layer", ["layer", ">own", ">accumulated"], rows)
     output.line(f"{len(changed)} of {len(layers)} layers differ by themselves; {len(rows)} are shown")
+    if reshaped:
+        output.line(f"{len(reshaped)} have outputs of another shape and cannot be compared")
     if causal and text is not None:
         before, after = (_perplexity(m, other or folder, request, text, output) for m in (original, model))
         relative, error = quality.change(before, after)
         output.line(f"perplexity {before.value:.4f} -> {after.value:.4f}: {change_text(relative, error)}")
         result |= {"perplexity": after.value, "perplexity_against": before.value, "tokens": after.tokens}
         result |= {"window": after.window, "perplexity_change": relative, "perplexity_change_standard_error": error}
-    return result | {"layers": [dataclasses.asdict(layer) for layer in layers]}
+    return result | {"layers": [dataclasses.asdict(layer) for layer in layers], "reshaped": reshaped}
 
 
 def _as_program(request: EvalRequest, source: str, output: Output) -> tuple[CompiledModel, Path | None]:
