@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import torch
 from torch import Tensor
 
-from fxc.analysis.axis import Axis, pin, resolve
+from fxc.analysis.axis import Atom, Axis, Product, atoms, pin, resolve
 from fxc.analysis.rules import Axes, Link, fresh, join, rule_of
 from fxc.ir.program import Program
 
@@ -35,6 +36,7 @@ def analyse(program: Program) -> Axes:
             axes.values[node] = ()
     _pin_interface(axes)
     _join_sources(axes)
+    _pin_squares(axes)
     return axes
 
 
@@ -45,6 +47,24 @@ def _join_sources(axes: Axes) -> None:
         other = first.setdefault(resolve(link.result), link)
         if other is not link and torch.equal(other.index, link.index):
             join(other.source, link.source)
+
+
+def _pin_squares(axes: Axes) -> None:
+    """A position along an axis times itself is of two indices of it, and neither may go alone."""
+    dims = [axis for its in axes.constants.values() for axis in its]
+    for axis in {resolve(a) for a in (*dims, *(s.axis for s in axes.sites), *(x.source for x in axes.links))}:
+        _pin_square(axis)
+
+
+def _pin_square(axis: Axis) -> None:
+    if isinstance(axis, Atom):
+        return
+    for part in axis.factors if isinstance(axis, Product) else axis.terms:
+        _pin_square(part)
+    if isinstance(axis, Product):
+        its = Counter(atom for factor in axis.factors for atom in set(atoms(factor)))
+        for atom in (a for a, count in its.items() if count > 1):
+            pin(atom, "it is multiplied by itself")
 
 
 def cache_pairs(program: Program) -> dict[str, tuple[int, int]]:

@@ -58,7 +58,7 @@ def known_values(program: Program) -> dict[fx.Node, Known]:
         for node in program.graph.nodes:
             if node.op == "get_attr":
                 tensor = program.constants[node.target]
-                if not tensor.is_meta:
+                if not tensor.is_meta and not tensor.is_complex():
                     found[node] = Known(tensor, torch.ones((1,) * tensor.ndim, dtype=torch.bool).expand(tensor.shape))
             elif node.op == "call_function":
                 result = _of(state, node)
@@ -84,7 +84,7 @@ class _State:
 def _of(state: _State, node: fx.Node) -> Any:
     rule, tags = _RULES.get(node.target), node.target.tags if isinstance(node.target, OpOverload) else ()
     if rule is None and torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
-        rule = _pointwise
+        rule = _pointwise if len(node.target._schema.returns) == 1 else None
     return None if rule is None else rule(state, node)
 
 
@@ -189,6 +189,8 @@ def _linear(state: _State, node: fx.Node) -> Known | None:
     weight, bias = state.get(node.args[1]), state.get(node.args[2]) if len(node.args) > 2 else None
     if weight is None or not weight.is_complete or (len(node.args) > 2 and node.args[2] is not None and bias is None):
         return None
+    if weight.values.ndim != 2:
+        return None
     matrix = weight.values.expand(_shape(node.args[1]))
     known, lead = state.get(node.args[0]), (1,) * (node.meta["val"].ndim - 1)
     if known is None:
@@ -274,7 +276,7 @@ def _attention(state: _State, node: fx.Node) -> Known | None:
     """A constant value is passed on: the weights add up to one. With a mask they may be all zero, after dropout they are
     others, and only zero passes."""
     known = state.get(node.args[2])
-    if known is None:
+    if known is None or len(_shape(node)) < 3:
         return None
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     known = _uniform(known, [known.values.ndim - 2])
@@ -288,9 +290,14 @@ def _attention(state: _State, node: fx.Node) -> Known | None:
 # ---------------------------------------------------------------------------------------------------- norms
 
 
+def _is_given(known: Known | None, argument: Any) -> bool:
+    """Whether all of a parameter that is a tensor is known."""
+    return not isinstance(argument, fx.Node) or (known is not None and known.is_complete)
+
+
 def _batch_norm(state: _State, node: fx.Node) -> Known | None:
     known, parameters = state.get(node.args[0]), [state.get(a) for a in node.args[1:5]]
-    if node.args[5] or any(p is None and a is not None for p, a in zip(parameters, node.args[1:5])):
+    if node.args[5] or not all(_is_given(p, a) for p, a in zip(parameters, node.args[1:5])):
         return None  # in training mode it depends on the batch
     shape = (1, -1, *[1] * (node.meta["val"].ndim - 2))
     weight, bias, mean, variance = (None if p is None else p.values.double().reshape(shape) for p in parameters)
@@ -304,7 +311,7 @@ def _batch_norm(state: _State, node: fx.Node) -> Known | None:
 def _layer_norm(state: _State, node: fx.Node) -> Known | None:
     known, last = state.get(node.args[0]), len(node.args[1])
     parameters = [state.get(a) for a in node.args[2:4]]
-    if any(p is None and isinstance(a, fx.Node) for p, a in zip(parameters, node.args[2:4])):
+    if not all(_is_given(p, a) for p, a in zip(parameters, node.args[2:4])):
         return None
     rank = node.meta["val"].ndim
     if known is not None and known.mask.flatten(-last).all(-1).any():
@@ -322,9 +329,29 @@ def _layer_norm(state: _State, node: fx.Node) -> Known | None:
     return _finite(values, zero, rank)
 
 
+def _group_norm(state: _State, node: fx.Node) -> Known | None:
+    """A group of constant channels is normalised to constants; a channel of scale zero is its bias."""
+    known, (_, channels) = state.get(node.args[0]), _shape(node.args[0])[:2]
+    groups, rank = node.args[1], node.meta["val"].ndim
+    weight, bias = (state.get(a) for a in (*node.args[2:4], None, None)[:2])
+    if any(isinstance(a, fx.Node) and state.get(a) is None for a in node.args[2:4]):
+        return None
+    shape = (1, channels, *[1] * (rank - 2))
+    if known is not None:
+        known = _widened(_uniform(known, [0, *range(2, rank)]), 1, channels)
+        whole = known.mask.reshape(groups, -1).all(1).repeat_interleave(channels // groups).reshape(shape)
+        if whole.any():
+            numbers = [a if not isinstance(a, fx.Node) else state.found[a].values for a in node.args[1:]]
+            return _finite(node.target(known.values, *numbers, **node.kwargs), whole, rank)
+    if weight is None:
+        return None
+    values = torch.zeros_like(weight.values) if bias is None else bias.values
+    return _finite(values.reshape(shape), weight.zeros().reshape(shape), rank)
+
+
 def _mean(state: _State, node: fx.Node) -> Known | None:
     known = state.get(node.args[0])
-    if known is None or len(node.args) < 2 or node.args[1] is None:
+    if known is None or len(node.args) < 2 or not node.args[1]:
         return None
     rank = known.values.ndim
     dims = [d % rank for d in node.args[1]]
@@ -332,13 +359,13 @@ def _mean(state: _State, node: fx.Node) -> Known | None:
         size = _shape(node.args[0])[d]
         known = _widened(known, d, size) if isinstance(size, int) else _uniform(known, [d])
     keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    values, mask = known.values.mean(dims, keepdim=True), known.mask
+    values, mask = known.values.to(node.meta["val"].dtype).mean(dims, keepdim=True), known.mask
     for d in dims:
         mask = mask.all(d, keepdim=True)
     if not keep:
         for d in sorted(dims, reverse=True):
             values, mask = values.squeeze(d), mask.squeeze(d)
-    return Known(values.to(node.meta["val"].dtype), mask)
+    return Known(values, mask)
 
 
 # ---------------------------------------------------------------------------------------------------- the same data
@@ -417,8 +444,8 @@ def _select(state: _State, node: fx.Node) -> Any:
 
 def _cat(state: _State, node: fx.Node) -> Known | None:
     dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % node.meta["val"].ndim
-    # What a past is joined to in order to give the present tells what the past was.
-    parts = [n for n in node.args[0] if state.past.get(n) is not node]
+    # What a past is joined to in order to give the present tells what the past was. An empty vector may be anywhere.
+    parts = [n for n in node.args[0] if state.past.get(n) is not node and tuple(n.meta["val"].shape) != (0,)]
     known = [state.get(n) for n in parts]
     if not isinstance(_shape(node)[dim], int):
         if any(k is None for k in known):
@@ -462,7 +489,7 @@ def _index_select(state: _State, node: fx.Node) -> Known | None:
     dim = node.args[1]
     if known is None or known.values.shape[dim] == 1:
         return known
-    if index is None:
+    if index is None or not index.is_complete:
         return _uniform(known, [dim % known.values.ndim])
     return known.map(lambda t: t.index_select(dim, index.values))
 
@@ -488,8 +515,9 @@ def _pool(state: _State, node: fx.Node) -> Known | None:
     known = state.get(node.args[0])
     if known is None:
         return None
-    spatial = range(2, known.values.ndim) if known.values.ndim > 2 else range(1, known.values.ndim)
-    known = _uniform(known, list(spatial))
+    rank, kernel = known.values.ndim, node.args[1]
+    spatial = len(kernel) if isinstance(kernel, (list, tuple)) else rank - 2
+    known = _uniform(known, list(range(rank - spatial, rank)))
     is_average = "avg_pool" in str(node.target) and "adaptive" not in str(node.target)
     return Known(known.values, known.zeros()) if is_average else known
 
@@ -537,6 +565,7 @@ _RULES: dict[Any, Callable[[_State, fx.Node], Any]] = {
     **_rules(_attention, aten.scaled_dot_product_attention.default),
     **_rules(_batch_norm, aten.batch_norm.default),
     **_rules(_layer_norm, aten.layer_norm.default, aten.rms_norm.default),
+    **_rules(_group_norm, aten.group_norm.default),
     **_rules(_mean, aten.mean.dim),
     **_rules(_permute, aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default),
     **_rules(

@@ -31,7 +31,7 @@ from fxc.analysis.axis import (
     unify,
 )  # fmt: skip
 from fxc.analysis.shapes import regroup
-from fxc.ir.program import Program
+from fxc.ir.program import Program, users_of
 from fxc.schemes import ops
 
 aten = torch.ops.aten
@@ -117,11 +117,9 @@ def _name(node: fx.Node) -> str:
 # ---------------------------------------------------------------------------------------------------- einsum-like rules
 
 EINSUM = {
-    aten.linear.default: "... i, o i, o -> ... o",
     aten.mm.default: "m k, k n -> m n",
     aten.bmm.default: "b m k, b k n -> b m n",
     aten.embedding.default: "!row d, ... -> ... d",
-    aten.batch_norm.default: "n c ..., c, c, c, c -> n c ...",
     ops.GROUPED_LINEAR: "t k, !expert n k, !expert -> t n",
     ops.GROUPED_MM: "t k, !expert k n, !expert -> t n",
 }
@@ -159,6 +157,20 @@ def _by_spec(axes: Axes, node: fx.Node, spec: str) -> Dims:
     return tuple(axis for name in result for axis in (rest if name == "..." else [letters[name]]))
 
 
+def _linear(axes: Axes, node: fx.Node) -> Dims:
+    if len(axes.values[node.args[1]]) != 2:
+        return _pinned(f"{_name(node)} with a vector")(axes, node)
+    return _by_spec(axes, node, "... i, o i, o -> ... o")
+
+
+def _batch_norm(axes: Axes, node: fx.Node) -> Dims:
+    if node.args[5]:
+        for d, axis in enumerate(axes.values[node.args[0]]):
+            if d != 1:
+                pin(axis, "it is normalised over")
+    return _by_spec(axes, node, "n c ..., c, c, c, c -> n c ...")
+
+
 def _broadcast(shapes: Sequence[Sequence[Axis]]) -> list[Axis]:
     result: list[Axis] = [ONE] * max((len(s) for s in shapes), default=0)
     for shape in shapes:
@@ -175,6 +187,14 @@ def _pointwise(axes: Axes, node: fx.Node) -> Dims:
     result = tuple(_broadcast([axes.values[n] for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]))
     # All of them may be of size 1 where the result has a size of its own.
     return result if len(result) == node.meta["val"].ndim else fresh(node.meta["val"])
+
+
+def _prelu(axes: Axes, node: fx.Node) -> Dims:
+    """Its weight is one number, or one for each channel."""
+    source, (weight,) = axes.values[node.args[0]], axes.values[node.args[1]]
+    if len(source) > 1:
+        join(source[1], weight)
+    return tuple(source)
 
 
 def _like_first(axes: Axes, node: fx.Node) -> Dims:
@@ -245,7 +265,8 @@ def _pinned(why: str) -> Callable[[Axes, fx.Node], Any]:
 
 def _group_norm(axes: Axes, node: fx.Node) -> Dims:
     source = axes.values[node.args[0]]
-    pin(source[1], "it is normalised over in groups")
+    for axis in source[1:]:
+        pin(axis, "it is normalised over in groups")
     for parameter in node.all_input_nodes[1:]:
         join(axes.values[parameter][0], source[1])
     return tuple(source)
@@ -294,10 +315,14 @@ def _einsum(axes: Axes, node: fx.Node) -> Dims:
 
 def _attention(axes: Axes, node: fx.Node) -> Dims:
     query, key, value = (axes.values[n] for n in node.args[:3])
+    if len(query) < 3 or (len(key) > 2 and key[-3].size != value[-3].size):
+        return _pinned(f"{_name(node)} without a batch, or with more keys than values")(axes, node)
     width = join(query[-1], key[-1])
     axes.sites.append(Site(node, width, ((0, len(query) - 1), (1, len(key) - 1))))
     length = join(key[-2], value[-2])
     pin(length, "it is attended over")
+    if len(node.args) > 5 and node.args[5] or node.kwargs.get("is_causal", False):
+        pin(query[-2], "its indices are places")
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     batch = list(query[:-2])
     shared = node.kwargs.get("enable_gqa", False) and query[-3].size != key[-3].size
@@ -308,8 +333,6 @@ def _attention(axes: Axes, node: fx.Node) -> Dims:
         result = Atom(query[-3].size)
         unify(result, query[-3])
         give_role(joined, "kv_head")
-        if joined == ONE or resolve(query[-3]) is not resolve(result):
-            pass  # of one head nothing can go
         if isinstance(resolve(result), Atom):
             axes.links.append(Link(node, resolve(result), joined, index))
         else:
@@ -415,18 +438,25 @@ def _merge(axes: Axes, node: fx.Node, factors: list[Axis]) -> Axis:
     if len(factors) == 2 and resolve(factors[0]) != ONE:
         copies = resolve(factors[1])
         expand = axes.copies.get(copies) if isinstance(copies, Atom) else None
-        if (
-            expand is not None
-            and expand is node.args[0]
-            and len(expand.users) == 1
-            and expand.args[0].target is aten.unsqueeze.default
-        ):
+        if expand is not None and _repeats_heads(expand, node):
             result = Atom(factors[0].size * copies.size)
             index = torch.arange(factors[0].size).repeat_interleave(copies.size)
             axes.links.append(Link(node, result, factors[0], index, copies))
             give_role(factors[0], "kv_head")
             return result
     return product_of(*factors)
+
+
+def _repeats_heads(expand: fx.Node, node: fx.Node) -> bool:
+    """Whether the reshape `node` of the expand of an unsqueeze does what repeat_interleave does, and nothing else."""
+    unsqueeze = expand.args[0]
+    if expand is not node.args[0] or len(expand.users) != 1 or unsqueeze.target is not aten.unsqueeze.default:
+        return False
+    before, between, after = (list(map(str, n.meta["val"].shape)) for n in (unsqueeze.args[0], expand, node))
+    new = unsqueeze.args[1] % len(between)
+    if not 0 < new < len(between) or between[:new] + between[new + 1 :] != before or len(after) != len(before):
+        return False
+    return after[: new - 1] + after[new:] == before[: new - 1] + before[new:]
 
 
 def _repeat_interleave(axes: Axes, node: fx.Node) -> Dims:
@@ -449,7 +479,7 @@ def _index_select(axes: Axes, node: fx.Node) -> Dims:
     dims = list(axes.values[node.args[0]])
     d, index = node.args[1] % len(dims), node.args[2]
     constant = axes.program.constants.get(index.target) if index.op == "get_attr" else None
-    if constant is None or constant.is_meta or dims[d] in (ONE, DYNAMIC):
+    if constant is None or constant.is_meta or dims[d] in (ONE, DYNAMIC) or not _only_selects(axes.program, index):
         pin(dims[d], "it is looked up by number")
         dims[d] = _fresh(node.meta["val"].shape[d], "it is looked up by number")
         return tuple(dims)
@@ -462,6 +492,14 @@ def _index_select(axes: Axes, node: fx.Node) -> Dims:
         give_role(dims[d], "kv_head")
     dims[d] = result
     return tuple(dims)
+
+
+def _only_selects(program: Program, index: fx.Node) -> bool:
+    """Whether a constant vector is nothing but a list of indices, which may be numbered anew."""
+    users = users_of(program, index.target)
+    return index.meta["val"].ndim == 1 and all(
+        user.target is aten.index_select.default and index.target not in (user.args[0].target,) for user in users
+    )
 
 
 def _expand(axes: Axes, node: fx.Node) -> Dims:
@@ -522,14 +560,14 @@ def _split(axes: Axes, node: fx.Node) -> tuple[Dims, ...]:
     dims = axes.values[node.args[0]]
     given = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     d = given % len(dims)
-    results, offset = [], 0
+    results, end = [], 0
     for part in value:
         size = part.shape[d]
         try:
             if not isinstance(size, int) or dims[d] is DYNAMIC:
                 raise Mismatch
-            piece = _piece(dims[d], offset, offset + size)
-            offset += size
+            end += size
+            piece = _piece(dims[d], end - size, end)
         except Mismatch:
             pin(dims[d], "it is cut within a part")
             piece = _fresh(size, "it is cut within a part")
@@ -644,8 +682,8 @@ RULES: dict[Any, Callable[[Axes, fx.Node], Any]] = {
         _pointwise, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.__and__.Tensor,
         aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar, aten.floor_divide.default,
         aten.floor_divide.Scalar, aten.min.other, aten.max.other, aten.masked_fill.Scalar, aten.masked_fill.Tensor,
-        aten.relu6.default, aten.square.default, aten.clip.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.prelu.default,
-        aten.mish.default, aten.softplus.default, aten.hardswish.default, aten.hardsigmoid.default, aten.selu.default,
+        aten.relu6.default, aten.square.default, aten.clip.default, aten.rsub.Scalar, aten.rsub.Tensor, aten.mish.default,
+        aten.softplus.default, aten.hardswish.default, aten.hardsigmoid.default, aten.selu.default,
         aten.log_sigmoid.default,
     ),
     **_rules(
@@ -661,9 +699,13 @@ RULES: dict[Any, Callable[[Axes, fx.Node], Any]] = {
     **_rules(_along(2, _SUMMED), aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim),
     **_rules(_along(1, _ORDERED), aten.cumsum.default, aten.cumprod.default, aten.flip.default),
     **_rules(_along(1, _ORDERED, -1), aten.sort.default, aten.argsort.default),
-    **_rules(_along(2, _ORDERED, -1), aten.topk.default, aten.roll.default, aten.sort.stable),
+    **_rules(_along(2, _ORDERED, -1), aten.topk.default, aten.sort.stable),
+    **_rules(_along(2, _ORDERED), aten.roll.default),
     **_rules(_normalised(1), aten.layer_norm.default, aten.rms_norm.default),
     **_rules(_group_norm, aten.group_norm.default),
+    **_rules(_linear, aten.linear.default),
+    **_rules(_batch_norm, aten.batch_norm.default),
+    **_rules(_prelu, aten.prelu.default),
     **_rules(_matmul, aten.matmul.default),
     **_rules(_addmm, aten.addmm.default, aten.baddbmm.default),
     **_rules(_einsum, aten.einsum.default),
@@ -700,5 +742,5 @@ RULES: dict[Any, Callable[[Axes, fx.Node], Any]] = {
 def rule_of(target: Any) -> Callable[[Axes, fx.Node], Any] | None:
     if target in RULES:
         return RULES[target]
-    is_pointwise = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
+    is_pointwise = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags and len(target._schema.returns) == 1
     return _pointwise if is_pointwise else None

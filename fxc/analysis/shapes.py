@@ -39,7 +39,8 @@ def _last_group(ins: list[int], outs: list[int], before: Sequence[Any], after: S
             b = b * after[outs[-o]] if isinstance(after[outs[-o]], int) else None
         else:
             return None
-    return (ins[-i:], outs[-o:]) if a is not None and a == b else None
+    # Symbols are not compared with numbers, for that would fix them.
+    return (ins[-i:], outs[-o:]) if isinstance(a, int) and isinstance(b, int) and a == b else None
 
 
 def _is_one(size: Any) -> bool:

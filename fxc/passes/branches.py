@@ -31,8 +31,12 @@ def replace_constants(program: Program, known: dict[fx.Node, Known]) -> int:
             varies.add(node)
         if node not in varies or node not in known or not known[node].is_complete:
             continue
+        is_zero = not known[node].values.any()
         for user in list(node.users):
-            if user.target in _BROADCASTING and not (user in known and known[user].is_complete):
+            # A result that is known through and through is replaced where it is used, or is what the program gives.
+            leaves_out = is_zero and user.target in _SUMS
+            is_inner = user in known and known[user].is_complete and not leaves_out
+            if user.target in _BROADCASTING and not is_inner:
                 replaced += _combine(program, user, node, known[node])
     return replaced
 

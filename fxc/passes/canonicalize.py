@@ -95,12 +95,18 @@ def _apply_mask(program: Program, node: fx.Node) -> bool:
     """mul(@w_mask, @w_orig) -> @w: a mask that torch.nn.utils.prune left in place."""
     names = sorted(a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr")
     fqn = names[0].removesuffix("_mask") if names else ""
-    if names != [f"{fqn}_mask", f"{fqn}_orig"] or not is_free(program, fqn):
+    if names != [f"{fqn}_mask", f"{fqn}_orig"]:
         return False
     mask, weight = (program.constants[name] for name in names)
     if weight.shape != mask.shape:
         return False
-    replace(node, constant(program, fqn, weight * mask, before=node))
+    masked, there = weight * mask, program.constants.get(fqn)
+    if there is not None and torch.equal(there, masked):  # of a module that is called twice
+        replace(node, read(program, fqn, before=node))
+    elif is_free(program, fqn):
+        replace(node, constant(program, fqn, masked, before=node))
+    else:
+        return False
     return True
 
 
