@@ -53,7 +53,8 @@ def show(
     output.table("left alone", ["pass", ">layers", "why", "which"], skipped)
     errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
     output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
-    output.line(coverage_text(report))
+    if any(p["covered_bytes"] for p in report["passes"]):
+        output.line(coverage_text(report))
 
 
 def _stages(output: Output, stages: list[dict[str, Any]]) -> None:
@@ -72,9 +73,9 @@ def _stages(output: Output, stages: list[dict[str, Any]]) -> None:
 
 
 def _removed(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The units that went, as the last pass that tells of them says: what was masked and then removed is told once."""
-    told = [p["removed"] for p in report["passes"] if p.get("removed")]
-    return told[-1] if told else []
+    """The units that went; of what was first masked and then removed the removal counts."""
+    told = {(r["scope"], r["kind"]): r for p in report["passes"] for r in p.get("removed", [])}
+    return list(told.values())
 
 
 def change_text(relative: float, error: float | None) -> str:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
+from fxc.passes.facts import arguments
 
 # Operator -> what its weight is called here. Others with a weight are named by the operator itself.
 _KINDS = {
@@ -18,9 +19,14 @@ _KINDS = {
     "fxc.grouped_linear": "experts", "fxc.grouped_mm": "experts", "aten._grouped_mm": "experts",
     "fxc.int8_linear": "int8 linear", "fxc.int8_weight_only_linear": "int8 linear",
     "fxc.int8_grouped_linear": "int8 experts",
+    "fxc.int4_weight_only_linear": "int4 linear",
+    "fxc.fp8_linear": "fp8 linear", "fxc.fp8_weight_only_linear": "fp8 linear",
+    "fxc.sparse24_linear": "2:4 linear", "fxc.int8_sparse24_linear": "int8 2:4 linear",
     "aten.layer_norm": "norm", "aten.batch_norm": "norm", "aten.group_norm": "norm",
     "aten._native_batch_norm_legit_no_training": "norm", "aten.rms_norm": "norm",
 }  # fmt: skip
+# Argument of fxc's operators -> what it is called here.
+_PARTS = {"zero": "zero points", "meta": "2:4 places"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,10 @@ def kinds_of(program: Program) -> dict[str, str]:
         for argument in node.all_input_nodes if node.op == "call_function" else ():
             if argument.op == "get_attr":
                 readers[argument.target].add(_kind_of_operator(node))
+        if getattr(node.target, "namespace", "") == "fxc":
+            for name, argument in arguments(node).items():
+                if name in _PARTS and isinstance(argument, fx.Node) and argument.op == "get_attr":
+                    readers[argument.target] = {_PARTS[name]}
     return {fqn: _kind(program, fqn, readers[fqn]) for fqn in program.constants}
 
 
@@ -54,6 +64,8 @@ def _kind(program: Program, fqn: str, readers: set[str]) -> str:
         return "embedding, tied to a linear"
     if fqn.endswith(".scale"):
         return "scales"
+    if readers & set(_PARTS.values()):
+        return min(readers)
     if program.constants[fqn].ndim < 2:
         return "norm" if "norm" in readers or "norm" in fqn.lower() else "bias and other vectors"
     return min(readers, default="other", key=lambda kind: (kind == "other", kind))
