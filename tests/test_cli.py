@@ -380,3 +380,50 @@ def test_python_m_fxc_reports_errors_the_same_way(tmp_path):
     command = [sys.executable, "-m", "fxc", "eval", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 2 and done.stderr.startswith("error[FXC-E2]") and done.stdout == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_int8_and_prune_run_in_the_right_order_and_each_is_measured(folder, tmp_path):
+    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "out", "--passes", "int8,prune:heads=0.25:ffn=0.25")
+    names = ["canonicalize", "prune:heads=0.25:ffn=0.25", "dead_structure", "int8"]
+    assert [p["name"] for p in made["passes"]] == names
+    stages = {stage["name"]: stage for stage in made["stages"]}
+    assert list(stages) == ["as captured", *names]
+    masked, removed, quantized = (stages[name] for name in names[1:])
+    assert masked["parameters"] > removed["parameters"] and masked["bytes"] > removed["bytes"] > quantized["bytes"]
+    heads = [r for r in made["passes"][2]["removed"] if r["kind"] == "head"]
+    assert heads and all(r["before"] == 4 and r["removed"] == 1 for r in heads)
+    assert "token" in fxc("run", tmp_path / "out", "--prompt", "a", "--max-new-tokens", "2").stderr
+
+
+def test_drop_and_plan_apply_the_decisions_of_others(folder, tmp_path):
+    source = folder / "qwen2"
+    drops = ("--drop", "model.layers.0.self_attn:heads=1", "--drop", "model.layers.1.mlp:ffn=0,7")
+    made = fxc_json("compile", source, "-o", tmp_path / "a", "--passes", "", "--no-measure", *drops)
+    plan = tmp_path / "plan.json"
+    plan.write_text(
+        '{"drop": [{"module": "model.layers.0.self_attn", "heads": [1]}, {"module": "model.layers.1.mlp", "ffn": [7, 0]}]}'
+    )
+    again = fxc_json("compile", source, "-o", tmp_path / "b", "--passes", "", "--no-measure", "--plan", plan)
+    assert made["parameters_after"] == again["parameters_after"] < made["parameters_before"]
+    left = [p.joinpath("program.fxc").read_text() for p in (tmp_path / "a", tmp_path / "b")]
+    assert left[0] == left[1]
+    wrong = fxc("compile", source, "-o", tmp_path / "c", "--drop", "model.layers.7:heads=0", code=2)
+    assert "model.layers.7" in wrong.stderr and "model.layers.0.self_attn" in wrong.stderr
+
+
+def test_criteria_that_learn_from_data_ask_for_it(folder, tmp_path):
+    passes = "prune:ffn=0.5:criterion=wanda"
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", "--passes", passes, code=2)
+    assert "--calib" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_inspect_tells_which_weights_share_an_axis(folder):
+    shown = fxc("inspect", folder / "qwen2", "--axes").stdout
+    for said in ("4 heads", "2 KV heads", "FFN channels", "down_proj.weight[1]", "rows are looked up by number"):
+        assert said in shown
+    groups = fxc_json("inspect", folder / "qwen2", "--axes")["groups"]
+    head = next(g for g in groups if g["kind"] == "head")
+    assert head["reads"]["indices"] == [0, 0, 1, 1] and head["pinned"] is None
