@@ -19,7 +19,7 @@ from fxc.errors import InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, parse_passes
-from fxc.passes.facts import FLOAT_WEIGHTS
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import CompiledModel, compiled_model
@@ -117,8 +117,9 @@ def compile_captured(
     def watch(step: Step, after: Program) -> None:
         """Say in the configuration what removal leaves, before a pass that packs weights hides their shapes."""
         nonlocal config, why_not
-        is_smaller = step.parameters_after < step.parameters_before and not FLOAT_WEIGHTS.check(after)
-        if is_smaller and captured.config is not None:
+        is_smaller = step.parameters_after < step.parameters_before
+        is_packed = FLOAT_WEIGHTS.check(after) or DENSE_WEIGHTS.check(after)
+        if is_smaller and not is_packed and captured.config is not None:
             described, why_not = describe_config(after, captured.config)
             config = captured.config if described is None else described
         if on_step is not None:

@@ -21,7 +21,7 @@ from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.frontend import tolerance
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.passes.facts import FLOAT_WEIGHTS
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.runtime.staging import check_target, staged
 from fxc.safety import check_relative_name, listed
 from fxc.sources import quiet_transformers
@@ -69,7 +69,7 @@ def export(
     for source in sources:
         check_target(folder, source, lambda _: None)
     check_target(folder, None, may_replace)
-    if quantized := FLOAT_WEIGHTS.check(program):
+    if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,

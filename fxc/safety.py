@@ -216,7 +216,11 @@ def check_finite(named: Iterable[tuple[str, Tensor]], *, inf_allowed: bool = Fal
     """
     faults = []
     for name, tensor in named:
-        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
+        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        # Not every operator of torch takes numbers of a byte.
+        tensor = tensor.float() if tensor.element_size() == 1 else tensor
+        if torch.isfinite(tensor).all():
             continue
         nan = int(tensor.isnan().sum())
         inf = 0 if inf_allowed else int(tensor.isinf().sum())

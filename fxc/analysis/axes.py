@@ -70,6 +70,8 @@ def _pin_square(axis: Axis) -> None:
 def cache_pairs(program: Program) -> dict[str, tuple[int, int]]:
     """Of a decoder's key and value cache: name without its first part -> (index of the input, index of the output). What a
     call returns there is what the next one is given."""
+    if program.metadata.get("kind") != "causal_lm":
+        return {}
     outputs = {name.partition(".")[2]: i for i, name in enumerate(program.signature.outputs) if re.match(r"present\.", name)}
     return {
         rest: (i, outputs[rest])

@@ -159,6 +159,26 @@ def _product(state: _State, node: fx.Node) -> Known | None:
     return _finite(values, both | a.zeros() | b.zeros(), rank)
 
 
+def _prelu(state: _State, node: fx.Node) -> Known | None:
+    known, weight = state.get(node.args[0]), state.get(node.args[1])
+    rank = node.meta["val"].ndim
+    if known is None or weight is None or not weight.is_complete or rank < 2:
+        return None
+    slope = weight.values.reshape(-1, *[1] * (rank - 2))
+    return _finite(torch.where(known.values > 0, known.values, known.values * slope), known.mask, rank)
+
+
+def _glu(state: _State, node: fx.Node) -> Known | None:
+    known, rank = state.get(node.args[0]), node.meta["val"].ndim
+    d = (node.args[1] if len(node.args) > 1 else -1) % rank
+    size = _shape(node.args[0])[d]
+    if known is None or not isinstance(size, int):
+        return None
+    a, b = (_widened(known, d, size).map(lambda t, i=i: t.chunk(2, d)[i]) for i in (0, 1))
+    both = a.mask & b.mask
+    return _finite(torch.where(both, a.values * b.values.sigmoid(), 0), both | a.zeros(), rank)
+
+
 def _cast(state: _State, node: fx.Node) -> Known | None:
     known = state.get(node.args[0])
     return known and Known(known.values.to(node.meta["val"].dtype), known.mask)
@@ -254,6 +274,27 @@ def _convolution(state: _State, node: fx.Node) -> Known | None:
         values, result = values + bias.values, result & bias.mask
     shape = (1, outputs, *[1] * (rank - 2))
     return _finite(values.reshape(shape), result.reshape(shape), rank)
+
+
+def _transposed_convolution(state: _State, node: fx.Node) -> Known | None:
+    """A channel to which nothing is added is its bias. Constants other than zero come out as others at the border."""
+    weight, bias = state.get(node.args[1]), state.get(node.args[2]) if len(node.args) > 2 else None
+    if weight is None or not weight.is_complete or (len(node.args) > 6 and node.args[6] > 1):
+        return None
+    if len(node.args) > 2 and isinstance(node.args[2], fx.Node) and bias is None:
+        return None
+    rank, kernel = node.meta["val"].ndim, weight.values.expand(_shape(node.args[1]))
+    if kernel.ndim != rank:
+        return None
+    reads = kernel.flatten(2).any(2)  # [I, O]
+    known = state.get(node.args[0])
+    if known is not None:
+        zeros = _uniform(known, [0, *range(2, rank)]).zeros().reshape(-1, 1)
+        reads = reads & ~zeros
+    shape = (1, kernel.shape[1], *[1] * (rank - 2))
+    values = torch.zeros(kernel.shape[1], dtype=kernel.dtype) if bias is None else bias.values.expand(kernel.shape[1])
+    mask = ~reads.any(0) & (True if bias is None else bias.mask)
+    return _finite(values.reshape(shape), mask.reshape(shape), rank)
 
 
 def _zero_rows_and_columns(a: Known | None, b: Known | None, node: fx.Node) -> Known | None:
@@ -522,6 +563,11 @@ def _pool(state: _State, node: fx.Node) -> Known | None:
     return Known(known.values, known.zeros()) if is_average else known
 
 
+def _upsample(state: _State, node: fx.Node) -> Known | None:
+    known = state.get(node.args[0])
+    return known and _uniform(known, list(range(2, known.values.ndim)))
+
+
 def _pad(state: _State, node: fx.Node) -> Known | None:
     known = state.get(node.args[0])
     if known is None or not any(node.args[1]):
@@ -560,19 +606,35 @@ _RULES: dict[Any, Callable[[_State, fx.Node], Any]] = {
     **_rules(_filled((2,)), aten.new_full.default),
     **_rules(_linear, aten.linear.default),
     **_rules(_grouped_linear, ops.GROUPED_LINEAR),
-    **_rules(_convolution, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    **_rules(
+        _convolution, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+        aten.conv2d.padding, aten.conv3d.padding,
+    ),
+    **_rules(
+        _transposed_convolution, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    ),
+    **_rules(
+        _upsample, aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_linear1d.vec,
+        aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+    ),
+    **_rules(_glu, aten.glu.default),
+    **_rules(_prelu, aten.prelu.default),
     **_rules(_matmul, aten.matmul.default, aten.bmm.default, aten.mm.default),
     **_rules(_attention, aten.scaled_dot_product_attention.default),
     **_rules(_batch_norm, aten.batch_norm.default),
     **_rules(_layer_norm, aten.layer_norm.default, aten.rms_norm.default),
     **_rules(_group_norm, aten.group_norm.default),
     **_rules(_mean, aten.mean.dim),
-    **_rules(_permute, aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default),
+    **_rules(
+        _permute, aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.movedim.int,
+        aten.movedim.intlist, aten.swapaxes.default, aten.swapdims.default, aten.mT.default,
+    ),
     **_rules(
         _reshape, aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints,
         aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+        aten.reshape_as.default, aten.view_as.default,
     ),
-    **_rules(_expand, aten.expand.default),
+    **_rules(_expand, aten.expand.default, aten.broadcast_to.default, aten.expand_as.default),
     **_rules(_slice, aten.slice.Tensor),
     **_rules(_split, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes),
     **_rules(_select, aten.select.int, aten.unbind.int),

@@ -19,7 +19,11 @@ from fxc.analysis.rules import Axes, Site
 from fxc.schemes import ops
 
 aten = torch.ops.aten
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+    aten.conv3d.padding,
+)  # fmt: skip
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 @dataclass
@@ -58,8 +62,9 @@ def units_with(axis: Axis, atom: Atom, positions: Tensor) -> Tensor:
 
 
 def _follow_links(axes: Axes, alive: dict[Atom, Tensor]) -> None:
-    """What is copied lives as long as a copy of it does. A copy of a copy takes another round."""
-    for _ in range(1 + len(axes.links)):
+    """What is copied lives as long as a copy of it does. A copy of a copy takes another round, and where the copies are of
+    the axis itself every index may."""
+    for _ in range(1 + len(axes.links) + max((link.source.size for link in axes.links), default=0)):
         before = {atom: its.clone() for atom, its in alive.items()}
         readers: dict[Atom, Tensor] = {}
         for link in axes.links:
@@ -90,6 +95,8 @@ def _dead_positions(site: Site, axes: Axes, known: dict[fx.Node, Known], found: 
         return _dead_of_linear(site, known, found)
     if node.target in CONVOLUTIONS:
         return _dead_of_convolution(site, known, found)
+    if node.target in TRANSPOSED:
+        return _dead_of_transposed(site, known)
     if node.target is ops.GROUPED_LINEAR:
         return _dead_of_experts(site, known)
     if node.target is aten.scaled_dot_product_attention.default:
@@ -173,6 +180,17 @@ def _dead_of_convolution(site: Site, known: dict[fx.Node, Known], found: Livenes
         else:
             found.folds[node] = torch.where(unread, 0, values)
     return (unread | mask).all(0)
+
+
+def _dead_of_transposed(site: Site, known: dict[fx.Node, Known]) -> Tensor:
+    """At the border fewer terms are added up, so that only zeros go."""
+    node, size = site.node, site.axis.size
+    mask, values = _constant_along(known.get(node.args[0]), 1, size)
+    weight = known.get(node.args[1])
+    unread = torch.zeros(size, dtype=torch.bool)
+    if weight is not None and weight.is_complete:
+        unread = ~weight.values.expand(node.args[1].meta["val"].shape).flatten(1).any(1)
+    return unread | (mask & (values == 0))
 
 
 def _dead_of_experts(site: Site, known: dict[fx.Node, Known]) -> Tensor:

@@ -102,9 +102,10 @@ def _fresh(size: Any, why: str | None = None) -> Axis:
 
 def join(a: Axis, b: Axis) -> Axis:
     """The axis of two dimensions that meet: the same one, or the one that the other is broadcast along."""
-    if a is ONE or resolve(a) == ONE:
+    # A single index never goes, whatever it is a part of.
+    if a.size == 1:
         return b
-    if b is ONE or resolve(b) == ONE or a is b:
+    if b.size == 1 or a is b:
         return a
     unify(a, b)
     return a
@@ -191,9 +192,9 @@ def _pointwise(axes: Axes, node: fx.Node) -> Dims:
 
 def _prelu(axes: Axes, node: fx.Node) -> Dims:
     """Its weight is one number, or one for each channel."""
-    source, (weight,) = axes.values[node.args[0]], axes.values[node.args[1]]
-    if len(source) > 1:
-        join(source[1], weight)
+    source, weight = axes.values[node.args[0]], axes.values[node.args[1]]
+    if len(source) > 1 and weight:
+        join(source[1], weight[0])
     return tuple(source)
 
 
@@ -315,13 +316,15 @@ def _einsum(axes: Axes, node: fx.Node) -> Dims:
 
 def _attention(axes: Axes, node: fx.Node) -> Dims:
     query, key, value = (axes.values[n] for n in node.args[:3])
-    if len(query) < 3 or (len(key) > 2 and key[-3].size != value[-3].size):
-        return _pinned(f"{_name(node)} without a batch, or with more keys than values")(axes, node)
+    if len(query) < 3:
+        return _pinned(f"{_name(node)} without a batch")(axes, node)
+    if node.kwargs.get("enable_gqa", False) and key[-3].size != value[-3].size:
+        return _pinned("its keys and values have different numbers of heads")(axes, node)
     width = join(query[-1], key[-1])
     axes.sites.append(Site(node, width, ((0, len(query) - 1), (1, len(key) - 1))))
     length = join(key[-2], value[-2])
     pin(length, "it is attended over")
-    if len(node.args) > 5 and node.args[5] or node.kwargs.get("is_causal", False):
+    if (len(node.args) > 5 and node.args[5]) or node.kwargs.get("is_causal", False):
         pin(query[-2], "its indices are places")
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     batch = list(query[:-2])
@@ -380,12 +383,48 @@ def _convolution(axes: Axes, node: fx.Node) -> Dims:
     return (source[0], out, *(_fresh(s, "it is a height or a width") for s in value.shape[2:]))
 
 
+def _transposed_convolution(axes: Axes, node: fx.Node) -> Dims:
+    source, weight = (axes.values[n] for n in node.args[:2])
+    value = node.meta["val"]
+    if value.ndim != len(source) or (len(node.args) > 6 and node.args[6] > 1):
+        return _pinned(f"{_name(node)} in groups or without a batch")(axes, node)
+    for axis in (*source[2:], *weight[2:]):
+        pin(axis, "a convolution slides over it")
+    axes.sites.append(Site(node, join(source[1], weight[0]), ((0, 1), (1, 0))))
+    give_role(weight[1], "channel")
+    if len(node.args) > 2 and isinstance(node.args[2], fx.Node):
+        join(axes.values[node.args[2]][0], weight[1])
+    return (source[0], weight[1], *(_fresh(s, "it is a height or a width") for s in value.shape[2:]))
+
+
 def _pool(axes: Axes, node: fx.Node) -> Dims:
     source, value = axes.values[node.args[0]], node.meta["val"]
     spatial = len(node.args[1]) if isinstance(node.args[1], (list, tuple)) else len(source) - 2
     for axis in source[-spatial:]:
         pin(axis, "it is pooled over")
     return (*source[:-spatial], *(_fresh(s, "it is a height or a width") for s in value.shape[-spatial:]))
+
+
+def _upsample(axes: Axes, node: fx.Node) -> Dims:
+    source, value = axes.values[node.args[0]], node.meta["val"]
+    for axis in source[2:]:
+        pin(axis, "it is interpolated")
+    return (*source[:2], *(_fresh(s, "it is a height or a width") for s in value.shape[2:]))
+
+
+def _glu(axes: Axes, node: fx.Node) -> Dims:
+    """The first half of a dimension, gated by the second."""
+    dims = list(axes.values[node.args[0]])
+    d = (node.args[1] if len(node.args) > 1 else -1) % len(dims)
+    half = dims[d].size // 2
+    try:
+        if dims[d] is DYNAMIC:
+            raise Mismatch
+        dims[d] = join(_piece(dims[d], 0, half), _piece(dims[d], half, 2 * half))
+    except Mismatch:
+        pin(dims[d], "it is cut within a part")
+        dims[d] = _fresh(node.meta["val"].shape[d], "it is cut within a part")
+    return tuple(dims)
 
 
 # ---------------------------------------------------------------------------------------------------- the same data
@@ -406,6 +445,12 @@ def _transpose(axes: Axes, node: fx.Node) -> Dims:
 
 def _reverse(axes: Axes, node: fx.Node) -> Dims:
     return tuple(reversed(axes.values[node.args[0]]))
+
+
+def _reorder(axes: Axes, node: fx.Node) -> Dims:
+    source = axes.values[node.args[0]]
+    numbered = torch.empty([*range(1, len(source) + 1)], device="meta")
+    return tuple(source[number - 1] for number in node.target(numbered, *node.args[1:]).shape)
 
 
 def _reshape(axes: Axes, node: fx.Node) -> Dims:
@@ -430,6 +475,10 @@ def _reshape(axes: Axes, node: fx.Node) -> Dims:
             result[o] = _fresh(value.shape[o])
         unify(product_of(*(source[i] for i in ins)), product_of(*(result[o] for o in outs)))
     return tuple(result)
+
+
+def _reshape_as(axes: Axes, node: fx.Node) -> Dims:
+    return tuple(_broadcast([_reshape(axes, node), axes.values[node.args[1]]]))
 
 
 def _merge(axes: Axes, node: fx.Node, factors: list[Axis]) -> Axis:
@@ -513,6 +562,10 @@ def _expand(axes: Axes, node: fx.Node) -> Dims:
             axes.copies[axis] = node
         dims.append(axis if axis != ONE else _fresh(size))
     return tuple(dims)
+
+
+def _expand_as(axes: Axes, node: fx.Node) -> Dims:
+    return tuple(_broadcast([axes.values[n] for n in node.args]))
 
 
 def _slice(axes: Axes, node: fx.Node) -> Dims:
@@ -704,13 +757,24 @@ RULES: dict[Any, Callable[[Axes, fx.Node], Any]] = {
     **_rules(_normalised(1), aten.layer_norm.default, aten.rms_norm.default),
     **_rules(_group_norm, aten.group_norm.default),
     **_rules(_linear, aten.linear.default),
-    **_rules(_batch_norm, aten.batch_norm.default),
+    **_rules(_batch_norm, aten.batch_norm.default, aten.instance_norm.default),
     **_rules(_prelu, aten.prelu.default),
     **_rules(_matmul, aten.matmul.default),
     **_rules(_addmm, aten.addmm.default, aten.baddbmm.default),
     **_rules(_einsum, aten.einsum.default),
     **_rules(_attention, aten.scaled_dot_product_attention.default),
-    **_rules(_convolution, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    **_rules(
+        _convolution, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+        aten.conv2d.padding, aten.conv3d.padding,
+    ),
+    **_rules(
+        _transposed_convolution, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+    ),
+    **_rules(
+        _upsample, aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_linear1d.vec,
+        aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+    ),
+    **_rules(_glu, aten.glu.default),
     **_rules(
         _pool, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool1d.default,
         aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
@@ -720,12 +784,17 @@ RULES: dict[Any, Callable[[Axes, fx.Node], Any]] = {
     **_rules(_transpose, aten.transpose.int, aten.t.default),
     **_rules(_reverse, aten.numpy_T.default),
     **_rules(
+        _reorder, aten.movedim.int, aten.movedim.intlist, aten.swapaxes.default, aten.swapdims.default, aten.mT.default,
+    ),
+    **_rules(
         _reshape, aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints,
         aten.unflatten.int, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     ),
+    **_rules(_reshape_as, aten.reshape_as.default, aten.view_as.default),
     **_rules(_repeat_interleave, aten.repeat_interleave.self_int),
     **_rules(_index_select, aten.index_select.default),
-    **_rules(_expand, aten.expand.default),
+    **_rules(_expand, aten.expand.default, aten.broadcast_to.default),
+    **_rules(_expand_as, aten.expand_as.default),
     **_rules(_slice, aten.slice.Tensor),
     **_rules(_split, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes),
     **_rules(_unbind, aten.unbind.int, aten.select.int),

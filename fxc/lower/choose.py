@@ -7,13 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import SPLIT_ROWS, DenseLinear, Int8Linear, SplitLinear, int8_product
+from fxc.lower.packed import SPLIT_ROWS, DenseLinear, Int4Linear, Int8Linear, SplitLinear, int8_product
+from fxc_kernels import int4_linear
 from fxc_kernels.int8_linear import quantize_rows
 
 # One token, a few sequences decoding together, one prompt.
 ROWS = (1, 16, 128)
 # Weight-only is for few rows: SplitLinear doubles them.
 WEIGHT_ONLY_ROWS = (1, 8, SPLIT_ROWS)
+# torch's int4 kernel unpacks the weights for every row anew.
+INT4_ROWS = (1, 2, 4)
 # int8 has to win by this factor: what it saves must be above the noise of the measurement.
 MARGIN = 0.95
 # Both forms run in turns, so that another process slows both down; the best of each counts.
@@ -67,9 +70,24 @@ def measure(
     return timing
 
 
-def describe(timing: Timing) -> str:
+@functools.cache
+def measure_int4(out_features: int, in_features: int, group: int, threads: int) -> Timing:
+    """Time the int4 and the float form of one bfloat16 layer [N, K] for each count in INT4_ROWS, as `measure` does."""
+    generator = torch.Generator().manual_seed(0)
+    qweight = torch.randint(0, 256, (out_features, in_features // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.full((out_features, in_features // group), 1e-3)
+    layer = Int4Linear(qweight, scale, None, None, group)
+    dense = DenseLinear(int4_linear.dequantize(qweight, scale, None, group).bfloat16(), None)
+    timing: Timing = {}
+    for rows in INT4_ROWS:
+        x = torch.randn(rows, in_features, generator=generator).bfloat16()
+        timing[rows] = _race(functools.partial(layer, x), functools.partial(dense, x))
+    return timing
+
+
+def describe(timing: Timing, form: str = "int8") -> str:
     """ "M=1: int8 31 us, float 44 us; ..." """
-    return "; ".join(f"M={m}: int8 {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
+    return "; ".join(f"M={m}: {form} {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
 
 
 def int8_from(timing: Timing) -> int | None:

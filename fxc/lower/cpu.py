@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxc.errors import UsageError
-from fxc.lower import choose, packed, traced
+from fxc.lower import choose, formats, packed, traced
 from fxc.lower.choose import Timing
 from fxc.lower.inductor import CompiledGraph
+from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
 # A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
 SMALL_LAYER = 1 << 21
@@ -35,19 +36,30 @@ class LayerChoice:
 
 @dataclass
 class _Group:
-    """Layers of one op that read the same activation: one quantization and one product serve all of them."""
+    """Layers of one op that read the same activation: one quantization and one product serve all of them.
+
+    arguments: of each node, constants as tensors; qweight, scale: of all of them together, where the op is an int8 one.
+    """
 
     target: object
     nodes: list[fx.Node]
-    qweight: Tensor
-    scale: Tensor
+    arguments: list[tuple]
     bias: Tensor | None
     sizes: list[int]
+    columns: int
     names: list[str]
+    qweight: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def x(self) -> fx.Node:
         return self.nodes[0].args[0]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weights of all of them as numbers, [N, K]."""
+        if self.qweight is not None:
+            return choose.dequantized(self.qweight, self.scale, dtype)
+        return _together([formats.dense_weight(self.target, args, dtype) for args in self.arguments])
 
 
 Measure = Callable[[int, int, torch.dtype], Timing]
@@ -85,8 +97,10 @@ class _Lowering:
         self.measure = measure
         self.bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
         self.report: list[LayerChoice] = []
+        self.expanded: set[str] = set()
 
     def run(self) -> tuple[nn.Module, list[LayerChoice]]:
+        self._expand_sparse_int8()
         if self.bf16 and self.backend == "inductor":
             self._attention_in_bfloat16()
         for index, group in enumerate(self._groups()):
@@ -116,35 +130,41 @@ class _Lowering:
     def _groups(self) -> list[_Group]:
         found: dict[tuple[fx.Node, object], list[fx.Node]] = {}
         for node in self.graph.nodes:
-            if node.op == "call_function" and node.target in (_INT8, _WEIGHT_ONLY):
-                found.setdefault((node.args[0], node.target), []).append(node)
-        return [self._group(target, nodes) for (_, target), nodes in found.items()]
+            if node.op != "call_function" or node.target not in (_INT8, _WEIGHT_ONLY, *formats.NAMES):
+                continue
+            if not all(a.op == "get_attr" for a in node.args[1:] if isinstance(a, fx.Node)):
+                continue  # a bias that is computed: the op itself can run that
+            # One kernel reads int4 weights of one layout.
+            layout = (node.args[3] is None, node.args[5]) if node.target is formats.INT4 else None
+            found.setdefault((node.args[0], node.target, layout), []).append(node)
+        return [self._group(target, nodes) for (_, target, _), nodes in found.items()]
 
     def _group(self, target: object, nodes: list[fx.Node]) -> _Group:
-        def constant(node: fx.Node, position: int) -> Tensor | None:
-            source = node.args[position] if len(node.args) > position else None
-            return None if source is None else self.attributes[source.target]
-
-        weights = [constant(node, 1) for node in nodes]
-        scales = [constant(node, 2) for node in nodes]
-        biases = [constant(node, 3) for node in nodes]
+        arguments = [
+            tuple(self.attributes[a.target] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
+            for node in nodes
+        ]
+        sizes = [args[1].shape[0] for args in arguments]
+        biases = [formats.bias_of(target, args) for args in arguments]
         bias = None
         if any(b is not None for b in biases):
-            bias = torch.cat([s.new_zeros(s.shape) if b is None else b.float() for b, s in zip(biases, scales)])
-        one = len(nodes) == 1
-        return _Group(
+            bias = torch.cat([torch.zeros(size) if b is None else b.float() for b, size in zip(biases, sizes)])
+        group = _Group(
             target,
             nodes,
-            weights[0] if one else torch.cat(weights),
-            scales[0] if one else torch.cat(scales),
+            arguments,
             bias,
-            [w.shape[0] for w in weights],
-            [node.args[1].target.removesuffix(".qweight") for node in nodes],
+            sizes,
+            nodes[0].args[0].meta["val"].shape[-1],
+            [node.args[1].target.rpartition(".")[0] or node.args[1].target for node in nodes],
         )
+        if target in (_INT8, _WEIGHT_ONLY):
+            group.qweight, group.scale = (_together([args[i] for args in arguments]) for i in (1, 2))
+        return group
 
     def _lower_group(self, index: int, group: _Group) -> None:
         dtype = group.x.meta["val"].dtype
-        if group.qweight.numel() == 0:
+        if sum(group.sizes) * group.columns == 0:
             self._note(group, "unchanged", "the weight is empty")
             return
         form, limit, reason = self._decide(group, dtype)
@@ -169,11 +189,14 @@ class _Lowering:
 
     def _note(self, group: _Group, op: str, reason: str) -> None:
         for name, size in zip(group.names, group.sizes):
-            self.report.append(LayerChoice(name, op, reason, size, group.qweight.shape[1]))
+            expanded = "; 2:4 sparse as dense: no CPU kernel" if name in self.expanded else ""
+            self.report.append(LayerChoice(name, op, reason + expanded, size, group.columns))
 
     def _decide(self, group: _Group, dtype: torch.dtype) -> tuple[str, int, str]:
-        """(form, limit, reason). int8 is used above `limit` rows; as weight-only, up to `limit` rows."""
-        rows, columns = group.qweight.shape
+        """(form, limit, reason). int8 is used above `limit` rows; as weight-only, and int4, up to `limit` rows."""
+        rows, columns = sum(group.sizes), group.columns
+        if group.target in formats.NAMES:
+            return self._decide_format(group, rows, columns, dtype)
         if self.measure is None and not choose.cpu_has_int8():
             return "dequantized", 0, "dequantized: this CPU has no int8 dot products (AVX512-VNNI, AMX)"
         if dtype not in (torch.float32, torch.bfloat16):
@@ -197,6 +220,24 @@ class _Lowering:
         form = "int8" if limit == 0 else f"int8 above M={limit}, float below"
         return form, limit, f"measured: {choose.describe(timing)}"
 
+    def _decide_format(self, group: _Group, rows: int, columns: int, dtype: torch.dtype) -> tuple[str, int, str]:
+        """int4 has a kernel, which wins for few rows in bfloat16; the other formats are numbers in float."""
+        kind = formats.NAMES[group.target]
+        if group.target is not formats.INT4:
+            return "dequantized", 0, f"dequantized: no CPU kernel for {kind}"
+        if dtype != torch.bfloat16 or rows % packed.INT4_ROWS:
+            what = f"{rows} outputs" if dtype == torch.bfloat16 else str(dtype)
+            return "dequantized", 0, f"dequantized: no CPU kernel for {kind} that takes {what}"
+        if self.backend != "eager":
+            return "dequantized", 0, f"dequantized: no CPU kernel for {kind} under {self.backend}"
+        measure = self.measure or (lambda n, k, _: choose.measure_int4(n, k, group.arguments[0][5], torch.get_num_threads()))
+        timing = measure(rows, columns, dtype)
+        limit = choose.split_limit(timing)
+        described = choose.describe(timing, "int4")
+        if limit == 0:
+            return "dequantized", 0, f"dequantized: int4 was slower ({described})"
+        return f"int4 up to M={limit}, float above", limit, f"measured: {described}"
+
     # forms
 
     def _eager(self, name: str, group: _Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
@@ -205,9 +246,15 @@ class _Lowering:
         activation = self._absorb_activation(group) if absorbs else None
         dense = None
         if form != "int8":
-            dense = packed.DenseLinear(choose.dequantized(qweight, scale, dtype), bias, activation)
+            dense = packed.DenseLinear(group.dense(dtype), bias, activation)
         if form == "dequantized":
             module = dense
+        elif group.target is formats.INT4:
+            qweight, scale = (_together([args[i] for args in group.arguments]) for i in (1, 2))
+            zeros = [args[3] for args in group.arguments]
+            zero = None if zeros[0] is None else _together(zeros)
+            few = packed.Int4Linear(qweight, scale, zero, bias, group.arguments[0][5])
+            module = packed.ByRows(few, dense, limit)
         elif group.target is _WEIGHT_ONLY:
             module = packed.ByRows(packed.SplitLinear(qweight, scale, bias), dense, limit)
         else:
@@ -240,7 +287,7 @@ class _Lowering:
         bias = constant("bias", bias)
         weight = None
         if form != "int8":
-            weight = constant("weight", choose.dequantized(group.qweight, group.scale, dtype))
+            weight = constant("weight", group.dense(dtype))
         if form == "dequantized":
             return self.graph.call_function(_LINEAR, (group.x, weight, bias))
         zero_point = constant("zero_point", torch.zeros(group.qweight.shape[0], dtype=torch.int32))
@@ -253,6 +300,16 @@ class _Lowering:
         return self.graph.call_function(traced.int8_or_dense, (*args, weight, limit))
 
     # the rest of the graph
+
+    def _expand_sparse_int8(self) -> None:
+        """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here."""
+        for node in self.graph.find_nodes(op="call_function", target=formats.INT8_SPARSE24):
+            x, qweight, meta, scale, bias = node.args
+            name = qweight.target.rpartition(".")[0] or qweight.target
+            if name not in self.expanded:
+                self.expanded.add(name)
+                self.attributes[qweight.target] = unpack_sparse24(self.attributes[qweight.target], self.attributes[meta.target])
+            node.target, node.args = _INT8, (x, qweight, scale, bias)
 
     def _pack_dense_layers(self) -> None:
         """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
@@ -297,6 +354,10 @@ class _Lowering:
                 back = self.graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
             back.meta = dict(node.meta)
             node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+
+
+def _together(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _comes_from_int8(node: fx.Node) -> bool:

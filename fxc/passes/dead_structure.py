@@ -23,7 +23,7 @@ from fxc.ir.edit import sweep
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result
 from fxc.passes.branches import drop_dead_cache, replace_constants
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.shrink import shrink
 
 
@@ -47,7 +47,7 @@ class DeadStructure(Pass):
     """Remove heads, channels, branches and layers that provably do not matter, wherever they were masked."""
 
     name: ClassVar[str] = "dead_structure"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     gives: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     rounds: ClassVar[bool] = True
 
@@ -97,10 +97,12 @@ def _removable(axes: Axes, found: Liveness) -> dict[Atom, Tensor]:
     removable = {atom: dead.clone() for atom, dead in found.dead.items()}
     for dead in removable.values():
         dead[0] &= not dead.all()
-    for link in axes.links:
-        # What such a last index is a copy of stays too.
-        stays = torch.zeros(link.source.size, dtype=torch.bool)
-        stays[link.index[kept(link.result, {atom: ~dead for atom, dead in removable.items()})]] = True
-        for atom in set(atoms(link.source)) & removable.keys():
-            removable[atom] &= ~units_with(link.source, atom, stays)
+    before = -1
+    while before != (before := sum(int(dead.sum()) for dead in removable.values())):
+        for link in axes.links:
+            # What such a last index is a copy of stays too.
+            stays = torch.zeros(link.source.size, dtype=torch.bool)
+            stays[link.index[kept(link.result, {atom: ~dead for atom, dead in removable.items()})]] = True
+            for atom in set(atoms(link.source)) & removable.keys():
+                removable[atom] &= ~units_with(link.source, atom, stays)
     return {atom: dead for atom, dead in removable.items() if dead.any()}

@@ -68,17 +68,30 @@ def arguments(node: fx.Node) -> dict[str, object]:
 
 def packed_weight(node: fx.Node) -> str | None:
     """The FQN of the packed weight that `node` multiplies by, if it is one of fxc's operators that do."""
-    weight = arguments(node).get("qweight") if getattr(node.target, "namespace", "") == "fxc" else None
-    return weight.target if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    return _constant(node, "qweight") or _constant(node, "values")
 
 
-def _has_packed_weight(program: Program) -> str | None:
-    fqn = next((fqn for node in program.graph.nodes if (fqn := packed_weight(node))), None)
+def _constant(node: fx.Node, name: str) -> str | None:
+    """The FQN of the constant that `node`, one of fxc's operators, takes as its argument `name`."""
+    value = arguments(node).get(name) if getattr(node.target, "namespace", "") == "fxc" else None
+    return value.target if isinstance(value, fx.Node) and value.op == "get_attr" else None
+
+
+def _has_quantized_weight(program: Program) -> str | None:
+    fqn = next((fqn for node in program.graph.nodes if (fqn := _constant(node, "qweight"))), None)
     return f"{fqn} is a quantized weight" if fqn else None
+
+
+def _has_sparse_weight(program: Program) -> str | None:
+    fqn = next((packed_weight(node) for node in program.graph.nodes if _constant(node, "meta")), None)
+    return f"{fqn} is a 2:4 sparse weight" if fqn else None
 
 
 CANONICAL = Fact("canonical", _not_canonical)
 """A product with a constant matrix, other uses of which do not stand in the way (`factor`), is an `aten.linear`."""
 
-FLOAT_WEIGHTS = Fact("float_weights", _has_packed_weight)
-"""Every weight is still a floating-point tensor of its own shape, so that it can be pruned or quantized."""
+FLOAT_WEIGHTS = Fact("float_weights", _has_quantized_weight)
+"""The numbers of every weight are still the model's floating-point ones, so that it can be pruned or quantized."""
+
+DENSE_WEIGHTS = Fact("dense_weights", _has_sparse_weight)
+"""No weight is packed as 2:4, which leaves numbers out: every weight that is not quantized has its own shape."""

@@ -14,7 +14,10 @@ import networkx as nx
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact, Pass
-from fxc.passes.facts import FLOAT_WEIGHTS
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+
+_AT_FIRST = (FLOAT_WEIGHTS, DENSE_WEIGHTS)
+"""What is true of every model that was not compressed before."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,15 @@ def _check_givers(passes: list[Pass], program: Program | None) -> None:
                 raise UsageError(
                     f"the pass {wanted.name} needs {fact}, which no pass gives",
                     why=why,
-                    hint="start from the original model" if fact == FLOAT_WEIGHTS else None,
+                    hint="start from the original model" if fact in _AT_FIRST else None,
                 )
 
 
 def _missing(fact: Fact, program: Program | None) -> str | None:
-    """Why `fact` does not hold at the start: FLOAT_WEIGHTS is true of every model that was not compressed before."""
+    """Why `fact` does not hold at the start."""
     if program is not None:
         return fact.check(program)
-    return None if fact == FLOAT_WEIGHTS else f"{fact} does not hold of a captured model"
+    return None if fact in _AT_FIRST else f"{fact} does not hold of a captured model"
 
 
 def _who_needs(passes: list[Pass], giver: Pass) -> str:

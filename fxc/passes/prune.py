@@ -20,7 +20,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result
 from fxc.passes.blocks import Block, block_at, blocks, influence, take_out
 from fxc.passes.dead_structure import NO_DEAD_STRUCTURE
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.mask import mask, unmaskable
 from fxc.passes.plan import Drop, parse_drops, read_plan
 from fxc.passes.scores import NEED_DATA, Criterion, scores
@@ -50,7 +50,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     is_policy: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     owes: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     # How far the outputs move is what the user asked for: it is measured, reported, and limited only by --budget.
@@ -68,7 +68,8 @@ class Prune(Pass):
             raise UsageError("uniform=true keeps the layers alike, and scope=global does not", where="prune")
         if not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan):
             raise UsageError("prune does not say how much", hint="for instance prune:heads=0.25:ffn=0.3")
-        parse_drops(self.drop)
+        # As it can be written in a list of passes.
+        object.__setattr__(self, "drop", ";".join(map(str, parse_drops(self.drop))))
 
     def uses_data(self) -> bool:
         return self.layers > 0 or ((self.heads or self.ffn or self.channels) > 0 and self.criterion in NEED_DATA)
@@ -99,6 +100,9 @@ class Prune(Pass):
                 result.refusals.append(Refusal(group.name, f"skipped by the pattern {pattern}"))
             elif reason := unmaskable(group):
                 result.refusals.append(Refusal(group.name, f"its {NAMES[group.kind]}s stay: {reason}"))
+            elif self.uniform and not _is_even(group):
+                why = "uniform=true, and its KV heads have different numbers of query heads"
+                result.refusals.append(Refusal(group.name, why))
             elif self.uniform and not any(part.isdecimal() for part in group.members[0].fqn.split(".")):
                 result.refusals.append(Refusal(group.name, "uniform=true prunes the numbered layers only"))
             else:
@@ -186,6 +190,14 @@ class Prune(Pass):
                     hint=f"drop {each.module} itself",
                 )
             _mask(program, group, units, result)
+
+
+def _is_even(group: Group) -> bool:
+    """Whether as many query heads in a row read each KV head."""
+    if group.source is None:
+        return True
+    source, index = group.source
+    return torch.equal(index, torch.arange(source.size).repeat_interleave(group.size // source.size))
 
 
 def _alike(group: Group, found: Tensor, share: float) -> Tensor:

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxc.analysis.axis import Atom, Axis, atoms, kept, resolve
+from fxc.analysis.axis import ONE, Atom, Axis, atoms, kept, resolve
+from fxc.analysis.liveness import CONVOLUTIONS
 from fxc.analysis.rules import Axes, Link
 from fxc.ir.edit import constant, free_name, insert, read
 from fxc.ir.infer import fake_constant, fake_mode_of, infer
-from fxc.ir.program import Program
+from fxc.ir.program import Program, users_of
 
 aten = torch.ops.aten
 _SIZES = {
     aten.reshape.default: 1, aten.view.default: 1, aten._unsafe_view.default: 1, aten.expand.default: 1,
-    aten.zeros.default: 0, aten.ones.default: 0, aten.full.default: 0, aten.new_zeros.default: 1, aten.new_ones.default: 1,
-    aten.new_full.default: 1,
+    aten.broadcast_to.default: 1, aten.zeros.default: 0, aten.ones.default: 0, aten.full.default: 0,
+    aten.new_zeros.default: 1, aten.new_ones.default: 1, aten.new_full.default: 1,
 }  # fmt: skip
 """Operators that spell out the size of their result, and in which argument."""
+_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
 def shrink(axes: Axes, alive: dict[Atom, Tensor], folds: dict[fx.Node, Tensor]) -> dict[str, dict[int, Tensor]]:
@@ -104,7 +105,7 @@ def _rewrite(axes: Axes, node: fx.Node, mask_of: Any) -> bool:
         after = [s if (c := _count(a, s, mask_of)) is None else c for a, s in zip(parts, sizes, strict=True)]
         node.args = (*node.args[:2], after)
         return True
-    if target in _CONVOLUTIONS and len(node.args) > 6 and node.args[6] > 1:
+    if target in CONVOLUTIONS and len(node.args) > 6 and node.args[6] > 1:
         channels, inner = node.args[0].meta["val"].shape[1], node.args[1].meta["val"].shape[1]
         if channels // inner == node.args[6]:
             return False
@@ -115,6 +116,14 @@ def _rewrite(axes: Axes, node: fx.Node, mask_of: Any) -> bool:
         if mask_of(dims[_dim(node, 2)]) is None:
             return False
         node.args = (node.args[0], int(mask_of(dims[_dim(node, 2)]).sum()), *node.args[2:])
+        return True
+    if target in _SQUEEZES and any(mask_of(a) is not None for a in dims):
+        # Of the dimensions that are 1 now, only those go that were before.
+        source = axes.values[node.args[0]]
+        given = node.args[1] if len(node.args) > 1 else list(range(len(source)))
+        gone = [d % len(source) for d in (given if isinstance(given, (list, tuple)) else [given])]
+        gone = [d for d in gone if resolve(source[d]) == ONE]
+        node.target, node.args = (aten.squeeze.dims, (node.args[0], gone)) if gone else (aten.alias.default, node.args[:1])
         return True
     if target is aten.scaled_dot_product_attention.default:
         return _keep_scale(axes, node, mask_of)
@@ -169,7 +178,7 @@ def _fold(axes: Axes, node: fx.Node, values: Tensor, alive: dict[Atom, Tensor]) 
     site = next(s for s in axes.sites if s.node is node)
     mask = kept(site.axis, alive)
     weight = program.constants[node.args[1].target]
-    if node.target in _CONVOLUTIONS:
+    if node.target in CONVOLUTIONS:
         groups, inner = values.shape
         gone = torch.where(mask, 0, values)  # [groups, inner]
         sums = weight.double().reshape(groups, -1, inner, weight[0, 0].numel()).sum(3)
@@ -179,13 +188,15 @@ def _fold(axes: Axes, node: fx.Node, values: Tensor, alive: dict[Atom, Tensor]) 
     if not added.any():
         return
     bias = node.args[2] if len(node.args) > 2 else None
-    name = bias.target if bias is not None else node.args[1].target.removesuffix("weight").rstrip(".") + ".bias"
+    module, _, own = node.args[1].target.rpartition(".")
+    own = "bias" if own == "weight" else f"{own}_bias"
+    name = bias.target if bias is not None else f"{module}.{own}" if module else own
     total = (added if bias is None else program.constants[bias.target].double() + added).to(weight.dtype)
-    if bias is not None and len(bias.users) == 1 and bias.target not in program.aliases.values():
+    if bias is not None and len(users_of(program, bias.target)) == 1 and bias.target not in program.aliases.values():
         program.constants[bias.target] = total
         return
     new = constant(program, free_name(program, name), total, before=node)
-    axes.constants[new.target] = (axes.values[node][1 if node.target in _CONVOLUTIONS else -1],)
+    axes.constants[new.target] = (axes.values[node][1 if node.target in CONVOLUTIONS else -1],)
     axes.values[new] = axes.constants[new.target]
     node.args = (*node.args[:2], new, *node.args[3:])
 

@@ -48,7 +48,7 @@ from fxc.safety import check_finite, check_json_size, check_relative_name, liste
 TEXT = "program.fxc"
 _SHARD = "model-{:05}-of-{:05}.safetensors"
 # What stands here in an operator has to be finite. Elsewhere, in an attention mask, there may be an -inf.
-_FINITE = {"weight", "bias", "qweight", "scale"}
+_FINITE = {"weight", "bias", "qweight", "values", "scale"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxc.ir.infer import fake_constant, fake_mode_of, infer
 from fxc.ir.program import Program
+from fxc.schemes.ops import QUANTIZED
 
 _PROMOTED = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT64_LIMIT = 1 << 31  # bytes of a program's float64 copy
@@ -24,7 +25,7 @@ def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def in_float64(program: Program, *, typed: bool = False) -> Program | None:
     """A copy that computes everything in float64, its casts promoted too; None when it would be too large or when one of
     its operators has no such form. typed: infer its types anew, so that passes can run on it."""
-    if any("fxc.int8" in str(node.target) for node in program.graph.nodes):
+    if any(node.target in QUANTIZED for node in program.graph.nodes):
         return None
     if 8 * program.numel() > _FLOAT64_LIMIT:
         return None

@@ -105,8 +105,10 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
         tensor = after.constants[fqn]
         if tensor.is_meta or not tensor.dtype.is_floating_point:
             continue
-        if not tensor.isfinite().all():
-            raise _fail(step, "finite", f"{int((~tensor.isfinite()).sum())} values are NaN or infinite", fqn)
+        # Not every operator of torch takes numbers of a byte.
+        finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+        if not finite.all():
+            raise _fail(step, "finite", f"{int((~finite).sum())} values are NaN or infinite", fqn)
         if fqn in scales and not (tensor > 0).all():
             raise _fail(step, "finite", "a scale is not positive", fqn)
     return f"ok: {len(fresh)} new constants"
@@ -128,8 +130,9 @@ def _lowered(step: Pass, before: Program, after: Program) -> str:
         if replaced is None or packed_weight(node) is None:
             continue
         weight = arguments(replaced).get("weight")
-        if isinstance(weight, fx.Node) and weight.op == "get_attr" and weight.target in after.constants:
-            raise _fail(step, "lowered", "the float weight is still there beside the packed one", weight.target)
+        named = weight.target if isinstance(weight, fx.Node) and weight.op == "get_attr" else packed_weight(replaced)
+        if named in after.constants:
+            raise _fail(step, "lowered", "the float weight is still there beside the packed one", named)
     return f"ok: {len(made)} nodes"
 
 

@@ -1,0 +1,44 @@
+"""Linear layers with fp8 (e4m3) weights, and fp8 activations or not.
+
+   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
+-> %3: f32[s0, 64] = fxc.fp8_linear(%2, @mlp.up.qweight, @mlp.up.scale, @mlp.up.bias)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, fx
+
+from fxc.passes.base import Fact
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.linears import GROUPED, Form, PackLinears, bias_of
+from fxc.schemes import fp8 as scheme
+from fxc.schemes import ops
+
+
+@dataclass(frozen=True)
+class Fp8(PackLinears):
+    """Round the weights of linear layers to fp8 (e4m3), with one scale for each output channel.
+
+    mode: "dynamic" rounds activations too, each token by its own range, as the layer runs; "weight_only" keeps them.
+    """
+
+    mode: Literal["dynamic", "weight_only"] = "dynamic"
+
+    name: ClassVar[str] = "fp8"
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
+    # Three bits of mantissa: a layer moves by about a twenty-fifth.
+    budget: ClassVar[tuple[float, float]] = (0.3, 0.15)
+
+    def declines(self, node: fx.Node, weight: Tensor) -> str | None:
+        return "there is no fp8 form of the experts of a mixture: int8 has one" if node.target is GROUPED else None
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("qweight", "scale"), scheme.quantize_weight(weight), strict=True))
+
+    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
+        operator = ops.FP8_LINEAR if self.mode == "dynamic" else ops.FP8_WEIGHT_ONLY_LINEAR
+        return operator, (node.args[0], parts["qweight"], parts["scale"], bias_of(node))

@@ -1,0 +1,150 @@
+"""What the passes share that pack the weights of linear layers: which layers, why not, packing once, rewriting.
+
+A subclass says how a weight is packed (`pack`), which call reads the parts (`form`), and what else it declines (`declines`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from fxc.errors import InputRefused
+from fxc.ir.edit import call, constant, is_free, read, sweep
+from fxc.ir.program import Program, users_of
+from fxc.passes.base import Context, Pass, Refusal, Result
+from fxc.passes.facts import arguments
+from fxc.schemes import ops
+
+LINEAR = torch.ops.aten.linear.default
+GROUPED = ops.GROUPED_LINEAR
+SPARSE = ops.SPARSE24_LINEAR
+MIN_OUTPUTS = 16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Form = tuple[OpOverload, tuple]
+"""An operator and its arguments."""
+
+
+@dataclass(frozen=True)
+class PackLinears(Pass):
+    """Base of the passes that replace the float weights of linear layers by packed ones."""
+
+    is_policy: ClassVar[bool] = True
+    layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
+    """The operators it looks at. The second argument of each is the weight, which ends in rows of K numbers."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight [N, K] -> the parts that stand for it, by the last part of their names; the first dimension of each is N."""
+        raise NotImplementedError
+
+    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
+        """What replaces `node`, when the parts of its weight are read as `parts`."""
+        raise NotImplementedError
+
+    def declines(self, node: fx.Node, weight: Tensor) -> str | None:
+        """Why this pass has no form for `node` and its weight, with what to do, or None."""
+        return None
+
+    def run(self, program: Program, context: Context) -> Result:
+        result = Result()
+        packed: dict[str, dict[str, str]] = {}
+        for node in list(program.graph.nodes):
+            if node.target not in self.layers:
+                continue
+            fqn = layer_of(node)
+            if reason := (context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}") or self._refusal(
+                program, node
+            ):
+                result.refusals.append(Refusal(fqn, reason))
+                continue
+            weight = node.args[1].target
+            if weight not in packed:
+                # What sparse24 packed it has counted.
+                result.covered_bytes += 0 if node.target is SPARSE else _nbytes(program.constants[weight])
+                packed[weight] = self._replace(program, weight, node)
+            parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
+            target, args = self.form(node, parts)
+            call(program, target, args, replacing=node, by=self.name)
+            result.changed += 1
+        sweep(program)
+        return result
+
+    def _refusal(self, program: Program, node: fx.Node) -> str | None:
+        weight = node.args[1]
+        if weight.op != "get_attr":
+            return "its weight is computed while the model runs"
+        tensor = program.constants[weight.target]
+        if tensor.dtype not in _FLOATS:
+            return f"its weight is {tensor.dtype}"
+        if tensor.numel() == 0:
+            return "its weight is empty"
+        if not all(self._is_only_weight_of(user, weight.target) for user in users_of(program, weight.target)):
+            return "its weight is tied to another use (an embedding)"
+        if reason := self.declines(node, tensor):
+            return reason
+        if tensor.shape[-2] < MIN_OUTPUTS:
+            return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
+        if sum(map(_nbytes, self._planned(tensor).values())) >= _nbytes(tensor):
+            return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
+        return None
+
+    def _is_only_weight_of(self, user: fx.Node, fqn: str) -> bool:
+        """Whether `user` is one of the layers, and reads the constant `fqn` as its weight and as nothing else."""
+        reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
+        return user.target in self.layers and reads == [1]
+
+    def _replace(self, program: Program, weight: str, before: fx.Node) -> dict[str, str]:
+        """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
+        parts = self._packed(program.constants[weight], weight)
+        base = layer_of(before)
+        names = {part: self._free_name(program, weight, base, part) for part in parts}
+        for part, name in names.items():
+            constant(program, name, parts[part], before)
+        return names
+
+    def _free_name(self, program: Program, weight: str, base: str, part: str) -> str:
+        """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already."""
+        own = f"{base}.{self.name}"
+        prefixes = itertools.chain([base, own], (f"{own}_{n}" for n in itertools.count(2)))
+        return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
+
+    def _packed(self, weight: Tensor, fqn: str) -> dict[str, Tensor]:
+        """The parts of a weight [..., N, K]; on meta where the weight is."""
+        if weight.is_meta:
+            return self._planned(weight)
+        try:
+            parts = self.pack(weight.reshape(-1, weight.shape[-1]))
+        except InputRefused as error:
+            raise InputRefused(error.what, where=error.where or fqn, why=error.why, hint=error.hint) from None
+        return {part: t.reshape(*weight.shape[:-1], *t.shape[1:]) for part, t in parts.items()}
+
+    def _planned(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parts of a weight [..., N, K] on meta, from those of a single row of zeros."""
+        parts = self.pack(torch.zeros(1, weight.shape[-1], dtype=weight.dtype))
+        lead = weight.shape[:-1]
+        return {part: torch.empty(*lead, *t.shape[1:], dtype=t.dtype, device="meta") for part, t in parts.items()}
+
+
+def layer_of(node: fx.Node) -> str:
+    """What a user calls the layer: its weight's name without the last part, or the whole name of a bare parameter."""
+    weight = node.args[1]
+    if weight.op != "get_attr":
+        return node.meta.get("fqn") or str(node)
+    if node.target is SPARSE:
+        return weight.target.removesuffix(".values").removesuffix(".sparse24")
+    return weight.target.removesuffix(".weight")
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias of a linear layer."""
+    return arguments(node).get("bias")
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.element_size()

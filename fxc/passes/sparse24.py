@@ -1,0 +1,47 @@
+"""Linear layers with 2:4 sparse weights: of every four neighbours along a row, the two largest in magnitude stay.
+
+   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
+-> %3: f32[s0, 64] = fxc.sparse24_linear(%2, @mlp.up.values, @mlp.up.meta, @mlp.up.bias)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from fxc.passes.base import Fact
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.linears import GROUPED, Form, PackLinears, bias_of
+from fxc.schemes import ops
+from fxc.schemes import sparse24 as scheme
+
+
+@dataclass(frozen=True)
+class Sparse24(PackLinears):
+    """Set to zero, of every four neighbours along a row of a linear layer's weight, the two that are smaller in magnitude,
+    and store the others with their places. With int8 the numbers that are left are quantized."""
+
+    name: ClassVar[str] = "sparse24"
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
+    # Half of the weights go, by magnitude alone: it is measured, reported, and limited only by --budget.
+    budget: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+
+    def declines(self, node: fx.Node, weight: Tensor) -> str | None:
+        if node.target is GROUPED:
+            return "there is no 2:4 form of the experts of a mixture: int8 has a dense one"
+        columns = weight.shape[-1]
+        if columns % scheme.BYTE == 0:
+            return None
+        rule = f"its rows of {columns} are not a multiple of 4, and 2:4 is of four neighbours"
+        if columns % 4 == 0:
+            rule = f"its rows of {columns} are not a multiple of 8, and a byte holds the places of two groups of four"
+        return f"{rule}: leave it, or prune with round_to=8 where prune made the rows"
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("values", "meta"), scheme.pack(scheme.mask_by_magnitude(weight)), strict=True))
+
+    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
+        return ops.SPARSE24_LINEAR, (node.args[0], parts["values"], parts["meta"], bias_of(node))

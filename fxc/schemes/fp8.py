@@ -1,0 +1,47 @@
+"""fp8 weights: e4m3, one scale per output channel.
+
+    qweight  float8_e4m3fn [N, K], one byte a number:
+
+        bit   7   6  5  4  3   2  1  0
+              s   e  e  e  e   m  m  m        (-1)^s * 2^(e-7) * (1 + m/8), subnormal for e = 0: (-1)^s * 2^-6 * m/8
+                                              largest 448 = 0x7E; 0x7F and 0xFF are NaN, there is no infinity
+    scale    float32 [N]                      w[n, k] ~= scale[n] * qweight[n, k]
+
+The ops that use them are in fxc_kernels.fp8_linear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxc.schemes.checks import check_weight
+from fxc_kernels.fp8_linear import FP8, dequantize, round_to_fp8, row_scales
+
+__all__ = ["dequantize", "pack", "quantize_weight", "unpack"]
+
+
+def pack(values: Tensor) -> Tensor:
+    """float32 -> the bytes uint8 of the nearest e4m3 numbers, at most 448 in magnitude."""
+    return round_to_fp8(values.float()).view(torch.uint8)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The bytes uint8 of e4m3 numbers -> their values, float32, exactly."""
+    return packed.view(FP8).float()
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `weight` [N, K] (any float dtype) to e4m3 [N, K] with a float32 scale [N].
+
+    scale = amax(|row|) / 448, or 1 for an all-zero row (and for K == 0), so that |w - w'| <= |w| / 16 for all but the
+    numbers below scale / 64, which are within scale / 1024. Raises InputRefused when the weight is not a float matrix or
+    holds NaN or Inf.
+    """
+    check_weight(weight, "fp8")
+    rows, columns = weight.shape
+    if weight.numel() == 0:
+        return weight.new_empty(rows, columns, dtype=FP8), weight.new_ones(rows, dtype=torch.float32)
+    values = weight.detach().float()
+    scale = row_scales(values)
+    return round_to_fp8(values / scale), scale.squeeze(1)

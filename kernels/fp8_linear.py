@@ -1,0 +1,104 @@
+"""The fp8 linear ops: ``fxc::fp8_linear`` and ``fxc::fp8_weight_only_linear``.
+
+The plain torch functions ``fp8_linear_reference`` and ``fp8_weight_only_linear_reference`` are the meaning of the ops:
+every kernel and every lowering is judged against them. Weights are e4m3 (4 bits of exponent, 3 of mantissa, no
+infinities, at most 448), one float32 scale per row.
+
+``fp8_linear`` quantizes each row (token) of x by itself when it runs:
+
+    s = amax(|row|) / 448      q = e4m3(clamp(row * (1 / s), -448, 448))      row ~= s * q
+    y[n] = s * scale[n] * sum_k q[k] * w[n, k] + bias[n]
+"""
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+# A row whose largest magnitude is not above this counts as all zero: below it, 1/scale would overflow float32.
+ZERO_ROW = 1e-30
+
+
+def row_scales(rows: Tensor) -> Tensor:
+    """float32 rows [M, K] -> the scale [M, 1] that puts their largest magnitude at 448: 1 for an all-zero row, not finite
+    for one that holds NaN or Inf."""
+    amax = rows.abs().amax(dim=-1, keepdim=True)
+    return torch.where(amax <= ZERO_ROW, 1.0, amax / FP8_MAX)
+
+
+def round_to_fp8(values: Tensor) -> Tensor:
+    """float32 -> e4m3, to nearest with halves to even; what lies beyond 448 becomes 448, NaN stays."""
+    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row of ``x`` [M, K] (float, K > 0) by the module's formula: (e4m3 [M, K], scale float32 [M, 1])."""
+    row = x.float()
+    scale = row_scales(row)
+    return round_to_fp8(row * scale.reciprocal()), scale
+
+
+def dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
+    """qweight e4m3 [N, K] times scale float32 [N], float32 [N, K]."""
+    return qweight.float() * scale[:, None]
+
+
+def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    """Raise TypeError on a wrong dtype and ValueError on a wrong shape."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if qweight.dtype != FP8 or scale.dtype != torch.float32:
+        raise TypeError(f"qweight must be {FP8} and scale float32, got {qweight.dtype} and {scale.dtype}")
+    if x.dim() < 1 or qweight.dim() != 2 or x.shape[-1] != qweight.shape[1]:
+        raise ValueError(f"x [..., K] and qweight [N, K] do not fit: {tuple(x.shape)} and {tuple(qweight.shape)}")
+    rows = qweight.shape[0]
+    if tuple(scale.shape) != (rows,) or (bias is not None and tuple(bias.shape) != (rows,)):
+        raise ValueError(f"scale and bias must have shape ({rows},)")
+
+
+def fp8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer on fp8 weights with activations quantized per row (token) at run time, by the module's formula.
+
+    x [..., K] float32/bfloat16/float16, qweight e4m3 [N, K], scale float32 [N], bias [N] or None; returns [..., N] in
+    x's dtype. The products of two e4m3 numbers are exact in float32, in which they are summed.
+    Raises TypeError on a wrong dtype, ValueError on a wrong shape.
+    """
+    _check(x, qweight, scale, bias)
+    if x.shape[-1] == 0:
+        return fp8_weight_only_linear_reference(x, qweight, scale, bias)
+    q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    out = (q.float() @ qweight.float().t()) * scale * row_scale
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype).reshape(*x.shape[:-1], scale.shape[0])
+
+
+def fp8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Linear layer on fp8 weights and float activations: x @ (qweight * scale)^T + bias, in float32.
+
+    Shapes, dtypes and errors as in ``fp8_linear_reference``.
+    """
+    _check(x, qweight, scale, bias)
+    weight = dequantize(qweight, scale)
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+@torch.library.custom_op("fxc::fp8_linear", mutates_args=())
+def fp8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See `fp8_linear_reference`."""
+    return fp8_linear_reference(x, qweight, scale, bias)
+
+
+@torch.library.custom_op("fxc::fp8_weight_only_linear", mutates_args=())
+def fp8_weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """See `fp8_weight_only_linear_reference`."""
+    return fp8_weight_only_linear_reference(x, qweight, scale, bias)
+
+
+def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, qweight, scale, bias)
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+fp8_linear.register_fake(_fake)
+fp8_weight_only_linear.register_fake(_fake)

@@ -1,0 +1,101 @@
+"""Compile a kernel for a chip that is not there, and say what came out: what can be known of a kernel without a GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fxc_kernels import (
+    triton_int4_linear,
+    triton_norm_quantize,
+    triton_quantize_rows,
+    triton_scaled_mm,
+    triton_sparse24,
+    triton_weight_only,
+)
+from fxc_kernels.triton_tile import Build
+
+# Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+WIDE = (
+    r"ld\.global[\w.:]*\.v4\.(?:b32|u32|f32)|ld\.global[\w.:]*\.v2\.(?:b64|u64)"
+    r"|cp\.async\.cg\.shared\.global [^;]*, 0x10|cp\.async\.cg\.shared\.global [^;]*, 16"
+)
+# Each has `builds(capability)`: everything that it ships.
+MODULES = (
+    triton_quantize_rows,
+    triton_norm_quantize,
+    triton_scaled_mm,
+    triton_weight_only,
+    triton_int4_linear,
+    triton_sparse24,
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers: a thread's; spilled: bytes a thread keeps in local memory; shared: bytes a block needs;
+    instructions: how often the PTX holds the expected tensor-core instruction."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+    ptx: str
+
+
+def builds(capability: int) -> list[Build]:
+    """Every kernel in every configuration shipped for compute capability `capability`."""
+    return [build for module in MODULES for build in module.builds(capability)]
+
+
+def compile_for(build: Build, capability: int) -> Resources:
+    """`build` compiled for compute capability `capability` (80, 90). Pointers and sizes are taken as multiples of 16."""
+    made = _compile(build, capability, lambda name: True)
+    ptx = made.asm["ptx"]
+    registers, spilled = _usage(made.asm["cubin"])
+    instructions = len(re.findall(build.instruction, ptx)) if build.instruction else 0
+    return Resources(registers, spilled, made.metadata.shared, instructions, ptx)
+
+
+def wide_loads(build: Build, capability: int) -> int:
+    """How many 128-bit loads the PTX has of `build.wide`. For this every other pointer is taken as unaligned, so that no load
+    of it can be 128 bits wide."""
+    pointers = {name for name, value in build.arguments.items() if isinstance(value, str) and value.startswith("*")}
+    ptx = _compile(build, capability, lambda name: name == build.wide or name not in pointers).asm["ptx"]
+    return len(re.findall(WIDE, ptx))
+
+
+def _compile(build: Build, capability: int, is_aligned):
+    assert list(build.arguments) == build.kernel.arg_names, f"{build.name}: {build.kernel.arg_names}"
+    typed = {name for name, value in build.arguments.items() if isinstance(value, str) and _is_type(value)}
+    signature = {name: value if name in typed else "constexpr" for name, value in build.arguments.items()}
+    constants = {name: value for name, value in build.arguments.items() if name not in typed}
+    places = [at for at, name in enumerate(build.arguments) if name in typed and is_aligned(name)]
+    source = ASTSource(build.kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in places})
+    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fp_fusion}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _is_type(text: str) -> bool:
+    return text.startswith("*") or text in ("i32", "i64", "fp32")
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) as cuobjdump, which comes with Triton, reads them from a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = str(tool) if tool.exists() else shutil.which("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([command, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local

@@ -1,0 +1,171 @@
+"""What the Triton kernels share: a shipped configuration, the order of tiles, activations and the epilogue.
+
+The kernels of `triton_*.py` run on CUDA, or on CPU tensors when TRITON_INTERPRET=1 was set before triton's first import.
+Products of few rows (tokens) compute out^T = W x^T: the weight is the operand with 64 or more rows that tensor cores
+want, and on sm_90 the only operand that they take from registers, where int8 and int4 are turned into floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even. libdevice's rint does the
+# same, but not in the interpreter.
+ROUND = tl.constexpr(12582912.0)
+# The interpreter multiplies bfloat16 numbers as the integers that it keeps them in, so there they become float32 first.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One shipped configuration. rows: the largest number of rows (tokens) it is meant for, None for any; m, n, k: the tile;
+    split: into how many parts K is cut."""
+
+    rows: int | None
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        split = f" split {self.split}" if self.split > 1 else ""
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{split}"
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with everything that its compilation depends on. `arguments`: of each parameter a Triton type ("*bf16",
+    "i32") or, for a constexpr, its value. `instruction`: what its PTX has to hold, as a regular expression; "" for kernels
+    that use no tensor cores. `wide`: the pointer, as a rule to the weights, that has to be loaded 128 bits at a time."""
+
+    name: str
+    kernel: object
+    arguments: dict[str, object]
+    warps: int
+    stages: int
+    instruction: str = ""
+    wide: str = "w"
+    fp_fusion: bool = True
+
+
+def insert_before(arguments: dict[str, object], place: str, name: str, value: object) -> dict[str, object]:
+    """`arguments` with one more before `place`: their order is the kernel's."""
+    made = {}
+    for each, present in arguments.items():
+        if each == place:
+            made[name] = value
+        made[each] = present
+    return made
+
+
+def choose(configs: dict[int, tuple[Config, ...]], capability: int, rows: int) -> Config:
+    """The first configuration for `rows` in the table of the newest generation that is not newer than the chip."""
+    generation = max((each for each in configs if each <= capability), default=min(configs))
+    return next(each for each in configs[generation] if each.rows is None or rows <= each.rows)
+
+
+def capability_of(x: Tensor) -> int:
+    """90 for an H100 or H200; 80 for the interpreter's CPU tensors."""
+    if x.device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[..., K] as contiguous [M, K], also where nothing is in it."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+    return x.reshape(rows, x.shape[-1]).contiguous()
+
+
+@triton.jit
+def swizzled_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """The tile-th (row, column) in an order that walks GROUP rows of tiles together, so that weights stay in the L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP * tl.cdiv(N, BLOCK_N)
+    first = tile // per_group * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    inside = tile % per_group
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def dot_floats(a, b, acc):
+    """acc + a b. float32 operands are multiplied as three TF32 products, which is close to float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) is sigmoid(2 u).
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION: tl.constexpr):
+    """Store acc [BLOCK_M, BLOCK_N] at rows rm and columns rn of out [M, N]:
+    activate((acc - zero[m] * column_sum[n]) * scale[n] * row_scale[m] + bias[n]); what is None is left out."""
+    in_m = rm < M
+    in_n = rn < N
+    if zero is not None:
+        z = tl.load(zero + rm, mask=in_m, other=0)
+        sums = tl.load(column_sum + rn, mask=in_n, other=0)
+        acc = acc - z[:, None] * sums[None, :]
+    value = acc.to(tl.float32)
+    if scale is not None:
+        value = value * tl.load(scale + rn, mask=in_n, other=0.0)[None, :]
+    if row_scale is not None:
+        value = value * tl.load(row_scale + rm, mask=in_m, other=0.0)[:, None]
+    if bias is not None:
+        value = value + tl.load(bias + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    value = activate(value, ACTIVATION)
+    where = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    tl.store(out + where, value.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def reduce_parts_kernel(
+    parts, row_scale, zero, scale, column_sum, bias, out, M, N,
+    SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """parts [SPLIT, M, N], added in order, so that the sum is the same every time; then the epilogue."""
+    rm = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rm < M)[:, None] & (rn < N)[None, :]
+    where = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    stride = M.to(tl.int64) * N
+    acc = tl.load(parts + where, mask=inside, other=0)
+    for part in tl.static_range(1, SPLIT):
+        acc += tl.load(parts + part * stride + where, mask=inside, other=0)
+    finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
+
+
+def reduce_parts(parts: Tensor, out: Tensor, row_scale, zero, scale, column_sum, bias, activation: str) -> None:
+    split, rows, columns = parts.shape
+    grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 256))
+    reduce_parts_kernel[grid](
+        parts, row_scale, zero, scale, column_sum, bias, out, rows, columns,
+        SPLIT=split, ACTIVATION=activation, BLOCK_M=4, BLOCK_N=256,
+    )  # fmt: skip
