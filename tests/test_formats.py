@@ -26,6 +26,7 @@ from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.int4 import Int4
 from fxc.passes.order import order
 from fxc.pipeline import run_passes
+from fxc.report.lowering import describe
 from fxc.report.sizes import bytes_by_kind
 from fxc.schemes import fp8, int4, ops, sparse24
 from fxc.schemes.int8 import quantize_weight
@@ -344,12 +345,14 @@ class Net(nn.Module):
         return self.head(self.odd(self.down(torch.relu(self.up(hidden)))))
 
 
+@cache
 def captured(dtype: torch.dtype = torch.float32):
-    return fxc.capture(Net().to(dtype).eval(), (normal(3, 5, 64, dtype=dtype),))
+    return fxc.capture(Net().to(dtype).eval(), (normal(3, 5, 64, dtype=dtype),), check=False)
 
 
-def compiled(spec: str, dtype: torch.dtype = torch.float32, **options):
-    return run_passes(captured(dtype), parse_passes(spec), Context(), **options)
+@cache
+def compiled(spec: str, dtype: torch.dtype = torch.float32):
+    return run_passes(captured(dtype), parse_passes(spec), Context())
 
 
 def targets(program) -> dict[str, int]:
@@ -512,7 +515,7 @@ def test_a_weight_that_stays_beside_its_packed_form_is_found():
 
 
 def test_what_is_not_finite_names_its_layer():
-    program = captured()
+    program = captured().copy()
     program.constants["up.weight"] = program.constants["up.weight"] * float("nan")
     for spec in ("int4:group=32", "fp8", "sparse24", "int8"):
         with pytest.raises(InputRefused, match=r"up\.weight: the weight holds NaN or Inf"):
@@ -521,7 +524,7 @@ def test_what_is_not_finite_names_its_layer():
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_without_values_the_shapes_are_planned(spec):
-    program = captured()
+    program = captured().copy()
     real, _ = run_passes(program, parse_passes(spec), Context())
     program.constants = {name: t.to("meta") for name, t in program.constants.items()}
     planned, _ = run_passes(program, parse_passes(spec), Context())
@@ -616,6 +619,8 @@ def test_lowered_layers_compute_what_the_operators_say(spec, dtype):
         assert dequantized == {"down"}, "torch's kernel wants a multiple of 16 outputs"
     else:
         assert dequantized >= {"q", "k", "v", "up", "down"} and "no CPU kernel for" in report[0].reason
+        said = describe(SimpleNamespace(layers=report))
+        assert sum("no CPU kernel for" in line for line in said) == 1, "one example stands for all"
 
 
 @needs_compiler

@@ -21,7 +21,7 @@ from fxc.schemes import ops
 
 @dataclass(frozen=True)
 class Int4(PackLinears):
-    """Quantize the weights of linear layers to int4, rounded to nearest, with one scale for each group along a row.
+    """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
     the middle of the range; false adds a zero point to each group, for weights that lie on one side.

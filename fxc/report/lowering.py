@@ -21,6 +21,6 @@ def describe(model: CompiledModel) -> list[str]:
     reasons: dict[str, str] = {}
     for choice in model.layers:
         if choice.op == "dequantized":
-            # The measured times differ from layer to layer: one example stands for all.
-            reasons.setdefault(choice.reason.partition(" (")[0], f"{choice.reason}, as {choice.fqn}")
+            # The measured times differ from layer to layer, and what shares a product: one example stands for all.
+            reasons.setdefault(choice.reason.partition(" (")[0].partition("; ")[0], f"{choice.reason}, as {choice.fqn}")
     return lines + list(reasons.values())
