@@ -73,7 +73,7 @@ def export(
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint="compile without int8 and export that; fxc.load reads the artifact as it is",
+            hint="compile without int8, int4, fp8 and sparse24 and export that; fxc.load reads the artifact as it is",
         )
     if program.is_on_meta:
         raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
