@@ -43,13 +43,14 @@ MODULES = (
 @dataclass(frozen=True)
 class Resources:
     """registers: a thread's; spilled: bytes a thread keeps in local memory; shared: bytes a block needs;
-    instructions: how often the PTX holds the expected tensor-core instruction."""
+    instructions: how often the PTX holds the expected tensor-core instruction;
+    wide: how many 128-bit loads of the weight it has (of `Build.wide`)."""
 
     registers: int
     spilled: int
     shared: int
     instructions: int
-    ptx: str
+    wide: int
 
 
 def builds(capability: int) -> list[Build]:
@@ -59,27 +60,33 @@ def builds(capability: int) -> list[Build]:
 
 def compile_for(build: Build, capability: int) -> Resources:
     """`build` compiled for compute capability `capability` (80, 90). Pointers and sizes are taken as multiples of 16."""
-    made = _compile(build, capability, lambda name: True)
+    made = _compile(build, capability)
     ptx = made.asm["ptx"]
     registers, spilled = _usage(made.asm["cubin"])
     instructions = len(re.findall(build.instruction, ptx)) if build.instruction else 0
-    return Resources(registers, spilled, made.metadata.shared, instructions, ptx)
+    return Resources(registers, spilled, made.metadata.shared, instructions, _wide_loads(ptx, build.wide))
 
 
-def wide_loads(build: Build, capability: int) -> int:
-    """How many 128-bit loads the PTX has of `build.wide`. For this every other pointer is taken as unaligned, so that no load
-    of it can be 128 bits wide."""
-    pointers = {name for name, value in build.arguments.items() if isinstance(value, str) and value.startswith("*")}
-    ptx = _compile(build, capability, lambda name: name == build.wide or name not in pointers).asm["ptx"]
-    return len(re.findall(WIDE, ptx))
+def _wide_loads(ptx: str, address: str) -> int:
+    """How many 128-bit loads come from a source line that says tl.load(address...: PTX says of each instruction which."""
+    files = re.findall(r'^\s*\.file\s+(\d+) "([^"]+)"', ptx, re.MULTILINE)
+    sources = {number: Path(path).read_text().splitlines() for number, path in files}
+    count, line = 0, ""
+    for text in ptx.splitlines():
+        place = re.match(r"\s*\.loc\s+(\d+) (\d+)", text)
+        if place and place[2] != "0":
+            line = sources[place[1]][int(place[2]) - 1]
+        elif re.search(WIDE, text):
+            count += f"tl.load({address}" in line
+    return count
 
 
-def _compile(build: Build, capability: int, is_aligned):
+def _compile(build: Build, capability: int):
     assert list(build.arguments) == build.kernel.arg_names, f"{build.name}: {build.kernel.arg_names}"
     typed = {name for name, value in build.arguments.items() if isinstance(value, str) and _is_type(value)}
     signature = {name: value if name in typed else "constexpr" for name, value in build.arguments.items()}
     constants = {name: value for name, value in build.arguments.items() if name not in typed}
-    places = [at for at, name in enumerate(build.arguments) if name in typed and is_aligned(name)]
+    places = [at for at, name in enumerate(build.arguments) if name in typed]
     source = ASTSource(build.kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in places})
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -97,9 +97,7 @@ def silu_mul_quantize(merged: Tensor, dtype: torch.dtype = torch.int8) -> tuple[
     q, scale, zero = _outputs(rows, columns, dtype, merged.device)
     if rows:
         block, warps, _ = row_block(columns)
-        silu_mul_quantize_kernel[(rows,)](
-            flat, q, scale, zero, columns, BLOCK=block, num_warps=warps, enable_fp_fusion=False
-        )
+        silu_mul_quantize_kernel[(rows,)](flat, q, scale, zero, columns, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
     return q, scale, zero
 
 
@@ -114,10 +112,10 @@ def builds(capability: int) -> list[Build]:
                 "BLOCK": block,
             }  # fmt: skip
             name = f"rms_norm_quantize {kind} K={columns}"
-            made.append(Build(name, rms_norm_quantize_kernel, arguments, warps, 3, wide="x", fp_fusion=False))
-        for columns in (18944, 29568):
+            made.append(Build(name, rms_norm_quantize_kernel, arguments, warps, 3, wide="x + ", fp_fusion=False))
+        for columns in (14336, 29568):
             block, warps, _ = row_block(columns)
             arguments = {"merged": "*bf16", **stored, "F": "i32", "BLOCK": block}
             name = f"silu_mul_quantize {kind} F={columns}"
-            made.append(Build(name, silu_mul_quantize_kernel, arguments, warps, 3, wide="merged", fp_fusion=False))
+            made.append(Build(name, silu_mul_quantize_kernel, arguments, warps, 3, wide="merged + ", fp_fusion=False))
     return made

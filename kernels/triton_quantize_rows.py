@@ -136,5 +136,5 @@ def builds(capability: int) -> list[Build]:
                 "K": "i32", "BLOCK": block, "KEPT_ROW": kept,
             }  # fmt: skip
             name = f"quantize_rows {kind} K={columns}"
-            made.append(Build(name, quantize_rows_kernel, arguments, warps, 3, wide="x", fp_fusion=False))
+            made.append(Build(name, quantize_rows_kernel, arguments, warps, 3, wide="x + ", fp_fusion=False))
     return made if capability >= 89 else [each for each in made if "fp8" not in each.name]

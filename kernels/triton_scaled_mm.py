@@ -1,9 +1,9 @@
 """The product of rows and weights that are both 8 bits wide, int8 or float8_e4m3fn, with everything else in its epilogue.
 
-`scaled_mm` is meant by `scaled_mm_reference`; `int8_linear` and `fp8_linear` put the quantization of rows before it and
-are meant by `fxc_kernels.int8_linear.int8_linear_reference` and `fxc_kernels.fp8_linear.fp8_linear_reference`. Weights stay [N, K], the layout
-that 8-bit tensor cores and 16-byte loads want. Up to 64 rows the product is out^T = W x^T and K is cut into `split`
-parts, whose sums go to a workspace and are added in order by a second kernel: the result is the same every time.
+The reference of `scaled_mm` is `scaled_mm_reference`; `int8_linear` and `fp8_linear` put the quantization of rows before it,
+and theirs are `fxc_kernels.int8_linear.int8_linear_reference` and `fxc_kernels.fp8_linear.fp8_linear_reference`. Weights stay
+[N, K], the layout that 8-bit tensor cores and 16-byte loads want. Up to 64 rows the product is out^T = W x^T and K is cut
+into `split` parts, whose sums go to a workspace and are added in order by a second kernel: the result is the same every time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def skinny_mm_kernel(
     if parts is None:
         finish(result, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
     else:
-        where = (part * M.to(tl.int64) + rm)[:, None] * N + rn[None, :]
+        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
         tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
@@ -223,7 +223,7 @@ def builds(capability: int) -> list[Build]:
             "parts": "*i32" if kind == "int8" else "*fp32", **_epilogue(kind), "out": "*bf16", "M": "i32", "N": "i32",
             "SPLIT": 4, "ACTIVATION": "none", "BLOCK_M": 4, "BLOCK_N": 256,
         }  # fmt: skip
-        made.append(Build(f"reduce_parts {kind}", reduce_parts_kernel, arguments, 4, 3, wide="parts"))
+        made.append(Build(f"reduce_parts {kind}", reduce_parts_kernel, arguments, 4, 3, wide="parts + "))
     return made
 
 

@@ -75,7 +75,8 @@ def sparse24_skinny_kernel(
     rb = tl.arange(0, BLOCK_K // 8)
     row_n = tl.minimum(rn, N - 1).to(tl.int64)[:, None]
     x_at = x + tl.minimum(rm, M - 1).to(tl.int64)[:, None] * K + (start + rk)[None, :]
-    # value_row and meta_row are K // 2 and K // 8, given so that the compiler knows when rows are aligned; part_k is whole tiles.
+    # value_row and meta_row are K // 2 and K // 8, given so that the compiler knows when rows are aligned.
+    # part_k is whole tiles.
     w_at = w + row_n * value_row + (part * (part_k // 32 * 16) + rv)[None, :]
     m_at = meta + row_n * meta_row + (start // 8 + rb)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
@@ -91,15 +92,15 @@ def sparse24_skinny_kernel(
         following = tl.load(w_at + BLOCK_K // 2 + k // 2, mask=(rv < left_values - k // 2 - BLOCK_K // 2)[None, :], other=0)
         packed = tl.load(m_at + k // 8, mask=(rb < left_bytes - k // 8)[None, :], other=0)
         tile = dense_tile(values, both_halves(packed, BLOCK_N, BLOCK_K // 8), BLOCK_N, BLOCK_K // 4)
-        if ACC == tl.int32:
-            acc = tl.dot(tile, tl.trans(tokens), acc, out_dtype=tl.int32)
-        else:
+        if scale is None:
             acc = dot_floats(tile, tl.trans(tokens), acc)
+        else:
+            acc = tl.dot(tile, tl.trans(tokens), acc, out_dtype=tl.int32)
     result = tl.trans(acc)
     if parts is None:
         finish(result, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
     else:
-        where = (part * M.to(tl.int64) + rm)[:, None] * N + rn[None, :]
+        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
         tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
@@ -144,8 +145,9 @@ def _skinny(flat, values, meta, out, epilogue, acc, activation: str, config: Con
     parts = torch.empty(split, rows, outputs, dtype=kind, device=out.device) if split > 1 else None
     grid = (triton.cdiv(outputs, config.n), triton.cdiv(rows, config.m), split)
     sparse24_skinny_kernel[grid](
-        flat, values, meta, out, parts, *epilogue, rows, outputs, columns, columns // 2, columns // 8, length, ACC=acc, ACTIVATION=activation,
-        BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k, num_warps=config.warps, num_stages=config.stages,
+        flat, values, meta, out, parts, *epilogue, rows, outputs, columns, columns // 2, columns // 8, length,
+        ACC=acc, ACTIVATION=activation, BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if parts is not None:
         reduce_parts(parts, out, *epilogue, activation)
@@ -201,13 +203,17 @@ def builds(capability: int) -> list[Build]:
             arguments = {
                 "x": pointer, "w": pointer, "meta": "*u8", "out": "*bf16",
                 "parts": ("*i32" if kind == "int8" else "*fp32") if config.split > 1 else None, **epilogue,
-                "M": "i32", "N": "i32", "K": "i32", "value_row": "i32", "meta_row": "i32", "part_k": "i32", "ACC": tl.int32 if kind == "int8" else tl.float32,
-                "ACTIVATION": "none", "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k,
+                "M": "i32", "N": "i32", "K": "i32", "value_row": "i32", "meta_row": "i32", "part_k": "i32",
+                "ACC": tl.int32 if kind == "int8" else tl.float32, "ACTIVATION": "none",
+                "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k,
             }  # fmt: skip
             types = r"bf16\.bf16" if kind == "bf16" else r"s8\.s8"
             instruction = rf"{'wgmma.mma_async' if capability == 90 else 'mma.sync'}\.[\w.]*{types}"
             name = f"2:4 {kind} decompress {config}"
             made.append(Build(name, sparse24_skinny_kernel, arguments, config.warps, config.stages, instruction))
-        arguments = {"w": pointer, "meta": "*u8", "out": pointer, "N": "i32", "K": "i32", "value_row": "i32", "meta_row": "i32", "BLOCK_N": 16, "BLOCK_K": 256}
+        arguments = {
+            "w": pointer, "meta": "*u8", "out": pointer, "N": "i32", "K": "i32", "value_row": "i32", "meta_row": "i32",
+            "BLOCK_N": 16, "BLOCK_K": 256,
+        }  # fmt: skip
         made.append(Build(f"2:4 {kind} dense", sparse24_dense_kernel, arguments, 4, 3))
     return made

@@ -42,9 +42,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel with everything that its compilation depends on. `arguments`: of each parameter a Triton type ("*bf16",
-    "i32") or, for a constexpr, its value. `instruction`: what its PTX has to hold, as a regular expression; "" for kernels
-    that use no tensor cores. `wide`: the pointer, as a rule to the weights, that has to be loaded 128 bits at a time."""
+    """One kernel with everything that its compilation depends on.
+
+    arguments: of each parameter a Triton type ("*bf16", "i32") or, for a constexpr, its value. instruction: what its PTX has
+    to hold, as a regular expression, or "" for kernels that use no tensor cores. wide: what the source calls the address, as a
+    rule of the weights, that has to be loaded 128 bits at a time.
+    """
 
     name: str
     kernel: object
@@ -155,10 +158,10 @@ def reduce_parts_kernel(
     rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     where = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    stride = M.to(tl.int64) * N
     acc = tl.load(parts + where, mask=inside, other=0)
     for part in tl.static_range(1, SPLIT):
-        acc += tl.load(parts + part * stride + where, mask=inside, other=0)
+        at = (rm.to(tl.int64) + part * M)[:, None] * N + rn[None, :]
+        acc += tl.load(parts + at, mask=inside, other=0)
     finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
 
 

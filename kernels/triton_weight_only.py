@@ -1,9 +1,10 @@
 """Products of float rows and weights of one byte each, int8 or float8_e4m3fn, that become floats in registers.
 
 References: `fxc_kernels.int8_linear.int8_weight_only_linear_reference` and
-`fxc_kernels.fp8_linear.fp8_weight_only_linear_reference`. Up to four rows (tokens) CUDA cores multiply in float32, up to 64 tensor cores compute out^T = W x^T in x's dtype, and beyond
-that the weight is turned into a matrix of x's dtype once, for torch's own product. float8 needs no float8 instruction
-here, so this is also what older chips run. float32 rows are multiplied as three TF32 products, close to float32.
+`fxc_kernels.fp8_linear.fp8_weight_only_linear_reference`. Up to four rows (tokens) CUDA cores multiply in float32, up to 64
+tensor cores compute out^T = W x^T in x's dtype, and beyond that the weight is turned into a matrix of x's dtype once, for
+torch's own product. float8 needs no float8 instruction here, so this is also what older chips run. float32 rows are
+multiplied as three TF32 products, close to float32.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def store_result(result, rm, rn, part, M, N, out, parts, scale, bias, ACTIVATION
     if parts is None:
         finish(result, rm, rn, M, N, out, None, None, scale, None, bias, ACTIVATION)
     else:
-        where = (part * M.to(tl.int64) + rm)[:, None] * N + rn[None, :]
+        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
         tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
@@ -290,7 +291,7 @@ def builds(capability: int) -> list[Build]:
         "parts": "*fp32", "row_scale": None, "zero": None, "scale": "*fp32", "column_sum": None, "bias": "*bf16",
         "out": "*bf16", "M": "i32", "N": "i32", "SPLIT": 4, "ACTIVATION": "none", "BLOCK_M": 4, "BLOCK_N": 256,
     }  # fmt: skip
-    made.append(Build("reduce_parts weight-only", reduce_parts_kernel, arguments, 4, 3, wide="parts"))
+    made.append(Build("reduce_parts weight-only", reduce_parts_kernel, arguments, 4, 3, wide="parts + "))
     return made
 
 

@@ -9,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from packaging.version import Version
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
+import triton  # noqa: E402
+
 from fxc_kernels import triton_int4_linear, triton_scaled_mm, triton_weight_only  # noqa: E402
 from fxc_kernels.triton_tile import Config, check_activation, choose  # noqa: E402
 
@@ -29,6 +33,11 @@ SHIPPED = [(chip, build) for chip in (80, 90) for build in triton_build.builds(c
 NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
+# Triton 3.6 turns arrays of one number into integers, which NumPy refuses since 2.4.
+INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
+
+
+@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels_follow_their_references(check):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -42,15 +51,24 @@ def test_a_shipped_configuration_compiles_well(chip, build):
     assert made.spilled == 0
     assert made.shared <= triton_build.SHARED_LIMIT[chip]
     assert made.instructions > 0 or not build.instruction, f"no {build.instruction}"
+    assert made.wide > 0, f"no 128-bit load of {build.wide}"
 
 
-@pytest.mark.parametrize(("chip", "build"), SHIPPED, ids=NAMES)
-def test_weights_are_loaded_128_bits_at_a_time(chip, build):
-    assert triton_build.wide_loads(build, chip) > 0, build.wide
+FIRST = {build.kernel: build for _, build in reversed(SHIPPED)}
+
+
+@pytest.mark.parametrize("build", FIRST.values(), ids=[build.kernel.__name__ for build in FIRST.values()])
+def test_sizes_of_one_compile_too(build):
+    """A size of 1 is a constant to Triton, not a number of the kernel's own, and that only happens on a launch: the
+    interpreter does not do it, and one row is the case that matters most."""
+    sizes = [name for name, value in build.arguments.items() if value == "i32"]
+    for ones in {tuple(name for name in sizes if name == "M"), tuple(sizes)}:
+        triton_build.compile_for(_changed(build, dict.fromkeys(ones, 1)), 80)
 
 
 def test_every_product_for_tensor_cores_says_which_instruction_it_needs():
-    assert all(build.instruction for _, build in SHIPPED if any(word in build.name for word in ("skinny", "gemm", "decompress")))
+    words = ("skinny", "gemm", "decompress")
+    assert all(build.instruction for _, build in SHIPPED if any(word in build.name for word in words))
     assert len(set(NAMES)) == len(NAMES)
 
 
@@ -59,8 +77,8 @@ def test_the_checks_of_compiled_kernels_see_faults():
     changed = {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 128}
     large = triton_build.compile_for(_changed(build, changed, instruction="wgmma"), 80)
     assert large.spilled > 0 and large.shared > triton_build.SHARED_LIMIT[80] and large.instructions == 0
-    narrow = _changed(build, {}, wide="bias")
-    assert triton_build.wide_loads(narrow, 80) < triton_build.wide_loads(build, 80)
+    assert triton_build.compile_for(_changed(build, {}, wide="nothing"), 80).wide == 0
+    assert triton_build.compile_for(_changed(build, {"BLOCK_K": 32, "BLOCK_N": 16}), 80).wide == 0
 
 
 def _changed(build, arguments, **fields):
@@ -68,8 +86,9 @@ def _changed(build, arguments, **fields):
 
 
 def test_fp8_products_are_refused_before_sm_89():
-    assert not [build.name for chip, build in SHIPPED if chip == 80 and "fp8" in build.name and "skinny 16x64x256" in build.name]
-    assert [build.name for chip, build in SHIPPED if chip == 80 and build.name.startswith("fp8 weight-only")]
+    names = {chip: [name for name in NAMES if name.startswith(f"sm_{chip} fp8")] for chip in (80, 90)}
+    assert names[80] and all("weight-only" in name or "dequantize" in name for name in names[80])
+    assert any("fp8 gemm" in name for name in names[90])
     with pytest.raises(RuntimeError, match=r"8\.9 or newer, and this one is 8\.0: use fp8 weight-only here, or int8"):
         triton_scaled_mm.check_fp8(80)
     triton_scaled_mm.check_fp8(89)
