@@ -307,8 +307,9 @@ def markdown(report: dict) -> str:
         f"{machine['cores']} cores ({', '.join(machine['flags']) or 'none known'}), threads: {protocol['threads']}, "
         f"interleaved rounds: {protocol['rounds']}, load before the run: {protocol['load_before']}. {versions}.",
         "",
-        f'Of each model that share of the heads and of the FFN channels of every layer goes (`passes="{passes(0.25, CRITERION)}"` '
-        "and so on), without any training afterwards. dense: removed. int8: removed, then quantized. masked: only set to zero.",
+        "Of each model that share of the heads and of the FFN channels of every layer goes "
+        f'(`passes="{passes(0.25, CRITERION)}"` and so on), '
+        "without any training afterwards. dense: removed. int8: removed, then quantized. masked: set to zero.",
     ]
     for result in report["models"]:
         lines += ["", f"## {result['title']}, {result['dtype']}", "", *_quality(result)]

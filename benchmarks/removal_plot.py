@@ -21,9 +21,11 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .grid { stroke: #d1d9e0; stroke-width: 1; } .ideal { stroke: #59636e; stroke-width: 1.5; stroke-dasharray: 2 3; fill: none; }
 .line { fill: none; stroke-width: 2; } .eager { stroke-dasharray: 6 4; } .spread { stroke-width: 1; opacity: 0.6; }
 .c1 { stroke: #0969da; } .c2 { stroke: #bc4c00; } .c3 { stroke: #818b98; }
-.dot.c1 { fill: #0969da; } .dot.c2 { fill: #bc4c00; } .dot.c3 { fill: #818b98; } .dot.eager { fill: #ffffff; stroke-dasharray: none; }
+.dot.c1 { fill: #0969da; } .dot.c2 { fill: #bc4c00; } .dot.c3 { fill: #818b98; }
+.dot.eager { fill: #ffffff; stroke-dasharray: none; }
 @media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3; } .small { fill: #9198a1; } .page { fill: #0d1117; } .grid { stroke: #3d444d; } .ideal { stroke: #9198a1; }
+  text { fill: #e6edf3; } .small { fill: #9198a1; } .page { fill: #0d1117; } .grid { stroke: #3d444d; }
+  .ideal { stroke: #9198a1; }
   .c1 { stroke: #58a6ff; } .c2 { stroke: #f0883e; } .c3 { stroke: #848d97; }
   .dot.c1 { fill: #58a6ff; } .dot.c2 { fill: #f0883e; } .dot.c3 { fill: #848d97; } .dot.eager { fill: #0d1117; }
 }
@@ -52,15 +54,15 @@ def svg(models: list[dict]) -> str:
 
 def _ranges(models: list[dict]) -> tuple[float, float, float]:
     """The smallest share of FLOPs that is left, the largest and the smallest speed-up, with some room."""
-    shares = [row["flops"][s] / result["rows"][0]["flops"][s] for result in models for row in result["rows"] for s in row["flops"]]
+    tables = [result["rows"] for result in models]
+    shares = [row["flops"][s] / rows[0]["flops"][s] for rows in tables for row in rows for s in row["flops"]]
     speeds = [
-        time[key]
+        time["speedup"]
         for result in models
         for row in result["rows"]
         for form in row["forms"].values()
         for times in form["times"].values()
         for time in times.values()
-        for key in ("speedup_low", "speedup_high")
     ]
     least = min(shares)
     return least / 1.04, max(1.02 / least, *speeds) * 1.03, min(0.95, *speeds) / 1.03
@@ -77,6 +79,8 @@ class _Panel:
         return round(self.left + WIDTH * math.log(share * 0.98) / math.log(self.least * 0.98), 1)
 
     def y(self, speed: float) -> float:
+        """A spread may reach out of the panel, which the medians span; it is cut there."""
+        speed = min(max(speed, self.slowest), self.fastest)
         place = math.log(speed / self.slowest) / math.log(self.fastest / self.slowest)
         return round(self.top + HEIGHT * (1 - place), 1)
 
@@ -106,6 +110,8 @@ class _Panel:
             share = row["flops"][size] / whole
             if form in row["forms"]:
                 points.append((self.x(share), row["forms"][form]["times"][backend][size]))
+        if not points:
+            return []
         look = f"{COLORS[form]} {backend}"
         path = " ".join(f"{x},{self.y(time['speedup'])}" for x, time in points)
         parts = [f'<polyline class="line {look}" points="{path}"/>']
