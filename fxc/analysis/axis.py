@@ -9,7 +9,7 @@ product, the first factor varies slowest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -134,9 +134,10 @@ def _unify(a: Axis, b: Axis) -> None:
     elif isinstance(b, Atom):
         _define(b, a)
     elif isinstance(a, Sum) or isinstance(b, Sum):
-        _unify_sums(a, b)
+        terms = (list(x.terms) if isinstance(x, Sum) else [x] for x in (a, b))
+        _unify_parts(*terms, cut)
     else:
-        _unify_products(list(a.factors), list(b.factors))
+        _unify_parts(list(a.factors), list(b.factors), split)
 
 
 def _define(atom: Atom, axis: Axis) -> None:
@@ -148,27 +149,15 @@ def _define(atom: Atom, axis: Axis) -> None:
         part.roles |= atom.roles
 
 
-def _unify_sums(a: Axis, b: Axis) -> None:
-    left, right = (list(x.terms) if isinstance(x, Sum) else [x] for x in (a, b))
+def _unify_parts(left: list[Axis], right: list[Axis], divide: Callable[[Axis, int], tuple[Axis, Axis]]) -> None:
+    """Unify from the front, dividing the larger of two parts: terms by `cut`, factors by `split`."""
     while left and right:
         x, y = left.pop(0), right.pop(0)
         if x.size > y.size:
-            x, rest = cut(x, y.size)
+            x, rest = divide(x, y.size)
             left.insert(0, rest)
         elif y.size > x.size:
-            y, rest = cut(y, x.size)
-            right.insert(0, rest)
-        _unify(x, y)
-
-
-def _unify_products(left: list[Axis], right: list[Axis]) -> None:
-    while left and right:
-        x, y = left.pop(0), right.pop(0)
-        if x.size > y.size:
-            x, rest = split(x, y.size)
-            left.insert(0, rest)
-        elif y.size > x.size:
-            y, rest = split(y, x.size)
+            y, rest = divide(y, x.size)
             right.insert(0, rest)
         _unify(x, y)
 
