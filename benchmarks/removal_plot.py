@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 WIDTH, HEIGHT = 250, 200
 # Around each panel's axes, and above all of them.
 LEFT, RIGHT, TOP, BOTTOM, HEAD = 46, 18, 34, 44, 64
+LEGEND = 880
+"""What the legend needs across, of six forms and the ideal."""
 COLORS = {"dense": "c1", "int8": "c2", "masked": "c3"}
 TICKS_LEFT = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 TICKS_SPEED = (0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
