@@ -38,7 +38,7 @@ def svg(models: list[dict]) -> str:
     """models: results as `benchmarks.removal.measure` gives them; a row of panels for each."""
     columns = max(len(result["sizes"]) for result in models)
     wide, high = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
-    width, height = columns * wide + 8, HEAD + len(models) * high
+    width, height = max(columns * wide + 8, LEGEND), HEAD + len(models) * high
     least, fastest, slowest = _ranges(models)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">',
