@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from fxc.errors import UsageError
 from fxc.ir import Input, Program, Signature
-from fxc.lower import choose, packed
+from fxc.lower import choose, cpu, packed
 from fxc.lower.cpu import lower_cpu
 from fxc.schemes.int8 import quantize_weight
 
@@ -65,6 +65,10 @@ def timing(as_int8, as_float=1.0):
 
 
 int8_wins = timing(0.1)
+
+
+def few_rows_win(*size):
+    return {1: (0.1, 1.0), 16: (0.1, 1.0), 128: (2.0, 1.0)}
 
 
 @pytest.fixture
@@ -200,7 +204,7 @@ def test_without_int8_instructions_everything_is_dequantized(x, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (3, 40), (0, 3)], ids=str)
 def test_weight_only_is_nearly_exact_on_both_sides_of_its_limit(x, shape):
     program = program_of(Block(), x, "int8_weight_only_linear")
-    lowered, report = lower_cpu(program, "eager", measure=int8_wins, bf16=False)
+    lowered, report = lower_cpu(program, "eager", measure=few_rows_win, bf16=False)
     assert {c.op for c in report} == {"int8 up to M=16, float above"}
     x = torch.randn(*shape, WIDTH)
     close(lowered(x), program.module()(x), 2e-4)
@@ -247,11 +251,30 @@ def test_decisions_follow_the_timings():
 
 
 def test_weight_only_decisions_follow_the_timings():
-    assert choose.split_limit({1: (1, 2), 8: (1, 2), 32: (1, 2)}) == 32
+    assert choose.split_limit({1: (1, 2), 8: (1, 2), 32: (1, 2)}) is None
     assert choose.split_limit({1: (1, 2), 8: (1, 2), 32: (3, 2)}) == 8
     assert choose.split_limit({1: (3, 2), 8: (1, 2), 32: (1, 2)}) == 0
     assert choose.split_limit({1: (2, 2), 8: (1, 2)}) == 0
-    assert choose.split_limit({1: (1, 2), 128: (1, 2)}) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_large_weight_only_layer_is_not_kept_twice(x, backend, monkeypatch):
+    program = program_of(Block(), x, "int8_weight_only_linear")
+    lowered, report = lower_cpu(program, backend, measure=few_rows_win, bf16=False)
+    assert {each.op for each in report} == {"int8 up to M=16, float above"}
+    monkeypatch.setattr(cpu, "SMALL_LAYER", 0)
+    lowered, report = lower_cpu(program, backend, measure=few_rows_win, bf16=False)
+    assert {each.op for each in report} == {"int8"} and all("more memory than was saved" in each.reason for each in report)
+    assert not any(t.dtype == torch.float32 and t.dim() == 2 for t in lowered.state_dict().values())
+    close(lowered(x), program.module()(x), 2e-4)
+
+
+def test_layers_stay_compressed_when_that_is_asked_for(x):
+    for op, form in (("int8_linear", "int8"), ("int8_weight_only_linear", "int8")):
+        program = program_of(Block(), x, op)
+        lowered, report = lower_cpu(program, "eager", measure=choose.compressed, bf16=False)
+        assert {(each.op, each.reason.partition(";")[0]) for each in report} == {(form, "asked for")}
+        close(lowered(x), program.module()(x), 2e-4)
 
 
 @pytest.mark.parametrize("weight_only, rows", [(False, choose.ROWS), (True, choose.WEIGHT_ONLY_ROWS)])
@@ -295,7 +318,7 @@ def test_inductor_follows_the_program_over_changing_shapes(x):
 @needs_compiler
 def test_inductor_weight_only(x):
     program = program_of(nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU()), x, "int8_weight_only_linear")
-    lowered, _ = lower_cpu(program, "inductor", measure=int8_wins, bf16=False)
+    lowered, _ = lower_cpu(program, "inductor", measure=few_rows_win, bf16=False)
     for shape in [(2, 7), (3, 40), (3, 5)]:
         x = torch.randn(*shape, WIDTH)
         close(lowered(x), program.module()(x), 2e-4)

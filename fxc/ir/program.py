@@ -92,21 +92,23 @@ class Program:
             graph, dict(self.constants), dict(self.aliases), copy.deepcopy(self.signature), copy.deepcopy(self.metadata)
         )
 
+    def graph_on(self, device: torch.device | str) -> fx.Graph:
+        """A copy of the graph in which what makes a tensor makes it on `device`."""
+        graph, device = self.copy().graph, torch.device(device)
+        for node in graph.nodes:
+            node.args = _move_devices(node.args, device)
+            node.kwargs = _move_devices(node.kwargs, device)
+        return graph
+
     def module(self, device: torch.device | str | None = None) -> fx.GraphModule:
         """A runnable module: flat input tensors positionally, a flat tuple of tensors back. Its constants share memory
         with the program's unless `device` asks for a copy elsewhere."""
-        program = self.copy()
-        if device is not None:
-            device = torch.device(device)
-            for node in program.graph.nodes:
-                node.args = _move_devices(node.args, device)
-                node.kwargs = _move_devices(node.kwargs, device)
+        graph = self.copy().graph if device is None else self.graph_on(device)
         # Under a name of their own, constants cannot collide with what a GraphModule has besides.
-        for node in program.graph.find_nodes(op="get_attr"):
+        for node in graph.find_nodes(op="get_attr"):
             node.target = f"constants.{node.target}"
-        root = {f"constants.{name}": t if device is None else t.to(device) for name, t in program.constants.items()}
-        module = fx.GraphModule(root, program.graph, class_name="Program")
-        return module.eval().requires_grad_(False)
+        root = {f"constants.{name}": t if device is None else t.to(device) for name, t in self.constants.items()}
+        return fx.GraphModule(root, graph, class_name="Program").eval().requires_grad_(False)
 
     def nbytes(self) -> int:
         """Bytes of the constants; a tied weight counts once."""

@@ -5,18 +5,14 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from fxc.lower.packed import SPLIT_ROWS, DenseLinear, Int4Linear, Int8Linear, SplitLinear, int8_product
-from fxc_kernels import int4_linear
+from fxc.lower.packed import DenseLinear, Int8Linear, SplitLinear, int8_product
 from fxc_kernels.int8_linear import quantize_rows
 
 # One token, a few sequences decoding together, one prompt.
 ROWS = (1, 16, 128)
-# Weight-only is for few rows: SplitLinear doubles them.
-WEIGHT_ONLY_ROWS = (1, 8, SPLIT_ROWS)
-# torch's int4 kernel unpacks the weights for every row anew.
-INT4_ROWS = (1, 2, 4)
+# SplitLinear doubles the rows: beside a bfloat16 product it wins for few.
+WEIGHT_ONLY_ROWS = (1, 8, 32, 128)
 # int8 has to win by this factor: what it saves must be above the noise of the measurement.
 MARGIN = 0.95
 # Both forms run in turns, so that another process slows both down; the best of each counts.
@@ -70,24 +66,19 @@ def measure(
     return timing
 
 
-@functools.cache
-def measure_int4(out_features: int, in_features: int, group: int, threads: int) -> Timing:
-    """Time the int4 and the float form of one bfloat16 layer [N, K] for each count in INT4_ROWS, as `measure` does."""
-    generator = torch.Generator().manual_seed(0)
-    qweight = torch.randint(0, 256, (out_features, in_features // 2), generator=generator, dtype=torch.uint8)
-    scale = torch.full((out_features, in_features // group), 1e-3)
-    layer = Int4Linear(qweight, scale, None, None, group)
-    dense = DenseLinear(int4_linear.dequantize(qweight, scale, None, group).bfloat16(), None)
-    timing: Timing = {}
-    for rows in INT4_ROWS:
-        x = torch.randn(rows, in_features, generator=generator).bfloat16()
-        timing[rows] = _race(functools.partial(layer, x), functools.partial(dense, x))
-    return timing
+def compressed(out_features: int, in_features: int, dtype: torch.dtype) -> Timing:
+    """Instead of `measure`, where the compressed form is wanted whatever its time: it never loses."""
+    return {rows: (0.0, float("inf")) for rows in WEIGHT_ONLY_ROWS}
 
 
-def describe(timing: Timing, form: str = "int8") -> str:
+def reason(timing: Timing) -> str:
+    asked = all(as_float == float("inf") for _, as_float in timing.values())
+    return "asked for" if asked else f"measured: {describe(timing)}"
+
+
+def describe(timing: Timing) -> str:
     """ "M=1: int8 31 us, float 44 us; ..." """
-    return "; ".join(f"M={m}: {form} {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
+    return "; ".join(f"M={m}: int8 {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
 
 
 def int8_from(timing: Timing) -> int | None:
@@ -109,22 +100,17 @@ def dense_limit(timing: Timing) -> int | None:
     return max((rows for rows in timing if rows < first), default=0)
 
 
-def split_limit(timing: Timing) -> int:
-    """Up to how many rows weight-only int8 is to be used: it wins at every measured row count up to there; 0 for never."""
+def split_limit(timing: Timing) -> int | None:
+    """Up to how many rows weight-only int8 wins: at every measured row count up to there; 0 for never, None for always."""
     limit = 0
     for rows in sorted(timing):
         as_int8, as_float = timing[rows]
-        if as_int8 > MARGIN * as_float or rows > SPLIT_ROWS:
-            break
+        if as_int8 > MARGIN * as_float:
+            return limit
         limit = rows
-    return limit
+    return None
 
 
 def cpu_has_int8() -> bool:
     """True when this CPU has int8 dot products (AVX512-VNNI or AMX) that oneDNN uses."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-
-
-def dequantized(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """qweight [N, K] * scale [N] as `dtype`."""
-    return (qweight.float() * scale[:, None]).to(dtype)

@@ -1,8 +1,8 @@
 """Lowering for the CPU: a Program becomes a callable module that uses what this processor is fast at."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,57 +10,20 @@ from torch import Tensor, fx, nn
 from fxc.errors import UsageError
 from fxc.lower import choose, formats, packed, traced
 from fxc.lower.choose import Timing
+from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
 from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
 # A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
 SMALL_LAYER = 1 << 21
+# int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
+INT4_AS_INT8 = 0.02
 
-_INT8 = torch.ops.fxc.int8_linear.default
-_WEIGHT_ONLY = torch.ops.fxc.int8_weight_only_linear.default
+_INT8 = formats.INT8
+_WEIGHT_ONLY = formats.INT8_WEIGHT_ONLY
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _LINEAR = torch.ops.aten.linear.default
 _ACTIVATIONS = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default)
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """How one layer was lowered. fqn: its name; op: the form chosen; reason: why, with numbers when it was measured."""
-
-    fqn: str
-    op: str
-    reason: str
-    out_features: int
-    in_features: int
-
-
-@dataclass
-class _Group:
-    """Layers of one op that read the same activation: one quantization and one product serve all of them.
-
-    arguments: of each node, constants as tensors; qweight, scale: of all of them together, where the op is an int8 one.
-    """
-
-    target: object
-    nodes: list[fx.Node]
-    arguments: list[tuple]
-    bias: Tensor | None
-    sizes: list[int]
-    columns: int
-    names: list[str]
-    qweight: Tensor | None = None
-    scale: Tensor | None = None
-
-    @property
-    def x(self) -> fx.Node:
-        return self.nodes[0].args[0]
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights of all of them as numbers, [N, K]."""
-        if self.qweight is not None:
-            return choose.dequantized(self.qweight, self.scale, dtype)
-        return _together([formats.dense_weight(self.target, args, dtype) for args in self.arguments])
-
 
 Measure = Callable[[int, int, torch.dtype], Timing]
 
@@ -73,7 +36,8 @@ def lower_cpu(
     Returns a module (flat input tensors positionally to a flat tuple of tensors) and a LayerChoice per rewritten node.
     The program is not changed; constants that no rewritten layer uses are shared with it.
 
-    measure: (N, K, dtype) -> Timing, instead of timing the two forms of a layer on this machine.
+    measure: (N, K, dtype) -> Timing, instead of timing the two forms of a layer on this machine; `choose.compressed` for
+    the compressed form whatever its time.
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
     query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
     no bfloat16 instructions.
@@ -98,6 +62,7 @@ class _Lowering:
         self.bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
         self.report: list[LayerChoice] = []
         self.expanded: set[str] = set()
+        self.rounded: tuple[Group, tuple[Tensor, Tensor, float]] | None = None
 
     def run(self) -> tuple[nn.Module, list[LayerChoice]]:
         self._expand_sparse_int8()
@@ -107,7 +72,7 @@ class _Lowering:
             self._lower_group(index, group)
         if self.backend == "eager":
             self._pack_dense_layers()
-        self._relax_views()
+        relax_views(self.graph)
         if self.backend == "inductor":
             for node in self.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
                 node.target = traced.gelu
@@ -118,53 +83,17 @@ class _Lowering:
         root = {name: value for name, value in self.attributes.items() if name in used}
         module = fx.GraphModule(root, self.graph, class_name="LoweredForCpu").eval().requires_grad_(False)
         if self.backend == "inductor":
-            return CompiledGraph(module, self._dynamic_dims()), self.report
+            return CompiledGraph(module, dynamic_dims(self.graph)), self.report
         return module, self.report
-
-    def _dynamic_dims(self) -> list[frozenset[int]]:
-        shapes = [node.meta["val"].shape for node in self.graph.find_nodes(op="placeholder")]
-        return [frozenset(d for d, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]
 
     # groups
 
-    def _groups(self) -> list[_Group]:
-        found: dict[tuple[fx.Node, object], list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            if node.op != "call_function" or node.target not in (_INT8, _WEIGHT_ONLY, *formats.NAMES):
-                continue
-            if not all(a.op == "get_attr" for a in node.args[1:] if isinstance(a, fx.Node)):
-                continue  # a bias that is computed: the op itself can run that
-            # One kernel reads int4 weights of one layout.
-            layout = (node.args[3] is None, node.args[5]) if node.target is formats.INT4 else None
-            found.setdefault((node.args[0], node.target, layout), []).append(node)
-        return [self._group(target, nodes) for (_, target, _), nodes in found.items()]
+    def _groups(self) -> list[Group]:
+        return find_groups(self.graph, self.attributes, (_INT8, _WEIGHT_ONLY, *formats.NAMES))
 
-    def _group(self, target: object, nodes: list[fx.Node]) -> _Group:
-        arguments = [
-            tuple(self.attributes[a.target] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
-            for node in nodes
-        ]
-        sizes = [args[1].shape[0] for args in arguments]
-        biases = [formats.bias_of(target, args) for args in arguments]
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([torch.zeros(size) if b is None else b.float() for b, size in zip(biases, sizes)])
-        group = _Group(
-            target,
-            nodes,
-            arguments,
-            bias,
-            sizes,
-            nodes[0].args[0].meta["val"].shape[-1],
-            [node.args[1].target.rpartition(".")[0] or node.args[1].target for node in nodes],
-        )
-        if target in (_INT8, _WEIGHT_ONLY):
-            group.qweight, group.scale = (_together([args[i] for args in arguments]) for i in (1, 2))
-        return group
-
-    def _lower_group(self, index: int, group: _Group) -> None:
-        dtype = group.x.meta["val"].dtype
-        if sum(group.sizes) * group.columns == 0:
+    def _lower_group(self, index: int, group: Group) -> None:
+        dtype = group.dtype
+        if group.is_empty:
             self._note(group, "unchanged", "the weight is empty")
             return
         form, limit, reason = self._decide(group, dtype)
@@ -172,99 +101,79 @@ class _Lowering:
         make = self._eager if self.backend == "eager" else self._traced
         with self.graph.inserting_before(group.nodes[0]):
             out = make(name, group, dtype, form, limit)
-            if len(group.nodes) == 1:
-                parts = [out]
-            else:
-                starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
-                parts = [
-                    self.graph.call_function(torch.narrow, (out, -1, start, size))
-                    for start, size in zip(starts, group.sizes)
-                ]
-        for node, part in zip(group.nodes, parts):
-            part.meta = dict(node.meta)
-            node.replace_all_uses_with(part)
-            self.graph.erase_node(node)
-        together = f"; one product with {', '.join(group.names)}" if len(group.nodes) > 1 else ""
-        self._note(group, form, reason + together)
+        replace(self.graph, group, out)
+        self._note(group, form, reason)
 
-    def _note(self, group: _Group, op: str, reason: str) -> None:
-        for name, size in zip(group.names, group.sizes):
-            expanded = "; 2:4 sparse as dense: no CPU kernel" if name in self.expanded else ""
-            self.report.append(LayerChoice(name, op, reason + expanded, size, group.columns))
+    def _note(self, group: Group, op: str, reason: str) -> None:
+        for each in group.choices(op, reason):
+            expanded = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in self.expanded else ""
+            self.report.append(dataclasses.replace(each, reason=each.reason + expanded))
 
-    def _decide(self, group: _Group, dtype: torch.dtype) -> tuple[str, int, str]:
-        """(form, limit, reason). int8 is used above `limit` rows; as weight-only, and int4, up to `limit` rows."""
+    def _decide(self, group: Group, dtype: torch.dtype) -> tuple[str, int, str]:
+        """(form, limit, reason). int8 is used above `limit` rows, and as weight-only up to `limit` rows."""
         rows, columns = sum(group.sizes), group.columns
-        if group.target in formats.NAMES:
-            return self._decide_format(group, rows, columns, dtype)
+        kind = formats.NAMES.get(group.target)
+        if kind is not None and group.target is not formats.INT4:
+            return "dequantized", 0, f"dequantized: no CPU kernel for {kind}"
         if self.measure is None and not choose.cpu_has_int8():
             return "dequantized", 0, "dequantized: this CPU has no int8 dot products (AVX512-VNNI, AMX)"
         if dtype not in (torch.float32, torch.bfloat16):
             return "dequantized", 0, f"dequantized: no int8 product takes {dtype} to {dtype} on a CPU"
-        weight_only = group.target is _WEIGHT_ONLY
+        keeps_activations, rounding = group.target is not _INT8, ""
+        if group.target is formats.INT4:
+            more = self._rounded(group)[2]
+            if not more <= INT4_AS_INT8:
+                return "dequantized", 0, f"dequantized: as int8 the error of int4 would be {more:.1%} larger"
+            rounding = f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger"
         if self.measure is None:
             # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
             # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
             whole = self.backend == "eager" or dtype != torch.float32
-            timing = choose.measure(rows, columns, dtype, weight_only, whole, torch.get_num_threads())
+            timing = choose.measure(rows, columns, dtype, keeps_activations, whole, torch.get_num_threads())
         else:
             timing = self.measure(rows, columns, dtype)
-        if weight_only:
-            limit = choose.split_limit(timing)
-            if limit == 0:
-                return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
-            return f"int8 up to M={limit}, float above", limit, f"measured: {choose.describe(timing)}"
-        limit = choose.dense_limit(timing)
-        if limit is None or (limit > 0 and rows * columns > SMALL_LAYER):
+        limit = choose.split_limit(timing) if keeps_activations else choose.dense_limit(timing)
+        is_large = rows * columns > SMALL_LAYER
+        if keeps_activations:
+            slower, always, mixed = limit == 0, limit is None, f"int8 up to M={limit}, float above"
+        else:
+            slower, always, mixed = limit is None, limit == 0, f"int8 above M={limit}, float below"
+        if slower or (is_large and not always and not keeps_activations):
             return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
-        form = "int8" if limit == 0 else f"int8 above M={limit}, float below"
-        return form, limit, f"measured: {choose.describe(timing)}"
+        reason = choose.reason(timing) + rounding
+        if is_large and not always:
+            reason += "; a float copy for more rows would take more memory than was saved"
+        return ("int8", 0, reason) if always or is_large else (mixed, limit, reason)
 
-    def _decide_format(self, group: _Group, rows: int, columns: int, dtype: torch.dtype) -> tuple[str, int, str]:
-        """int4 has a kernel, which wins for few rows in bfloat16; the other formats are numbers in float."""
-        kind = formats.NAMES[group.target]
-        if group.target is not formats.INT4:
-            return "dequantized", 0, f"dequantized: no CPU kernel for {kind}"
-        if dtype != torch.bfloat16 or rows % packed.INT4_ROWS:
-            what = f"{rows} outputs" if dtype == torch.bfloat16 else str(dtype)
-            return "dequantized", 0, f"dequantized: no CPU kernel for {kind} that takes {what}"
-        if self.backend != "eager":
-            return "dequantized", 0, f"dequantized: no CPU kernel for {kind} under {self.backend}"
-        measure = self.measure or (lambda n, k, _: choose.measure_int4(n, k, group.arguments[0][5], torch.get_num_threads()))
-        timing = measure(rows, columns, dtype)
-        limit = choose.split_limit(timing)
-        described = choose.describe(timing, "int4")
-        if limit == 0:
-            return "dequantized", 0, f"dequantized: int4 was slower ({described})"
-        return f"int4 up to M={limit}, float above", limit, f"measured: {described}"
+    def _int8_weight(self, group: Group) -> tuple[Tensor, Tensor]:
+        """(int8 [N, K], scale [N]) of the group's layers: their own, or int4 ones rounded once more."""
+        if group.target is formats.INT4:
+            return self._rounded(group)[:2]
+        return group.argument(1), group.argument(2)
+
+    def _rounded(self, group: Group) -> tuple[Tensor, Tensor, float]:
+        if self.rounded is None or self.rounded[0] is not group:
+            self.rounded = group, packed.rounded_to_int8(group.dense(torch.float32), group.argument(2))
+        return self.rounded[1]
 
     # forms
 
-    def _eager(self, name: str, group: _Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
-        qweight, scale, bias = group.qweight, group.scale, group.bias
+    def _eager(self, name: str, group: Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
         absorbs = group.target is _INT8 and form != "dequantized" and dtype == torch.float32
         activation = self._absorb_activation(group) if absorbs else None
-        dense = None
+        module = dense = None
         if form != "int8":
-            dense = packed.DenseLinear(group.dense(dtype), bias, activation)
-        if form == "dequantized":
-            module = dense
-        elif group.target is formats.INT4:
-            qweight, scale = (_together([args[i] for args in group.arguments]) for i in (1, 2))
-            zeros = [args[3] for args in group.arguments]
-            zero = None if zeros[0] is None else _together(zeros)
-            few = packed.Int4Linear(qweight, scale, zero, bias, group.arguments[0][5])
-            module = packed.ByRows(few, dense, limit)
-        elif group.target is _WEIGHT_ONLY:
-            module = packed.ByRows(packed.SplitLinear(qweight, scale, bias), dense, limit)
-        else:
-            module = packed.Int8Linear(qweight, scale, bias, activation)
+            module = dense = packed.DenseLinear(group.dense(dtype), group.bias, activation)
+        if form != "dequantized":
+            kind = packed.Int8Linear if group.target is _INT8 else packed.SplitLinear
+            module = kind(*self._int8_weight(group), group.bias, activation)
             if dense is not None:
-                module = packed.ByRows(dense, module, limit)
+                few, many = (dense, module) if group.target is _INT8 else (module, dense)
+                module = packed.ByRows(few, many, limit)
         self.attributes[name] = module
         return self.graph.call_module(name, (group.x,))
 
-    def _absorb_activation(self, group: _Group) -> Callable[[Tensor], Tensor] | None:
+    def _absorb_activation(self, group: Group) -> Callable[[Tensor], Tensor] | None:
         """The activation that alone reads a layer's result; its node leaves the graph."""
         if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
             return None
@@ -276,7 +185,7 @@ class _Lowering:
         self.graph.erase_node(user)
         return activation
 
-    def _traced(self, name: str, group: _Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
+    def _traced(self, name: str, group: Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
         def constant(suffix: str, value: Tensor | None) -> fx.Node | None:
             if value is None:
                 return None
@@ -290,11 +199,13 @@ class _Lowering:
             weight = constant("weight", group.dense(dtype))
         if form == "dequantized":
             return self.graph.call_function(_LINEAR, (group.x, weight, bias))
-        zero_point = constant("zero_point", torch.zeros(group.qweight.shape[0], dtype=torch.int32))
-        args = (group.x, constant("qweight", group.qweight), constant("scale", group.scale), zero_point, bias)
-        if group.target is _WEIGHT_ONLY:
-            return self.graph.call_function(traced.split_or_dense, (*args, weight, limit))
-        args = (*args, constant("zero_point_term", packed.zero_point_term(group.qweight, group.scale)))
+        qweight, scale = self._int8_weight(group)
+        zero_point = constant("zero_point", torch.zeros(qweight.shape[0], dtype=torch.int32))
+        args = (group.x, constant("qweight", qweight), constant("scale", scale), zero_point, bias)
+        if group.target is not _INT8:
+            function = traced.split_linear if weight is None else traced.split_or_dense
+            return self.graph.call_function(function, args if weight is None else (*args, weight, limit))
+        args = (*args, constant("zero_point_term", packed.zero_point_term(qweight, scale)))
         if weight is None:
             return self.graph.call_function(traced.int8_linear, args)
         return self.graph.call_function(traced.int8_or_dense, (*args, weight, limit))
@@ -331,12 +242,6 @@ class _Lowering:
             fqn = weight.target.removesuffix(".weight")
             self.report.append(LayerChoice(fqn, "bf16 packed", "kept in bfloat16", *value.shape))
 
-    def _relax_views(self) -> None:
-        """Slices of one product are not contiguous, so what was a view may have to copy."""
-        for target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            for node in self.graph.find_nodes(op="call_function", target=target):
-                node.target = torch.ops.aten.reshape.default
-
     def _attention_in_bfloat16(self) -> None:
         """float32 attention computes in bfloat16 when its query and key are int8 results, whose error is larger."""
         for node in self.graph.find_nodes(op="call_function", target=_ATTENTION):
@@ -354,10 +259,6 @@ class _Lowering:
                 back = self.graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
             back.meta = dict(node.meta)
             node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
-
-
-def _together(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _comes_from_int8(node: fx.Node) -> bool:

@@ -51,14 +51,16 @@ class Specialization:
 class CompiledGraph(nn.Module):
     """A GraphModule that runs compiled: flat tensors positionally, a flat tuple of tensors back.
 
-    dynamic: for each input, the dimensions whose size may change between calls.
+    dynamic: for each input, the dimensions whose size may change between calls. freezing: whether Inductor may lay out
+    constants anew, which on a CPU is what makes them fast and elsewhere only keeps them twice.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, dynamic: list[frozenset[int]]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, dynamic: list[frozenset[int]], freezing: bool = True) -> None:
         super().__init__()
         require_compiler()
         self.graph_module = graph_module
         self.dynamic = dynamic
+        self.freezing = freezing
         self._known: dict[tuple, list[Specialization]] = {}
         self._lock = threading.Lock()
 
@@ -99,6 +101,6 @@ class CompiledGraph(nn.Module):
             context = StatelessSymbolicContext(dynamic_sizes=kinds, constraint_sizes=[None] * tensor.dim())
             fakes.append(mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"in{i}")))
         with torch.no_grad():
-            run = compile_fx(self.graph_module, fakes, config_patches={"freezing": True})
+            run = compile_fx(self.graph_module, fakes, config_patches={"freezing": self.freezing})
         conditions = shapes.produce_guards_expression(fakes)
         return Specialization(run, compile(conditions, "<shapes>", "eval") if conditions else None)

@@ -8,15 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fxc_kernels import int4_linear
 from fxc_kernels.int8_linear import INT8_MAX, INT8_MIN, INT8_STEPS, ZERO_ROW
 
-# Up to this many rows, int8 weights may be read for float activations as two int8 products (see SplitLinear).
-SPLIT_ROWS = 32
+# Rows are gone through in blocks of at least this many.
+BLOCK_ROWS = 32
 # q2 of the split: the remainder of rounding lies in [-1/2, 1/2], so 254 spreads it over the int8 range.
 SPLIT = 254.0
-# torch's int4 kernel takes weights whose number of rows is a multiple of this.
-INT4_ROWS = 16
 # Temporaries above this many bytes leave the cache, and malloc maps fresh pages for them on every call.
 BLOCK_BYTES = 1 << 21
 
@@ -24,6 +21,14 @@ BLOCK_BYTES = 1 << 21
 def pack_int8(qweight: Tensor) -> Tensor:
     """int8 [N, K] -> an opaque oneDNN tensor, for `int8_product`."""
     return torch.ops.onednn.qlinear_prepack(qweight.contiguous(), None)
+
+
+def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """float32 int4 weight [N, K], its scales [N, groups] -> (int8 [N, K], scale float32 [N], by what factor the error of int4
+    has grown, minus 1). Rounding errors are as large as steps: the step of a row against the steps of its groups."""
+    scale = symmetric_scales(weight)
+    more = (scale / int4_scale.float().abs()).square().mean().add(1).sqrt().sub(1)
+    return (weight / scale).round_().to(torch.int8), scale.flatten(), more.item()
 
 
 def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -86,7 +91,7 @@ class _Rows(nn.Module):
         self.bias = None if bias is None else bias.float()
         self.activation = activation
         self.zero_point = torch.zeros(self.out_features, dtype=torch.int64)
-        self.block = max(SPLIT_ROWS, BLOCK_BYTES // (4 * max(self.in_features, self.out_features)))
+        self.block = max(BLOCK_ROWS, BLOCK_BYTES // (4 * max(self.in_features, self.out_features)))
 
     def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """float32 rows [M, K], M > 0 -> (float32 [M, N] without row scale and bias, row scale [M, 1])."""
@@ -129,7 +134,7 @@ class Int8Linear(_Rows):
 
 
 class SplitLinear(_Rows):
-    """fxc::int8_weight_only_linear for few rows: x = s * (q1 + q2 / 254) as 2M int8 rows, relative error 3e-5.
+    """fxc::int8_weight_only_linear: x = s * (q1 + q2 / 254) as 2M int8 rows, relative error 3e-5.
 
     The weights are read once, as int8, and the activations keep 16 bits.
     """
@@ -144,29 +149,6 @@ class SplitLinear(_Rows):
         q[count:].mul_(SPLIT).round_()
         halves = int8_product(q.to(torch.int8), self.packed, self.scale, self.zero_point)
         return halves[:count].add_(halves[count:], alpha=1 / SPLIT), scale
-
-
-class Int4Linear(nn.Module):
-    """fxc::int4_weight_only_linear for few rows of bfloat16, on torch's kernel for it. N must be a multiple of INT4_ROWS."""
-
-    def __init__(self, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int) -> None:
-        super().__init__()
-        self.out_features, self.in_features, self.group = qweight.shape[0], 2 * qweight.shape[1], group
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(int4_linear.unpack(qweight).int(), 1)
-        # The kernel's weight is (q - 8) * scale + offset.
-        scale = scale.float()
-        offset = torch.zeros_like(scale) if zero is None else (int4_linear.MIDDLE - zero.float()) * scale
-        self.scale_and_offset = torch.stack([scale, offset], dim=-1).transpose(0, 1).contiguous().bfloat16()
-        self.bias = None if bias is None else bias.bfloat16()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            return x.new_zeros(*x.shape[:-1], self.out_features)
-        rows = x.reshape(-1, self.in_features)
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.scale_and_offset)
-        if self.bias is not None:
-            out += self.bias
-        return out.view(*x.shape[:-1], self.out_features)
 
 
 class DenseLinear(nn.Module):

@@ -75,10 +75,10 @@ def int8_or_dense(x, qweight, scale, zero_point, bias, zero_point_term, weight, 
     return int8_linear(x, qweight, scale, zero_point, bias, zero_point_term)
 
 
-def split_or_dense(x, qweight, scale, zero_point, bias, weight, limit):
-    """fxc::int8_weight_only_linear: two int8 products (see fxc.lower.packed) up to `limit` rows, a float linear above."""
-    if x.numel() == 0 or x.numel() > limit * x.shape[-1]:
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+def split_linear(x, qweight, scale, zero_point, bias):
+    """fxc::int8_weight_only_linear as two int8 products (see fxc.lower.packed)."""
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], qweight.shape[0])
     rows = x.reshape(-1, x.shape[-1]).float()
     row_scale = symmetric_scales(rows)
     scaled = rows * row_scale.reciprocal()
@@ -87,6 +87,13 @@ def split_or_dense(x, qweight, scale, zero_point, bias, weight, limit):
     halves = _product(torch.cat([first, rest]).to(torch.int8), qweight, scale, zero_point)
     count = rows.shape[0]
     return _finish(halves[:count] + halves[count:] * (1 / SPLIT), row_scale, x, bias)
+
+
+def split_or_dense(x, qweight, scale, zero_point, bias, weight, limit):
+    """`split_linear` up to `limit` rows, a float linear over `weight` above."""
+    if x.numel() == 0 or x.numel() > limit * x.shape[-1]:
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return split_linear(x, qweight, scale, zero_point, bias)
 
 
 # erf(x) = x * P(x^2) / Q(x^2) on [-4, 4], the coefficients of Eigen's float32 erf (unsupported/SpecialFunctions, 3.3).
