@@ -56,8 +56,8 @@ def markdown(result: dict) -> str:
         "",
         f"Compiled with Triton {result['triton']} on a machine without a GPU; nothing here was run on one. Spilled: bytes a "
         "thread keeps in local memory. Resident warps: how many of a multiprocessor's 64 registers and shared memory leave "
-        "room for. Tensor-core instructions and 128-bit loads (of the weight, or of what a kernel without one reads) are "
-        "counted in PTX.",
+        "room for. Tensor-core instructions and 128-bit loads (of the weight, or of what a kernel without one reads; for "
+        "kernels with tma the copies by the TMA) are counted in PTX.",
     ]
     for chip in CHIPS:
         lines += ["", f"## sm_{chip}, {SHARED_LIMIT[chip] // 1024} KB of shared memory for a block", ""]

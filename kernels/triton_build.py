@@ -16,9 +16,14 @@ from triton.compiler import ASTSource
 from fxc_kernels import (
     triton_int4_linear,
     triton_norm_quantize,
+    triton_persistent_mm,
     triton_quantize_rows,
+    triton_rms_norm,
+    triton_rope,
     triton_scaled_mm,
     triton_sparse24,
+    triton_sparse24_mma,
+    triton_sparse24_prepacked,
     triton_weight_only,
 )
 from fxc_kernels.triton_tile import Build
@@ -29,14 +34,20 @@ WIDE = (
     r"ld\.global[\w.:]*\.v4\.(?:b32|u32|f32)|ld\.global[\w.:]*\.v2\.(?:b64|u64)"
     r"|cp\.async\.cg\.shared\.global [^;]*, 0x10|cp\.async\.cg\.shared\.global [^;]*, 16"
 )
+TMA = r"cp\.async\.bulk\.tensor\.[\w.]*shared::\w+\.global\."
 # Each has `builds(capability)`: everything that it ships.
 MODULES = (
     triton_quantize_rows,
     triton_norm_quantize,
+    triton_rms_norm,
+    triton_rope,
     triton_scaled_mm,
+    triton_persistent_mm,
     triton_weight_only,
     triton_int4_linear,
     triton_sparse24,
+    triton_sparse24_mma,
+    triton_sparse24_prepacked,
 )
 
 
@@ -44,7 +55,7 @@ MODULES = (
 class Resources:
     """registers: a thread's; spilled: bytes a thread keeps in local memory; shared: bytes a block needs;
     instructions: how often the PTX holds the expected tensor-core instruction;
-    wide: how many 128-bit loads of the weight it has (of `Build.wide`)."""
+    wide: how many 128-bit loads of the weight it has (of `Build.wide`), or how many copies by the TMA."""
 
     registers: int
     spilled: int
@@ -59,8 +70,8 @@ def builds(capability: int) -> list[Build]:
 
 
 def compile_for(build: Build, capability: int) -> Resources:
-    """`build` compiled for compute capability `capability` (80, 90). Pointers and sizes are taken as multiples of 16."""
-    made = _compile(build, capability)
+    """`build` compiled for compute capability `capability` (80, 90)."""
+    made = compiled(build, capability)
     ptx = made.asm["ptx"]
     registers, spilled = _usage(made.asm["cubin"])
     instructions = len(re.findall(build.instruction, ptx)) if build.instruction else 0
@@ -68,7 +79,10 @@ def compile_for(build: Build, capability: int) -> Resources:
 
 
 def _wide_loads(ptx: str, address: str) -> int:
-    """How many 128-bit loads come from a source line that says tl.load(address...: PTX says of each instruction which."""
+    """How many 128-bit loads come from a source line that says tl.load(address...: PTX says of each instruction which.
+    Of "tma", how many copies the TMA makes."""
+    if address == "tma":
+        return len(re.findall(TMA, ptx))
     files = re.findall(r'^\s*\.file\s+(\d+) "([^"]+)"', ptx, re.MULTILINE)
     sources = {number: Path(path).read_text().splitlines() for number, path in files}
     count, line = 0, ""
@@ -81,19 +95,21 @@ def _wide_loads(ptx: str, address: str) -> int:
     return count
 
 
-def _compile(build: Build, capability: int):
+def compiled(build: Build, capability: int):
+    """What Triton makes of it: asm["ptx"], asm["cubin"], metadata."""
     assert list(build.arguments) == build.kernel.arg_names, f"{build.name}: {build.kernel.arg_names}"
     typed = {name for name, value in build.arguments.items() if isinstance(value, str) and _is_type(value)}
     signature = {name: value if name in typed else "constexpr" for name, value in build.arguments.items()}
     constants = {name: value for name, value in build.arguments.items() if name not in typed}
-    places = [at for at, name in enumerate(build.arguments) if name in typed]
-    source = ASTSource(build.kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in places})
+    hinted = {name for name in typed if name not in build.unaligned and not signature[name].startswith("tensordesc")}
+    attributes = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(build.arguments) if name in hinted}
+    source = ASTSource(build.kernel, signature, constants, attributes)
     options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": build.fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _is_type(text: str) -> bool:
-    return text.startswith("*") or text in ("i32", "i64", "fp32")
+    return text.startswith(("*", "tensordesc<")) or text in ("i32", "i64", "fp32")
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -20,22 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxc_kernels.dispatch import config_for
 from fxc_kernels.triton_tile import (
     INTERPRETED,
     Build,
     Config,
     capability_of,
-    check_activation,
-    choose,
+    check_vectors,
     dot_floats,
     flat_rows,
     insert_before,
+    on_device_of_first,
+    output_columns,
     reduce_parts,
 )
 from fxc_kernels.triton_weight_only import (
     GEMV_ROWS,
-    SKINNY_ROWS,
     bf16_instruction,
+    check_gemv_rows,
+    is_large,
     large_product,
     load_ahead,
     store_result,
@@ -44,26 +47,26 @@ from fxc_kernels.triton_weight_only import (
 GROUPS = (32, 64, 128)
 # From the literature and compiled without spills; not yet measured by this project. The k of a skinny kernel is the group.
 _GEMV = (
-    Config(1, 1, 8, 1024, 4, 2, split=2),
-    Config(2, 2, 8, 1024, 4, 2, split=2),
-    Config(GEMV_ROWS, 4, 4, 1024, 4, 2, split=2),
+    Config(1, 1, 8, 1024, 4, 2, split=2, fill=16),
+    Config(2, 2, 8, 1024, 4, 2, split=2, fill=16),
+    Config(GEMV_ROWS, 4, 4, 1024, 4, 2, split=2, fill=16),
 )
 # Small groups have tiles of more rows, so that a thread still loads 16 bytes at a time.
 _SKINNY = {
     128: (
-        Config(16, 16, 64, 128, 4, 4, split=8),
-        Config(32, 32, 64, 128, 4, 4, split=4),
-        Config(64, 64, 64, 128, 4, 3, split=2),
+        Config(16, 16, 64, 128, 4, 4, split=8, fill=8),
+        Config(32, 32, 64, 128, 4, 4, split=4, fill=8),
+        Config(64, 64, 64, 128, 4, 3, split=2, fill=8),
     ),
     64: (
-        Config(16, 16, 128, 64, 4, 4, split=8),
-        Config(32, 32, 128, 64, 4, 4, split=4),
-        Config(64, 64, 128, 64, 8, 4, split=2),
+        Config(16, 16, 128, 64, 4, 4, split=8, fill=8),
+        Config(32, 32, 128, 64, 4, 4, split=4, fill=8),
+        Config(64, 64, 128, 64, 8, 4, split=2, fill=8),
     ),
     32: (
-        Config(16, 16, 256, 32, 4, 5, split=8),
-        Config(32, 32, 256, 32, 8, 5, split=8),
-        Config(64, 64, 256, 32, 8, 5, split=4),
+        Config(16, 16, 256, 32, 4, 5, split=8, fill=8),
+        Config(32, 32, 256, 32, 8, 5, split=8, fill=8),
+        Config(64, 64, 256, 32, 8, 5, split=4, fill=8),
     ),
 }
 CONFIGS = {group: {80: (*_GEMV, *skinny)} for group, skinny in _SKINNY.items()}
@@ -219,6 +222,7 @@ def int4_dequantize_kernel(w, out, scale, zero, N, K, GROUP: tl.constexpr, BLOCK
     tl.store(at + HALF, (small_float(raw >> 4, z, tl.float32) * s).to(out.dtype.element_ty), mask=inside)
 
 
+@on_device_of_first
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] as `dtype`, from what `prepack` made; computed in float32."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
@@ -229,24 +233,28 @@ def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int, d
     return out
 
 
+@on_device_of_first
 def int4_weight_only_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, *,
     activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference on a GPU, then `activation`, with `packed` from `prepack`. A given config also decides the kernel."""
-    check_activation(activation)
     outputs, columns = packed.shape[0], 2 * packed.shape[1]
     if x.shape[-1] != columns or columns % group or group not in GROUPS or not packed.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)}, contiguous weight [{outputs}, {columns}] and group {group} do not fit")
+    check_vectors(outputs * (columns // group), scale=scale, zero=zero)
+    check_vectors(outputs, bias=bias)
     flat = flat_rows(x)
     rows = flat.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], output_columns(outputs, activation))
+    out = torch.empty(rows, shape[-1], dtype=x.dtype, device=x.device)
     if out.numel() == 0:
-        return out.reshape(*x.shape[:-1], outputs)
-    if config is None and rows > SKINNY_ROWS:
+        return out.reshape(shape)
+    if config is None and is_large(flat):
         weight = dequantize(packed, scale, zero, group, x.dtype)
-        return large_product(flat, weight, bias, activation).reshape(*x.shape[:-1], outputs)
-    config = config or choose(CONFIGS[group], capability_of(x), rows)
+        return large_product(flat, weight, bias, activation).reshape(shape)
+    config = config or config_for(f"int4_g{group}", flat, outputs, columns, CONFIGS[group])
+    check_gemv_rows(config, rows)
     gemv = config.m <= GEMV_ROWS
     # A part is whole tiles for the GEMV, whose tile is whole groups, and whole groups for the other.
     tile = max(config.k, group) if gemv else group
@@ -266,7 +274,7 @@ def int4_weight_only_linear(
         int4_skinny_kernel[grid](flat, packed, *arguments, AHEAD=load_ahead(capability_of(x)), **options)
     if parts is not None:
         reduce_parts(parts, out, None, None, None, None, bias, activation)
-    return out.reshape(*x.shape[:-1], outputs)
+    return out.reshape(shape)
 
 
 def builds(capability: int) -> list[Build]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxc_kernels.triton_quantize_rows import KEPT, row_block, store_quantized
-from fxc_kernels.triton_tile import Build, flat_rows
+from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_of_first
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -71,12 +71,16 @@ def _outputs(rows: int, columns: int, dtype: torch.dtype, device) -> tuple[Tenso
     return q, scale, torch.empty(rows, dtype=torch.int32, device=device) if dtype == torch.int8 else None
 
 
+@on_device_of_first
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """x [..., K], weight [K] -> (q [M, K], scale [M], zero [M] or None, x + residual [..., K])."""
     flat = flat_rows(x)
     rows, columns = flat.shape
+    check_vectors(columns, weight=weight)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
     q, scale, zero = _outputs(rows, columns, dtype, x.device)
     total = flat if residual is None else torch.empty_like(flat)
     if rows:
@@ -88,6 +92,7 @@ def rms_norm_quantize(
     return q, scale, zero, total.reshape(x.shape)
 
 
+@on_device_of_first
 def silu_mul_quantize(merged: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor | None]:
     """merged [..., 2 F], gate then up -> silu(gate) * up as (q [M, F], scale [M], zero [M] or None)."""
     if merged.shape[-1] % 2:

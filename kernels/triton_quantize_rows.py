@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.triton_tile import ROUND, Build, flat_rows
+from fxc_kernels.triton_tile import ROUND, Build, flat_rows, on_device_of_first
 
 # A row of more numbers than this is read twice, the second time from the cache, instead of being kept in registers.
 KEPT = 32768
@@ -109,6 +109,7 @@ def row_block(columns: int, kept: int = KEPT) -> tuple[int, int, bool]:
     return whole, min(max(whole // 1024, 1), 16), True
 
 
+@on_device_of_first
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [..., K] float, K > 0 -> (q `dtype` [M, K], scale float32 [M], zero point int32 [M], or None for float8_e4m3fn)."""
     if dtype not in (torch.int8, torch.float8_e4m3fn):

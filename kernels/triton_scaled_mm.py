@@ -4,9 +4,13 @@ The reference of `scaled_mm` is `scaled_mm_reference`; `int8_linear` and `fp8_li
 and theirs are `fxc_kernels.int8_linear.int8_linear_reference` and `fxc_kernels.fp8_linear.fp8_linear_reference`. Weights stay
 [N, K], the layout that 8-bit tensor cores and 16-byte loads want. Up to 64 rows the product is out^T = W x^T and K is cut
 into `split` parts, whose sums go to a workspace and are added in order by a second kernel: the result is the same every time.
+Adding them in the last program that finishes would save that launch, but needs counters in memory that are zero before and
+after, and two graphs that replay at once would share them. From 1024 rows on, sm_90 has `triton_persistent_mm`.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -14,13 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fxc_kernels import triton_quantize_rows
+from fxc_kernels.dispatch import config_for
+from fxc_kernels.triton_persistent_mm import fits, persistent_mm
 from fxc_kernels.triton_tile import (
     Build,
     Config,
     capability_of,
-    check_activation,
-    choose,
+    check_vectors,
     finish,
+    finish_in_halves,
+    on_device_of_first,
+    output_columns,
     reduce_parts,
     reduce_parts_kernel,
     swizzled_tile,
@@ -44,8 +52,9 @@ CONFIGS = {
         Config(32, 32, 64, 256, 4, 5, split=4),
         Config(64, 64, 64, 256, 4, 4, split=2),
         Config(256, 64, 128, 128, 4, 4),
-        Config(1024, 128, 128, 128, 8, 4),
-        Config(None, 128, 256, 128, 8, 4),
+        Config(1023, 128, 128, 128, 8, 4),
+        # That the persistent kernel is faster here is what the literature says of others like it.
+        Config(None, 128, 256, 128, 8, 4, tma=True),
     ),
 }
 GROUP = 8
@@ -84,7 +93,7 @@ def scaled_mm_kernel(
         acc = tl.dot(a, tl.trans(b), acc, out_dtype=ACC)
         q_at += BLOCK_K
         w_at += BLOCK_K
-    finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
+    finish_in_halves(acc, rm, tile_n * BLOCK_N, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
 
 
 @triton.jit
@@ -128,6 +137,7 @@ def part_length(columns: int, config: Config) -> tuple[int, int]:
     return length, max(triton.cdiv(columns, length), 1)
 
 
+@on_device_of_first
 def scaled_mm(
     q: Tensor, row_scale: Tensor, zero: Tensor | None, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, *,
     column_sum: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, activation: str = "none",
@@ -135,7 +145,6 @@ def scaled_mm(
 ) -> Tensor:  # fmt: skip
     """`scaled_mm_reference` on a GPU, rounded to `dtype`, then `activation`. column_sum int32 [N]: the sums of qweight's
     rows, which `zero` needs; computed here when it is None."""
-    check_activation(activation)
     (rows, columns), outputs = q.shape, qweight.shape[0]
     if q.dtype != qweight.dtype or q.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise TypeError(f"rows and weights must both be int8 or both float8_e4m3fn, got {q.dtype} and {qweight.dtype}")
@@ -143,24 +152,28 @@ def scaled_mm(
         raise ValueError(f"rows {tuple(q.shape)} and weights {tuple(qweight.shape)} must be contiguous and of one K")
     if q.dtype == torch.int8 and columns > INT32_COLUMNS:
         raise ValueError(f"K = {columns} is more than {INT32_COLUMNS}, beyond which int32 sums can overflow")
-    capability = capability_of(q)
+    check_vectors(rows, row_scale=row_scale, zero=zero)
+    check_vectors(outputs, scale=scale, bias=bias, column_sum=column_sum)
     if q.dtype == torch.float8_e4m3fn and q.is_cuda:
-        check_fp8(capability)
-    out = torch.empty(rows, outputs, dtype=dtype, device=q.device)
+        check_fp8(capability_of(q))
+    out = torch.empty(rows, output_columns(outputs, activation), dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out
     if zero is not None and column_sum is None:
         column_sum = qweight.sum(dim=1, dtype=torch.int32)
     acc = tl.int32 if q.dtype == torch.int8 else tl.float32
-    skinny = rows <= SKINNY_ROWS
-    config = config or choose(CONFIGS, capability, rows)
+    kind = "int8" if q.dtype == torch.int8 else "fp8"
+    config = config or config_for(kind, q, outputs, columns, CONFIGS)
     epilogue = (row_scale, zero, scale, column_sum, bias)
+    if config.tma and fits(q, qweight, out):
+        persistent_mm(q, qweight, out, epilogue, activation, config)
+        return out
     shared = {
         "ACC": acc, "WHOLE_K": columns % config.k == 0, "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k,
         "num_warps": config.warps, "num_stages": config.stages,
     }  # fmt: skip
     tiles_m, tiles_n = triton.cdiv(rows, config.m), triton.cdiv(outputs, config.n)
-    if not skinny:
+    if rows > SKINNY_ROWS or config.tma:
         scaled_mm_kernel[(tiles_m * tiles_n,)](
             q, qweight, out, *epilogue, rows, outputs, columns, GROUP_M=GROUP, ACTIVATION=activation, **shared
         )
@@ -196,7 +209,7 @@ def int8_linear(
         q, row_scale, zero, qweight, scale, bias,
         column_sum=column_sum, dtype=x.dtype, activation=activation, config=config,
     )  # fmt: skip
-    return out.reshape(*x.shape[:-1], qweight.shape[0])
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def fp8_linear(
@@ -208,7 +221,7 @@ def fp8_linear(
         check_fp8(capability_of(x))
     q, row_scale, _ = triton_quantize_rows.quantize_rows(x, torch.float8_e4m3fn)
     out = scaled_mm(q, row_scale, None, qweight, scale, bias, dtype=x.dtype, activation=activation, config=config)
-    return out.reshape(*x.shape[:-1], qweight.shape[0])
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def builds(capability: int) -> list[Build]:
@@ -247,5 +260,6 @@ def _build(kind: str, config: Config, skinny: bool, capability: int) -> Build:
     }  # fmt: skip
     types = "s8.s8" if kind == "int8" else "e4m3.e4m3"
     instruction = rf"wgmma\.mma_async\.[\w.]*{types}" if capability == 90 else rf"mma\.sync\.[\w.]*{types}"
-    name = f"{kind} {'skinny' if skinny else 'gemm'} {config}"
+    # A configuration for the TMA is also that of the kernel with pointers, for what the TMA cannot read.
+    name = f"{kind} {'skinny' if skinny else 'gemm'} {replace(config, tma=False)}"
     return Build(name, skinny_mm_kernel if skinny else scaled_mm_kernel, arguments, config.warps, config.stages, instruction)

@@ -3,7 +3,7 @@
 References: `fxc_kernels.sparse24_linear.sparse24_linear_reference` and `int8_sparse24_linear_reference`. For up to 64 rows
 (tokens), where bytes are what a product costs, the dense tile of out^T = W x^T is made from the stored values and their
 positions right before tensor cores read it. Beyond, the dense matrix is made once: torch's own product takes it, or
-`fxc_kernels.triton_scaled_mm` for int8.
+`fxc_kernels.triton_scaled_mm` for int8. `fxc_kernels.triton_sparse24_prepacked` saves the products too; float32 is only here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from fxc_kernels.triton_tile import (
     Build,
     Config,
     capability_of,
-    check_activation,
+    check_vectors,
     choose,
     dot_floats,
     finish,
     flat_rows,
+    on_device_of_first,
+    output_columns,
+    processors_of,
     reduce_parts,
 )
 from fxc_kernels.triton_weight_only import large_product
@@ -118,6 +121,7 @@ def sparse24_dense_kernel(w, meta, out, N, K, value_row, meta_row, BLOCK_N: tl.c
     tl.store(out + row_n * K + rk[None, :], tile, mask=(rn < N)[:, None] & (rk < K)[None, :])
 
 
+@on_device_of_first
 def dense(values: Tensor, meta: Tensor) -> Tensor:
     """values [N, K/2], meta uint8 [N, K/8] -> the matrix [N, K]."""
     rows, columns = values.shape[0], 2 * values.shape[1]
@@ -139,7 +143,7 @@ def _check(x: Tensor, values: Tensor, meta: Tensor) -> None:
 def _skinny(flat, values, meta, out, epilogue, acc, activation: str, config: Config | None) -> None:
     """out [M, N] from rows of the values' dtype; epilogue: row_scale, zero, scale, column_sum, bias."""
     (rows, columns), outputs = flat.shape, values.shape[0]
-    config = config or choose(CONFIGS, capability_of(flat), rows)
+    config = config or choose(CONFIGS, capability_of(flat), rows, outputs, processors_of(flat))
     length, split = part_length(columns, config)
     kind = torch.int32 if acc == tl.int32 else torch.float32
     parts = torch.empty(split, rows, outputs, dtype=kind, device=out.device) if split > 1 else None
@@ -153,32 +157,32 @@ def _skinny(flat, values, meta, out, epilogue, acc, activation: str, config: Con
         reduce_parts(parts, out, *epilogue, activation)
 
 
+@on_device_of_first
 def sparse24_linear(
     x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None = None, *,
     activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse24_linear_reference` on a GPU, then `activation`."""
-    check_activation(activation)
     _check(x, values, meta)
+    check_vectors(values.shape[0], bias=bias)
     flat = flat_rows(x)
-    outputs = values.shape[0]
-    out = torch.empty(flat.shape[0], outputs, dtype=x.dtype, device=x.device)
+    out = torch.empty(flat.shape[0], output_columns(values.shape[0], activation), dtype=x.dtype, device=x.device)
     if out.numel() and config is None and flat.shape[0] > SKINNY_ROWS:
         out = large_product(flat, dense(values, meta), bias, activation)
     elif out.numel():
         _skinny(flat, values, meta, out, (None, None, None, None, bias), tl.float32, activation, config)
-    return out.reshape(*x.shape[:-1], outputs)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
+@on_device_of_first
 def int8_sparse24_linear(
     x: Tensor, qweight: Tensor, meta: Tensor, scale: Tensor, bias: Tensor | None = None, *,
     column_sum: Tensor | None = None, activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_sparse24_linear_reference` on a GPU, then `activation`. column_sum int32 [N]: the sums of qweight's rows."""
-    check_activation(activation)
     _check(x, qweight, meta)
+    check_vectors(qweight.shape[0], scale=scale, bias=bias, column_sum=column_sum)
     q, row_scale, zero = triton_quantize_rows.quantize_rows(x)
-    outputs = qweight.shape[0]
     if column_sum is None:
         column_sum = qweight.sum(dim=1, dtype=torch.int32)
     if config is None and q.shape[0] > SKINNY_ROWS:
@@ -186,11 +190,11 @@ def int8_sparse24_linear(
             q, row_scale, zero, dense(qweight, meta), scale, bias,
             column_sum=column_sum, dtype=x.dtype, activation=activation,
         )  # fmt: skip
-        return out.reshape(*x.shape[:-1], outputs)
-    out = torch.empty(q.shape[0], outputs, dtype=x.dtype, device=x.device)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+    out = torch.empty(q.shape[0], output_columns(qweight.shape[0], activation), dtype=x.dtype, device=x.device)
     if out.numel():
         _skinny(q, qweight, meta, out, (row_scale, zero, scale, column_sum, bias), tl.int32, activation, config)
-    return out.reshape(*x.shape[:-1], outputs)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def builds(capability: int) -> list[Build]:

@@ -7,14 +7,17 @@ want, and on sm_90 the only operand that they take from registers, where int8 an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import re
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+# silu_mul is for weights whose rows alternate, gate and up (fxc_kernels.interleaved): of N columns it leaves N / 2.
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "silu_mul")
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even. libdevice's rint does the
 # same, but not in the interpreter.
 ROUND = tl.constexpr(12582912.0)
@@ -25,7 +28,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @dataclass(frozen=True)
 class Config:
     """One shipped configuration. rows: the largest number of rows (tokens) it is meant for, None for any; m, n, k: the tile;
-    split: into how many parts K is cut."""
+    split: into how many parts K is cut; tma: the persistent kernel of `triton_persistent_mm`; fill: how many programs for
+    each multiprocessor are enough, beyond which `choose` does not cut K."""
 
     rows: int | None
     m: int
@@ -34,10 +38,21 @@ class Config:
     warps: int
     stages: int
     split: int = 1
+    tma: bool = False
+    fill: int = 2
 
     def __str__(self) -> str:
         split = f" split {self.split}" if self.split > 1 else ""
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{split}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{split}{' tma' if self.tma else ''}"
+
+    @staticmethod
+    def parse(text: str) -> Config:
+        """What str() of a configuration wrote, for any number of rows. Raises ValueError."""
+        found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)(?: split (\d+))?( tma)?", text)
+        if not found:
+            raise ValueError(f"{text!r} is no configuration: write MxNxK, warps and stages as in 16x64x256 w4 s5 split 4")
+        *sizes, split, tma = found.groups()
+        return Config(None, *(int(size) for size in sizes), split=int(split or 1), tma=bool(tma))
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,8 @@ class Build:
 
     arguments: of each parameter a Triton type ("*bf16", "i32") or, for a constexpr, its value. instruction: what its PTX has
     to hold, as a regular expression, or "" for kernels that use no tensor cores. wide: what the source calls the address, as a
-    rule of the weights, that has to be loaded 128 bits at a time.
+    rule of the weights, that has to be loaded 128 bits at a time, or "tma" for what the TMA has to load.
+    unaligned: which pointers and sizes are not multiples of 16.
     """
 
     name: str
@@ -57,6 +73,7 @@ class Build:
     instruction: str = ""
     wide: str = "w"
     fp_fusion: bool = True
+    unaligned: tuple[str, ...] = ()
 
 
 def insert_before(arguments: dict[str, object], place: str, name: str, value: object) -> dict[str, object]:
@@ -69,10 +86,15 @@ def insert_before(arguments: dict[str, object], place: str, name: str, value: ob
     return made
 
 
-def choose(configs: dict[int, tuple[Config, ...]], capability: int, rows: int) -> Config:
-    """The first configuration for `rows` in the table of the newest generation that is not newer than the chip."""
+def choose(
+    configs: dict[int, tuple[Config, ...]], capability: int, rows: int, outputs: int = 1, processors: int = 108
+) -> Config:  # fmt: skip
+    """The first configuration for `rows` in the table of the newest generation that is not newer than the chip, with K cut
+    into no more parts than give its `processors` enough programs for a weight of `outputs` rows."""
     generation = max((each for each in configs if each <= capability), default=min(configs))
-    return next(each for each in configs[generation] if each.rows is None or rows <= each.rows)
+    config = next(each for each in configs[generation] if each.rows is None or rows <= each.rows)
+    tiles = -(-outputs // config.n) * -(-rows // config.m)
+    return replace(config, split=min(config.split, -(-config.fill * processors // tiles)))
 
 
 def capability_of(x: Tensor) -> int:
@@ -83,9 +105,44 @@ def capability_of(x: Tensor) -> int:
     return 10 * major + minor
 
 
+def processors_of(x: Tensor) -> int:
+    """How many multiprocessors x's device has; an A100's 108 for the interpreter's CPU tensors."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 108
+
+
+def on_device_of_first(function):
+    """`function` with the device of its first argument, a tensor, as the current one: Triton starts kernels there."""
+
+    @functools.wraps(function)
+    def run(x, /, *arguments, **options):
+        with torch.cuda.device_of(x):
+            return function(x, *arguments, **options)
+
+    return run
+
+
+def check_vectors(length: int, **vectors: Tensor | None) -> None:
+    """Raises ValueError where one of them, if it is there, is not `length` numbers one after the other, as kernels read it."""
+    for name, vector in vectors.items():
+        if vector is not None and (vector.numel() != length or not vector.is_contiguous()):
+            layout = "" if vector.is_contiguous() else ", not contiguous"
+            raise ValueError(f"{name} must be {length} contiguous numbers, not {tuple(vector.shape)}{layout}")
+
+
 def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: use one of {', '.join(ACTIVATIONS)}")
+
+
+def output_columns(outputs: int, activation: str) -> int:
+    """How many columns a product of `outputs` columns has after `activation`. Raises ValueError for an unknown activation and
+    for an odd number of columns that should be pairs."""
+    check_activation(activation)
+    if activation != "silu_mul":
+        return outputs
+    if outputs % 2:
+        raise ValueError(f"silu_mul takes pairs of gate and up, and {outputs} columns are no pairs")
+    return outputs // 2
 
 
 def flat_rows(x: Tensor) -> Tensor:
@@ -129,7 +186,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION: tl.constexpr):
     """Store acc [BLOCK_M, BLOCK_N] at rows rm and columns rn of out [M, N]:
-    activate((acc - zero[m] * column_sum[n]) * scale[n] * row_scale[m] + bias[n]); what is None is left out."""
+    activate((acc - zero[m] * column_sum[n]) * scale[n] * row_scale[m] + bias[n]); what is None is left out.
+    With silu_mul out is [M, N / 2], and rn has to be BLOCK_N consecutive columns from a multiple of BLOCK_N on."""
     in_m = rm < M
     in_n = rn < N
     if zero is not None:
@@ -143,9 +201,32 @@ def finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACT
         value = value * tl.load(row_scale + rm, mask=in_m, other=0.0)[:, None]
     if bias is not None:
         value = value + tl.load(bias + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
-    value = activate(value, ACTIVATION)
-    where = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    tl.store(out + where, value.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    if ACTIVATION == "silu_mul":
+        BLOCK_M: tl.constexpr = acc.shape[0]
+        PAIRS: tl.constexpr = acc.shape[1] // 2
+        gate, up = tl.split(tl.reshape(value, (BLOCK_M, PAIRS, 2)))
+        value = activate(gate, "silu") * up
+        even, _ = tl.split(tl.reshape(rn, (PAIRS, 2)))
+        # The compiler cannot see through the split, and would store one number at a time.
+        pairs = tl.max_contiguous(tl.multiple_of(even // 2, PAIRS), PAIRS)
+        where = rm.to(tl.int64)[:, None] * (N // 2) + pairs[None, :]
+        tl.store(out + where, value.to(out.dtype.element_ty), mask=in_m[:, None] & (pairs < N // 2)[None, :])
+    else:
+        value = activate(value, ACTIVATION)
+        where = rm.to(tl.int64)[:, None] * N + rn[None, :]
+        tl.store(out + where, value.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def finish_in_halves(acc, rm, first, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION: tl.constexpr):
+    """`finish` for the columns from `first` on, half of them after the other half: that needs half as many registers, and
+    half the shared memory on the way out."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    HALF: tl.constexpr = acc.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    rn = first + tl.arange(0, HALF)
+    finish(left, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
+    finish(right, rm, rn + HALF, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
 
 
 @triton.jit

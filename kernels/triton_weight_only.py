@@ -3,8 +3,8 @@
 References: `fxc_kernels.int8_linear.int8_weight_only_linear_reference` and
 `fxc_kernels.fp8_linear.fp8_weight_only_linear_reference`. Up to four rows (tokens) CUDA cores multiply in float32, up to 64
 tensor cores compute out^T = W x^T in x's dtype, and beyond that the weight is turned into a matrix of x's dtype once, for
-torch's own product. float8 needs no float8 instruction here, so this is also what older chips run. float32 rows are
-multiplied as three TF32 products, close to float32.
+torch's own product. float32 rows are many from five on. float8 needs no float8 instruction here, so this is also what older
+chips run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fxc_kernels.dispatch import config_for
 from fxc_kernels.triton_scaled_mm import part_length
 from fxc_kernels.triton_tile import (
     INTERPRETED,
@@ -21,12 +22,13 @@ from fxc_kernels.triton_tile import (
     Config,
     activate,
     capability_of,
-    check_activation,
-    choose,
+    check_vectors,
     dot_floats,
     finish,
     flat_rows,
     insert_before,
+    on_device_of_first,
+    output_columns,
     reduce_parts,
     reduce_parts_kernel,
 )
@@ -34,23 +36,23 @@ from fxc_kernels.triton_tile import (
 GEMV_ROWS = 4
 SKINNY_ROWS = 64
 _GEMV = (
-    Config(1, 1, 8, 512, 4, 2, split=2),
-    Config(2, 2, 8, 512, 4, 2, split=2),
-    Config(GEMV_ROWS, 4, 8, 512, 4, 2, split=2),
+    Config(1, 1, 8, 512, 4, 2, split=2, fill=16),
+    Config(2, 2, 8, 512, 4, 2, split=2, fill=16),
+    Config(GEMV_ROWS, 4, 8, 512, 4, 2, split=2, fill=16),
 )
 # From the literature and compiled without spills; not yet measured by this project.
 CONFIGS = {
     80: (
         *_GEMV,
-        Config(16, 16, 64, 128, 4, 4, split=4),
-        Config(32, 32, 64, 128, 4, 4, split=4),
-        Config(64, 64, 64, 64, 4, 4, split=2),
+        Config(16, 16, 64, 128, 4, 4, split=4, fill=4),
+        Config(32, 32, 64, 128, 4, 4, split=4, fill=4),
+        Config(64, 64, 64, 64, 4, 4, split=2, fill=4),
     ),
     90: (
         *_GEMV,
-        Config(16, 16, 64, 128, 4, 5, split=4),
-        Config(32, 32, 64, 128, 4, 5, split=4),
-        Config(64, 64, 64, 128, 4, 4, split=2),
+        Config(16, 16, 64, 128, 4, 5, split=4, fill=4),
+        Config(32, 32, 64, 128, 4, 5, split=4, fill=4),
+        Config(64, 64, 64, 128, 4, 4, split=2, fill=4),
     ),
 }
 
@@ -192,15 +194,33 @@ def dequantize_kernel(w, out, scale, N, K, FORMAT: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def activate_kernel(x, out, COUNT, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = activate(tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32), ACTIVATION)
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < COUNT)
+    """COUNT: how many numbers x has; out has as many, or half as many for silu_mul."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    values = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu_mul":
+        gate, up = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
+        halved = first // 2 + tl.arange(0, BLOCK // 2)
+        tl.store(out + halved, (activate(gate, "silu") * up).to(out.dtype.element_ty), mask=halved < COUNT // 2)
+    else:
+        tl.store(out + at, activate(values, ACTIVATION).to(out.dtype.element_ty), mask=at < COUNT)
 
 
 def load_ahead(capability: int) -> bool:
     """On sm_90 the tensor cores take the weight from registers, and what Triton copies for them into shared memory it copies
     8 bytes at a time: there the weight is loaded into registers at once. Older chips copy 16."""
     return capability >= 90
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether rows [M, K] are so many that the weight is better turned into floats once. float32 rows are from five on: the
+    tensor cores would need three products for each, in more registers than there are."""
+    return x.shape[0] > (GEMV_ROWS if x.dtype == torch.float32 else SKINNY_ROWS)
+
+
+def check_gemv_rows(config: Config, rows: int) -> None:
+    if config.m <= GEMV_ROWS and rows > config.m:
+        raise ValueError(f"configuration {config} multiplies up to {config.m} rows, not {rows}")
 
 
 def format_of(qweight: Tensor) -> tuple[str, Tensor]:
@@ -211,6 +231,7 @@ def format_of(qweight: Tensor) -> tuple[str, Tensor]:
     raise TypeError(f"weights must be int8 or float8_e4m3fn, got {qweight.dtype}")
 
 
+@on_device_of_first
 def dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """qweight [N, K] * scale [N], computed in float32, as `dtype`."""
     kind, raw = format_of(qweight)
@@ -223,32 +244,37 @@ def dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def large_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """torch's own product for many rows, then the activation."""
-    out = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    """torch's own product for many rows, then the activation of what it rounded to x's dtype."""
+    columns = output_columns(weight.shape[0], activation)
+    product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    out = product if columns == weight.shape[0] else product.new_empty(x.shape[0], columns)
     if activation != "none" and out.numel():
-        grid = (triton.cdiv(out.numel(), 1024),)
-        activate_kernel[grid](out, out, out.numel(), ACTIVATION=activation, BLOCK=1024)
+        grid = (triton.cdiv(product.numel(), 1024),)
+        activate_kernel[grid](product, out, product.numel(), ACTIVATION=activation, BLOCK=1024)
     return out
 
 
+@on_device_of_first
 def weight_only_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, *,
     activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference on a GPU, then `activation`. K has to be above 0. A given config also decides the kernel."""
-    check_activation(activation)
     kind, raw = format_of(qweight)
     outputs, columns = qweight.shape
     if x.shape[-1] != columns or not qweight.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)} and qweight {tuple(qweight.shape)} must be contiguous and of one K")
+    check_vectors(outputs, scale=scale, bias=bias)
     flat = flat_rows(x)
     rows = flat.shape[0]
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    shape = (*x.shape[:-1], output_columns(outputs, activation))
+    out = torch.empty(rows, shape[-1], dtype=x.dtype, device=x.device)
     if out.numel() == 0:
-        return out.reshape(*x.shape[:-1], outputs)
-    if config is None and rows > SKINNY_ROWS:
-        return large_product(flat, dequantize(qweight, scale, x.dtype), bias, activation).reshape(*x.shape[:-1], outputs)
-    config = config or choose(CONFIGS, capability_of(x), rows)
+        return out.reshape(shape)
+    if config is None and is_large(flat):
+        return large_product(flat, dequantize(qweight, scale, x.dtype), bias, activation).reshape(shape)
+    config = config or config_for(f"{kind}_weight_only", flat, outputs, columns, CONFIGS)
+    check_gemv_rows(config, rows)
     length, split = part_length(columns, config)
     parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device) if split > 1 else None
     kernel, grid, ahead = gemv_kernel, (triton.cdiv(outputs, config.n), split), {}
@@ -262,7 +288,7 @@ def weight_only_linear(
     )  # fmt: skip
     if parts is not None:
         reduce_parts(parts, out, None, None, scale, None, bias, activation)
-    return out.reshape(*x.shape[:-1], outputs)
+    return out.reshape(shape)
 
 
 def builds(capability: int) -> list[Build]:

@@ -4,9 +4,12 @@ What is not known here: their numbers and their speed on a GPU.
 """
 
 import ast
+import itertools
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -20,8 +23,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
 import triton  # noqa: E402
 
-from fxc_kernels import triton_int4_linear, triton_scaled_mm, triton_weight_only  # noqa: E402
-from fxc_kernels.triton_tile import Config, check_activation, choose  # noqa: E402
+from fxc_kernels import interleaved, triton_int4_linear, triton_scaled_mm, triton_weight_only  # noqa: E402
+from fxc_kernels.triton_tile import Config, choose, output_columns  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("triton_interpreted.py")
 CHECKS = [
@@ -30,6 +33,8 @@ CHECKS = [
     if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
 ]
 SHIPPED = [(chip, build) for chip in (80, 90) for build in triton_build.builds(chip)]
+# sm_89 runs what sm_80 runs, and its own float8 products.
+FLOAT8 = [(89, build) for build in triton_scaled_mm.builds(89) if build.name.startswith("fp8 ")]
 NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
@@ -45,25 +50,107 @@ def test_kernels_follow_their_references(check):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("chip", "build"), SHIPPED, ids=NAMES)
+@pytest.mark.parametrize(("chip", "build"), SHIPPED + FLOAT8, ids=NAMES + [f"sm_89 {build.name}" for _, build in FLOAT8])
 def test_a_shipped_configuration_compiles_well(chip, build):
     made = triton_build.compile_for(build, chip)
     assert made.spilled == 0
-    assert made.shared <= triton_build.SHARED_LIMIT[chip]
+    assert made.shared <= triton_build.SHARED_LIMIT[89 if chip == 80 else chip]
     assert made.instructions > 0 or not build.instruction, f"no {build.instruction}"
     assert made.wide > 0, f"no 128-bit load of {build.wide}"
 
 
-FIRST = {build.kernel: build for _, build in reversed(SHIPPED)}
+def _representatives():
+    """(chip, build) of every kernel on each chip that has it, in the configuration with the largest tile; of the kernel for
+    sparse tensor cores the smallest, because it takes long to compile."""
+    found = {}
+    for chip, build in SHIPPED:
+        size = build.arguments.get("BLOCK_M", 1) * build.arguments.get("BLOCK_N", 1)
+        size = -size if "mma.sp" in build.name else size
+        before = found.get((chip, build.kernel))
+        if before is None or size > before[0]:
+            found[chip, build.kernel] = size, build
+    return [(chip, build) for (chip, _), (_, build) in found.items()]
 
 
-@pytest.mark.parametrize("build", FIRST.values(), ids=[build.kernel.__name__ for build in FIRST.values()])
-def test_sizes_of_one_compile_too(build):
-    """A size of 1 is a constant to Triton, not a number of the kernel's own, and that only happens on a launch: the
-    interpreter does not do it, and one row is the case that matters most."""
+REPRESENTATIVES = _representatives()
+KERNELS = [f"sm_{chip} {build.kernel.__name__}" for chip, build in REPRESENTATIVES]
+# The oldest chip that has a kernel.
+OLDEST = {build.kernel: (chip, build) for chip, build in reversed(REPRESENTATIVES)}
+
+
+def _variants(build):
+    """Name -> `build` as other launches have it compiled, two or three changes at a time: each costs a compilation."""
+    arguments = build.arguments
+    floats = [name for name, value in arguments.items() if value == "*bf16"]
+    # One part of K: the products then go through the epilogue right away.
+    whole = {"parts": None} if "part_k" in arguments else {}
+    tail = {"WHOLE_K": False} if "WHOLE_K" in arguments else {}
+
+    def activation(name):
+        return whole | {"ACTIVATION": name} if "ACTIVATION" in arguments else {}
+
+    half = dict.fromkeys(floats, "*fp16") | ({"KIND": "f16"} if arguments.get("KIND") == "bf16" else {})
+    instruction = build.instruction.replace("bf16", "f16")
+    made = {
+        "fp16, gelu": _changed(build, half | activation("gelu"), instruction=instruction),
+        "silu, tail of K": _changed(build, activation("silu") | tail),
+    }
+    # Weight-only products of float32 rows have no tensor-core kernel, and the TMA's kernel stores no float32.
+    if floats and "bf16" not in build.instruction and build.wide != "tma":
+        made["fp32"] = _changed(build, dict.fromkeys(floats, "*fp32"))
+    if "bias" in arguments:
+        made["silu_mul, no bias"] = _changed(build, activation("silu_mul") | {"bias": None})
+    if "M" in arguments:
+        made["one row"] = _changed(build, {"M": 1})
+        made["gelu_tanh, odd M"] = _changed(build, activation("gelu_tanh"), unaligned=("M",))
+    return made
+
+
+@pytest.mark.parametrize(("chip", "build"), REPRESENTATIVES, ids=KERNELS)
+def test_a_kernel_compiles_well_in_every_variant(chip, build):
+    for name, variant in _variants(build).items():
+        made = triton_build.compile_for(variant, chip)
+        assert made.spilled == 0 and made.shared <= triton_build.SHARED_LIMIT[chip], (name, made)
+        assert made.instructions > 0 or not build.instruction, (name, made)
+        assert made.wide > 0 or name == "fp32", (name, made)
+
+
+@pytest.mark.parametrize(("chip", "build"), OLDEST.values(), ids=[kernel.__name__ for kernel in OLDEST])
+def test_a_kernel_compiles_for_unaligned_and_smallest_sizes(chip, build):
+    """Without alignment, numbers are loaded and stored one by one, and registers may spill. A size of 1 is a constant to
+    Triton, not a number of the kernel's own, and that only happens on a launch: the interpreter does not do it."""
+    tail = {"WHOLE_K": False} if "WHOLE_K" in build.arguments else {}
     sizes = [name for name, value in build.arguments.items() if value == "i32"]
-    for ones in {tuple(name for name in sizes if name == "M"), tuple(sizes)}:
-        triton_build.compile_for(_changed(build, dict.fromkeys(ones, 1)), 80)
+    odd_outputs = _changed(build, {}, unaligned=("N",))
+    nothing_aligned = _changed(build, tail, unaligned=tuple(build.arguments))
+    for changed in (odd_outputs, nothing_aligned, _changed(build, dict.fromkeys(sizes, 1))):
+        assert triton_build.compile_for(changed, chip).shared <= triton_build.SHARED_LIMIT[chip]
+
+
+TAILED = [build for chip, build in SHIPPED if chip == 90 and build.name.startswith("fp8 ") and "WHOLE_K" in build.arguments]
+
+
+@pytest.mark.parametrize("build", TAILED, ids=[build.name for build in TAILED])
+def test_float8_kernels_compile_with_a_tail_of_k(build):
+    assert triton_build.compile_for(_changed(build, {"WHOLE_K": False}), 90).spilled == 0
+
+
+def test_warp_groups_meet_before_what_they_read_is_overwritten():
+    """Each of two groups of four warps waits for its own wgmma only; the tile that both read may be loaded anew only after a
+    barrier that comes after both waits."""
+    events = re.compile(r"wgmma\.wait_group|bar\.sync|cp\.async\.(?:cg|bulk\.tensor)")
+    seen = 0
+    for build in (build for chip, build in SHIPPED if chip == 90 and "gemm" in build.name and build.warps == 8):
+        found = events.findall(triton_build.compiled(build, 90).asm["ptx"])
+        after = [later for event, later in itertools.pairwise(found) if event == "wgmma.wait_group"]
+        assert after and not any(event.startswith("cp.async") for event in after), build.name
+        seen += 1
+    assert seen >= 8
+
+
+def test_float8_products_overlap():
+    for build in (build for chip, build in SHIPPED if chip == 90 and "fp8" in build.name and "gemm" in build.name):
+        assert "wgmma.wait_group.sync.aligned 1;" in triton_build.compiled(build, 90).asm["ptx"], build.name
 
 
 def test_every_product_for_tensor_cores_says_which_instruction_it_needs():
@@ -97,7 +184,13 @@ def test_fp8_products_are_refused_before_sm_89():
 def test_wrong_arguments_are_refused():
     x, q, ones = torch.zeros(2, 64), torch.zeros(3, 64, dtype=torch.int8), torch.ones(2)
     with pytest.raises(ValueError, match="unknown activation"):
-        check_activation("relu6")
+        output_columns(4, "relu6")
+    with pytest.raises(ValueError, match="3 columns are no pairs"):
+        output_columns(3, "silu_mul")
+    with pytest.raises(ValueError, match="is no configuration"):
+        Config.parse("16x64 w4 s5")
+    with pytest.raises(ValueError, match="must be alike"):
+        interleaved.interleave(x, q)
     with pytest.raises(TypeError, match="both be int8"):
         triton_scaled_mm.scaled_mm(x, ones, None, q, ones)
     with pytest.raises(ValueError, match="of one K"):
@@ -117,6 +210,32 @@ def test_a_table_has_a_configuration_for_every_number_of_rows():
         for chip in (80, 86, 89, 90, 100):
             assert all(isinstance(choose(table, chip, rows), Config) for rows in range(1, 65))
     assert choose(triton_scaled_mm.CONFIGS, 89, 4096) == triton_scaled_mm.CONFIGS[80][-1]
+    assert choose(triton_scaled_mm.CONFIGS, 90, 1024).tma and not choose(triton_scaled_mm.CONFIGS, 90, 1023).tma
+
+
+def test_k_is_cut_only_where_a_weight_has_too_few_rows_for_the_chip():
+    configs, splits = triton_scaled_mm.CONFIGS, {}
+    for outputs in (64, 3584, 8192, 37888):
+        splits[outputs] = choose(configs, 90, 16, outputs, processors=132).split
+    # Tiles of 64 rows: 1, 56, 128 and 592 programs before K is cut; 264 are enough.
+    assert splits == {64: 4, 3584: 4, 8192: 3, 37888: 1}
+    assert choose(configs, 90, 16, 8192, processors=66).split == 2
+
+
+def test_a_configuration_reads_what_it_wrote():
+    for table in (triton_scaled_mm.CONFIGS, triton_weight_only.CONFIGS, *triton_int4_linear.CONFIGS.values()):
+        for config in (each for configs in table.values() for each in configs):
+            assert Config.parse(str(config)) == replace(config, rows=None, fill=Config.fill)
+
+
+def test_interleaving_alternates_rows_of_every_dtype():
+    for dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.int32):
+        gate, up = torch.arange(6).reshape(3, 2).to(dtype), (10 + torch.arange(6)).reshape(3, 2).to(dtype)
+        merged = interleaved.interleave(gate, up)
+        assert torch.equal(merged[0::2].float(), gate.float()) and torch.equal(merged[1::2].float(), up.float())
+    product = torch.tensor([[1.0, 2.0, -3.0, 4.0]])
+    silu = torch.nn.functional.silu
+    assert torch.equal(interleaved.silu_mul(product), silu(product[:, [0, 2]]) * product[:, [1, 3]])
 
 
 def test_prepacking_int4_only_moves_halves():

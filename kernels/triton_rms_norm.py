@@ -1,0 +1,65 @@
+"""RMSNorm, with the residual sum before it or not, in one kernel: what a decoder whose activations stay floats runs instead of
+seven. `fxc_kernels.triton_norm_quantize` is the same with a quantization behind it, and has the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fxc_kernels.triton_quantize_rows import KEPT, row_block
+from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_of_first
+
+
+@triton.jit
+def rms_norm_kernel(x, residual, total, weight, out, K, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    at = row * K + columns
+    dtype: tl.constexpr = x.dtype.element_ty
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        values = (values + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(total + at, values, mask=inside)
+        values = values.to(tl.float32)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(values * values, axis=0) / K + eps))
+    normed = (values * inverse).to(dtype).to(tl.float32)
+    weighted = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, weighted.to(dtype), mask=inside)
+
+
+@on_device_of_first
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., K], weight [K], up to 32768 columns -> (the norm as Llama and Qwen compute it, x + residual), both [..., K].
+    The second is x itself where there is no residual."""
+    flat = flat_rows(x)
+    rows, columns = flat.shape
+    check_vectors(columns, weight=weight)
+    if not 0 < columns <= KEPT:
+        raise ValueError(f"a row of {columns} numbers does not fit: 1 to {KEPT} are kept in registers")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
+    out = torch.empty_like(flat)
+    total = flat if residual is None else torch.empty_like(flat)
+    if rows:
+        block, warps, _ = row_block(columns)
+        rms_norm_kernel[(rows,)](
+            flat, None if residual is None else flat_rows(residual), total, weight, out, columns, eps,
+            BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+    return out.reshape(x.shape), total.reshape(x.shape)
+
+
+def builds(capability: int) -> list[Build]:
+    made = []
+    for columns in (3584, 8192):
+        block, warps, _ = row_block(columns)
+        arguments = {
+            "x": "*bf16", "residual": "*bf16", "total": "*bf16", "weight": "*bf16", "out": "*bf16", "K": "i32", "eps": "fp32",
+            "BLOCK": block,
+        }  # fmt: skip
+        made.append(Build(f"rms_norm K={columns}", rms_norm_kernel, arguments, warps, 3, wide="x + "))
+    return made
