@@ -1,58 +1,246 @@
-"""Lowering for CUDA: fxc::int8_linear by fxc's Triton kernels.
+"""Lowering for CUDA: a Program becomes a callable module whose compressed layers run fxc's Triton kernels.
 
-Never run on a GPU so far. What is known without one: the kernels' numbers in Triton's interpreter, what they compile to, and
-that the rewritten graph computes the same on a CPU, where the operator below is its reference. The other operators of
-compressed layers still run by their own definition.
+Layers that read the same activation become one product with one quantization of it; activations, silu(gate) * up, and RMSNorm
+with the residual sum before it move into the kernels. Nothing is timed here: which layers stay dense, and which configuration a
+kernel runs in, is read from the table that was measured on the chip (`fxc_kernels.dispatch`).
 """
 
 from __future__ import annotations
 
+import math
+import operator
+
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
+from fxc.errors import UsageError
 from fxc.ir.program import Program
-from fxc.lower.cpu import LayerChoice
-from fxc_kernels.int8_linear import INT32_COLUMNS, int8_linear_reference
+from fxc.lower import formats
+from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
+from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, relax_views, replace
+from fxc.lower.inductor import CompiledGraph
+from fxc_kernels import dispatch, triton_int4_linear
+from fxc_kernels.int8_linear import INT32_COLUMNS
+from fxc_kernels.interleaved import interleave
+from fxc_kernels.sparse24_prepacked import prepack
+from fxc_kernels.triton_scaled_mm import FP8_CAPABILITY
 
-_INT8 = torch.ops.fxc.int8_linear.default
+_OPS = torch.ops.fxc_cuda
+_SCHEMES = {
+    formats.INT8: "int8",
+    formats.INT8_WEIGHT_ONLY: "int8_weight_only",
+    formats.FP8: "fp8",
+    formats.FP8_WEIGHT_ONLY: "fp8_weight_only",
+    formats.INT4: "int4",
+    formats.SPARSE24: "sparse24",
+    formats.INT8_SPARSE24: "int8_sparse24",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("fxc_cuda::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, qweight: Tensor, scale: Tensor, column_sum: Tensor, bias: Tensor | None) -> Tensor:
-    """fxc::int8_linear with the sums of qweight's rows, int32 [N], which its kernel would otherwise add up in each call."""
-    if not x.is_cuda:
-        return int8_linear_reference(x, qweight, scale, bias)
-    from fxc_kernels import triton_scaled_mm  # imports Triton, which not every platform has
+def lower_cuda(
+    program: Program,
+    device: torch.device | str,
+    backend: str = "eager",
+    *,
+    compressed: bool = False,
+    capability: int | None = None,
+) -> tuple[nn.Module, list[LayerChoice]]:
+    """Lower `program` for `device` and `backend` "eager" or "inductor".
 
-    return triton_scaled_mm.int8_linear(x, qweight, scale, bias, column_sum=column_sum)
+    Returns a module (flat input tensors positionally to a flat tuple of tensors) and a LayerChoice for each compressed layer.
+    compressed: keep layers compressed where a table says that the dense product is faster.
+    capability: the chip's, as 90 for an H100 or H200; by default the device's. On the CPU, where operators compute their own
+    definitions, a graph can be lowered for any chip.
+
+    Raises UsageError for a layer whose format the chip has no product for.
+    """
+    return _Lowering(program, torch.device(device), compressed, capability).run(backend)
 
 
-@int8_linear.register_fake
-def _(x: Tensor, qweight: Tensor, scale: Tensor, column_sum: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+class _Lowering:
+    def __init__(self, program: Program, device: torch.device, compressed: bool, capability: int | None) -> None:
+        if program.is_on_meta:
+            raise UsageError("a program without weights cannot run", where="lowering")
+        self.graph = program.graph_on(device)
+        self.device = device
+        self.chip = dispatch.chip_of(device)
+        self.capability = capability or dispatch.capability_of(torch.empty(0, device=device))
+        self.compressed = compressed
+        self.attributes: dict[str, Tensor] = dict(program.constants)
+        self.quantized: dict[tuple[fx.Node, object], list[fx.Node]] = {}
+        self.report: list[LayerChoice] = []
+
+    def run(self, backend: str) -> tuple[nn.Module, list[LayerChoice]]:
+        for index, group in enumerate(find_groups(self.graph, self.attributes, _SCHEMES)):
+            self._lower_group(f"lowered.group{index}", group)
+        fuse_norms(self.graph)
+        if backend == "eager":  # Inductor fuses these itself, with what is around them
+            fuse_float_norms(self.graph)
+            fuse_rope(self.graph)
+        relax_views(self.graph)
+        self.graph.eliminate_dead_code()
+        self._note_the_rest()
+        used = {node.target for node in self.graph.find_nodes(op="get_attr")}
+        root = {name: value.to(self.device) for name, value in self.attributes.items() if name in used}
+        module = fx.GraphModule(root, self.graph, class_name="LoweredForCuda").eval().requires_grad_(False)
+        if backend == "inductor":
+            return CompiledGraph(module, dynamic_dims(self.graph), freezing=False), self.report
+        return module, self.report
+
+    def _lower_group(self, name: str, group: Group) -> None:
+        scheme = _SCHEMES[group.target]
+        if scheme == "int4":
+            scheme = f"int4_g{group.arguments[0][5]}"
+        why_not = self._why_not(group, scheme)
+        if why_not:
+            self.report += group.choices("unchanged", why_not)
+            return
+        dense, reason = self._dense(group, scheme)
+        if dense:
+            with self.graph.inserting_before(group.nodes[0]):
+                weight = self._constant(name, "weight", group.dense(group.dtype))
+                bias = self._constant(name, "bias", None if group.bias is None else group.bias.to(group.dtype))
+                out = self.graph.call_function(torch.ops.aten.linear.default, (group.x, weight, bias))
+            replace(self.graph, group, out)
+            self.report += group.choices("dequantized", reason)
+            return
+        self.report += group.choices(f"triton {scheme}", reason)
+        pair = gated_pair(group)
+        if pair is not None:
+            self._lower_pair(name, group, pair)
+            return
+        activation = None
+        if len(group.nodes) == 1 and (activation := activation_after(group.nodes[0])):
+            activation[1].replace_all_uses_with(group.nodes[0])
+            self.graph.erase_node(activation[1])
+        with self.graph.inserting_before(group.nodes[0]):
+            out = self._product(name, group, group.argument, group.bias, activation[0] if activation else "none")
+        replace(self.graph, group, out)
+
+    def _lower_pair(self, name: str, group: Group, pair) -> None:
+        def alternating(position: int) -> Tensor | None:
+            both = [group.arguments[at][position] for at in (pair.gate, pair.up)]
+            return None if both[0] is None else interleave(*both)
+
+        bias = None
+        if group.bias is not None:
+            halves = group.bias.split(group.sizes)
+            bias = interleave(halves[pair.gate], halves[pair.up])
+        with self.graph.inserting_before(group.nodes[0]):
+            out = self._product(name, group, alternating, bias, "silu_mul")
+        out.meta = dict(pair.result.meta)
+        pair.result.replace_all_uses_with(out)
+        # Back to front: what reads goes before what it reads.
+        (activated,) = group.nodes[pair.gate].users
+        for node in (pair.result, activated, *group.nodes):
+            self.graph.erase_node(node)
+
+    def _why_not(self, group: Group, scheme: str) -> str | None:
+        """Why no kernel takes this group. Raises UsageError where the chip has no such product at all."""
+        if scheme == "fp8" and self.capability < FP8_CAPABILITY:
+            raise UsageError(
+                f"this chip has no float8 products: compute capability {self.capability / 10:.1f}, and they need 8.9",
+                where=group.names[0],
+                hint="compile with fp8:mode=weight_only, which runs on any chip, or with int8",
+            )
+        if group.is_empty:
+            return "the weight is empty"
+        if group.dtype not in _DTYPES:
+            return f"no kernel takes {group.dtype}"
+        if "int8" in scheme and scheme != "int8_weight_only" and group.columns > INT32_COLUMNS:
+            return f"a row of {group.columns} does not fit the kernel"
+        return None
+
+    def _dense(self, group: Group, scheme: str) -> tuple[bool, str]:
+        """(whether the dense product is to be used, why)."""
+        outputs = sum(group.sizes)
+        entries = dispatch.measured(self.chip, scheme, outputs, group.columns)
+        if not entries:
+            return False, f"{self.chip} was not measured at {outputs} x {group.columns}: a rule of thumb"
+        ratios = {rows: each.dense_us / each.us for rows, each in sorted(entries.items())}
+        described = ", ".join(f"M={rows}: {ratio:.2f}x" for rows, ratio in ratios.items())
+        mean = math.prod(ratios.values()) ** (1 / len(ratios))
+        if mean < 1 and not self.compressed:
+            return True, f"slower than dense on {self.chip} ({described})"
+        return False, f"measured on {self.chip} against dense ({described})"
+
+    # forms
+
+    def _product(self, name: str, group: Group, constants, bias: Tensor | None, activation: str) -> fx.Node:
+        """One product of the group. constants: position among the operator's arguments -> the tensor of all layers."""
+        on_device = lambda position: _to(constants(position), self.device)  # noqa: E731
+        target, call = group.target, self.graph.call_function
+        bias = self._constant(name, "bias", bias)
+        if target in (formats.INT8_WEIGHT_ONLY, formats.FP8_WEIGHT_ONLY):
+            weight = self._constant(name, "qweight", on_device(1))
+            scale = self._constant(name, "scale", on_device(2))
+            return call(_OPS.weight_only_linear.default, (group.x, weight, scale, bias, activation))
+        if target is formats.INT4:
+            group_size = group.arguments[0][5]
+            weight = self._constant(name, "packed", triton_int4_linear.prepack(on_device(1), group_size))
+            scale, zero = (self._constant(name, what, on_device(at)) for what, at in (("scale", 2), ("zero", 3)))
+            return call(_OPS.int4_linear.default, (group.x, weight, scale, zero, bias, group_size, activation))
+        if target is formats.FP8:
+            weight = self._constant(name, "qweight", on_device(1))
+            scale = self._constant(name, "scale", on_device(2))
+            rows = self._quantized(group.x, _OPS.quantize_fp8.default, 2)
+            return call(_OPS.fp8_mm.default, (*rows, weight, scale, bias, group.dtype, activation))
+        if target is formats.SPARSE24 and group.dtype == torch.float32:
+            values, meta = (self._constant(name, what, on_device(at)) for what, at in (("values", 1), ("meta", 2)))
+            return call(_OPS.sparse24_linear_float32.default, (group.x, values, meta, bias, activation))
+        outputs = sum(group.sizes)
+        if target is formats.SPARSE24:
+            weight = self._prepacked(name, on_device(1), on_device(2))
+            return call(_OPS.sparse24_linear.default, (group.x, *weight, outputs, bias, activation))
+        qweight = on_device(1)
+        column_sum = self._constant(name, "column_sum", qweight.sum(dim=1, dtype=torch.int32))
+        scale = self._constant(name, "scale", on_device(2 if target is formats.INT8 else 3))
+        rows = self._quantized(group.x, _OPS.quantize_int8.default, 3)
+        rest = (scale, column_sum, bias, group.dtype, activation)
+        if target is formats.INT8:
+            return call(_OPS.int8_mm.default, (*rows, self._constant(name, "qweight", qweight), *rest))
+        return call(_OPS.int8_sparse24_mm.default, (*rows, *self._prepacked(name, qweight, on_device(2)), outputs, *rest))
+
+    def _prepacked(self, name: str, values: Tensor, meta: Tensor) -> tuple[fx.Node, fx.Node]:
+        weight = prepack(values, meta)
+        return self._constant(name, "values", weight.values), self._constant(name, "meta", weight.meta)
+
+    def _constant(self, name: str, suffix: str, value: Tensor | None) -> fx.Node | None:
+        if value is None:
+            return None
+        self.attributes[f"{name}.{suffix}"] = value.to(self.device)
+        return self.graph.get_attr(f"{name}.{suffix}")
+
+    def _quantized(self, x: fx.Node, target: object, count: int) -> list[fx.Node]:
+        """The parts of x quantized by `target`: once, right after x, whoever else reads it."""
+        if (x, target) not in self.quantized:
+            with self.graph.inserting_after(_last_of_inputs(x)):
+                made = self.graph.call_function(target, (x,))
+            parts, last = [], made
+            for at in range(count):
+                with self.graph.inserting_after(last):
+                    last = self.graph.call_function(operator.getitem, (made, at))
+                parts.append(last)
+            self.quantized[x, target] = parts
+        return self.quantized[x, target]
+
+    def _note_the_rest(self) -> None:
+        """Say which of fxc's operators still run by their own definition."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxc":
+                name = next((a.target.rpartition(".")[0] for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
+                if name not in {each.fqn for each in self.report}:
+                    sizes = node.meta["val"].shape[-1], node.args[0].meta["val"].shape[-1]
+                    self.report.append(LayerChoice(name, "unchanged", f"{node.target} has no kernel for CUDA", *sizes))
 
 
-def lower_cuda(program: Program, device: torch.device | str) -> tuple[fx.GraphModule, list[LayerChoice]]:
-    """A module (flat tensors in, flat tuple out) that runs `program` on `device`, and what was chosen for each int8 layer."""
-    module = program.module(device)
-    constants = dict(module.named_buffers()) | dict(module.named_parameters())
-    choices = []
-    for index, node in enumerate(module.graph.find_nodes(op="call_function", target=_INT8)):
-        x, packed, scale, bias = (*node.args, None)[:4]
-        if packed.op != "get_attr":
-            continue
-        qweight = constants[packed.target]
-        rows, columns = qweight.shape
-        fqn = packed.target.removeprefix("constants.").rpartition(".")[0]
-        if not 0 < columns <= INT32_COLUMNS:
-            choices.append(LayerChoice(fqn, "unchanged", f"a row of {columns} does not fit the kernel", rows, columns))
-            continue
-        name = f"column_sums_{index}"
-        module.register_buffer(name, qweight.sum(dim=1, dtype=torch.int32))
-        with module.graph.inserting_before(node):
-            sums = module.graph.get_attr(name)
-        node.target = torch.ops.fxc_cuda.int8_linear.default
-        node.args = (x, packed, scale, sums, bias)
-        choices.append(LayerChoice(fqn, "triton int8", "the kernel of fxc::int8_linear", rows, columns))
-    module.recompile()
-    return module, choices
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _last_of_inputs(x: fx.Node) -> fx.Node:
+    """Where something that reads x may be inserted: placeholders stay together."""
+    while x.op == "placeholder" and x.next.op == "placeholder":
+        x = x.next
+    return x

@@ -7,24 +7,36 @@ from torch import nn
 
 from fxc.errors import UsageError
 from fxc.ir.program import Program
-from fxc.lower.cpu import LayerChoice, lower_cpu
+from fxc.lower import choose
+from fxc.lower.cpu import lower_cpu
+from fxc.lower.groups import LayerChoice
 
 BACKENDS = ("eager", "inductor")
 
 
-def lower(program: Program, device: torch.device, backend: str) -> tuple[nn.Module, list[LayerChoice]]:
-    """A module (flat tensors in, flat tuple out) that runs `program` on `device`, and what was chosen for each layer.
+def lower(
+    program: Program, device: torch.device, backend: str, keep_compressed: bool = False
+) -> tuple[nn.Module, list[LayerChoice]]:
+    """A module (flat input tensors positionally to a flat tuple of tensors) that runs `program` on `device`, and what was
+    chosen for each compressed layer.
 
-    On CUDA every operator runs by its own definition, on whatever kernels torch has for it: fxc's Triton kernels are not
-    there yet. Raises `UsageError` for a backend or a device that does not exist.
+    keep_compressed: run layers compressed also where their float form was measured to be faster.
+    Raises `UsageError` for a backend or a device that does not exist, and for a format that the device has no product for.
     """
     if backend not in BACKENDS:
         raise UsageError(f"there is no backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
     if device.type == "cpu":
-        return lower_cpu(program, backend)
-    if device.type == "cuda" and not torch.cuda.is_available():
+        return lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
+    if device.type != "cuda":
+        raise UsageError(f"fxc does not run on {device.type}", hint="use device=cpu or device=cuda")
+    if not torch.cuda.is_available():
         raise UsageError(
             "this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu"
         )
-    module = program.module(device)
-    return (torch.compile(module, dynamic=True) if backend == "inductor" else module), []
+    try:
+        from fxc.lower.cuda import lower_cuda
+    except ImportError as error:
+        raise UsageError(
+            "compressed layers need Triton on CUDA, which is not installed", why=error, hint="pip install triton"
+        ) from error
+    return lower_cuda(program, device, backend, compressed=keep_compressed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -92,10 +93,7 @@ def _int8_path(features: dict[str, bool], onednn: bool) -> Finding:
 
 def _cuda() -> list[Finding]:
     if torch.cuda.is_available():
-        return [
-            Finding("cuda", f"device {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}", True)
-            for i, p in ((i, torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count()))
-        ]
+        return [finding for i in range(torch.cuda.device_count()) for finding in _device(i)]
     if torch.version.cuda is None:
         why = f"torch {torch.__version__} is built without CUDA"
     elif not Path("/proc/driver/nvidia/version").exists():
@@ -103,6 +101,21 @@ def _cuda() -> list[Finding]:
     else:
         why = f"the driver is there, and torch (CUDA {torch.version.cuda}) finds no device it can use: nvidia-smi says more"
     return [Finding("cuda", "device", "none", None, why)]
+
+
+def _device(index: int) -> list[Finding]:
+    """One GPU: what it is, and whether its kernels were measured."""
+    about = torch.cuda.get_device_properties(index)
+    found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
+    device = Finding("cuda", f"device {index}", found, True)
+    if importlib.util.find_spec("triton") is None:
+        return [device, Finding("cuda", "kernels", "none", False, "compressed layers need Triton: pip install triton")]
+    from fxc_kernels import dispatch
+
+    chip = dispatch.chip_of(torch.device("cuda", index))
+    cells = sum(len(rows) for rows in dispatch.table(chip).values())
+    note = "" if cells else f"{chip} was not measured: configurations are a rule of thumb, and no layer is left dense for speed"
+    return [device, Finding("cuda", "kernels", f"{cells} measured products in the table", bool(cells) or None, note)]
 
 
 def _compiler() -> list[Finding]:

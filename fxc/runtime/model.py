@@ -25,8 +25,9 @@ class CompiledModel(nn.Module):
 
     program: the portable program. report: what the compiler did, as JSON. config: the Hugging Face configuration, if the
     original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
-    which is never written to. layers: how each rewritten layer was lowered for `device` and `backend`, known after the first
-    call. It has no parameters: its weights are constants of the program.
+    which is never written to. keep_compressed: run layers compressed also where their float form was measured to be faster.
+    layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
+    its weights are constants of the program.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CompiledModel(nn.Module):
         source: Path | None = None,
         device: str | torch.device | None = None,
         backend: str | None = None,
+        keep_compressed: bool = False,
     ):
         super().__init__()
         self.program = program
@@ -47,6 +49,7 @@ class CompiledModel(nn.Module):
         self.files = dict(files or {})
         self.source = source
         self.backend = backend or "eager"
+        self.keep_compressed = keep_compressed
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
         self.layers: list[Any] = []
@@ -67,7 +70,7 @@ class CompiledModel(nn.Module):
         if self._lowered is None:
             # What is kept has to serve calls outside inference mode too, whoever makes the first one.
             with torch.inference_mode(False), torch.no_grad():
-                lowered, self.layers = lower(self.program, self._device, self.backend)
+                lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
             # Not a submodule: its packed weights are no part of the model's state.
             object.__setattr__(self, "_lowered", lowered)
         return self._lowered
