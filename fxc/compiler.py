@@ -250,8 +250,20 @@ def _capture_artifact(path: Path) -> Captured:
     return Captured(read.program, _config_of(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
-def load(directory: str | Path, device: str | torch.device | None = None, backend: str | None = None) -> CompiledModel:
+def load(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    *,
+    static_cache: bool = False,
+    keep_compressed: bool = False,
+) -> CompiledModel:
     """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
+
+    static_cache: let a language model decode over buffers of a fixed size, on CUDA as a CUDA graph: see
+    `CompiledCausalLM.use_static_cache`.
+    keep_compressed: run layers compressed also where their float form was measured to be faster: less memory, and the same
+    choice on every load.
 
     Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist.
     """
@@ -263,7 +275,7 @@ def load(directory: str | Path, device: str | torch.device | None = None, backen
             hint="'fxc compile MODEL -o DIR' writes one",
         )
     read = artifact.read(path)
-    return compiled_model(
+    model = compiled_model(
         read.program,
         read.manifest.get("report", {}),
         config=_config_of(path),
@@ -271,7 +283,11 @@ def load(directory: str | Path, device: str | torch.device | None = None, backen
         source=path,
         device=device,
         backend=backend,
+        keep_compressed=keep_compressed,
     )
+    if static_cache and not hasattr(model, "use_static_cache"):
+        raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")
+    return model.use_static_cache() if static_cache else model
 
 
 def _config_of(path: Path) -> Any:

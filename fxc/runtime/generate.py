@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fxc.cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.errors import InputRefused, UsageError
 from fxc.runtime.model import CompiledModel
+from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
 
 class CompiledCausalLM(CompiledModel, GenerationMixin):
@@ -32,6 +33,17 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
                 hint="compile the model again",
             )
         self.generation_config = generation_config_of(self.config, self.files)
+        self._decoder: StaticDecoder | None = None
+
+    def use_static_cache(self, capacity: int = CAPACITY) -> CompiledCausalLM:
+        """Let `generate()` decode over buffers of a fixed size, on CUDA as a recorded CUDA graph. Returns the model.
+
+        capacity: slots of the first buffers; a sequence that outgrows them moves to ones of twice the size, and each size
+        and batch is recorded once. Prompts, caches that a caller brings and plain calls go through the program as before.
+        Raises `UsageError` where this model cannot decode that way.
+        """
+        self._decoder = static_decoder(self.lower(), self.program, self.device, capacity)
+        return self
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -84,7 +96,12 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, length:]
         elif position_ids is None:
             position_ids = torch.arange(length, length + new, device=input_ids.device)
-        logits, *present = self.run([input_ids, attention_mask, position_ids.expand(batch, -1), *past])
+        position_ids = position_ids.expand(batch, -1)
+        decodes = isinstance(past_key_values, SlotCache) and new == 1 and length > 0
+        if decodes:
+            logits = past_key_values.decode(input_ids, attention_mask, position_ids)
+        else:
+            logits, *present = self.run([input_ids, attention_mask, position_ids, *past])
         loss = None
         if labels is not None:
             shifted = logits[:, :-1].float().flatten(0, 1)
@@ -97,6 +114,10 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             cache = None
         elif past_key_values is None:
             cache = cache_of(present)
+        elif isinstance(past_key_values, SlotCache):
+            cache = past_key_values
+            if not decodes:
+                cache.keep(present)
         else:
             cache = past_key_values
             write(cache, present)
@@ -104,7 +125,16 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _past(self, cache: Any, batch: int) -> list[Tensor]:
-        if cache is not None:
+        if isinstance(cache, SlotCache):
+            if cache.decoder is not self._decoder or cache.batch_size not in (-1, batch):
+                raise UsageError(
+                    f"the cache is of {cache.batch_size} rows, or of another model",
+                    where="past_key_values",
+                    hint="let generate() make the cache",
+                )
+            if cache.length:
+                return cache.tensors()
+        elif cache is not None:
             check_is_dynamic(cache)
             if tensors := tensors_of(cache):
                 return tensors
@@ -122,7 +152,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
                 hint="leave cache_implementation out",
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DynamicCache()
+            model_kwargs["past_key_values"] = DynamicCache() if self._decoder is None else SlotCache(self._decoder)
 
 
 def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig:

@@ -1,0 +1,222 @@
+"""What runs on a GPU, as far as it runs without one: the checks of kernels in the interpreter, and gpu.sh to its end."""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from conftest import REPO
+from packaging.version import Version
+
+triton = pytest.importorskip("triton")
+sys.path.append(str(REPO))
+
+from benchmarks import gpu_checks  # noqa: E402
+from benchmarks.gpu_checks import Case, Chip, fault, poisoned  # noqa: E402
+
+# Triton 3.6 turns arrays of one number into integers, which NumPy refuses since 2.4.
+INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
+CHIP = Chip(torch.device("cpu"), 80, True)
+
+
+@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
+def test_all_kernels_pass_in_the_interpreter(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--out", tmp_path]
+    done = subprocess.run(command, cwd=REPO, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "gpu-checks-interpreter.json").read_text())["rows"]
+    found = {row["kernel"] for row in rows}
+    absent = ["persistent_int8", "persistent_fp8", "sparse24_mma", "int8_sparse24_mma"]
+    assert found == set(gpu_checks.CASES) - set(absent)
+    assert f"no case for this chip: {', '.join(absent)}" in done.stdout
+    assert len(rows) == done.stdout.count("PASS") >= 60
+
+
+def test_the_cases_of_a_gpu_can_be_made(monkeypatch):
+    """All but the launch: tensors, weights in the kernels' order, references; the real shapes made small."""
+    small = {"REAL": ((1, 48, 384), (16, 64, 256)), "CONFIGURED": (48, 384), "GATED": ((3, 9, 40),)}
+    small["PERSISTENT"] = ((33, 16, 48),)
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_checks, name, value)
+    chip = Chip(torch.device("cpu"), 90, False)
+    for kernel, make in gpu_checks.CASES.items():
+        cases = list(make(chip))
+        assert len({case.label for case in cases}) == len(cases) >= 5, kernel
+        for case in cases:
+            expected = case.expected()
+            assert isinstance(expected, tuple) or expected.isfinite().all(), (kernel, case.label)
+            assert inspect.signature(case.run).bind() and inspect.signature(case.wrong).bind()
+
+
+# What the checks see: each of these kernels has one fault.
+
+
+def _good() -> torch.Tensor:
+    out = torch.empty(4, 16, dtype=torch.bfloat16)
+    out.copy_(torch.arange(64).view(4, 16))
+    return out
+
+
+def _leaves_a_row() -> torch.Tensor:
+    out = torch.empty(4, 16, dtype=torch.bfloat16)
+    out[:3] = torch.arange(64).view(4, 16)[:3].bfloat16()
+    return out
+
+
+def _writes_behind() -> torch.Tensor:
+    out = _good()
+    out.as_strided((4, 17), (16, 1))[3, 16] = 1
+    return out
+
+
+def _differs() -> torch.Tensor:
+    _differs.calls += 1
+    out = _good()
+    out[1, 1] += 0.0625 * _differs.calls
+    return out
+
+
+_differs.calls = 0
+
+
+def _is_off_by_two_percent() -> torch.Tensor:
+    return _good() * 1.02
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (_good, ""),
+        (_leaves_a_row, "16 numbers are not finite"),
+        (_writes_behind, "writes behind an output"),
+        (_differs, "two runs differ"),
+        (_is_off_by_two_percent, "differs by"),
+    ],
+)
+def test_the_checks_see_faults(run, says):
+    expected = torch.arange(64).view(4, 16).bfloat16()
+    found = fault(Case("toy", run, lambda: expected, lambda: expected * 2), CHIP)
+    assert found.startswith(says) if says else found == ""
+    unseen = fault(Case("toy", _good, lambda: expected, lambda: expected), CHIP)
+    assert unseen == "the comparison does not see a changed weight"
+
+
+def test_quantized_rows_may_be_a_step_off_and_no_more():
+    q = torch.arange(1000, dtype=torch.int32).remainder(200).sub(100).to(torch.int8)[None]
+    scale, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    exact = (q, scale[:, None], zero[:, None])
+    one_off, two_off, many = q.clone(), q.clone(), q + 1
+    one_off[0, 7] += 1
+    two_off[0, 7] += 2
+    assert gpu_checks.quantized((q, scale, zero), exact) == gpu_checks.quantized((one_off, scale, zero), exact) == ""
+    assert "by up to 2 steps" in gpu_checks.quantized((two_off, scale, zero), exact)
+    assert gpu_checks.quantized((many, scale, zero), exact).startswith("100.00% of the numbers differ")
+    assert gpu_checks.quantized((q, scale * 1.01, zero), exact).startswith("scales differ")
+    assert gpu_checks.quantized((many, scale, zero + 1), exact) == "", "what they stand for is the same"
+    fp8 = torch.tensor([[1.0, -1.0, 0.0, 448.0]]).to(gpu_checks.FP8)
+    steps = gpu_checks._ordinal(fp8)
+    up = torch.tensor([[1.125, -0.9375, 2**-9, 416.0]]).to(gpu_checks.FP8)
+    assert (gpu_checks._ordinal(up) - steps).tolist() == [[1, 1, 1, -1]]
+
+
+def test_new_memory_is_poisoned():
+    with poisoned() as guards:
+        made = [torch.empty(3, 5), torch.empty((2,), dtype=torch.int32), torch.empty_like(torch.ones(4).half())]
+    assert made[0].isnan().all() and (made[1] == -1).all() and made[2].isnan().all() and len(guards) == 3
+    assert made[0].shape == (3, 5) and made[2].shape == (4,) and made[0].data_ptr() % 16 == 0
+    assert torch.empty(3).shape == (3,) and len(guards) == 3, "afterwards memory is as before"
+
+
+def test_a_process_that_breaks_off_fails(tmp_path, monkeypatch, capsys):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, -11, "PASS int8 1x1x8 bfloat16\n", "CUDA error: misaligned address\n")
+
+    monkeypatch.setattr(gpu_checks.subprocess, "run", run)
+    rows = gpu_checks.apart("int8", 10, tmp_path)
+    assert [bool(row["fault"]) for row in rows] == [False, True] and "misaligned address" in rows[1]["fault"]
+    assert "FAIL int8: broke off" in capsys.readouterr().out
+
+
+def test_without_a_gpu_the_checks_say_so(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--out", tmp_path]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "torch finds no CUDA device" in done.stderr
+
+
+# gpu.sh, with a python that only says what it was asked.
+
+STUB = """#!/usr/bin/env bash
+packages=${PYTHONPATH%%:*}
+case "$*" in
+    "-c import torch, triton"*) echo "a GPU"; exit ${NO_GPU:-0} ;;
+    *importlib.util*) [[ "$*" == *transformers* ]] && echo "$MISSING" ;;
+    *chip_of*) echo nvidia-test ;;
+    *) [ -f "$packages/fxc_kernels/int4_linear.py" ] || exit 9
+       echo "ran $* tables: $(ls "$packages/fxc_kernels/tables" 2>/dev/null | tr '\n' ' ')"
+       case "$*" in
+           *gpu_checks*) echo "FAIL int8 toy: wrong"; [ -z "${SLOW:-}" ] || sleep 20; exit ${CHECKS_STATUS:-0} ;;
+           *benchmarks.kernels*) echo '{}' > "$OUT/nvidia-test.json" ;;
+       esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    stub, out = tmp_path / "python", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+
+    def run(**environment: str) -> subprocess.CompletedProcess:
+        given = {**os.environ, "PYTHON": str(stub), "OUT": str(out), "MISSING": "", **environment}
+        script = REPO / "benchmarks" / "gpu.sh"
+        return subprocess.run(["bash", script], cwd=tmp_path, env=given, capture_output=True, text=True)
+
+    run.out = out
+    return run
+
+
+def test_the_script_runs_all_parts_and_hands_on_what_was_tuned(call):
+    done = call()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": done in") == 3
+    logs = {path.stem: path.read_text() for path in call.out.glob("gpu-*.log")}
+    assert set(logs) == {"gpu-checks", "gpu-kernels", "gpu-decode"}
+    assert "--tune" in logs["gpu-kernels"] and "tables: \n" in logs["gpu-kernels"]
+    assert "--model qwen2.5-7b" in logs["gpu-decode"] and "nvidia-test.json" in logs["gpu-decode"]
+    assert f"--out {call.out}" in logs["gpu-checks"]
+
+
+def test_the_script_fails_where_a_check_fails_and_still_runs_the_rest(call):
+    done = call(CHECKS_STATUS="1")
+    assert done.returncode == 1 and "checks: FAILED with status 1" in done.stdout
+    assert done.stdout.count(": done in") == 2 and done.stdout.rstrip().endswith("FAIL int8 toy: wrong")
+
+
+def test_the_script_ends_a_part_that_takes_too_long(call):
+    done = call(SLOW="1", CHECKS="16")
+    assert done.returncode == 1 and "checks: FAILED, not over after 16 s" in done.stdout
+    assert "decode: done in" in done.stdout
+
+
+def test_the_script_names_what_it_leaves_out(call):
+    done = call(MISSING="transformers")
+    assert done.returncode == 0 and "decode: left out, because python has no transformers" in done.stdout
+    assert "checks: done in" in done.stdout and "kernels: done in" in done.stdout
+
+
+def test_the_script_says_that_there_is_no_gpu(call):
+    done = call(NO_GPU="1")
+    assert done.returncode == 2 and "nothing was checked or measured: a GPU" in done.stderr and not done.stdout
+
+
+def test_the_script_is_over_in_eight_minutes():
+    text = (REPO / "benchmarks" / "gpu.sh").read_text()
+    limits = [int(n) for n in re.findall(r"\$\{(?:CHECKS|KERNELS|DECODE):-(\d+)\}", text)]
+    assert len(limits) == 3 and sum(limits) <= 8 * 60 - 20
