@@ -265,6 +265,30 @@ def bench_model(
         bench_models(output, models, *sizes, new, rounds, threads, backend, _device(device), dtype or "auto")
 
 
+@bench.command("kernels")
+def bench_kernels(
+    scheme: Annotated[str | None, typer.Option(help="int8, int8_weight_only, int4 (or int4_g32), fp8, sparse24, ...")] = None,
+    shapes: Annotated[str | None, typer.Option(help="qwen2.5-7b, llama3-8b:o, or N,K; several with commas between.")] = None,
+    m: Annotated[str | None, typer.Option("--m", help="Numbers of rows (tokens), as in 1,16,64,256,2048,8192.")] = None,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and for its rivals.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each is measured; the median counts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
+    budget_seconds: Annotated[float | None, typer.Option(min=1, help="Begin nothing new after so long.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure linear layers: fxc's kernels, their rivals, and what the machine allows."""
+    from fxc.commands.bench_kernels import KernelsRequest, bench_kernels
+
+    if tune and out is None:
+        raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
+    rows = tuple(_sizes("--m", m)) if m else ()
+    request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds)
+    with _output(as_json) as output:
+        bench_kernels(output, request)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can run, and why not."""

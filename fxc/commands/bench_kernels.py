@@ -1,0 +1,154 @@
+"""fxc bench kernels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fxc.errors import UsageError, VerificationFailed
+from fxc.kernel_bench import report
+from fxc.kernel_bench.run import Plan, Platform, Result, run
+from fxc.kernel_bench.shapes import Shape, parse_shapes
+from fxc.kernel_bench.summary import headlines, summarise
+from fxc.kernel_bench.weights import ALIASES, SCHEMES, unfit
+from fxc.report.console import Output
+
+DEFAULT_SCHEMES = ("int8", "int8_weight_only", "int4_g128", "fp8", "sparse24", "int8_sparse24")
+# The largest weight, of the vocabulary, is left out on a CPU, where it would take most of the time and of the memory.
+DEFAULT_SHAPES = {"cpu": "qwen2.5-7b:o,qwen2.5-7b:qkv,qwen2.5-7b:down,qwen2.5-7b:gate_up", "cuda": "qwen2.5-7b"}
+DEFAULT_ROWS = {"cpu": (1, 16, 64, 256), "cuda": (1, 16, 64, 256, 2048, 8192)}
+DEFAULT_ROUNDS = {"cpu": 5, "cuda": 15}
+
+
+@dataclass(frozen=True)
+class KernelsRequest:
+    """schemes, shapes: as they were written, None for the defaults; rows, rounds: None or empty for the device's defaults;
+    seconds: after these no new cell is begun."""
+
+    schemes: str | None = None
+    shapes: str | None = None
+    rows: tuple[int, ...] = ()
+    device: str | None = None
+    threads: int | None = None
+    rounds: int | None = None
+    out: Path | None = None
+    tune: bool = False
+    seconds: float | None = None
+
+
+def bench_kernels(output: Output, request: KernelsRequest) -> Result:
+    """Check and time linear layers, print what came out, and write it to files kernels-<machine>.* in `request.out`.
+
+    Raises VerificationFailed, after everything was printed and written, when a product of fxc was wrong.
+    """
+    began = time.monotonic()
+    kind = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    if request.tune and kind != "cuda":
+        raise UsageError("only kernels of a GPU have configurations to choose from", where="--tune", hint="add --device cuda")
+    schemes, shapes = parse_schemes(request.schemes), parse_shapes(request.shapes or DEFAULT_SHAPES[kind])
+    if request.schemes:
+        _check(schemes, shapes)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    platform = platform_of(kind, request.device)
+    deadline = began + request.seconds if request.seconds else None
+    plan = Plan(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
+    about = platform.about()
+    with output.doing("measuring what this machine can"):
+        peaks = (platform.datasheet(), platform.measured_peaks())
+    output.note(report.peaks_text(peaks))
+    tuner = _tuner(platform, plan, output) if request.tune else None
+    protocol = {"rounds": plan.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}
+    stem = request.out / f"kernels-{report.slug(about['name'])}" if request.out else None
+
+    def found(result: Result) -> report.Report:
+        spent = {"seconds": round(time.monotonic() - began, 1)}
+        return report.Report(result, about, protocol | spent, peaks, tuner.failed if tuner else None)
+
+    def save(result: Result) -> None:
+        if stem:
+            report.write(stem, found(result), draw=False)
+
+    whole = found(run(plan, platform, output.note, tuner, peaks, save))
+    _print(output, whole)
+    if stem:
+        written, missing = report.write(stem, whole)
+        for path in written:
+            output.note(f"wrote {path}")
+        if missing:
+            output.note(missing)
+    output.json(report.as_json(whole))
+    wrong = [row for row in whole.result.rows if row.ours and row.state == "wrong"]
+    if wrong:
+        first = wrong[0]
+        raise VerificationFailed(
+            f"{len(wrong)} products of fxc are wrong",
+            where=f"{first.contender} at {first.n} x {first.k}, M={first.m}",
+            why=first.reason,
+            hint="a kernel or its configuration is at fault: report it, with the files that --out writes",
+        )
+    return whole.result
+
+
+def parse_schemes(text: str | None) -> tuple[str, ...]:
+    """Raises UsageError for a name that is no scheme."""
+    if text is None:
+        return DEFAULT_SCHEMES
+    names = [ALIASES.get(part.strip(), part.strip()) for part in text.split(",")]
+    for name in names:
+        if name not in SCHEMES:
+            known = ", ".join([*SCHEMES, *(f"{short} for {full}" for short, full in ALIASES.items())])
+            raise UsageError(f"there is no scheme {name!r}", where="--scheme", hint=f"one of {known}")
+    return tuple(dict.fromkeys(names))
+
+
+def _check(schemes: tuple[str, ...], shapes: tuple[Shape, ...]) -> None:
+    """Of schemes that were asked for by name, one that a shape cannot have is an error."""
+    for shape in shapes:
+        for scheme in schemes:
+            if reason := unfit(scheme, shape):
+                raise UsageError(
+                    f"a weight of {shape.n} x {shape.k} cannot be {scheme}",
+                    where="--scheme",
+                    why=reason,
+                    hint="leave the scheme or the shape out; without --scheme what does not fit is skipped",
+                )
+
+
+def platform_of(kind: str, device: str | None) -> Platform:
+    if kind == "cpu":
+        from fxc.kernel_bench.cpu_platform import CpuPlatform
+
+        return CpuPlatform()
+    from fxc.kernel_bench.cuda_platform import CudaPlatform
+
+    index = torch.device(device or "cuda").index
+    return CudaPlatform(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+
+
+def _tuner(platform: Platform, plan: Plan, output: Output):
+    from fxc.kernel_bench import tune
+
+    first = plan.shapes[0]
+    with output.doing("compiling configurations"):
+        tune.precompile(plan.schemes, first, plan.rows, platform.capability, output.note)
+    return tune.Choices(platform, platform.capability, plan.schemes, output.note, plan.deadline)
+
+
+def _print(output: Output, whole: report.Report) -> None:
+    result, about = whole.result, whole.about
+    for title, rows in report.shapes_of(result).items():
+        ms = sorted({row.m for row in rows})
+        what = f"{title} on {about['name']}: microseconds, times faster than dense bf16, share of the roofline"
+        output.table(what, ["scheme", "", *(f">M={m}" for m in ms)], report.shape_cells(rows, ms))
+        output.line()
+    lines = headlines(summarise(result.rows))
+    by = f"by {lines[0].peaks} peaks" if lines else ""
+    title = f"summary of fxc and its fastest rivals: geometric means and worst cells, roofline {by}"
+    output.table(title, report.SUMMARY, report.summary_cells(lines))
+    facts = [about["timing"], about["weights"], report.peaks_text(whole.peaks), report.telemetry_text(result)]
+    for line in [*filter(None, facts), *report.remarks(result)]:
+        output.line(line)

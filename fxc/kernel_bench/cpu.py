@@ -1,0 +1,141 @@
+"""What runs on a CPU: fxc's layers as its lowering chooses them, torch's own operators, ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import linear
+
+from fxc.ir.program import Input, Program, Signature
+from fxc.kernel_bench import cpu_peers
+from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, of_function
+from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
+from fxc.lower import packed
+from fxc.lower.cpu import lower_cpu
+from fxc_kernels import int4_linear
+
+_INT4_OP = torch.ops.fxc.int4_weight_only_linear.default
+_OPS = {
+    "int8": torch.ops.fxc.int8_linear.default,
+    "int8_weight_only": torch.ops.fxc.int8_weight_only_linear.default,
+    "fp8": torch.ops.fxc.fp8_linear.default,
+    "fp8_weight_only": torch.ops.fxc.fp8_weight_only_linear.default,
+    "sparse24": torch.ops.fxc.sparse24_linear.default,
+    "int8_sparse24": torch.ops.fxc.int8_sparse24_linear.default,
+}
+
+
+def contenders(schemes: tuple[str, ...], threads: int) -> list[Contender]:
+    """The dense baselines and everything that computes one of `schemes`."""
+    found = [
+        Contender("torch float32", "float32", "dense", _float32, EXACT, torch.float32, holds=4),
+        Contender("torch bf16", "bf16", "dense", _bf16, HALF, baseline=True),
+        Contender("oneDNN bf16, prepacked", "bf16", "dense", _bf16_packed, HALF, baseline=True),
+        cpu_peers.openvino("OpenVINO bf16", "bf16", "dense", threads),
+    ]
+    for scheme in schemes:
+        found += _ours(scheme)
+        if scheme == "int8":
+            found += [
+                Contender("torch._int_mm + scale", scheme, "int8", _int_mm, INT8, holds=1),
+                cpu_peers.onnxruntime("ONNX Runtime DynamicQuantizeMatMul", scheme, "int8", threads),
+                cpu_peers.openvino("OpenVINO int8, static activations", scheme, "int8", threads, quantize=True),
+            ]
+        elif scheme == "int8_weight_only":
+            found += [
+                Contender("torch _weight_int8pack_mm", scheme, "int8", _int8pack, HALF, holds=1),
+                cpu_peers.openvino("OpenVINO int8 weights", scheme, "int8", threads),
+            ]
+        elif scheme.startswith("int4"):
+            found += [
+                Contender("torch _weight_int4pack_mm_for_cpu", scheme, scheme, _int4pack, HALF, holds=0.6),
+                cpu_peers.onnxruntime("ONNX Runtime MatMulNBits, int8 activations", scheme, scheme, threads),
+                cpu_peers.openvino("OpenVINO int4 weights", scheme, scheme, threads),
+            ]
+    return found
+
+
+def _ours(scheme: str) -> list[Contender]:
+    """In a bfloat16 and, where that runs otherwise, in a float32 model. Activations may be rounded to int8, and so may int4
+    weights be, once more."""
+    rounds = scheme in ("int8", "int8_sparse24") or scheme.startswith("int4")
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        if dtype == torch.bfloat16 or scheme.startswith(("int8", "int4")):
+            name = f"fxc {scheme}" + ("" if dtype == torch.bfloat16 else ", float32")
+            tolerance = INT8 if rounds else HALF if dtype == torch.bfloat16 else EXACT
+            build = partial(_lowered, scheme, dtype)
+            made.append(Contender(name, scheme, format_of(scheme), build, tolerance, dtype, form=_form, ours=True,
+                                  holds=1.0 + dtype.itemsize))  # fmt: skip
+    return made
+
+
+class _Lowered:
+    """One layer as `lower_cpu` lowers it in a program of that dtype."""
+
+    def __init__(self, module: nn.Module, form: str):
+        self.module, self.form = module, form
+
+    def __call__(self, x: Tensor):
+        return lambda: self.module(x)[0]
+
+
+def _lowered(scheme: str, dtype: torch.dtype, weights: Weights) -> Bind:
+    graph, constants = fx.Graph(), dict(zip(("layer.weight", "layer.second", "layer.third"), weights.parts))
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(1, weights.k, dtype=dtype, device="meta")
+    arguments = [x, *map(graph.get_attr, constants)]
+    if scheme.startswith("int4"):
+        product = graph.call_function(_INT4_OP, (*arguments, *[None] * (5 - len(arguments)), group_of(scheme)))
+    else:
+        product = graph.call_function(_OPS[scheme], (*arguments, None))
+    product.meta["val"] = torch.empty(1, weights.n, dtype=dtype, device="meta")
+    graph.output((product,))
+    # 2:4 values and int4 scales have the dtype of the model that they belong to.
+    constants = {name: part.to(dtype) if part.dtype == torch.bfloat16 else part for name, part in constants.items()}
+    module, choices = lower_cpu(Program(graph, constants, {}, Signature([Input("x")], ["y"], None, None)))
+    return _Lowered(module, choices[0].op if choices else "as the program has it")
+
+
+def _form(bind: Bind) -> str:
+    return bind.form
+
+
+def _float32(weights: Weights) -> Bind:
+    weight = weights.dense()
+    return of_function(lambda x: linear(x, weight))
+
+
+def _bf16(weights: Weights) -> Bind:
+    weight = weights.dense().bfloat16()
+    return of_function(lambda x: linear(x, weight))
+
+
+def _bf16_packed(weights: Weights) -> Bind:
+    return of_function(packed.DenseLinear(weights.dense().bfloat16(), None))
+
+
+def _int_mm(weights: Weights) -> Bind:
+    qweight, scale = weights.parts
+    transposed = qweight.t()
+
+    def product(x: Tensor) -> Tensor:
+        q, row_scale = quantize_symmetric(x)
+        return (torch._int_mm(q, transposed) * scale * row_scale).to(x.dtype)
+
+    return of_function(product)
+
+
+def _int8pack(weights: Weights) -> Bind:
+    qweight, scale = weights.parts[0], weights.parts[1].bfloat16()
+    return of_function(lambda x: torch.ops.aten._weight_int8pack_mm(x, qweight, scale))
+
+
+def _int4pack(weights: Weights) -> Bind:
+    qweight, scale = weights.parts[:2]
+    group = group_of(weights.format)
+    converted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(int4_linear.unpack(qweight).int(), 1)
+    scale_and_zero = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
+    return of_function(lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, converted, group, scale_and_zero))
