@@ -258,15 +258,18 @@ def test_weight_only_decisions_follow_the_timings():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_large_weight_only_layer_is_not_kept_twice(x, backend, monkeypatch):
-    program = program_of(Block(), x, "int8_weight_only_linear")
-    lowered, report = lower_cpu(program, backend, measure=few_rows_win, bf16=False)
-    assert {each.op for each in report} == {"int8 up to M=16, float above"}
+def test_a_large_layer_has_one_form(x, backend, monkeypatch):
+    seconds = {1: (0.1, 1.0), 16: (0.5, 1.0), 128: (2.0, 1.0)}
+    slower = {1: (0.9, 1.0), 16: (1.5, 1.0), 128: (2.0, 1.0)}
     monkeypatch.setattr(cpu, "SMALL_LAYER", 0)
-    lowered, report = lower_cpu(program, backend, measure=few_rows_win, bf16=False)
-    assert {each.op for each in report} == {"int8"} and all("more memory than was saved" in each.reason for each in report)
-    assert not any(t.dtype == torch.float32 and t.dim() == 2 for t in lowered.state_dict().values())
-    close(lowered(x), program.module()(x), 2e-4)
+    for op in ("int8_linear", "int8_weight_only_linear"):
+        program = program_of(Block(), x, op)
+        lowered, report = lower_cpu(program, backend, measure=lambda *size: seconds, bf16=False)
+        assert {each.op for each in report} == {"int8"} and "M=128: int8 2000000 us" in report[0].reason
+        assert not any(t.dtype == torch.float32 and t.dim() == 2 and len(t) > 1 for t in lowered.state_dict().values())
+        close(lowered(x), program.module()(x), 2e-4)
+        _, report = lower_cpu(program, backend, measure=lambda *size: slower, bf16=False)
+        assert {each.op for each in report} == {"dequantized"} and "slower on the whole" in report[0].reason
 
 
 def test_layers_stay_compressed_when_that_is_asked_for(x):

@@ -1,6 +1,7 @@
 """Which form of a linear layer is faster on this machine: measured once for each size, dtype and process."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 
@@ -68,7 +69,7 @@ def measure(
 
 def compressed(out_features: int, in_features: int, dtype: torch.dtype) -> Timing:
     """Instead of `measure`, where the compressed form is wanted whatever its time: it never loses."""
-    return {rows: (0.0, float("inf")) for rows in WEIGHT_ONLY_ROWS}
+    return {rows: (1.0, float("inf")) for rows in WEIGHT_ONLY_ROWS}
 
 
 def reason(timing: Timing) -> str:
@@ -98,6 +99,11 @@ def dense_limit(timing: Timing) -> int | None:
     if first is None:
         return None
     return max((rows for rows in timing if rows < first), default=0)
+
+
+def wins_on_the_whole(timing: Timing) -> bool:
+    """Whether int8 is faster in the geometric mean over the measured row counts."""
+    return math.prod(as_float / as_int8 for as_int8, as_float in timing.values()) ** (1 / len(timing)) > 1 / MARGIN
 
 
 def split_limit(timing: Timing) -> int | None:

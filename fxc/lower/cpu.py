@@ -132,18 +132,20 @@ class _Lowering:
             timing = choose.measure(rows, columns, dtype, keeps_activations, whole, torch.get_num_threads())
         else:
             timing = self.measure(rows, columns, dtype)
-        limit = choose.split_limit(timing) if keeps_activations else choose.dense_limit(timing)
-        is_large = rows * columns > SMALL_LAYER
+        if rows * columns > SMALL_LAYER:
+            # A float copy for the row counts where int8 is slower would take more memory than was saved: one form for all.
+            if choose.wins_on_the_whole(timing):
+                return "int8", 0, choose.reason(timing) + rounding
+            return "dequantized", 0, f"dequantized: int8 was slower on the whole ({choose.describe(timing)})"
         if keeps_activations:
+            limit = choose.split_limit(timing)
             slower, always, mixed = limit == 0, limit is None, f"int8 up to M={limit}, float above"
         else:
+            limit = choose.dense_limit(timing)
             slower, always, mixed = limit is None, limit == 0, f"int8 above M={limit}, float below"
-        if slower or (is_large and not always and not keeps_activations):
+        if slower:
             return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
-        reason = choose.reason(timing) + rounding
-        if is_large and not always:
-            reason += "; a float copy for more rows would take more memory than was saved"
-        return ("int8", 0, reason) if always or is_large else (mixed, limit, reason)
+        return "int8" if always else mixed, limit or 0, choose.reason(timing) + rounding
 
     def _int8_weight(self, group: Group) -> tuple[Tensor, Tensor]:
         """(int8 [N, K], scale [N]) of the group's layers: their own, or int4 ones rounded once more."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fxc_kernels.int8_linear import INT8_MAX, INT8_MIN, INT8_STEPS, ZERO_ROW
 
-# Rows are gone through in blocks of at least this many.
-BLOCK_ROWS = 32
+# Rows are gone through in blocks of this many: oneDNN wants hundreds at a time, and temporaries of thousands leave the cache.
+BLOCK_ROWS = 512
+# A temporary of a block has no more bytes than this, unless that would be fewer than SMALLEST_BLOCK rows.
+BLOCK_BYTES = 1 << 24
+SMALLEST_BLOCK = 128
 # q2 of the split: the remainder of rounding lies in [-1/2, 1/2], so 254 spreads it over the int8 range.
 SPLIT = 254.0
-# Temporaries above this many bytes leave the cache, and malloc maps fresh pages for them on every call.
-BLOCK_BYTES = 1 << 21
 
 
 def pack_int8(qweight: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ class _Rows(nn.Module):
         self.bias = None if bias is None else bias.float()
         self.activation = activation
         self.zero_point = torch.zeros(self.out_features, dtype=torch.int64)
-        self.block = max(BLOCK_ROWS, BLOCK_BYTES // (4 * max(self.in_features, self.out_features)))
+        fitting = BLOCK_BYTES // (4 * max(self.in_features, self.out_features))
+        self.block = min(max(SMALLEST_BLOCK, fitting), BLOCK_ROWS)
 
     def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """float32 rows [M, K], M > 0 -> (float32 [M, N] without row scale and bias, row scale [M, 1])."""
