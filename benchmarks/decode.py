@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import table
-from fxc.errors import FxcError
 from fxc.frontend import capture
 from fxc.ir.program import Program
 from fxc.passes.base import Context, parse_passes
@@ -112,6 +112,8 @@ class Variant:
         self.read_bytes, self.nbytes = read_bytes(made), made.nbytes()
         self.model = CompiledCausalLM(made, {}, config=config, device=device, backend=backend)
         self.lowered = self.model.lower()
+        # How its compressed layers run, and how many of them: a table may have sent some back to dense.
+        self.forms = dict(Counter(each.op for each in self.model.layers))
         # What runs was made of the program's weights; where that is another form, they would count twice.
         made.constants.update({name: t.to("meta") for name, t in made.constants.items()})
         self.eager = getattr(self.lowered, "graph_module", self.lowered)
@@ -202,7 +204,8 @@ def decode(variant: Variant, mode: str, batch: int, options: argparse.Namespace,
         "new": new,
         "slots": capacity,
         "first_s": round(first, 3),
-        "read_gb_per_s": round(variant.read_bytes * new / median(spent) / 1e9, 1),
+        # Of weights that run in another form than the stored one it would be wrong.
+        "read_gb_per_s": None if "dequantized" in variant.forms else round(variant.read_bytes * new / median(spent) / 1e9, 1),
         "peak_gb": peak_gb(variant.device),
         "tokens": torch.cat(tokens[: LAUNCHED_TOKENS + 1], dim=1).tolist(),
     }
@@ -265,11 +268,11 @@ def run(options: argparse.Namespace) -> dict:
         "rows": [],
         "not_measured": [],
     }
-    # What matters most comes first: the first variant beside the dense one, every way.
-    for some in ([DENSE, *options.passes[:1]], options.passes[1:]):
-        for backend in options.backend:
-            for passes in some:
-                measure_variant(report, program, computed, config, passes, backend, options, clock)
+    # Variants in the order in which they were asked for; backends too, because one of them compiles for minutes.
+    for backend in options.backend:
+        for passes in [DENSE, *options.passes]:
+            measure_variant(report, program, computed, config, passes, backend, options, clock)
+            write(report, options.out)
     return report
 
 
@@ -285,8 +288,9 @@ def measure_variant(report, program, computed, config, passes, backend, options,
         if passes != DENSE:
             made, _ = run_passes(made, parse_passes(passes.replace("+", ",")), Context(), verify=False)
         variant = Variant(made, config, device, backend)
-    except (FxcError, RuntimeError) as error:
+    except Exception as error:  # of Triton's compiler, say: the other variants can still be measured
         report["not_measured"].append({"what": name, "why": f"failed: {first(error)}", "failed": True})
+        note(f"{name}: {first(error)}")
         return
     note(f"{name}: compiled in {time.monotonic() - began:.1f} s, {variant.nbytes / 1e9:.2f} GB of weights")
     for what, mode, batch in cells_of(options, backend):
@@ -301,12 +305,12 @@ def measure_variant(report, program, computed, config, passes, backend, options,
                 found = prefill(variant, options.prefill, options, clock)
             else:
                 found = generate(variant, batch, options, clock)
-        except (FxcError, RuntimeError) as error:
+        except Exception as error:  # as above
             report["not_measured"].append({"what": label, "why": f"failed: {first(error)}", "failed": True})
             note(f"{label}: {first(error)}")
             continue
         row = {"passes": passes, "backend": backend, "what": what, "mode": mode, "batch": batch}
-        report["rows"].append(row | {"weights_gb": round(variant.nbytes / 1e9, 3)} | found)
+        report["rows"].append(row | {"weights_gb": round(variant.nbytes / 1e9, 3), "forms": variant.forms} | found)
         if what == "decode" and not same_tokens(report["rows"][-1], report["rows"][:-1]):
             why = "failed: its tokens are not those of the same step in another mode"
             report["not_measured"].append({"what": label, "why": why, "failed": True})
@@ -374,9 +378,12 @@ def markdown(report: dict) -> str:
         ratio = "-" if dense is None or row is dense else f"{row['tokens_per_s'] / dense['tokens_per_s']:.2f}"
         lines.append(
             f"| {row['passes']} | {row['backend']} | {row['what']} {row['mode']} | {row['batch']} | {row['tokens_per_s']:.1f} "
-            f"({row['low']:.1f}-{row['high']:.1f}) | {ratio} | {row.get('read_gb_per_s', '-')} | {row['weights_gb']} | "
+            f"({row['low']:.1f}-{row['high']:.1f}) | {ratio} | {row.get('read_gb_per_s') or '-'} | {row['weights_gb']} | "
             f"{'-' if row['peak_gb'] is None else row['peak_gb']} |"
         )
+    forms = {f"{row['passes']}, {row['backend']}": row["forms"] for row in report["rows"] if row["forms"]}
+    lines += ["", *(f"- {name}: layers run as {', '.join(f'{form} ({n})' for form, n in each.items())}"
+                    for name, each in forms.items())]  # fmt: skip
     lines += ["", *(f"- not measured: {each['what']}: {each['why']}" for each in report["not_measured"])]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -384,8 +391,10 @@ def markdown(report: dict) -> str:
 def write(report: dict, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", report["device"].lower()).strip("-")
-    (out / f"decode-{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / f"decode-{slug}.md").write_text(markdown(report))
+    for name, text in ((f"decode-{slug}.json", json.dumps(report, indent=1) + "\n"), (f"decode-{slug}.md", markdown(report))):
+        part = out / f"{name}.part"  # renamed, so that whatever ends this process leaves whole files
+        part.write_text(text)
+        part.replace(out / name)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,8 +1,9 @@
 """Every Triton kernel against its reference on the GPU at hand: python -m benchmarks.gpu_checks.
 
 For each kernel, odd shapes and real ones, and each configuration that is shipped for the chip: values within a tolerance,
-every output written (memory is poisoned beforehand) and nothing behind it, twice the same bits, and a changed weight seen.
-Prints PASS or FAIL for each case, writes gpu-checks-<device>.json, and exits with 1 where one failed.
+every output written (memory is poisoned beforehand) and nothing behind it, twice the same bits (products of eight warps over
+a long K: twelve times), the same bits from a CUDA graph that is replayed, and a changed weight seen. Prints PASS or FAIL for
+each case, writes gpu-checks-<device>.json after each kernel, and exits with 1 where one failed.
 
 Each kernel runs in a process of its own: a fault on a GPU ends everything else in its process. With TRITON_INTERPRET=1 small
 shapes run in Triton's interpreter, which is how the script itself is tested; inline PTX does not run there.
@@ -16,9 +17,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,8 @@ from fxc_kernels import triton_int4_linear as int4
 from fxc_kernels import triton_norm_quantize as norm
 from fxc_kernels import triton_persistent_mm as persistent
 from fxc_kernels import triton_quantize_rows as quantize
+from fxc_kernels import triton_rms_norm as float_norm
+from fxc_kernels import triton_rope as rope
 from fxc_kernels import triton_scaled_mm as scaled
 from fxc_kernels import triton_sparse24 as sparse
 from fxc_kernels import triton_sparse24_mma as sparse_mma
@@ -51,9 +55,13 @@ INTERPRETED_TOLERANCE = {**TOLERANCE, torch.bfloat16: (2**-7, 6e-3)}
 SMALL = ((1, 1, 8), (3, 17, 40), (20, 33, 264), (70, 34, 72))
 ODD = ((1, 1, 8), (2, 17, 40), (3, 9, 536), (7, 65, 136), (33, 20, 264), (65, 34, 72), (130, 1000, 1000))
 UNEVEN = ((1, 1, 1), (2, 17, 33), (7, 65, 129), (70, 33, 65))
-REAL = ((1, 4608, 3584), (4, 3584, 18944), (16, 37888, 3584), (64, 3584, 3584), (200, 8192, 29568), (2048, 4608, 3584))
+REAL = ((1, 4608, 3584), (4, 3584, 18944), (16, 37888, 3584), (64, 3584, 3584), (200, 2048, 29568), (2048, 4608, 3584))
 GATED = ((1, 18944, 3584), (33, 1001, 264), (2048, 4736, 3584))
 PERSISTENT = ((130, 33, 144), (2049, 3584, 18944))
+NORMED, NORMED_ROWS = (1, 33, 1000, 3584, 8192, 29568), 2049
+# A long K, where warps that read what others have not written yet would show; each so many times.
+LONG = ((1000, 4096, 29568), (2048, 4096, 29568))
+LONG_RUNS = 12
 CONFIGURED = (4608, 3584)
 SPLIT = Config(None, 16, 32, 32, 4, 3, split=3)
 PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -119,7 +127,7 @@ class Chip:
 class Case:
     """run, expected: without arguments, tensors. wrong: `run` on something changed, which has to be seen. compare: instead of
     the tolerance, (found, expected) -> what is wrong, or "". steps: how many times the tolerance, where a result is rounded
-    more often."""
+    more often. runs: how often it runs, each time with the same bits."""
 
     label: str
     run: Callable[[], Any]
@@ -127,6 +135,7 @@ class Case:
     wrong: Callable[[], Any] | None = None
     compare: Callable[[Any, Any], str] | None = None
     steps: int = 1
+    runs: int = 2
 
 
 # ----------------------------------------------------------------------------------------------------------- the kernels
@@ -167,6 +176,36 @@ def norm_quantize_cases(chip: Chip) -> Iterator[Case]:
             f"silu_mul {list(merged.shape)}", lambda m=merged: norm.silu_mul_quantize(m),
             lambda m=merged: int8_linear.quantize_rows(norm.silu_mul_reference(m)),
             lambda m=merged: norm.silu_mul_quantize(m * 1.25), quantized,
+        )  # fmt: skip
+
+
+def rms_norm_cases(chip: Chip) -> Iterator[Case]:
+    for columns in (1, 33, 300) if chip.interpreted else NORMED:
+        for rows in (3,) if chip.interpreted else (1, NORMED_ROWS):
+            dtype = torch.float16 if columns == 33 else torch.bfloat16
+            x, weight, generator = chip.tensors((rows, columns, columns), dtype)
+            residual = torch.randn(rows, columns, generator=generator, device=chip.device).to(dtype)
+            for given in (None, residual):
+                yield Case(
+                    f"{'with' if given is not None else 'without'} residual {list(x.shape)}",
+                    lambda a=(x, weight, 1e-6, given): float_norm.rms_norm(*a),
+                    lambda a=(x, weight, 1e-6, given): norm.rms_norm_reference(*a),
+                    lambda a=(x, weight * 1.25, 1e-6, given): float_norm.rms_norm(*a), normed,
+                )  # fmt: skip
+
+
+def rope_cases(chip: Chip) -> Iterator[Case]:
+    """Heads as a projection leaves them [B, S, H, D], seen as [B, H, S, D]; one table for all of a batch or one for each."""
+    small = ((1, 3, 5, 8, 1), (2, 9, 3, 20, 2))
+    real = ((1, 28, 1, 128, 1), (16, 4, 1, 128, 16), (1, 28, 2048, 128, 1), (3, 17, 70, 80, 3), (2, 32, 257, 64, 1))
+    for batch, heads, tokens, width, tables in small if chip.interpreted else (*small, *real):
+        generator = torch.Generator(chip.device).manual_seed(batch + heads + tokens + width)
+        x = torch.randn(batch, tokens, heads, width, generator=generator, device=chip.device).bfloat16().transpose(1, 2)
+        angles = 7 * torch.rand(tables, 1, tokens, width, generator=generator, device=chip.device)
+        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        yield Case(
+            f"{list(x.shape)}, {tables} tables", lambda a=(x, cos, sin): rope.rope(*a),
+            lambda a=(x, cos, sin): rope.rope_reference(*a), lambda a=(x, cos, -sin): rope.rope(*a), steps=2,
         )  # fmt: skip
 
 
@@ -220,6 +259,29 @@ def persistent_cases(chip: Chip, kind: torch.dtype) -> Iterator[Case]:
             lambda a=(*given, weight, scale, bias): scaled.scaled_mm_reference(*a).bfloat16(),
             lambda a=(*given, other, scale, bias), c=config: scaled.scaled_mm(*a, config=c),
         )
+
+
+def long_cases(chip: Chip, kind: torch.dtype) -> Iterator[Case]:
+    """Products of eight warps over a long K, many times."""
+    if chip.interpreted or (kind == FP8 and chip.capability < scaled.FP8_CAPABILITY):
+        return
+    eight = [c for c in chip.shipped(scaled.CONFIGS) if c.warps == 8] + [Config(None, 128, 256, 128, 8, 3)]
+    for shape in LONG:
+        x, bias, generator = chip.tensors(shape, torch.bfloat16)
+        weight, scale = chip.weight(kind, shape, generator)
+        if kind == torch.int8:
+            q, row_scale, zero = int8_linear.quantize_rows(x)
+        else:
+            (q, row_scale), zero = fp8_linear.quantize_rows(x), None
+        given = (q, row_scale[:, 0].contiguous(), None if zero is None else zero[:, 0].contiguous())
+        other = altered(weight)
+        for config in eight:
+            yield Case(
+                label(shape, torch.bfloat16, config),
+                lambda a=(*given, weight, scale, bias), c=config: scaled.scaled_mm(*a, config=c),
+                lambda a=(*given, weight, scale, bias): scaled.scaled_mm_reference(*a).bfloat16(),
+                lambda a=(*given, other, scale, bias), c=config: scaled.scaled_mm(*a, config=c), runs=LONG_RUNS,
+            )  # fmt: skip
 
 
 def weight_only_cases(chip: Chip, kind: torch.dtype) -> Iterator[Case]:
@@ -340,10 +402,14 @@ def gated(chip: Chip, kind: torch.dtype, linear: Callable, reference: Callable) 
 CASES: dict[str, Callable[[Chip], Iterator[Case]]] = {
     "quantize_rows": quantize_rows_cases,
     "norm_quantize": norm_quantize_cases,
+    "rms_norm": rms_norm_cases,
+    "rope": rope_cases,
     "int8": int8_cases,
     "fp8": fp8_cases,
     "persistent_int8": partial(persistent_cases, kind=torch.int8),
     "persistent_fp8": partial(persistent_cases, kind=FP8),
+    "long_int8": partial(long_cases, kind=torch.int8),
+    "long_fp8": partial(long_cases, kind=FP8),
     "int8_weight_only": partial(weight_only_cases, kind=torch.int8),
     "fp8_weight_only": partial(weight_only_cases, kind=FP8),
     **{f"int4_g{group}": partial(int4_cases, group=group) for group in int4_linear.GROUPS},
@@ -385,6 +451,15 @@ def quantized(found: tuple, expected: tuple) -> str:
         steps = ((q.int() - zero[:, None]) - (exact.int() - exact_zero)).abs()
     off = (steps > 0).float().mean().item()
     return "" if steps.max() <= 1 and off <= 2e-3 else f"{off:.2%} of the numbers differ, by up to {int(steps.max())} steps"
+
+
+def normed(found: tuple, expected: tuple) -> str:
+    """A norm and the sum that it is of, which is one addition and so exact."""
+    tolerance = TOLERANCE if found[0].is_cuda else INTERPRETED_TOLERANCE
+    if not torch.equal(found[1], expected[1]) and (found[0].is_cuda or within(found[1], expected[1], tolerance)):
+        return "the sum differs"
+    # The reference rounds where the kernel does, but takes the root of another sum.
+    return within(found[0], expected[0], tolerance, steps=2)
 
 
 def _ordinal(values: Tensor) -> Tensor:
@@ -439,20 +514,48 @@ def fault(case: Case, chip: Chip) -> str:
     expected = case.expected()
     with poisoned() as guards:
         first = case.run()
-        second = case.run()
+        others = [case.run() for _ in range(case.runs - 1)]
     if wrong := compare(first, expected):
         return wrong
     for guard in guards:
         if (guard != 0xA5).any():
             return "writes behind an output"
-    pairs = zip(*(each if isinstance(each, tuple) else (each,) for each in (first, second)))
-    if any(a is not None and not torch.equal(_bits(a), _bits(b)) for a, b in pairs):
+    if not all(_same(first, each) for each in others):
         return "two runs differ"
+    if chip.device.type == "cuda" and (wrong := replay_fault(case, first)):
+        return wrong
     # A few numbers may come out alike by chance.
     many = isinstance(expected, tuple) or expected.numel() >= 32
     if case.wrong is not None and many and not compare(case.wrong(), expected):
         return "the comparison does not see a changed weight"
     return ""
+
+
+def replay_fault(case: Case, first: Any) -> str:
+    """What is wrong when it is captured in a CUDA graph and replayed, its results being erased before, or nothing."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            found = case.run()
+        for _ in range(2):
+            for each in _tensors(found):
+                if each.data_ptr() not in {t.data_ptr() for t in _tensors(first)}:  # an input that is handed on stays
+                    _bits(each).fill_(0xFF)
+            graph.replay()
+            torch.cuda.synchronize()
+            if not _same(first, found):
+                return "replayed from a CUDA graph it gives other bits"
+    except RuntimeError as error:
+        return f"in a CUDA graph: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    return ""
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [each for each in (results if isinstance(results, tuple) else (results,)) if each is not None]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return all(torch.equal(_bits(one), _bits(other)) for one, other in zip(_tensors(a), _tensors(b), strict=True))
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -462,8 +565,8 @@ def _bits(tensor: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- the run
 
 
-def check(kernel: str, chip: Chip) -> list[dict]:
-    """Every case of one kernel, in this process."""
+def check(kernel: str, chip: Chip, part: Path | None = None) -> list[dict]:
+    """Every case of one kernel, in this process. part: takes each row, a line of JSON, when it is known."""
     rows = []
     for case in CASES[kernel](chip):
         began = time.perf_counter()
@@ -474,28 +577,36 @@ def check(kernel: str, chip: Chip) -> list[dict]:
             wrong = f"{type(error).__name__}: {lines[0][:300]}"
         rows.append({"kernel": kernel, "case": case.label, "fault": wrong, "seconds": round(time.perf_counter() - began, 3)})
         print(f"{'FAIL' if wrong else 'PASS'} {kernel} {case.label}{': ' if wrong else ''}{wrong}", flush=True)
+        if part is not None:
+            with part.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     return rows
 
 
-def apart(kernel: str, limit: float, out: Path) -> list[dict]:
-    """The same in a process of its own."""
-    part = out / f"gpu-checks-{kernel}.part.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", "--only", kernel, "--here", "--part", str(part)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        said, why = done.stdout, (done.stderr.strip().splitlines() or [""])[-1][:300]
-    except subprocess.TimeoutExpired as error:
-        said, why = (error.stdout or b"").decode(), f"not over after {limit:.0f} s"
-    print(said, end="", flush=True)
-    if part.exists():
-        rows = json.loads(part.read_text())
-        part.unlink()
-        return rows
-    # It broke off: what it printed is known, and that the next one failed.
-    rows = [{"kernel": kernel, "case": line.partition(kernel)[2].strip(), "fault": "" if line.startswith("PASS") else line}
-            for line in said.splitlines() if line.startswith(("PASS", "FAIL"))]  # fmt: skip
-    print(f"FAIL {kernel}: broke off: {why}", flush=True)
-    return [*rows, {"kernel": kernel, "case": "the process", "fault": f"broke off: {why}"}]
+def apart(kernel: str, limit: float) -> list[dict]:
+    """The same in a process of its own. Where it breaks off, what it found before is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "rows"
+        limit = max(limit, 1.0)
+        command = [sys.executable, "-m", "benchmarks.gpu_checks", "--only", kernel, "--here", "--part", str(part)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            # 1: a case failed, and the rows say which.
+            why = "" if done.returncode in (0, 1) else f"status {done.returncode}"
+            if why or (done.returncode and not part.exists()):
+                why = (done.stderr.strip().splitlines() or [why])[-1][:300]
+        except subprocess.TimeoutExpired:
+            why = f"not over after {limit:.0f} s"
+        rows = [json.loads(line) for line in part.read_text().splitlines()] if part.exists() else []
+    lines = [f"{'FAIL' if row['fault'] else 'PASS'} {kernel} {row['case']}{': ' if row['fault'] else ''}{row['fault']}"
+             for row in rows]  # fmt: skip
+    if why:
+        rows.append({"kernel": kernel, "case": "the process", "fault": f"broke off: {why}"})
+        lines.append(f"FAIL {kernel}: broke off: {why}")
+    # In one piece: other threads print too.
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+    return rows
 
 
 def chip_here() -> Chip:
@@ -508,10 +619,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help=f"of {', '.join(CASES)}, separated by commas")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--seconds", type=float, default=150, help="of each kernel")
+    parser.add_argument("--seconds", type=float, default=150, help="of all kernels, which run at once")
     parser.add_argument("--here", action="store_true", help="all in this process")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         print("not checked: torch finds no CUDA device here", file=sys.stderr)
         return 2
@@ -519,26 +631,43 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in kernels if name not in CASES]:
         parser.error(f"there is no kernel {', '.join(unknown)}: one of {', '.join(CASES)}")
     chip = chip_here()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.here or chip.interpreted:
-        rows = [row for name in kernels for row in check(name, chip)]
-    else:
-        # They wait for the compiler most of the time, each on a core of its own.
-        with ThreadPoolExecutor(min(len(kernels), os.cpu_count() or 1)) as pool:
-            rows = [row for each in pool.map(lambda name: apart(name, options.seconds, options.out), kernels) for row in each]
     if options.part is not None:
-        options.part.write_text(json.dumps(rows))
-        return 0
-    name = torch.cuda.get_device_name(chip.device) if chip.device.type == "cuda" else "interpreter"
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return 1 if any(row["fault"] for name in kernels for row in check(name, chip, options.part)) else 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict]] = {}
+    if options.here or chip.interpreted:
+        for name in kernels:
+            found[name] = check(name, chip)
+            write(found, kernels, chip, options.out)
+    else:
+        # They wait for the compiler most of the time, each on a core of its own. All have ended when the time is over.
+        with ThreadPoolExecutor(min(len(kernels), os.cpu_count() or 1)) as pool:
+            # The last ones compile the longest.
+            running = {pool.submit(lambda name: apart(name, end - time.monotonic()), name): name for name in kernels[::-1]}
+            for done in as_completed(running):
+                found[running[done]] = done.result()
+                write(found, kernels, chip, options.out)
+    rows = [row for name in kernels for row in found[name]]
     failed = [row for row in rows if row["fault"]]
-    report = {"device": name, "capability": chip.capability, "torch": torch.__version__, "rows": rows}
-    (options.out / f"gpu-checks-{slug}.json").write_text(json.dumps(report, indent=1) + "\n")
-    absent = [kernel for kernel in kernels if not any(row["kernel"] == kernel for row in rows)]
-    print(f"{len(rows) - len(failed)} of {len(rows)} cases pass on {name}")
-    if absent:
+    print(f"{len(rows) - len(failed)} of {len(rows)} cases pass on {name_of(chip)}")
+    if absent := [name for name in kernels if not found[name]]:
         print(f"no case for this chip: {', '.join(absent)}")
     return 1 if failed else 0
+
+
+def name_of(chip: Chip) -> str:
+    return torch.cuda.get_device_name(chip.device) if chip.device.type == "cuda" else "interpreter"
+
+
+def write(found: dict[str, list[dict]], kernels: list[str], chip: Chip, out: Path) -> None:
+    """gpu-checks-<device>.json, with the kernels that are done."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name_of(chip).lower()).strip("-")
+    report = {"device": name_of(chip), "capability": chip.capability, "torch": torch.__version__,
+              "not_over": [name for name in kernels if name not in found],
+              "rows": [row for name in kernels for row in found.get(name, [])]}  # fmt: skip
+    part = out / f"gpu-checks-{slug}.json.part"
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(out / f"gpu-checks-{slug}.json")
 
 
 if __name__ == "__main__":

@@ -58,13 +58,27 @@ class Row:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def contenders(source: str, *, backend: str = "eager", device: str | None = None, dtype: str = "auto") -> list[Contender]:
+def contenders(
+    source: str,
+    *,
+    backend: str = "eager",
+    device: str | None = None,
+    dtype: str = "auto",
+    static_cache: bool = False,
+    keep_compressed: bool = False,
+) -> list[Contender]:
     """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and,
-    with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it."""
+    with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it.
+
+    static_cache, keep_compressed: see `fxc.load`; of artifacts.
+    """
     name = Path(source).name if Path(source).is_dir() else source
     if kind_of(source) == "artifact":
-        model = load(source, device=device, backend=backend)
-        return [Contender(name, f"fxc {backend}", model, model.program, model.program.nbytes())]
+        model = load(
+            source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed
+        )
+        how = f"fxc {backend}" + ", static cache" * static_cache + ", kept compressed" * keep_compressed
+        return [Contender(name, how, model, model.program, model.program.nbytes())]
     loaded = load_source(source, dtype=dtype, device=device)
     program = capture(loaded.model, loaded.example_inputs, check=False)
     found = [Contender(name, "torch eager", loaded.model, program, program.nbytes())]
@@ -172,7 +186,8 @@ def _decoder(entry: Contender, ids: Tensor, new: int) -> Callable[[], dict[str, 
     mask = torch.ones(batch, length + new, dtype=torch.int64, device=ids.device)
 
     def prefill() -> Any:
-        return entry.model(input_ids=ids, attention_mask=mask[:, :length], use_cache=True)
+        cache = entry.model.new_cache() if hasattr(entry.model, "new_cache") else None
+        return entry.model(input_ids=ids, attention_mask=mask[:, :length], past_key_values=cache, use_cache=True)
 
     def once() -> dict[str, float]:
         spent = []

@@ -255,6 +255,12 @@ def bench_model(
     backend: Backend = "eager",
     device: Device = None,
     dtype: Dtype = None,
+    static_cache: Annotated[
+        bool, typer.Option("--static-cache", help="Decode over a cache of fixed size, on CUDA as a CUDA graph.")
+    ] = False,
+    keep_compressed: Annotated[
+        bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure latency of several models in one process, in turns."""
@@ -262,7 +268,10 @@ def bench_model(
 
     sizes = _sizes("--batch", batch), _sizes("--seq", seq)
     with _output(as_json) as output:
-        bench_models(output, models, *sizes, new, rounds, threads, backend, _device(device), dtype or "auto")
+        bench_models(
+            output, models, *sizes, new, rounds, threads, backend, _device(device), dtype or "auto",
+            static_cache, keep_compressed,
+        )  # fmt: skip
 
 
 @bench.command("kernels")
@@ -283,7 +292,7 @@ def bench_kernels(
 
     if tune and out is None:
         raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
-    rows = tuple(_sizes("--m", m)) if m else ()
+    rows = () if m is None else tuple(dict.fromkeys(_sizes("--m", m)))
     request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds)
     with _output(as_json) as output:
         bench_kernels(output, request)

@@ -22,6 +22,10 @@ from torch import Tensor
 
 from fxc_kernels.triton_tile import Config, capability_of, choose, processors_of
 
+# Up to so many rows of a tile, the kernels of weights that become floats have no tensor cores.
+GEMV_ROWS = 4
+# And up to so many of x, all kernels compute out^T = W x^T.
+SKINNY_ROWS = 64
 TABLES = Path(__file__).with_name("tables")
 SCHEMES = (
     "int8", "fp8", "int8_weight_only", "fp8_weight_only", "int4_g32", "int4_g64", "int4_g128", "sparse24", "int8_sparse24",
@@ -52,13 +56,34 @@ def table(chip: str) -> dict[tuple[str, int, int], dict[int, Entry]]:
     found: dict[tuple[str, int, int], dict[int, Entry]] = {}
     if not path.exists():
         return found
-    for each in json.loads(path.read_text())["entries"]:
-        if each["scheme"] not in SCHEMES:
-            raise ValueError(f"{path.name} has an entry for {each['scheme']!r}, which is none of {', '.join(SCHEMES)}")
-        config = None if each["config"] is None else Config.parse(each["config"])
-        of_shape = found.setdefault((each["scheme"], each["n"], each["k"]), {})
-        of_shape[each["m"]] = Entry(config, each["us"], each["dense_us"])
+    try:
+        for each in json.loads(path.read_text())["entries"]:
+            if each["scheme"] not in SCHEMES:
+                raise ValueError(f"an entry is for {each['scheme']!r}, which is none of {', '.join(SCHEMES)}")
+            if not (each["us"] > 0 and each["dense_us"] > 0):
+                raise ValueError(f"an entry took {each['us']} us, and dense {each['dense_us']} us")
+            config = None if each["config"] is None else Config.parse(each["config"])
+            if config is not None and (reason := _misfit(each["scheme"], each["m"], config)):
+                raise ValueError(f"{config} is no configuration of {each['scheme']} for {each['m']} rows: {reason}")
+            of_shape = found.setdefault((each["scheme"], each["n"], each["k"]), {})
+            of_shape[each["m"]] = Entry(config, each["us"], each["dense_us"])
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no table of measurements: {what}. Measure again, or remove it") from error
     return found
+
+
+def _misfit(scheme: str, rows: int, config: Config) -> str | None:
+    """Why the kernel of `scheme` cannot have `config` for so many rows."""
+    if "sparse24" in scheme:
+        fits = config.m >= 8 and config.n >= 16 and config.k >= 64 and config.warps * min(config.n, 32) >= config.n
+        return None if fits else "tiles are of 8 x 16 x 64 or more, with a warp for each 32 rows of the weight"
+    if scheme not in ("int8", "fp8") and config.m <= GEMV_ROWS:
+        if rows > config.m:
+            return f"it multiplies up to {config.m}"
+        return None if config.k >= 32 else "its k is 32 or more"
+    smallest = 32 if scheme in ("int8", "fp8") else 16
+    return None if min(config.m, config.n) >= 16 and config.k >= smallest else f"tiles are of 16 x 16 x {smallest} or more"
 
 
 def measured(chip: str, scheme: str, outputs: int, columns: int) -> dict[int, Entry]:
@@ -69,15 +94,18 @@ def measured(chip: str, scheme: str, outputs: int, columns: int) -> dict[int, En
 @functools.cache
 def entry_for(chip: str, scheme: str, outputs: int, columns: int, rows: int) -> Entry | None:
     """The measurement that stands for `rows`: of the smallest measured number of rows that is not below it. A configuration
-    may serve fewer rows than it was measured with, not more."""
+    may serve fewer rows than it was measured with, not more, and those of one kernel not another."""
     of_shape = measured(chip, scheme, outputs, columns)
-    return of_shape[min(m for m in of_shape if m >= rows)] if any(m >= rows for m in of_shape) else None
+    at = min((m for m in of_shape if m >= rows and (m <= SKINNY_ROWS or rows > SKINNY_ROWS)), default=None)
+    return None if at is None else of_shape[at]
 
 
 def config_for(scheme: str, x: Tensor, outputs: int, columns: int, configs: dict[int, tuple[Config, ...]]) -> Config:
     """The configuration for rows x [M, K] and a weight [outputs, columns]: the measured one, else the first in `configs`
-    that is meant for so many rows on so new a chip."""
-    entry = entry_for(chip_of(x.device), scheme, outputs, columns, x.shape[0])
-    if entry is not None and entry.config is not None:
-        return entry.config
+    that is meant for so many rows on so new a chip. float32 rows, which are never measured, need more registers and more
+    shared memory: they always take the latter."""
+    if x.dtype != torch.float32:
+        entry = entry_for(chip_of(x.device), scheme, outputs, columns, x.shape[0])
+        if entry is not None and entry.config is not None:
+            return entry.config
     return choose(configs, capability_of(x), x.shape[0], outputs, processors_of(x))

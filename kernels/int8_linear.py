@@ -13,8 +13,9 @@ The zero point keeps all 256 steps when a row's outliers lie on one side, as aft
 correction z * colsum are those of gemmlowp (B. Jacob et al., "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3), applied per token; vLLM calls the term "azp".
 
-The CPU kernels run the same integers through ``torch._int_mm``; they need no prepared weights and are meant for
-programs that were not lowered. Every other device, CUDA included, runs the reference itself.
+The CPU kernels run the same integers through ``torch._int_mm``, ``int8_linear`` on CUDA through a Triton kernel; they need no
+prepared weights and are meant for programs that were not lowered, and for the experts of a mixture. Everything else runs the
+reference itself.
 """
 
 import torch
@@ -121,6 +122,16 @@ def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | N
     return _rescale(acc, row_scale, x, scale, bias)
 
 
+def _int8_linear_cuda(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, qweight, scale, bias)
+    is_wide = x.shape[-1] > INT32_COLUMNS or x.dtype == torch.float64
+    if x.numel() == 0 or qweight.numel() == 0 or is_wide:
+        return int8_linear_reference(x, qweight, scale, bias)
+    from fxc_kernels import triton_scaled_mm  # imports Triton, which not every platform has
+
+    return triton_scaled_mm.int8_linear(x, qweight, scale, bias)
+
+
 def _int8_weight_only_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, qweight, scale, bias)
     weight = (qweight.float() * scale[:, None]).to(x.dtype)
@@ -140,4 +151,5 @@ def _register(name: str, reference, cpu_kernel) -> None:
 
 
 _register("int8_linear", int8_linear_reference, _int8_linear_cpu)
+torch.library.impl("fxc::int8_linear", "cuda", _int8_linear_cuda)
 _register("int8_weight_only_linear", int8_weight_only_linear_reference, _int8_weight_only_linear_cpu)

@@ -52,7 +52,11 @@ class Config:
         if not found:
             raise ValueError(f"{text!r} is no configuration: write MxNxK, warps and stages as in 16x64x256 w4 s5 split 4")
         *sizes, split, tma = found.groups()
-        return Config(None, *(int(size) for size in sizes), split=int(split or 1), tma=bool(tma))
+        config = Config(None, *(int(size) for size in sizes), split=int(split or 1), tma=bool(tma))
+        tile = (config.m, config.n, config.k, config.warps)
+        if any(size < 1 or size & (size - 1) for size in tile) or config.stages < 1 or config.split < 1:
+            raise ValueError(f"{text!r} is no configuration: tile and warps are powers of two, and nothing is 0")
+        return config
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ def choose(
 ) -> Config:  # fmt: skip
     """The first configuration for `rows` in the table of the newest generation that is not newer than the chip, with K cut
     into no more parts than give its `processors` enough programs for a weight of `outputs` rows."""
+    # sm_120 has as little shared memory as sm_89.
+    capability = min(capability, 89) if capability >= 120 else capability
     generation = max((each for each in configs if each <= capability), default=min(configs))
     config = next(each for each in configs[generation] if each.rows is None or rows <= each.rows)
     tiles = -(-outputs // config.n) * -(-rows // config.m)

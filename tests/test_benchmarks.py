@@ -223,3 +223,13 @@ def test_bad_options_are_refused(monkeypatch, arguments):
     with pytest.raises(SystemExit) as exit:
         run_main(monkeypatch, *arguments)
     assert exit.value.code == 2
+
+
+def test_strategies_on_the_example(capsys):
+    from benchmarks import strategies
+
+    assert strategies.main(["--quick", "--backend", "eager"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| passes", "| as it comes", "| int8", "| sparse24,int8"]
+    sizes = [float(row.split(" MB (")[1].split(")")[0]) for row in rows[1:]]
+    assert sizes[0] == 1 and sizes[2] < sizes[1] < 0.7

@@ -37,6 +37,11 @@ def test_every_cell_is_measured(report):
     assert found["not_measured"] == [] and found["layers"] == 1
     assert all(len(r["seconds"]) == 2 and r["low"] <= r["tokens_per_s"] <= r["high"] for r in found["rows"])
     assert found["rows"][0]["slots"] == 16, "10 columns in one size of buffers"
+    for row in found["rows"]:
+        assert sum(row["forms"].values()) == (0 if row["passes"] == "dense" else 8), "seven of a layer and the head"
+        if "dequantized" in row["forms"] and row["what"] == "decode":
+            assert row["read_gb_per_s"] is None, "what is read is not what is stored"
+    assert "- int4, eager: layers run as" in text and "- dense" not in text
     assert "cut to 1 of its 2 layers" in text and text.count("| int4 |") == 4
 
 

@@ -1,11 +1,14 @@
 """What runs on a GPU, as far as it runs without one: the checks of kernels in the interpreter, and gpu.sh to its end."""
 
+import contextlib
 import inspect
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy
 import pytest
@@ -31,7 +34,7 @@ def test_all_kernels_pass_in_the_interpreter(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads((tmp_path / "gpu-checks-interpreter.json").read_text())["rows"]
     found = {row["kernel"] for row in rows}
-    absent = ["persistent_int8", "persistent_fp8", "sparse24_mma", "int8_sparse24_mma"]
+    absent = ["persistent_int8", "persistent_fp8", "long_int8", "long_fp8", "sparse24_mma", "int8_sparse24_mma"]
     assert found == set(gpu_checks.CASES) - set(absent)
     assert f"no case for this chip: {', '.join(absent)}" in done.stdout
     assert len(rows) == done.stdout.count("PASS") >= 60
@@ -40,7 +43,7 @@ def test_all_kernels_pass_in_the_interpreter(tmp_path):
 def test_the_cases_of_a_gpu_can_be_made(monkeypatch):
     """All but the launch: tensors, weights in the kernels' order, references; the real shapes made small."""
     small = {"REAL": ((1, 48, 384), (16, 64, 256)), "CONFIGURED": (48, 384), "GATED": ((3, 9, 40),)}
-    small["PERSISTENT"] = ((33, 16, 48),)
+    small |= {"PERSISTENT": ((33, 16, 48),), "LONG": ((70, 16, 272), (80, 16, 272)), "NORMED_ROWS": 3}
     for name, value in small.items():
         monkeypatch.setattr(gpu_checks, name, value)
     chip = Chip(torch.device("cpu"), 90, False)
@@ -132,14 +135,46 @@ def test_new_memory_is_poisoned():
     assert torch.empty(3).shape == (3,) and len(guards) == 3, "afterwards memory is as before"
 
 
-def test_a_process_that_breaks_off_fails(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("late", [False, True])
+def test_of_a_process_that_breaks_off_what_it_found_is_kept(late, monkeypatch, capsys):
     def run(command, **options):
-        return subprocess.CompletedProcess(command, -11, "PASS int8 1x1x8 bfloat16\n", "CUDA error: misaligned address\n")
+        with open(command[-1], "w") as file:
+            file.write(json.dumps({"kernel": "int8", "case": "1x1x8", "fault": ""}) + "\n")
+        if late:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, -11, "", "CUDA error: misaligned address\n")
 
     monkeypatch.setattr(gpu_checks.subprocess, "run", run)
-    rows = gpu_checks.apart("int8", 10, tmp_path)
-    assert [bool(row["fault"]) for row in rows] == [False, True] and "misaligned address" in rows[1]["fault"]
-    assert "FAIL int8: broke off" in capsys.readouterr().out
+    rows = gpu_checks.apart("int8", 10)
+    assert [bool(row["fault"]) for row in rows] == [False, True]
+    assert ("not over after 10 s" if late else "misaligned address") in rows[1]["fault"]
+    said = capsys.readouterr().out
+    assert "PASS int8 1x1x8" in said and "FAIL int8: broke off" in said
+
+
+def test_results_of_kernels_that_are_done_are_there_before_the_others_are(tmp_path):
+    row = {"kernel": "rope", "case": "x", "fault": ""}
+    gpu_checks.write({"rope": [row]}, ["int8", "rope"], CHIP, tmp_path)
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert found["not_over"] == ["int8"] and found["rows"] == [row]
+
+
+def test_a_graph_that_is_replayed_must_give_the_same_bits(monkeypatch):
+    class Graph:
+        def replay(self):
+            self.again()
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Graph()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    first, captured = torch.arange(4.0), torch.arange(4.0)
+    case = Case("toy", lambda: captured, lambda: first)
+    monkeypatch.setattr(Graph, "again", lambda self: captured.copy_(first), raising=False)
+    assert gpu_checks.replay_fault(case, first) == ""
+    monkeypatch.setattr(Graph, "again", lambda self: None)
+    assert "gives other bits" in gpu_checks.replay_fault(case, first)
 
 
 def test_without_a_gpu_the_checks_say_so(tmp_path):
@@ -154,14 +189,13 @@ def test_without_a_gpu_the_checks_say_so(tmp_path):
 STUB = """#!/usr/bin/env bash
 packages=${PYTHONPATH%%:*}
 case "$*" in
-    "-c import torch, triton"*) echo "a GPU"; exit ${NO_GPU:-0} ;;
+    "-c import torch, triton"*) printf 'a GPU\\n%s\\n' "${NO_GPU:+no }nvidia-test"; exit ${NO_GPU:-0} ;;
     *importlib.util*) [[ "$*" == *transformers* ]] && echo "$MISSING" ;;
-    *chip_of*) echo nvidia-test ;;
     *) [ -f "$packages/fxc_kernels/int4_linear.py" ] || exit 9
        echo "ran $* tables: $(ls "$packages/fxc_kernels/tables" 2>/dev/null | tr '\n' ' ')"
        case "$*" in
            *gpu_checks*) echo "FAIL int8 toy: wrong"; [ -z "${SLOW:-}" ] || sleep 20; exit ${CHECKS_STATUS:-0} ;;
-           *benchmarks.kernels*) echo '{}' > "$OUT/nvidia-test.json" ;;
+           *benchmarks.kernels*) [[ "$*" =~ --out\\ ([^ ]+) ]]; echo '{}' > "${BASH_REMATCH[1]}/nvidia-test.json" ;;
        esac ;;
 esac
 """
@@ -176,33 +210,60 @@ def call(tmp_path):
     def run(**environment: str) -> subprocess.CompletedProcess:
         given = {**os.environ, "PYTHON": str(stub), "OUT": str(out), "MISSING": "", **environment}
         script = REPO / "benchmarks" / "gpu.sh"
-        return subprocess.run(["bash", script], cwd=tmp_path, env=given, capture_output=True, text=True)
+        done = subprocess.run(["bash", script], cwd=tmp_path, env=given, capture_output=True, text=True)
+        if out.exists() and (out / "gpu.tar.gz").exists():
+            assert {path.name for path in out.iterdir()} == {"gpu.tar.gz", "gpu.log"}, "few files, and all of it in them"
+            with tarfile.open(out / "gpu.tar.gz") as archive:
+                archive.extractall(run.found, filter="data")
+        return done
 
-    run.out = out
+    run.found = tmp_path / "found"
     return run
 
 
 def test_the_script_runs_all_parts_and_hands_on_what_was_tuned(call):
     done = call()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": done in") == 3
-    logs = {path.stem: path.read_text() for path in call.out.glob("gpu-*.log")}
-    assert set(logs) == {"gpu-checks", "gpu-kernels", "gpu-decode"}
+    assert done.stdout.count(": done in") == 4
+    logs = {path.stem: path.read_text() for path in call.found.glob("gpu-*.log")}
+    assert set(logs) == {"gpu-checks", "gpu-kernels", "gpu-decode", "gpu-inductor", "gpu-summary"}
     assert "--tune" in logs["gpu-kernels"] and "tables: \n" in logs["gpu-kernels"]
     assert "--model qwen2.5-7b" in logs["gpu-decode"] and "nvidia-test.json" in logs["gpu-decode"]
-    assert f"--out {call.out}" in logs["gpu-checks"]
+    assert (call.found / "nvidia-test.json").exists() and "== summary" in logs["gpu-summary"]
+
+
+def test_what_the_script_asks_for_is_what_the_bench_takes(call):
+    """Shapes, schemes and options are parsed by the real ones, and what is wanted most comes first."""
+    from benchmarks import decode, kernels
+    from fxc.commands.bench_kernels import _check, parse_schemes
+    from fxc.kernel_bench.shapes import parse_shapes
+
+    call()
+    said = (call.found / "gpu-kernels.log").read_text().split(" tables:")[0].split()
+    given = dict(itertools.pairwise(said))
+    schemes, shapes = parse_schemes(given["--scheme"]), parse_shapes(given["--shapes"])
+    _check(schemes, shapes)
+    assert (shapes[0].n, shapes[0].k) == (8192, 8192) and schemes[0] == "int4_g128" and len(shapes) == 6
+    assert kernels.arguments(said[3:])[:2] == ["bench", "kernels"] and given["--m"] == "1,16,64,2048"
+    options = decode.parse((call.found / "gpu-decode.log").read_text().split(" tables:")[0].split()[3:])
+    assert options.batch == [1, 16] and options.passes == ["int4", "int8", "fp8"] and options.backend == ["eager"]
 
 
 def test_the_script_fails_where_a_check_fails_and_still_runs_the_rest(call):
     done = call(CHECKS_STATUS="1")
     assert done.returncode == 1 and "checks: FAILED with status 1" in done.stdout
-    assert done.stdout.count(": done in") == 2 and done.stdout.rstrip().endswith("FAIL int8 toy: wrong")
+    assert done.stdout.count(": done in") == 3 and done.stdout.rstrip().endswith("FAIL int8 toy: wrong")
 
 
 def test_the_script_ends_a_part_that_takes_too_long(call):
-    done = call(SLOW="1", CHECKS="16")
-    assert done.returncode == 1 and "checks: FAILED, not over after 16 s" in done.stdout
-    assert "decode: done in" in done.stdout
+    done = call(SLOW="1", CHECKS="3")
+    assert done.returncode == 1 and "checks: FAILED, not over after 3 s" in done.stdout
+    assert "decode: done in" in done.stdout and "FAIL int8 toy" in (call.found / "gpu-checks.log").read_text()
+
+
+def test_without_a_folder_of_its_own_results_are_plain_files():
+    text = (REPO / "benchmarks" / "gpu.sh").read_text()
+    assert "kept=${OUT:-benchmarks/results}" in text and "out=$kept" in text
 
 
 def test_the_script_names_what_it_leaves_out(call):
@@ -213,10 +274,15 @@ def test_the_script_names_what_it_leaves_out(call):
 
 def test_the_script_says_that_there_is_no_gpu(call):
     done = call(NO_GPU="1")
-    assert done.returncode == 2 and "nothing was checked or measured: a GPU" in done.stderr and not done.stdout
+    assert done.returncode == 2 and "nothing was checked or measured: no nvidia-test" in done.stderr and not done.stdout
 
 
-def test_the_script_is_over_in_eight_minutes():
+def test_the_script_is_over_in_eight_minutes(call):
+    """What the parts may take, and what ending them takes; each gets what is left."""
     text = (REPO / "benchmarks" / "gpu.sh").read_text()
-    limits = [int(n) for n in re.findall(r"\$\{(?:CHECKS|KERNELS|DECODE):-(\d+)\}", text)]
-    assert len(limits) == 3 and sum(limits) <= 8 * 60 - 20
+    total, checks, left = (int(re.search(rf"\$\{{{name}:-(\d+)\}}", text)[1]) for name in ("TOTAL", "CHECKS", "DECODE"))
+    assert total + 5 <= 8 * 60 - 10 and total - checks - left >= 200
+    done = call(TOTAL="300", CHECKS="50", DECODE="100", INDUCTOR="400")
+    limits = [int(n) for n in re.findall(r"\(at most (\d+) s\)", done.stdout)]
+    assert limits[0] == 50 and 195 <= limits[1] <= 200 and 290 <= limits[2] <= 300 and len(limits) == 3
+    assert "inductor: left out, because" in done.stdout

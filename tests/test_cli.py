@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,6 +295,37 @@ def test_bench_compares_with_the_first(folder):
     assert done.stdout.count("fxc eager") == 2
     fxc("bench", "model", folder / "vit", "--batch", "1,x", code=2)
     fxc("bench", "model", folder / "vit", folder / "bert", code=2)
+
+
+def test_bench_over_a_static_cache(folder):
+    options = ("--seq", "8", "--new", 3, "--rounds", 1, "--static-cache", "--keep-compressed")
+    found = fxc_json("bench", "model", folder / "qwen2", folder / "qwen2-int8", *options)
+    assert [each["how"] for each in found["results"]] == ["torch eager", "fxc eager, static cache, kept compressed"]
+    refused = fxc("bench", "model", folder / "vit-int8", "--rounds", 1, "--static-cache", code=2)
+    assert "only a causal language model has a cache" in refused.output
+
+
+def test_doctor_says_whether_a_gpu_was_measured(monkeypatch):
+    from fxc.report import machine
+    from fxc_kernels import dispatch
+
+    about = SimpleNamespace(name="NVIDIA H200", total_memory=141 << 30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: about.name)
+    found = [each for each in machine.examine() if each.group == "cuda"]
+    assert [each.name for each in found] == ["device 0", "kernels"] and "sm_90" in found[0].value
+    monkeypatch.setattr(dispatch, "table", lambda chip: {("int8", 8, 8): {1: None, 16: None}} if chip == "nvidia-h200" else {})
+    found = [each for each in machine.examine() if each.name == "kernels"]
+    assert found[0].value == "2 measured products in the table" and found[0].ok
+
+    def broken(chip):
+        raise ValueError(f"{chip}.json is no table")
+
+    monkeypatch.setattr(dispatch, "table", broken)
+    found = [each for each in machine.examine() if each.name == "kernels"]
+    assert found[0].ok is False and found[0].note == "nvidia-h200.json is no table"
 
 
 def test_bench_threads_are_set(folder):

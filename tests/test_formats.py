@@ -21,6 +21,7 @@ from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.ir import parse_program, print_program
 from fxc.ir.edit import sweep
 from fxc.lower.cpu import lower_cpu
+from fxc.lower.packed import rounded_to_int8
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.int4 import Int4
@@ -641,6 +642,16 @@ def test_int4_is_measured_and_left_where_it_is_slower():
     assert {c.op for c in report} <= {"dequantized", "bf16 packed"} and "int8 was slower" in report[0].reason
     _, report = lower_cpu(program, "eager")
     assert "M=1: int8" in report[0].reason and "M=128: int8" in report[0].reason
+
+
+def test_rows_of_zeros_do_not_keep_int4_from_int8():
+    weight = normal(64, 256)
+    weight[:20] = 0
+    qweight, scale, _ = int4.quantize_weight(weight, 64, True)
+    dense = int4.dequantize(qweight, scale, None, 64)
+    q, row_scale, more = rounded_to_int8(dense, scale)
+    grown = (q * row_scale[:, None] - weight).norm() / (dense - weight).norm() - 1
+    assert 0 < grown < more < 0.01
 
 
 def test_int4_rows_with_outliers_are_not_rounded_again():

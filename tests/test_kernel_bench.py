@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from importlib import util
 
@@ -25,7 +26,7 @@ from fxc.kernel_bench import clock, cpu, cpu_platform, cuda_runner, limits, plot
 from fxc.kernel_bench.clock import CpuClock, GraphClock, Telemetry
 from fxc.kernel_bench.contender import EXACT, HALF, Contender, errors, of_function
 from fxc.kernel_bench.limits import Peaks, limit_us, moved_bytes, weight_bytes
-from fxc.kernel_bench.run import Plan, Row, run
+from fxc.kernel_bench.run import Plan, Result, Row, run
 from fxc.kernel_bench.shapes import MODELS, Shape, parse_shapes, regime
 from fxc.kernel_bench.weights import SCHEMES, format_of, make, unfit
 from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
@@ -288,6 +289,7 @@ def test_what_does_not_fit_the_memory_or_the_time_is_skipped_by_name():
 def test_a_discarded_race_gives_no_times():
     (row,) = run(plan(), Toy([dense()], Fixed(discarded="the clock drifted"))).rows
     assert (row.state, row.reason, row.us) == ("discarded", "the clock drifted", None)
+    assert row.rounds == [10.0, 10.0] and row.speedup is None
 
 
 # -------------------------------------------------------------------------------------------------------------- summary
@@ -319,6 +321,14 @@ def test_a_summary_is_geometric_means_and_worst_cells():
 def test_without_a_datasheet_fractions_are_of_what_was_measured():
     row = Row("x", 8, 16, 1, "decode", "int8", "a", True, False, us=1.0, fraction={"datasheet": None, "measured": 0.5})
     assert line_of([row], "a").fraction == pytest.approx(0.5) and line_of([row], "a").speedup is None
+
+
+def test_shares_above_all_that_there_is_are_explained():
+    def said(share):
+        row = Row("x", 8, 16, 1, "decode", "int8", "a", True, False, us=1.0, fraction={"datasheet": None, "measured": share})
+        return report.remarks(Result([row]))
+
+    assert said(0.99) == [] and said(1.31)[0].startswith("shares above 100 %, up to 131%: a weight that stays in a cache")
 
 
 # --------------------------------------------------------------------------------------------------------------- clocks
@@ -453,6 +463,7 @@ def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kerne
 @needs_triton
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_candidates_are_different_and_survive_the_table(scheme):
+    from fxc_kernels import dispatch
     from fxc_kernels.triton_tile import Config
 
     for m in (1, 2, 3, 4, 16, 64, 256, 2048, 8192):
@@ -460,7 +471,81 @@ def test_candidates_are_different_and_survive_the_table(scheme):
         assert len(set(map(str, found))) == len(found) >= 1
         assert all(each is None or Config.parse(str(each)) == each for each in found)
         assert len(found) > 4 or m > 64
+        assert not any(dispatch._misfit(scheme, m, each) for each in found if each), "what is written can be read"
         assert m > 4 or all(each.m >= m for each in found), "a GEMV takes no more rows than it is for"
+
+
+class Inline:
+    """A pool of processes that is this one."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def submit(self, function, *given):
+        future = Future()
+        future.set_result(function(*given))
+        return future
+
+
+@needs_triton
+def test_every_program_is_compiled_once_and_what_there_was_no_time_for_is_missing(monkeypatch):
+    ran, ones = [], torch.ones
+
+    def kernel_of(scheme):
+        def kernel(x, config):
+            ran.append((scheme, x.shape[0], str(config)))
+            if config is not None and config.stages == 3:
+                raise RuntimeError("out of resource: shared memory")
+
+        return lambda weights: kernel
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(tune.cuda, "kernel_of", kernel_of)
+    monkeypatch.setattr(tune.weights, "make", lambda *given: None)
+    monkeypatch.setattr(torch, "ones", lambda *size, device, dtype: ones(*size, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    shapes, rows = (Shape("a", 64, 1024), Shape("b", 64, 1536), Shape("c", 32, 2048)), (1, 16, 2048)
+    said: list[str] = []
+    found = tune.precompile(("int8", "int4_g128"), shapes, rows, 90, said.append)
+    wanted = [(scheme, m, c, k) for scheme in ("int8", "int4_g128") for m in rows for c in tune.candidates(scheme, m, 90)
+              for k in (1024, 1536)]  # fmt: skip
+    assert set(found) == {tune.compiled_as(*each) for each in wanted} and len(ran) == len(found) < len(wanted)
+    assert any(why and "shared memory" in why for why in found.values()) and f"of {len(found)} programs" in said[0]
+    assert tune.precompile(("int8",), shapes, rows, 90, said.append, deadline=0.0) == {}
+    monkeypatch.setattr(tune, "_device_works", lambda: False)
+    assert sum(map(bool, tune.precompile(("int8",), shapes[:1], (2048,), 90, said.append).values())) <= 16
+
+
+@needs_triton
+def test_what_was_not_compiled_in_time_is_not_tried(monkeypatch):
+    from fxc_kernels.triton_tile import Config
+
+    def kernel_of(scheme):
+        return lambda given: lambda x, config: torch.nn.functional.linear(x.float(), given.dense()).bfloat16()
+
+    monkeypatch.setattr(tune.cuda, "kernel_of", kernel_of)
+    few = [Config(None, 16, 32, 64, 4, stages) for stages in (2, 3, 4)]
+    key = [tune.compiled_as("int8", 16, each, TINY.k) for each in few]
+    timer = Fixed()
+    choices = tune.Choices(Toy([], timer), 90, ("int8",), candidates=lambda *given: few,
+                           compiled={key[1]: "out of resource"})  # fmt: skip
+    held = {"int8": make("int8", TINY)}
+    x = torch.randn(16, TINY.k).bfloat16()
+    (best,) = choices.entrants(TINY, 16, x, held)
+    assert timer.raced == [[str(few[0])]] and best.contender.name == "fxc int8, tuned"
+    assert sorted(choices.failed.values()) == ["out of resource", "was not compiled in time"]
+
+    def broken(scheme):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(tune.cuda, "kernel_of", broken)
+    assert choices.entrants(TINY, 16, x, held) == [] and "RuntimeError: no memory" in choices.failed.values()
 
 
 # -------------------------------------------------------------------------------------------------------------- the CPU
@@ -584,6 +669,9 @@ def test_without_matplotlib_a_note_says_so(tmp_path, monkeypatch):
         (["--shapes", "64,100", "--scheme", "int8,int4"], "K = 100 is not a multiple of 128"),
         (["--shapes", "64,100", "--scheme", "sparse24"], "multiple of 8"),
         (["--m", "1,x"], "'1,x' is not a list of sizes"),
+        (["--m", ""], "'' is not a list of sizes"),
+        (["--shapes", ""], "there is no shape ''"),
+        (["--threads", "100000", "--device", "cpu"], "100000 threads are more than"),
         (["--tune", "--device", "cpu"], "--out"),
         (["--tune", "--device", "cpu", "--out", "x"], "only kernels of a GPU"),
     ],
@@ -591,6 +679,31 @@ def test_without_matplotlib_a_note_says_so(tmp_path, monkeypatch):
 def test_a_wrong_command_line_is_refused(arguments, said):
     done = fxc("bench", "kernels", *arguments, code=2)
     assert said in done.output and "error[FXC-E2]" in done.output
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    done = fxc("bench", "kernels", "--device", "cpu", "--out", tmp_path / "file", code=2)
+    assert "takes no results" in done.output and "why: File exists" in done.output
+
+
+def test_a_run_that_measured_nothing_is_an_error():
+    done = fxc("bench", "kernels", "--device", "cpu", "--shapes", "1000000,1000000", "--m", 1, "--scheme", "fp8", code=6)
+    assert "nothing was measured" in done.output and "GB of memory" in done.output
+
+
+def test_without_typer_and_rich_the_same_runs(tmp_path, capsys):
+    size = ["--shapes", "64,256", "--m", "1", "--rounds", "1", "--scheme", "fp8", "--device", "cpu"]
+    assert benchmark.run_plainly([*size, "--out", str(tmp_path), "--json"]) == 0
+    assert "fxc fp8" in {row["contender"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".csv", ".md"}
+    code = "import sys\nsys.modules |= dict.fromkeys(('typer', 'rich', 'transformers', 'networkx', 'safetensors'))\n" \
+           "import importlib.util as u\nfound = u.find_spec\n" \
+           "u.find_spec = lambda name, *rest: None if name in ('typer', 'rich') else found(name, *rest)\n" \
+           "import fxc.kernel_bench.cuda_platform\n" \
+           "from benchmarks.kernels import main\nsys.exit(main(['--scheme', 'int3']))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and "error[FXC-E2]: --scheme: there is no scheme 'int3'" in done.stderr, done.stderr
 
 
 def test_the_benchmark_is_the_command_with_a_place_for_a_full_runs_results():

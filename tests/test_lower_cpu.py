@@ -1,5 +1,6 @@
 """Lowering for the CPU: the lowered module computes what the program says, in the program's dtype."""
 
+import copy
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+import fxc
 from fxc.errors import UsageError
 from fxc.ir import Input, Program, Signature
 from fxc.lower import choose, cpu, packed
@@ -326,3 +328,11 @@ def test_inductor_weight_only(x):
         x = torch.randn(*shape, WIDTH)
         close(lowered(x), program.module()(x), 2e-4)
     assert sum(map(len, lowered._known.values())) == 2
+
+
+def test_a_compiled_model_that_ran_can_be_copied():
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    model = fxc.optimize(nn.Linear(64, 64).bfloat16().eval(), (x,), passes="", verify=False)
+    expected = model(x)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(x), expected) and other.lower() is model.lower() and other.program is not model.program

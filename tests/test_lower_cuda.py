@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
 from fxc import optimize  # noqa: E402
 from fxc.errors import UsageError  # noqa: E402
+from fxc.lower.cpu import lower_cpu  # noqa: E402
 from fxc.lower.cuda import lower_cuda  # noqa: E402
 from fxc.schemes import sparse24  # noqa: E402
 from fxc.verify.samples import samples  # noqa: E402
@@ -116,6 +117,31 @@ def test_only_rotations_become_rotations():
     assert errors(module, program) < 1e-6
 
 
+def test_a_double_is_not_turned_in_float32():
+    given = tuple(torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (3, 3, 1, 1))
+    module, _ = lower_cuda(optimize(Turned(), given, passes="", verify=False).program, "cpu")
+    assert not calls(module)
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "recompile"])
+def test_layers_may_be_called_what_a_graph_module_has(name):
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(32, 24))
+    program = program_of(model, torch.randn(3, 32), passes="")
+    for module, _ in (lower_cuda(program, "cpu"), lower_cpu(program)):
+        assert errors(module, program) < 1e-6
+
+
+def test_a_model_stays_on_the_device_that_was_current(monkeypatch):
+    model = optimize(nn.Sequential(nn.Linear(32, 24)).eval(), (torch.randn(3, 32),), passes="", verify=False)
+    model._device, used = torch.device("cuda"), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr("fxc.runtime.model.lower", lambda program, device, *rest: (used.append(device), (nn.Identity(), []))[1])
+    model.lower()
+    assert used == [model.device] == [torch.device("cuda:1")]
+
+
 class Shared(nn.Module):
     """Two int8 layers over one norm, which something else reads too, and an activation that is read twice."""
 
@@ -208,7 +234,7 @@ def table(tmp_path, monkeypatch):
 
 def test_a_layer_that_was_measured_to_be_slower_stays_dense(table):
     table(("int8", 128, 64, 1, None, 30.0, 10.0), ("int8", 128, 64, 16, None, 20.0, 25.0))
-    program = compiled("bert", "int8")
+    program = compiled("bert", "int8", torch.bfloat16)
     module, report = lower_cuda(program, "cpu")
     slow = [each for each in report if (each.out_features, each.in_features) == (128, 64)]
     assert {each.op for each in slow} == {"dequantized"} and all("M=1: 0.33x, M=16: 1.25x" in each.reason for each in slow)
@@ -216,6 +242,8 @@ def test_a_layer_that_was_measured_to_be_slower_stays_dense(table):
     assert errors(module, program) < 0.1  # the dense product does not quantize what it reads
     _, report = lower_cuda(program, "cpu", compressed=True)
     assert {each.op for each in report} == {"triton int8"}
+    _, report = lower_cuda(compiled("bert", "int8"), "cpu")
+    assert {each.op for each in report} == {"triton int8"} and any("not measured in float32" in each.reason for each in report)
 
 
 def test_the_table_chooses_the_configuration(table):
@@ -224,19 +252,51 @@ def test_the_table_chooses_the_configuration(table):
     table(
         ("int8", 96, 64, 1, "16x32x128 w2 s3 split 2", 1.0, 2.0),
         ("int8", 96, 64, 16, "16x64x64 w8 s2", 1.0, 2.0),
+        ("int8", 96, 64, 256, "128x64x64 w4 s3", 1.0, 2.0),
         ("sparse24", 96, 64, 1, None, 1.0, 2.0),
     )
 
-    def chosen(scheme, rows, outputs=96):
-        return str(dispatch.config_for(scheme, torch.empty(rows, 64), outputs, 64, triton_scaled_mm.CONFIGS))
+    def chosen(scheme, rows, outputs=96, dtype=torch.bfloat16):
+        return str(dispatch.config_for(scheme, torch.empty(rows, 64, dtype=dtype), outputs, 64, triton_scaled_mm.CONFIGS))
 
     assert chosen("int8", 1) == "16x32x128 w2 s3 split 2"
+    assert chosen("int8", 1, dtype=torch.float32) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 1, 96))
     assert chosen("int8", 2) == chosen("int8", 16) == "16x64x64 w8 s2"
-    assert chosen("int8", 17) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 17))
+    assert chosen("int8", 65) == "128x64x64 w4 s3"
+    assert chosen("int8", 17) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 17)), "another kernel's"
     assert chosen("int8", 1, outputs=97) == chosen("sparse24", 1) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 1))
     table(("int9", 96, 64, 1, None, 1.0, 2.0))
     with pytest.raises(ValueError, match="which is none of int8, fp8"):
         chosen("int8", 1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        (("int8", 8, 8, 1, "16x32 w2 s3", 1.0, 2.0), "is no configuration: write"),
+        (("int8", 8, 8, 1, "16x48x64 w2 s3", 1.0, 2.0), "powers of two"),
+        (("int8", 8, 8, 1, "16x32x64 w4 s3 split 0", 1.0, 2.0), "nothing is 0"),
+        (("int8", 8, 8, 1, "1x32x64 w4 s3", 1.0, 2.0), "tiles are of 16 x 16 x 32"),
+        (("int8_weight_only", 8, 8, 16, "4x8x512 w4 s2", 1.0, 2.0), "it multiplies up to 4"),
+        (("int4_g32", 8, 8, 1, "1x8x16 w4 s2", 1.0, 2.0), "k is 32 or more"),
+        (("sparse24", 8, 8, 1, "8x64x64 w1 s2", 1.0, 2.0), "a warp for each 32"),
+        (("int8", 8, 8, 1, None, 0, 2.0), "took 0 us"),
+        (("int8", 8, 8, 1, None, None, 2.0), "not supported between"),
+    ],
+)
+def test_a_table_that_no_kernel_can_follow_is_refused(table, entry, says):
+    table(entry)
+    with pytest.raises(UsageError, match="cannot be read") as caught:
+        lower_cuda(program_of(nn.Linear(32, 24), torch.randn(3, 32)), "cpu")
+    assert says in str(caught.value.why) and "cpu.json" in str(caught.value.why)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"entries": [{"scheme": "int8"}]}'])
+def test_a_file_that_is_no_table_is_refused(table, text):
+    table()
+    (dispatch.TABLES / "cpu.json").write_text(text)
+    with pytest.raises(ValueError, match=r"cpu\.json is no table of measurements"):
+        dispatch.measured("cpu", "int8", 8, 8)
 
 
 DENSE = torch.randn(6, 8, 4) * torch.tensor([0, 1, 0, 1])

@@ -252,6 +252,14 @@ def test_a_copied_cache_goes_its_own_way():
     torch.testing.assert_close(found[:, -1], model(torch.cat([ids, ids[:, :1] + 2], dim=1)).logits[:, -1])
 
 
+def test_a_copied_model_decodes_too():
+    model = compiled("qwen2").use_static_cache(8)
+    given = arguments(5, 12, do_sample=False, pad_token_id=0)
+    expected = model.generate(**given)
+    assert torch.equal(copy.deepcopy(model).generate(**given), expected)
+    model._decoder = None
+
+
 def test_several_threads_may_generate_at_once():
     model = compiled("qwen2")
     given = [arguments(length, 12, do_sample=False, pad_token_id=0) for length in (5, 9, 5, 9)]
@@ -339,6 +347,12 @@ def test_a_model_that_measures_distance_from_the_end_is_refused():
         compiled("mpt").use_static_cache()
 
 
+def test_experts_cannot_be_captured():
+    model = compiled("mixtral")
+    with pytest.raises(UsageError, match="the host counts the rows of its experts"):
+        static_decoder(model.lower(), model.program, torch.device("cuda"))
+
+
 def _changed(name, edit):
     """decode_graph of the family's program after `edit` of its graph."""
     program = compiled(name).program.copy()
@@ -419,14 +433,16 @@ class _Context:
 
 def _cuda(monkeypatch, capture=_Context):
     """torch.cuda with a capture that replays a tape."""
-    log = []
+    log, streams = [], set()
 
     class Graph:
         def replay(self):
             log.append("replay")
 
-    def graph(graph, pool):
+    def graph(graph, pool, stream, capture_error_mode):
         log.append(("capture", pool))
+        streams.add(stream)
+        assert capture_error_mode == "thread_local", "other threads allocate meanwhile"
         return capture()
 
     for name, value in {
@@ -439,18 +455,19 @@ def _cuda(monkeypatch, capture=_Context):
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return log
+    return log, streams
 
 
 def test_a_step_is_warmed_up_captured_and_replayed(monkeypatch):
-    log = _cuda(monkeypatch)
+    log, streams = _cuda(monkeypatch)
     graphs = CudaGraphs(torch.device("cuda"))
     result = torch.zeros(1)
     replay = graphs(lambda: (log.append("run"), result)[1])
     assert log == ["run", "run", "run", ("capture", "pool"), "run"]
     assert replay() is result and replay() is result and log[-2:] == ["replay", "replay"]
     graphs(lambda: result)
-    assert log[-1] == ("capture", "pool"), "graphs share one pool"
+    assert log[-1] == ("capture", "pool") and len(streams) == 1, "graphs share one pool, which needs one stream"
+    assert streams == {graphs.stream}, "torch's own stream for captures is on the device of the first capture"
 
 
 def test_a_capture_that_fails_is_an_error_in_plain_words(monkeypatch):

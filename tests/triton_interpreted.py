@@ -122,11 +122,16 @@ def check_int8_linear():
         for given in (bias, None):
             expected = int8_linear.int8_linear_reference(x, weight, scale, given)
             assert close(scaled.int8_linear(x, weight, scale, given), expected), (shape, dtype)
+            assert close(int8_linear._int8_linear_cuda(x, weight, scale, given), expected), (shape, dtype)
         expected = int8_linear.int8_linear_reference(x, weight, scale, bias)
         assert close(scaled.int8_linear(x, weight, scale, bias, config=SPLIT), expected), (shape, dtype, "split")
         wrong = weight.sum(dim=1, dtype=torch.int32) * 0
         assert not close(scaled.int8_linear(x, weight, scale, bias, column_sum=wrong), expected), "the mutation was not seen"
     assert scaled.int8_linear(torch.empty(2, 0, 5), torch.zeros(3, 5, dtype=torch.int8), torch.ones(3)).shape == (2, 0, 3)
+    x, empty = torch.randn(2, 0), torch.zeros(3, 0, dtype=torch.int8)
+    for given, weight in ((x, empty), (torch.empty(0, 5), torch.ones(3, 5, dtype=torch.int8)), (x[:, :0], empty)):
+        exact = int8_linear.int8_linear_reference(given, weight, torch.ones(3))
+        assert torch.equal(int8_linear._int8_linear_cuda(given, weight, torch.ones(3), None), exact)
 
 
 def check_activations():

@@ -20,6 +20,8 @@ def bench_models(
     backend: str,
     device: str | None,
     dtype: str,
+    static_cache: bool = False,
+    keep_compressed: bool = False,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
@@ -27,8 +29,9 @@ def bench_models(
     for source in models:
         with output.doing(f"loading {source}"):
             entries += bench.contenders(
-                source, backend=backend, device=device, dtype="auto" if kind_of(source) == "artifact" else dtype
-            )
+                source, backend=backend, device=device, dtype="auto" if kind_of(source) == "artifact" else dtype,
+                static_cache=static_cache, keep_compressed=keep_compressed,
+            )  # fmt: skip
     with output.doing("timing"):
         rows = bench.race(entries, batches, lengths, new=new, rounds=rounds, device=device)
     results = []

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from fxc.errors import UsageError, VerificationFailed
+from fxc.errors import ResourceError, UsageError, VerificationFailed
 from fxc.kernel_bench import report
 from fxc.kernel_bench.run import Plan, Platform, Result, run
 from fxc.kernel_bench.shapes import Shape, parse_shapes
 from fxc.kernel_bench.summary import headlines, summarise
 from fxc.kernel_bench.weights import ALIASES, SCHEMES, unfit
-from fxc.report.console import Output
+
+if TYPE_CHECKING:
+    from fxc.report.console import Output
 
 DEFAULT_SCHEMES = ("int8", "int8_weight_only", "int4_g128", "fp8", "sparse24", "int8_sparse24")
 # The largest weight, of the vocabulary, is left out on a CPU, where it would take most of the time and of the memory.
 DEFAULT_SHAPES = {"cpu": "qwen2.5-7b:o,qwen2.5-7b:qkv,qwen2.5-7b:down,qwen2.5-7b:gate_up", "cuda": "qwen2.5-7b"}
 DEFAULT_ROWS = {"cpu": (1, 16, 64, 256), "cuda": (1, 16, 64, 256, 2048, 8192)}
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 15}
+# Of the time that there is, what compiling configurations before anything is measured may take.
+COMPILING_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,20 @@ class KernelsRequest:
 def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     """Check and time linear layers, print what came out, and write it to files kernels-<machine>.* in `request.out`.
 
-    Raises VerificationFailed, after everything was printed and written, when a product of fxc was wrong.
+    Raises, after everything was printed and written, VerificationFailed when a product of fxc was wrong and ResourceError when
+    nothing could be measured; before it, UsageError.
     """
     began = time.monotonic()
+    if request.out is not None:
+        _make_writable(request.out)
+    if request.threads and request.threads > (os.cpu_count() or 1):
+        raise UsageError(f"{request.threads} threads are more than this machine's {os.cpu_count()} cores", where="--threads")
     kind = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if request.tune and kind != "cuda":
         raise UsageError("only kernels of a GPU have configurations to choose from", where="--tune", hint="add --device cuda")
-    schemes, shapes = parse_schemes(request.schemes), parse_shapes(request.shapes or DEFAULT_SHAPES[kind])
-    if request.schemes:
+    schemes = parse_schemes(request.schemes)
+    shapes = parse_shapes(DEFAULT_SHAPES[kind] if request.shapes is None else request.shapes)
+    if request.schemes is not None:
         _check(schemes, shapes)
     if request.threads:
         torch.set_num_threads(request.threads)
@@ -69,18 +82,27 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
         return report.Report(result, about, protocol | spent, peaks, tuner.failed if tuner else None)
 
     def save(result: Result) -> None:
-        if stem:
-            report.write(stem, found(result), draw=False)
+        try:
+            if stem:
+                report.write(stem, found(result), draw=False)
+        except OSError as error:  # what is still to be measured can be printed
+            output.note(f"not written: {error}")
 
     whole = found(run(plan, platform, output.note, tuner, peaks, save))
     _print(output, whole)
+    output.json(report.as_json(whole))
     if stem:
-        written, missing = report.write(stem, whole)
+        try:
+            written, missing = report.write(stem, whole)
+        except OSError as error:
+            raise ResourceError("the results cannot be written", where=stem.parent, why=error.strerror) from error
         for path in written:
             output.note(f"wrote {path}")
         if missing:
             output.note(missing)
-    output.json(report.as_json(whole))
+    if not whole.result.rows:
+        first = whole.result.skipped[0]
+        raise ResourceError("nothing was measured", where=first.what, why=first.reason, hint="smaller shapes, or more time")
     wrong = [row for row in whole.result.rows if row.ours and row.state == "wrong"]
     if wrong:
         first = wrong[0]
@@ -91,6 +113,18 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
             hint="a kernel or its configuration is at fault: report it, with the files that --out writes",
         )
     return whole.result
+
+
+def _make_writable(folder: Path) -> None:
+    """Raises UsageError, before anything is measured, for a folder that takes no files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{folder} takes no results", where="--out", why=error.strerror, hint="a folder that can be written to"
+        ) from error
 
 
 def parse_schemes(text: str | None) -> tuple[str, ...]:
@@ -132,10 +166,12 @@ def platform_of(kind: str, device: str | None) -> Platform:
 def _tuner(platform: Platform, plan: Plan, output: Output):
     from fxc.kernel_bench import tune
 
-    first = plan.shapes[0]
+    now, until = time.monotonic(), None
+    if plan.deadline is not None:
+        until = now + COMPILING_SHARE * (plan.deadline - now)
     with output.doing("compiling configurations"):
-        tune.precompile(plan.schemes, first, plan.rows, platform.capability, output.note)
-    return tune.Choices(platform, platform.capability, plan.schemes, output.note, plan.deadline)
+        compiled = tune.precompile(plan.schemes, plan.shapes, plan.rows, platform.capability, output.note, until)
+    return tune.Choices(platform, platform.capability, plan.schemes, output.note, plan.deadline, compiled=compiled)
 
 
 def _print(output: Output, whole: report.Report) -> None:

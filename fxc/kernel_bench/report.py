@@ -154,7 +154,10 @@ def telemetry_text(result: Result) -> str:
 def remarks(result: Result) -> list[str]:
     """What is not in the tables, and why."""
     wrong = [f"{row.contender} at {row.n} x {row.k}, M={row.m}: {row.state}, {row.reason}" for row in result.rows if row.reason]
+    above = [share for row in result.rows for share in row.fraction.values() if share and share > 1.0]
+    why = "a weight that stays in a cache is read faster than memory is, and measured peaks are what the machine gave just then"
     return [
+        *([f"shares above 100 %, up to {max(above):.0%}: {why}"] if above else []),
         *(f"{name}: absent, {reason}" for name, reason in result.absent.items()),
         *(f"{each.what}: skipped, {each.reason}" for each in result.skipped),
         *wrong,
@@ -208,7 +211,10 @@ def write(stem: Path, report: Report, draw: bool = True) -> tuple[list[Path], st
         table = tuned_table(report.result, report.about["chip"], versions())
         texts[f"{report.about['chip']}.json"] = json.dumps(table, indent=1) + "\n"
     for name, text in texts.items():
-        stem.with_name(name).write_text(text, encoding="utf-8")
+        # Whatever ends this process, a file of before or the new one is there as a whole.
+        part = stem.with_name(f"{name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(stem.with_name(name))
     return [*map(stem.with_name, texts), *pictures], missing
 
 

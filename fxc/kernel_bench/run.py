@@ -251,11 +251,11 @@ class _Run:
         return None
 
     def _timed(self, row: Row, each: Contender, rounds: list[float], discarded: str | None) -> None:
-        if discarded:
+        row.rounds = [round(spent, 3) for spent in rounds]
+        if discarded:  # what was measured is kept, and counts nowhere
             row.state, row.reason = "discarded", discarded
             return
         size = (row.scheme, row.n, row.k, row.m, *each.sizes)
-        row.rounds = [round(spent, 3) for spent in rounds]
         row.us, row.p20, row.p80 = median(rounds), percentile(rounds, 0.2), percentile(rounds, 0.8)
         row.gbps = limits.moved_bytes(*size) / row.us / 1e3
         row.tflops = limits.operations(row.n, row.k, row.m) / row.us / 1e6

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from fxc_kernels.triton_tile import Config
 
 ROUNDS = 3
+# What the last configuration that a process began may take, before the process is taken for hung.
+LAST_SECONDS = 15.0
 GEMV_ROWS, SKINNY_ROWS = 4, 64
 
 
@@ -108,7 +110,8 @@ def _listed(scheme: str, m: int, capability: int) -> list[Config]:
 
 @dataclass
 class Choices:
-    """A `fxc.kernel_bench.run.Tuner`. failed: "scheme configuration" -> why it was left out."""
+    """A `fxc.kernel_bench.run.Tuner`. failed: "scheme configuration" -> why it was left out; compiled: what `precompile` gave,
+    beside which only a scheme's first candidate is tried, because one that is compiled here takes the others' time."""
 
     platform: Platform
     capability: int
@@ -117,6 +120,7 @@ class Choices:
     deadline: float | None = None
     candidates: Callable[[str, int, int], list[Any]] = candidates
     failed: dict[str, str] = field(default_factory=dict)
+    compiled: dict[tuple, str | None] | None = None
 
     def entrants(self, shape: Shape, m: int, x: Tensor, held: dict[str, Weights]) -> list[Entrant]:
         """Of each scheme, its fastest configuration for x, ready to be timed with the others."""
@@ -126,7 +130,11 @@ class Choices:
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 break
-            best = self._fastest(scheme, m, x, held[format_of(scheme)])
+            try:
+                best = self._fastest(scheme, m, x, held[format_of(scheme)])
+            except Exception as error:  # of one scheme: what was to be timed beside it still is
+                self.failed[f"{scheme} at {shape.n} x {shape.k}, M={m}"] = failure(error)
+                continue
             if best is not None:
                 found.append(best)
         return found
@@ -138,7 +146,15 @@ class Choices:
         ready = [kernel(source.copy() if at else source) for at in range(self.platform.copies(nbytes))]
         made: dict[str, Entrant] = {}
         prepared: dict[str, Any] = {}
-        for config in self.candidates(scheme, m, self.capability):
+        for at, config in enumerate(self.candidates(scheme, m, self.capability)):
+            if prepared and self.deadline is not None and time.monotonic() > self.deadline:
+                break
+            what = f"{scheme} {config} at {source.n} x {source.k}, M={m}"
+            if at and self.compiled is not None:
+                reason = self.compiled.get(compiled_as(scheme, m, config, source.k), "was not compiled in time")
+                if reason is not None:
+                    self.failed[what] = reason
+                    continue
             contender = cuda.tuned(scheme, config)
             binds = [contender.build(each) for each in ready]
             calls = [bind(x) for bind in binds]
@@ -150,7 +166,7 @@ class Choices:
             except Exception as error:  # what a chip lacks for a configuration, Triton and the driver say in many ways
                 wrong = failure(error)
             if wrong is not None:
-                self.failed[f"{scheme} {config} at {source.n} x {source.k}, M={m}"] = wrong
+                self.failed[what] = wrong
         if not prepared:
             return None
         race = self.platform.clock.race(prepared, ROUNDS, watch=False)
@@ -173,40 +189,77 @@ def table(result: Result, chip: str, versions: dict[str, str | None]) -> dict[st
     return {"chip": chip, "versions": versions, "entries": entries}
 
 
-def precompile(
-    schemes: tuple[str, ...], shape: Shape, rows: tuple[int, ...], capability: int, note: Callable[[str], None]
-) -> None:
-    """Compile every candidate in several processes, into the cache on disk that this process then reads.
+def compiled_as(scheme: str, m: int, config: Config | None, k: int) -> tuple:
+    """What Triton compiles the kernel of a scheme for, as far as it matters here: configurations that differ in no more than
+    the number of parts are one program, and so are weights that tiles divide alike."""
+    if config is None:
+        return scheme, None, k % 16 == 0
+    sizes = config.m, config.n, config.k, config.warps, config.stages, config.split > 1, config.tma
+    return scheme, sizes, m == 1, m % 16 == 0, k % config.k == 0, k % 16 == 0
 
-    What Triton compiles depends on the configuration, on whether tiles divide K, and hardly on N: one weight stands for all.
+
+def precompile(
+    schemes: tuple[str, ...], shapes: tuple[Shape, ...], rows: tuple[int, ...], capability: int, note: Callable[[str], None],
+    deadline: float | None = None,
+) -> dict[tuple, str | None] | None:  # fmt: skip
+    """Compile every candidate in several processes, into the cache on disk that this process then reads. deadline: of
+    time.monotonic(), after which none is begun.
+
+    Returns `compiled_as` -> None or why it cannot be, without those that there was no time for; None when it failed as a whole.
     """
-    fitting = [scheme for scheme in schemes if not unfit(scheme, shape)]
-    jobs = [(scheme, m, config) for scheme in fitting for m in rows for config in candidates(scheme, m, capability)]
-    workers = min(16, os.cpu_count() or 1)
-    shares = [(shape, jobs[at::workers]) for at in range(workers)]
+    jobs: dict[tuple, tuple] = {}
+    for shape in shapes:
+        for m in rows:
+            for scheme in (scheme for scheme in schemes if not unfit(scheme, shape)):
+                for config in candidates(scheme, m, capability):
+                    jobs.setdefault(compiled_as(scheme, m, config, shape.k), (shape, scheme, m, config))
+    workers = min(16, os.cpu_count() or 1, max(len(jobs), 1))
+    shares = [([*jobs.items()][at::workers], deadline) for at in range(workers)]
     start = time.monotonic()
+    found: dict[tuple, str | None] = {}
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            done = sum(pool.map(_compile_share, shares))
+            running = [pool.submit(_compile_share, share) for share in shares]
+            over, hung = wait(running, None if deadline is None else max(deadline - start, 0.0) + LAST_SECONDS)
+            for process in multiprocessing.active_children() if hung else ():
+                process.terminate()
+            for each in over:
+                found |= each.result()
     except BrokenExecutor as error:  # a process was killed, for its memory perhaps: this one can compile too, only slower
         note(f"compiling in {workers} processes failed: {error}")
-        return
-    note(f"compiled {done} of {len(jobs)} configurations in {workers} processes, {time.monotonic() - start:.0f} s")
+        return None
+    done, spent = sum(why is None for why in found.values()), time.monotonic() - start
+    note(f"compiled {done} of {len(jobs)} programs in {workers} processes, {spent:.0f} s" + f", {len(hung)} hung" * bool(hung))
+    return found
 
 
-def _compile_share(share: tuple[Shape, list[tuple[str, int, Any]]]) -> int:
-    """How many of them ran."""
-    shape, jobs = share
-    held: dict[str, Callable[..., Tensor]] = {}
-    done = 0
-    for scheme, m, config in jobs:
-        if scheme not in held:
-            # One at a time: other processes have theirs.
-            held = {scheme: cuda.kernel_of(scheme)(weights.make(format_of(scheme), shape, "cuda"))}
+def _compile_share(share: tuple[list[tuple[tuple, tuple]], float | None]) -> dict[tuple, str | None]:
+    """What `precompile` gives, of a part of the jobs."""
+    jobs, deadline = share
+    held: dict[tuple[str, Shape], Callable[..., Tensor]] = {}
+    found: dict[tuple, str | None] = {}
+    for key, (shape, scheme, m, config) in jobs:
+        # Of time.monotonic(), which all processes of a machine share.
+        if deadline is not None and time.monotonic() > deadline:
+            break
         try:
-            held[scheme](torch.ones(m, shape.k, device="cuda", dtype=torch.bfloat16), config=config)
+            if (scheme, shape) not in held:
+                # Few at a time: other processes have theirs.
+                held = dict([*held.items()][-3:])
+                held[scheme, shape] = cuda.kernel_of(scheme)(weights.make(format_of(scheme), shape, "cuda"))
+            held[scheme, shape](torch.ones(m, shape.k, device="cuda", dtype=torch.bfloat16), config=config)
             torch.cuda.synchronize()
-        except Exception:  # the process that measures meets it again, and says so
-            continue
-        done += 1
-    return done
+            found[key] = None
+        except Exception as error:  # what a chip lacks for a configuration, Triton and the driver say in many ways
+            found[key] = failure(error)
+            if not _device_works():  # after a fault nothing runs in this process any more: the rest is not to blame
+                break
+    return found
+
+
+def _device_works() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fxc.errors import UsageError
 from fxc.lower import choose, formats, packed, traced
 from fxc.lower.choose import Timing
-from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, relax_views, replace
+from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
 from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
@@ -79,9 +79,7 @@ class _Lowering:
         for node in self.graph.find_nodes(op="get_attr"):
             if not node.users:
                 self.graph.erase_node(node)
-        used = {node.target for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
-        root = {name: value for name, value in self.attributes.items() if name in used}
-        module = fx.GraphModule(root, self.graph, class_name="LoweredForCpu").eval().requires_grad_(False)
+        module = module_of(self.graph, self.attributes, "LoweredForCpu")
         if self.backend == "inductor":
             return CompiledGraph(module, dynamic_dims(self.graph)), self.report
         return module, self.report
@@ -123,8 +121,8 @@ class _Lowering:
         if group.target is formats.INT4:
             more = self._rounded(group)[2]
             if not more <= INT4_AS_INT8:
-                return "dequantized", 0, f"dequantized: as int8 the error of int4 would be {more:.1%} larger"
-            rounding = f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger"
+                return "dequantized", 0, f"dequantized: as int8 the error of int4 would be {more:.1%} larger, by steps"
+            rounding = f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger, by steps"
         if self.measure is None:
             # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
             # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.

@@ -17,7 +17,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.lower import formats
 from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
-from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, relax_views, replace
+from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
 from fxc_kernels import dispatch, triton_int4_linear
 from fxc_kernels.int8_linear import INT32_COLUMNS
@@ -82,8 +82,8 @@ class _Lowering:
         self.graph.eliminate_dead_code()
         self._note_the_rest()
         used = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        root = {name: value.to(self.device) for name, value in self.attributes.items() if name in used}
-        module = fx.GraphModule(root, self.graph, class_name="LoweredForCuda").eval().requires_grad_(False)
+        on_device = {name: self.attributes[name].to(self.device) for name in sorted(used)}
+        module = module_of(self.graph, on_device, "LoweredForCuda")
         if backend == "inductor":
             return CompiledGraph(module, dynamic_dims(self.graph), freezing=False), self.report
         return module, self.report
@@ -155,9 +155,13 @@ class _Lowering:
     def _dense(self, group: Group, scheme: str) -> tuple[bool, str]:
         """(whether the dense product is to be used, why)."""
         outputs = sum(group.sizes)
-        entries = dispatch.measured(self.chip, scheme, outputs, group.columns)
-        if not entries:
-            return False, f"{self.chip} was not measured at {outputs} x {group.columns}: a rule of thumb"
+        try:
+            entries = dispatch.measured(self.chip, scheme, outputs, group.columns)
+        except ValueError as error:
+            raise UsageError("the measurements of this chip cannot be read", where=self.chip, why=error) from error
+        if not entries or group.dtype == torch.float32:
+            what = "in float32" if entries else f"at {outputs} x {group.columns}"
+            return False, f"{self.chip} was not measured {what}: a rule of thumb"
         ratios = {rows: each.dense_us / each.us for rows, each in sorted(entries.items())}
         described = ", ".join(f"M={rows}: {ratio:.2f}x" for rows, ratio in ratios.items())
         mean = math.prod(ratios.values()) ** (1 / len(ratios))

@@ -189,6 +189,8 @@ def _match_rope(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(x, cos, sin) where `node` is x * cos + rotate_half(x) * sin of heads of an even width."""
     if not _is_plain_sum(node) or any(each.target is not _MUL for each in node.args):
         return None
+    if node.meta["val"].dtype not in (torch.float32, torch.bfloat16, torch.float16):  # the kernel computes in float32
+        return None
     for straight, turned in (node.args, reversed(node.args)):
         for rotated, sin in (turned.args, reversed(turned.args)):
             x = _rotated(rotated)

@@ -120,6 +120,19 @@ def relax_views(graph: fx.Graph) -> None:
             node.target = torch.ops.aten.reshape.default
 
 
+def module_of(graph: fx.Graph, attributes: Mapping[str, Tensor | nn.Module], class_name: str) -> fx.GraphModule:
+    """`graph` with those of its `attributes` that it uses, runnable."""
+    root = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            root[node.target] = attributes[node.target]
+        elif node.op == "get_attr":
+            # Under a name of their own, constants cannot collide with what a GraphModule has besides.
+            value, node.target = attributes[node.target], f"constants.{node.target}"
+            root[node.target] = value
+    return fx.GraphModule(root, graph, class_name=class_name).eval().requires_grad_(False)
+
+
 def dynamic_dims(graph: fx.Graph) -> list[frozenset[int]]:
     """Of each input, the dimensions whose size may change between calls."""
     shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]

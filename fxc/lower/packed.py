@@ -26,9 +26,11 @@ def pack_int8(qweight: Tensor) -> Tensor:
 
 def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor, float]:
     """float32 int4 weight [N, K], its scales [N, groups] -> (int8 [N, K], scale float32 [N], by what factor the error of int4
-    has grown, minus 1). Rounding errors are as large as steps: the step of a row against the steps of its groups."""
+    grows, minus 1, judged by steps: rounding errors are as large as they are). Each group counts alike, however small its
+    weights, because what they meet may be large; so weights of very different groups are judged worse than they are."""
     scale = symmetric_scales(weight)
-    more = (scale / int4_scale.float().abs()).square().mean().add(1).sqrt().sub(1)
+    ratio = (scale / int4_scale.float().abs())[(weight != 0).any(dim=1)]
+    more = (1 + ratio.square().sum() / max(ratio.numel(), 1)).sqrt() - 1
     return (weight / scale).round_().to(torch.int8), scale.flatten(), more.item()
 
 

@@ -113,7 +113,10 @@ def _device(index: int) -> list[Finding]:
     from fxc_kernels import dispatch
 
     chip = dispatch.chip_of(torch.device("cuda", index))
-    cells = sum(len(rows) for rows in dispatch.table(chip).values())
+    try:
+        cells = sum(len(rows) for rows in dispatch.table(chip).values())
+    except ValueError as error:
+        return [device, Finding("cuda", "kernels", "a table that cannot be read", False, str(error))]
     note = "" if cells else f"{chip} was not measured: configurations are a rule of thumb, and no layer is left dense for speed"
     return [device, Finding("cuda", "kernels", f"{cells} measured products in the table", bool(cells) or None, note)]
 

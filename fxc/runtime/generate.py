@@ -45,6 +45,12 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         self._decoder = static_decoder(self.lower(), self.program, self.device, capacity)
         return self
 
+    def new_cache(self) -> Any:
+        """An empty cache of the kind that `generate()` uses, for `past_key_values`."""
+        from transformers import DynamicCache
+
+        return DynamicCache() if self._decoder is None else SlotCache(self._decoder)
+
     @classmethod
     def can_generate(cls) -> bool:
         return True
@@ -144,15 +150,13 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        from transformers import DynamicCache
-
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise UsageError(
                 f"the cache implementation {generation_config.cache_implementation!r} is not supported",
                 hint="leave cache_implementation out",
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DynamicCache() if self._decoder is None else SlotCache(self._decoder)
+            model_kwargs["past_key_values"] = self.new_cache()
 
 
 def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig:

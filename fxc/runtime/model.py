@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,12 +69,22 @@ class CompiledModel(nn.Module):
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""
         if self._lowered is None:
+            if self._device == torch.device("cuda") and torch.cuda.is_available():
+                # The current device is another one in another thread, and the weights are on this one.
+                self._device = torch.device("cuda", torch.cuda.current_device())
             # What is kept has to serve calls outside inference mode too, whoever makes the first one.
             with torch.inference_mode(False), torch.no_grad():
                 lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
             # Not a submodule: its packed weights are no part of the model's state.
             object.__setattr__(self, "_lowered", lowered)
         return self._lowered
+
+    def __deepcopy__(self, memo: dict) -> CompiledModel:
+        """A model of its own over the same lowered module, which nothing changes: oneDNN's packed weights have no copy."""
+        memo[id(self._lowered)] = self._lowered
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
 
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read

@@ -21,6 +21,7 @@ from fxc.errors import FxcError, ResourceError, UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower.inductor import CompiledGraph
 from fxc.runtime.decode_graph import decode_graph
+from fxc.schemes import ops
 
 # Slots of the smallest buffers.
 CAPACITY = 128
@@ -29,6 +30,9 @@ IDLE_STEPS = 8
 # How far the two paths may be apart in the check of a new decoder, relative to the largest logit: sums in another order and,
 # where activations are quantized, other roundings. What a mask lets through there is a hundred times too large.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.15}
+
+# Operators that wait for numbers from the device.
+_COUNTED_BY_THE_HOST = (ops.GROUPED_MM, ops.GROUPED_LINEAR, ops.INT8_GROUPED_LINEAR)
 
 # Makes of a function without arguments one that does the same to the same tensors and returns the same tensor.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
@@ -40,22 +44,26 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool: Any = None
+        self.stream: Any = None
 
     def __call__(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Raises `UsageError` when a part of `function` cannot be captured, `ResourceError` when memory is short."""
         with torch.cuda.device(self.device):
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
+                # One for all: a pool gives memory again only to the stream that had it. And torch's own for captures is on
+                # whatever device was the first to record.
+                self.stream = torch.cuda.Stream()
             # Kernels are compiled and libraries make their handles in the first calls, which no capture may hold.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(3):
                     function()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self.pool):
+                # Other threads may allocate meanwhile, as for a prompt.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                     result = function()
             except (FxcError, torch.OutOfMemoryError):
                 raise
@@ -120,7 +128,12 @@ class StaticDecoder:
         self.capacity = capacity
         self.record = record
         self.steps: list[Step] = []
+        self.copied: Any = None
         self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict) -> StaticDecoder:
+        """Copies of a model decode with the same steps, of which each cache has its own."""
+        return self
 
     def lease(self, owner: SlotCache, batch: int, needed: int) -> Step:
         """A step with at least `needed` slots, all of them empty, that is `owner`'s for as long as it lives."""
@@ -164,7 +177,14 @@ class StaticDecoder:
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 if step.replay is None:
                     step.replay = self.record(lambda: self.module(*step.tensors)[0])
-                return step.replay().clone()
+                if self.device.type != "cuda":
+                    return step.replay().clone()
+                stream = torch.cuda.current_stream(self.device)  # another thread's may be another one
+                if self.copied is not None:
+                    stream.wait_event(self.copied)
+                logits = step.replay().clone()
+                self.copied = stream.record_event()
+                return logits
         except torch.OutOfMemoryError as error:
             batch, slots = step.size
             raise ResourceError(
@@ -268,6 +288,13 @@ def static_decoder(
     compiled = isinstance(lowered, CompiledGraph)
     whole = lowered.graph_module if compiled else lowered
     step = decode_graph(whole, program.signature)
+    counted = [node for node in step.graph.nodes if node.target in _COUNTED_BY_THE_HOST]
+    if counted and device.type == "cuda":
+        raise UsageError(
+            "the decode step cannot be captured in a CUDA graph: the host counts the rows of its experts",
+            where=counted[0].meta.get("fqn"),
+            hint="load the model without static_cache",
+        )
     check_step(whole, step, program, device)
     if record is None:
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
