@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fxc_kernels.triton_quantize_rows import KEPT, row_block, store_quantized
+from fxc_kernels.triton_rms_norm import norm_of_row
 from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_of_first
 
 
@@ -36,15 +37,7 @@ def rms_norm_quantize_kernel(x, residual, total, weight, q, scale, zero, K, eps,
     columns = tl.arange(0, BLOCK)
     inside = columns < K
     at = row * K + columns
-    dtype: tl.constexpr = x.dtype.element_ty
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if residual is not None:
-        values = (values + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        tl.store(total + at, values, mask=inside)
-        values = values.to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(values * values, axis=0) / K + eps))
-    normed = (values * inverse).to(dtype).to(tl.float32)
-    weighted = (normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+    weighted = norm_of_row(x, residual, total, weight, at, columns, inside, K, eps)
     store_quantized(weighted, inside, at, row, q, scale, zero)
 
 

@@ -14,11 +14,8 @@ from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_o
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, total, weight, out, K, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < K
-    at = row * K + columns
+def norm_of_row(x, residual, total, weight, at, columns, inside, K, eps):
+    """The norm of a row at `at` in float32, rounded as x. Where there is a residual, its sum with x is stored in total."""
     dtype: tl.constexpr = x.dtype.element_ty
     values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
@@ -27,8 +24,16 @@ def rms_norm_kernel(x, residual, total, weight, out, K, eps, BLOCK: tl.constexpr
         values = values.to(tl.float32)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(values * values, axis=0) / K + eps))
     normed = (values * inverse).to(dtype).to(tl.float32)
-    weighted = normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, weighted.to(dtype), mask=inside)
+    return (normed * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def rms_norm_kernel(x, residual, total, weight, out, K, eps, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    at = tl.program_id(0).to(tl.int64) * K + columns
+    weighted = norm_of_row(x, residual, total, weight, at, columns, inside, K, eps)
+    tl.store(out + at, weighted.to(out.dtype.element_ty), mask=inside)
 
 
 @on_device_of_first
