@@ -247,11 +247,7 @@ def persistent_cases(chip: Chip, kind: torch.dtype) -> Iterator[Case]:
     for shape, config in small + large:
         x, bias, generator = chip.tensors(shape, torch.bfloat16)
         weight, scale = chip.weight(kind, shape, generator)
-        if kind == torch.int8:
-            q, row_scale, zero = int8_linear.quantize_rows(x)
-        else:
-            (q, row_scale), zero = fp8_linear.quantize_rows(x), None
-        given = (q, row_scale[:, 0].contiguous(), None if zero is None else zero[:, 0].contiguous())
+        given = quantized_rows(kind, x)
         other = altered(weight)
         yield Case(
             label(shape, torch.bfloat16, config),
@@ -269,11 +265,7 @@ def long_cases(chip: Chip, kind: torch.dtype) -> Iterator[Case]:
     for shape in LONG:
         x, bias, generator = chip.tensors(shape, torch.bfloat16)
         weight, scale = chip.weight(kind, shape, generator)
-        if kind == torch.int8:
-            q, row_scale, zero = int8_linear.quantize_rows(x)
-        else:
-            (q, row_scale), zero = fp8_linear.quantize_rows(x), None
-        given = (q, row_scale[:, 0].contiguous(), None if zero is None else zero[:, 0].contiguous())
+        given = quantized_rows(kind, x)
         other = altered(weight)
         for config in eight:
             yield Case(
@@ -423,6 +415,15 @@ CASES: dict[str, Callable[[Chip], Iterator[Case]]] = {
 def label(shape: tuple[int, int, int], dtype: torch.dtype, config: Config | None) -> str:
     chosen = f" {config}" if config is not None else ""
     return f"{'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}{chosen}"
+
+
+def quantized_rows(kind: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of x as `scaled_mm` takes them: q, their scales, and for int8 their zero points."""
+    if kind == torch.int8:
+        q, row_scale, zero = int8_linear.quantize_rows(x)
+        return q, row_scale[:, 0].contiguous(), zero[:, 0].contiguous()
+    q, row_scale = fp8_linear.quantize_rows(x)
+    return q, row_scale[:, 0].contiguous(), None
 
 
 def altered(weight: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 import os
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from benchmarks.timing import Timing
+from fxc.kernel_bench.report import versions as versions_of
 
 PACKAGES = ["fxc", "torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao"]
 CPU_FLAGS = ["avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"]
@@ -34,13 +34,7 @@ def cpu_name() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of each package, its version, or None when it is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return versions_of(PACKAGES)
 
 
 def record(timing: Timing, baseline: Timing, cosine: float) -> dict:

@@ -118,10 +118,9 @@ def _float_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) 
         from fxc_kernels.triton_rms_norm import rms_norm as norm
 
         return norm(x, weight, eps, residual)
-    total = x if residual is None else x + residual
-    wide = total.float()
-    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return (weight * normed).to(x.dtype), total
+    from fxc_kernels.triton_norm_quantize import rms_norm_reference
+
+    return rms_norm_reference(x, weight, eps, residual)
 
 
 @quantize_int8.register_fake
@@ -183,12 +182,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 @torch.library.custom_op("fxc_cuda::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, S, D], cos and sin [B or 1, 1, S, D] -> x * cos + rotate_half(x) * sin, contiguous."""
-    if launches(x):
-        from fxc_kernels.triton_rope import rope as turn
+    from fxc_kernels import triton_rope
 
-        return turn(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).contiguous()
+    return triton_rope.rope(x, cos, sin) if launches(x) else triton_rope.rope_reference(x, cos, sin).contiguous()
 
 
 @rms_norm.register_fake

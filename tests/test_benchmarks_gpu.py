@@ -10,24 +10,22 @@ import subprocess
 import sys
 import tarfile
 
-import numpy
 import pytest
 import torch
 from conftest import REPO
-from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 sys.path.append(str(REPO))
 
+from interpreter import needs_interpreter  # noqa: E402
+
 from benchmarks import gpu_checks  # noqa: E402
 from benchmarks.gpu_checks import Case, Chip, fault, poisoned  # noqa: E402
 
-# Triton 3.6 turns arrays of one number into integers, which NumPy refuses since 2.4.
-INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
 CHIP = Chip(torch.device("cpu"), 80, True)
 
 
-@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
+@needs_interpreter
 def test_all_kernels_pass_in_the_interpreter(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_checks", "--out", tmp_path]
     done = subprocess.run(command, cwd=REPO, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)

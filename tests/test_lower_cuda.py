@@ -10,14 +10,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from families import build
-from packaging.version import Version
 from torch import nn
 
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
+
+from interpreter import needs_interpreter  # noqa: E402
 
 from fxc import optimize  # noqa: E402
 from fxc.errors import UsageError  # noqa: E402
@@ -335,11 +335,9 @@ def test_operators_say_what_they_give(name):
     torch.library.opcheck(getattr(torch.ops.fxc_cuda, name).default, SAMPLES[name], test_utils=checks)
 
 
-# Triton 3.6 turns arrays of one number into integers, which NumPy refuses since 2.4.
-INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
 
 
-@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
+@needs_interpreter
 def test_a_whole_model_through_the_kernels():
     script = Path(__file__).with_name("lowered_interpreted.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -1,7 +1,6 @@
 """Prepacked 2:4 weights on sparse tensor cores without a GPU: the packing, the kernel with its instruction emulated, and
 what it compiles to for sm_80 and sm_90. What is not known here: its numbers and its speed on a GPU."""
 
-import ast
 import os
 import re
 import shutil
@@ -9,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from packaging.version import Version
 
 from fxc.schemes import sparse24
 from fxc_kernels import cusparselt
@@ -23,16 +20,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
 import triton  # noqa: E402
+from interpreter import checks_of, needs_interpreter  # noqa: E402
 
 from fxc_kernels import triton_sparse24_mma, triton_sparse24_prepacked  # noqa: E402
 from fxc_kernels.triton_tile import Config, choose  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("sparse24_interpreted.py")
-CHECKS = [
-    node.name.removeprefix("check_")
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+CHECKS = checks_of(SCRIPT)
 # tests/test_triton_kernels.py compiles the others too: float16 and products in parts, which differ in types and epilogue.
 SHIPPED = [
     (chip, build)
@@ -40,7 +34,6 @@ SHIPPED = [
     for build in triton_sparse24_mma.builds(chip)
     if build.arguments["KIND"] != "f16" and build.arguments["parts"] is None
 ]
-INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
 
 
 def weight(outputs, columns, dtype):
@@ -49,7 +42,7 @@ def weight(outputs, columns, dtype):
     return sparse24.pack(sparse24.mask_by_magnitude(dense.float()).to(dtype))
 
 
-@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
+@needs_interpreter
 @pytest.mark.parametrize("check", CHECKS)
 def test_the_kernels_follow_their_references(check):
     done = subprocess.run([sys.executable, SCRIPT, check], capture_output=True, text=True)

@@ -3,7 +3,6 @@
 What is not known here: their numbers and their speed on a GPU.
 """
 
-import ast
 import itertools
 import os
 import re
@@ -12,37 +11,29 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
-from packaging.version import Version
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
-import triton  # noqa: E402
+from interpreter import checks_of, needs_interpreter  # noqa: E402
 
 from fxc_kernels import interleaved, triton_int4_linear, triton_scaled_mm, triton_weight_only  # noqa: E402
 from fxc_kernels.triton_tile import Config, choose, output_columns  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("triton_interpreted.py")
-CHECKS = [
-    node.name.removeprefix("check_")
-    for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-]
+CHECKS = checks_of(SCRIPT)
 SHIPPED = [(chip, build) for chip in (80, 90) for build in triton_build.builds(chip)]
 # sm_89 runs what sm_80 runs, and its own float8 products.
 FLOAT8 = [(89, build) for build in triton_scaled_mm.builds(89) if build.name.startswith("fp8 ")]
 NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
-# Triton 3.6 turns arrays of one number into integers, which NumPy refuses since 2.4.
-INTERPRETER_WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version__) < Version("2.4")
 
 
-@pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter and this NumPy do not go together")
+@needs_interpreter
 @pytest.mark.parametrize("check", CHECKS)
 def test_kernels_follow_their_references(check):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

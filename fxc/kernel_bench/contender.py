@@ -85,3 +85,9 @@ def fault(
         return None, rms
     limits = f"{contender.tolerance:g} and {LARGEST * contender.tolerance:g} are allowed"
     return f"relative error {rms:.3g}, at one place {largest:.3g}; {limits}", rms
+
+
+def int8pack(weights: Weights) -> Bind:
+    """torch's weight-only int8 product, the same operator on both kinds of machine."""
+    qweight, scale = weights.parts[0], weights.parts[1].bfloat16()
+    return of_function(lambda x: torch.ops.aten._weight_int8pack_mm(x, qweight, scale))

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from fxc.ir.program import Input, Program, Signature
 from fxc.kernel_bench import cpu_peers
-from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, of_function
+from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
 from fxc.lower import packed
 from fxc.lower.cpu import lower_cpu
@@ -45,7 +45,7 @@ def contenders(schemes: tuple[str, ...], threads: int) -> list[Contender]:
             ]
         elif scheme == "int8_weight_only":
             found += [
-                Contender("torch _weight_int8pack_mm", scheme, "int8", _int8pack, HALF, holds=1),
+                Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1),
                 cpu_peers.openvino("OpenVINO int8 weights", scheme, "int8", threads),
             ]
         elif scheme.startswith("int4"):
@@ -126,11 +126,6 @@ def _int_mm(weights: Weights) -> Bind:
         return (torch._int_mm(q, transposed) * scale * row_scale).to(x.dtype)
 
     return of_function(product)
-
-
-def _int8pack(weights: Weights) -> Bind:
-    qweight, scale = weights.parts[0], weights.parts[1].bfloat16()
-    return of_function(lambda x: torch.ops.aten._weight_int8pack_mm(x, qweight, scale))
 
 
 def _int4pack(weights: Weights) -> Bind:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from fxc.kernel_bench.contender import FP8, HALF, INT8, OWN, Bind, Contender, of_function
+from fxc.kernel_bench.contender import FP8, HALF, INT8, OWN, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
 from fxc_kernels import int4_linear
 from fxc_kernels.fp8_linear import quantize_rows as quantize_fp8
@@ -58,7 +58,7 @@ def _of_scheme(scheme: str, capability: int) -> list[Contender]:
         ]  # fmt: skip
     elif scheme == "int8_weight_only":
         made += [
-            Contender("torch _weight_int8pack_mm", scheme, "int8", _int8pack, HALF, holds=1),
+            Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1),
             _gemlite("gemlite int8 weights", scheme, "int8", _gemlite_dynamic("A16W8"), OWN),
             _torchao("torchao int8 weights", scheme, "int8", "Int8WeightOnlyConfig", OWN),
         ]
@@ -257,11 +257,6 @@ def _scaled_mm_tensor(weights: Weights) -> Bind:
         return partial(torch._scaled_mm, q, qweight, x_scale, scale, out_dtype=x.dtype, use_fast_accum=True)
 
     return bind
-
-
-def _int8pack(weights: Weights) -> Bind:
-    qweight, scale = weights.parts[0], weights.parts[1].bfloat16()
-    return of_function(lambda x: torch.ops.aten._weight_int8pack_mm(x, qweight, scale))
 
 
 def _int4pack(weights: Weights) -> Bind:

@@ -28,10 +28,10 @@ COLUMNS = (
 SUMMARY = ("regime", "scheme", "contender", ">cells", ">speed-up", ">worst", "worst cell", ">of roofline", ">worst of roofline")
 
 
-def versions() -> dict[str, str | None]:
-    """Of each package, its version, or None when it is not installed."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Of Python and of each package the version, None for what is not installed."""
     found: dict[str, str | None] = {"python": system.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

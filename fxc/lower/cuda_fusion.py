@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxc.lower.groups import Group
 from fxc_kernels import cuda_ops  # noqa: F401  registers the operators
+from fxc_kernels.triton_quantize_rows import KEPT
 
 _ADD = torch.ops.aten.add.Tensor
 _MUL = torch.ops.aten.mul.Tensor
@@ -27,8 +28,6 @@ _NORMS = {
         _OPS.rms_norm_fp8.default, _OPS.add_rms_norm_fp8.default, 2
     ),
 }  # fmt: skip
-# The fused kernel keeps a row in registers.
-LARGEST_ROW = 32768
 
 
 def activation_after(node: fx.Node) -> tuple[str, fx.Node] | None:
@@ -91,7 +90,7 @@ def match_rms_norm(node: fx.Node) -> RmsNorm | None:
         return None
     wide, inverse = normed.args
     source = _before_cast(wide, torch.float32)
-    if wide.meta["val"].dtype != torch.float32 or source.meta["val"].dtype != dtype or columns > LARGEST_ROW:
+    if wide.meta["val"].dtype != torch.float32 or source.meta["val"].dtype != dtype or columns > KEPT:
         return None
     if inverse.target is not torch.ops.aten.rsqrt.default:
         return None
