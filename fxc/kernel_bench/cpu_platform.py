@@ -63,7 +63,7 @@ class CpuPlatform:
         calls: dict[str, Callable[[], object]] = {
             "float32": lambda: torch.nn.functional.linear(x, x),
             "bf16": lambda: dense(x_bf16),
-            "int8": lambda: packed.int8_product(qweight, product, scale, zeros),
+            "int8": lambda: packed.int8_product(packed.to_uint8(qweight), product, scale, zeros),
         }
         count = 2.0 * _SIDE**3
         return Peaks("measured in this run", bandwidth, **{name: count / _best(call) for name, call in calls.items()})

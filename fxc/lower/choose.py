@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fxc.lower.packed import DenseLinear, Int8Linear, SplitLinear, int8_product
+from fxc.lower.packed import DenseLinear, Int8Linear, SplitLinear, int8_product, to_uint8
 from fxc_kernels.int8_linear import quantize_rows
 
 # One token, a few sequences decoding together, one prompt.
@@ -60,7 +60,7 @@ def measure(
     timing: Timing = {}
     for rows in WEIGHT_ONLY_ROWS if weight_only else ROWS:
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
-        q = quantize_rows(torch.cat([x, x]) if weight_only else x)[0]
+        q = to_uint8(quantize_rows(torch.cat([x, x]) if weight_only else x)[0])
         product = functools.partial(int8_product, q, layer.packed, scale, layer.zero_point)
         run = functools.partial(layer, x) if quantize else product
         timing[rows] = _race(run, functools.partial(dense, x))

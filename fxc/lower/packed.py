@@ -17,6 +17,8 @@ BLOCK_BYTES = 1 << 24
 SMALLEST_BLOCK = 128
 # q2 of the split: the remainder of rounding lies in [-1/2, 1/2], so 254 spreads it over the int8 range.
 SPLIT = 254.0
+# The zero point of the products' activations: what maps -128..127 to 0..255.
+UINT8_ZERO = -INT8_MIN
 
 
 def pack_int8(qweight: Tensor) -> Tensor:
@@ -35,9 +37,10 @@ def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor,
 
 
 def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """(q [M, K] int8 @ weight^T) * scale [N], accumulated in int32, returned as float32 [M, N].
+    """((q - 128) @ weight^T) * scale [N], accumulated in int32, returned as float32 [M, N].
 
-    zero_point: the weight's, zeros [N].
+    q: uint8 [M, K], an int8 row moved up by UINT8_ZERO: u8 x s8 is what AVX512-VNNI multiplies, and s8 x s8 runs oneDNN's
+    reference code on every CPU without AMX. zero_point: the weight's, zeros [N].
 
     A single row goes through as two: for M == 1 and some sizes (every layer with N == 256) oneDNN 3.12 falls back to its
     reference code, which is 100 to 1000 times slower.
@@ -46,9 +49,14 @@ def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -
     if count == 1:
         q = torch.cat([q, q])
     out = torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 0, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+        q, 1.0, UINT8_ZERO, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return out[:1] if count == 1 else out
+
+
+def to_uint8(q: Tensor) -> Tensor:
+    """int8 -> uint8, moved up by UINT8_ZERO."""
+    return (q.to(torch.int16) + UINT8_ZERO).to(torch.uint8)
 
 
 def zero_point_term(qweight: Tensor, scale: Tensor) -> Tensor:
@@ -64,14 +72,14 @@ def symmetric_scales(rows: Tensor) -> Tensor:
 
 
 def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`fxc_kernels.int8_linear.quantize_rows` with fewer temporaries; the zero point stays float32."""
+    """`fxc_kernels.int8_linear.quantize_rows` with fewer temporaries; q is moved up to uint8, the zero point stays float32."""
     lo = rows.amin(dim=-1, keepdim=True).clamp_(max=0)
     scale = rows.amax(dim=-1, keepdim=True).clamp_(min=0).sub_(lo)
     zero = scale <= ZERO_ROW
     inverse = scale.div_(INT8_STEPS).masked_fill_(zero, 1.0).reciprocal()
     zero_point = lo.mul_(inverse).neg_().add_(INT8_MIN).round_()
-    q = (rows * inverse).round_().add_(zero_point).clamp_(INT8_MIN, INT8_MAX)
-    return q.to(torch.int8), scale, zero_point
+    q = (rows * inverse).round_().add_(zero_point + UINT8_ZERO).clamp_(0, INT8_STEPS)
+    return q.to(torch.uint8), scale, zero_point
 
 
 class _Rows(nn.Module):
@@ -151,7 +159,7 @@ class SplitLinear(_Rows):
         torch.round(scaled, out=q[:count])
         torch.sub(scaled, q[:count], out=q[count:])
         q[count:].mul_(SPLIT).round_()
-        halves = int8_product(q.to(torch.int8), self.packed, self.scale, self.zero_point)
+        halves = int8_product(q.add_(UINT8_ZERO).to(torch.uint8), self.packed, self.scale, self.zero_point)
         return halves[:count].add_(halves[count:], alpha=1 / SPLIT), scale
 
 

@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import SPLIT, int8_product, pack_int8, symmetric_scales
+from fxc.lower.packed import SPLIT, UINT8_ZERO, int8_product, pack_int8, symmetric_scales, to_uint8
 from fxc_kernels.int8_linear import round_rows, row_parameters
 
 # Each specialization of a compiled program folds its own constants; they all share one packed copy of a weight.
@@ -63,7 +63,7 @@ def int8_linear(x, qweight, scale, zero_point, bias, zero_point_term):
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], qweight.shape[0])
     row_scale, inverse, row_zero_point = map(_stored, row_parameters(rows))
-    q = round_rows(rows, inverse, row_zero_point)
+    q = to_uint8(round_rows(rows, inverse, row_zero_point))
     out = _product(q, qweight, scale, zero_point) + row_zero_point * zero_point_term
     return _finish(out, row_scale, x, bias)
 
@@ -84,7 +84,7 @@ def split_linear(x, qweight, scale, zero_point, bias):
     scaled = rows * row_scale.reciprocal()
     first = scaled.round()
     rest = ((scaled - first) * SPLIT).round()
-    halves = _product(torch.cat([first, rest]).to(torch.int8), qweight, scale, zero_point)
+    halves = _product((torch.cat([first, rest]) + UINT8_ZERO).to(torch.uint8), qweight, scale, zero_point)
     count = rows.shape[0]
     return _finish(halves[:count] + halves[count:] * (1 / SPLIT), row_scale, x, bias)
 
