@@ -1,8 +1,18 @@
 """One way to write each thing, so that the patterns of later passes are one node deep.
 
-%1: f32[s0, 8] = aten.dropout(%0, 0.1, False)            ->  (gone)
-%2: f32[s0, 8] = aten.to.dtype(%1, f32)                  ->  (gone)
-%3: f32[s0, 4] = aten.addmm(@bias, %2, @weight)          ->  %1: f32[s0, 4] = aten.linear(%0, @weight, @bias)
+    constant @bias: f32[4]
+    constant @weight: f32[8, 4]
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 8] = aten.dropout(%0, 0.1, False)
+    %2: f32[s0, 8] = aten.to.dtype(%1, f32)
+    %3: f32[s0, 4] = aten.addmm(@bias, %2, @weight)  # up
+    return "out" %3
+    ---
+    constant @bias: f32[4]
+    constant @weight: f32[4, 8]
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 4] = aten.linear(%0, @weight, @bias)  # up (canonicalize)
+    return "out" %1
 """
 
 from __future__ import annotations

@@ -1,7 +1,21 @@
 """Remove what does not matter, for real: heads, channels, branches and layers that are masked, pruned or constant.
 
-constant @up.weight: f32[160, 64]      ->  constant @up.weight: f32[112, 64]      (48 columns of @down.weight are zero)
-constant @down.weight: f32[64, 160]    ->  constant @down.weight: f32[64, 112]
+    constant @down.weight: f32[4, 6]
+    constant @up.weight: f32[6, 8]
+    values @down.weight[:, 1:3] = 0
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 6] = aten.linear(%0, @up.weight)
+    %2: f32[s0, 6] = aten.relu(%1)
+    %3: f32[s0, 4] = aten.linear(%2, @down.weight)
+    return "out" %3
+    ---
+    constant @down.weight: f32[4, 4]
+    constant @up.weight: f32[4, 8]
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 4] = aten.linear(%0, @up.weight)
+    %2: f32[s0, 4] = aten.relu(%1)
+    %3: f32[s0, 4] = aten.linear(%2, @down.weight)
+    return "out" %3
 """
 
 from __future__ import annotations

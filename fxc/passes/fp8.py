@@ -1,7 +1,15 @@
 """Linear layers with fp8 (e4m3) weights, and fp8 activations or not.
 
-   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
--> %3: f32[s0, 64] = fxc.fp8_linear(%2, @mlp.up.qweight, @mlp.up.scale, @mlp.up.bias)
+    constant @up.weight: f32[16, 32]
+    %0: f32[s0, 32] = input "x"
+    %1: f32[s0, 16] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+    ---
+    constant @up.qweight: f8e4m3[16, 32]
+    constant @up.scale: f32[16]
+    %0: f32[s0, 32] = input "x"
+    %1: f32[s0, 16] = fxc.fp8_linear(%0, @up.qweight, @up.scale, None)  # up (fp8)
+    return "out" %1
 """
 
 from __future__ import annotations

@@ -1,7 +1,15 @@
 """Linear layers with int4 weights in groups along their rows; activations stay as they are.
 
-   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
--> %3: f32[s0, 64] = fxc.int4_weight_only_linear(%2, @mlp.up.qweight, @mlp.up.scale, None, @mlp.up.bias, 128)
+    constant @up.weight: f32[16, 256]
+    %0: f32[s0, 256] = input "x"
+    %1: f32[s0, 16] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+    ---
+    constant @up.qweight: u8[16, 128]
+    constant @up.scale: f32[16, 2]
+    %0: f32[s0, 256] = input "x"
+    %1: f32[s0, 16] = fxc.int4_weight_only_linear(%0, @up.qweight, @up.scale, None, None, 128)  # up (int4)
+    return "out" %1
 """
 
 from __future__ import annotations

@@ -1,6 +1,23 @@
 """Decide which heads, channels and layers go, and mask them; `dead_structure` then removes them.
 
-constant @down.weight: f32[64, 160]   ->   the same, with zeros in the columns of the units that go
+    passes prune:ffn=0.5
+    constant @down.weight: f32[4, 6]
+    constant @up.weight: f32[6, 8]
+    values @up.weight[0:3] = 0.01
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 6] = aten.linear(%0, @up.weight)
+    %2: f32[s0, 6] = aten.relu(%1)
+    %3: f32[s0, 4] = aten.linear(%2, @down.weight)
+    return "out" %3
+    ---
+    values @down.weight[:, 0:3] = 0
+    constant @down.weight: f32[4, 6]
+    constant @up.weight: f32[6, 8]
+    %0: f32[s0, 8] = input "x"
+    %1: f32[s0, 6] = aten.linear(%0, @up.weight)
+    %2: f32[s0, 6] = aten.relu(%1)
+    %3: f32[s0, 4] = aten.linear(%2, @down.weight)
+    return "out" %3
 """
 
 from __future__ import annotations

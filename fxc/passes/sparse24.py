@@ -1,7 +1,15 @@
 """Linear layers with 2:4 sparse weights: of every four neighbours along a row, the two largest in magnitude stay.
 
-   %3: f32[s0, 64] = aten.linear(%2, @mlp.up.weight, @mlp.up.bias)
--> %3: f32[s0, 64] = fxc.sparse24_linear(%2, @mlp.up.values, @mlp.up.meta, @mlp.up.bias)
+    constant @up.weight: f32[16, 32]
+    %0: f32[s0, 32] = input "x"
+    %1: f32[s0, 16] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+    ---
+    constant @up.meta: u8[16, 4]
+    constant @up.values: f32[16, 16]
+    %0: f32[s0, 32] = input "x"
+    %1: f32[s0, 16] = fxc.sparse24_linear(%0, @up.values, @up.meta, None)  # up (sparse24)
+    return "out" %1
 """
 
 from __future__ import annotations
