@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
@@ -273,14 +275,15 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
     for tensors in inputs:
         with torch.no_grad():
             given = for_both(tensors, *programs)
-            recorded = _Recorder(modules[1], set(pairs.values()))
-            recorded.run(*given[1])
-            truth = {name: recorded.values[to] for name, to in pairs.items()}
+            truth = values_at(modules[1], given[1], set(pairs.values()))
             for errors, put_back in ((own, True), (accumulated, False)):
-                compared = _Compared(modules[0], truth, put_back)
-                compared.run(*given[0])
-                for name, error in compared.errors.items():
-                    errors[names[name]].append(error)
+
+                def watch(value: Tensor, name: str, errors=errors, put_back=put_back, truth=truth) -> Tensor | None:
+                    expected = truth[pairs[name]]
+                    errors[names[name]].append(relative_error([value], [expected]))
+                    return expected if put_back and value.shape == expected.shape else None
+
+                observe(modules[0], given[0], {name: partial(watch, name=name) for name in pairs})
     layers = [LayerError(n, sum(own[n]) / len(own[n]), sum(accumulated[n]) / len(accumulated[n])) for n in own]
     return sorted(layers, key=lambda layer: (-layer.own, layer.name))
 
@@ -299,31 +302,3 @@ def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:
             layers[name, seen[name]] = node
             seen[name] += 1
     return layers
-
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, wanted: set[str]):
-        super().__init__(module)
-        self.wanted, self.values = wanted, {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if node.name in self.wanted:
-            self.values[node.name] = value
-        return value
-
-
-class _Compared(fx.Interpreter):
-    """Compares the nodes in `truth` with their expected values, and goes on with those where `put_back` says so."""
-
-    def __init__(self, module: fx.GraphModule, truth: dict[str, Tensor], put_back: bool):
-        super().__init__(module)
-        self.truth, self.put_back, self.errors = truth, put_back, {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        expected = self.truth.get(node.name)
-        if expected is None:
-            return value
-        self.errors[node.name] = relative_error([value], [expected])
-        return expected if self.put_back and value.shape == expected.shape else value

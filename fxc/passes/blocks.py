@@ -6,6 +6,7 @@ number within a number is one, the outer is taken.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.ir.edit import insert, replace, sweep, type_of
+from fxc.ir.observe import values_at
 from fxc.ir.program import Program
 
 aten = torch.ops.aten
@@ -123,32 +125,18 @@ def _has_residual(block: Block) -> bool:
     return False
 
 
-class _Similarity(fx.Interpreter):
-    """Runs a program and sums, for each block, the cosine of what goes in and what comes out, token by token."""
-
-    def __init__(self, module: fx.GraphModule, found: Sequence[Block]):
-        super().__init__(module)
-        self.found = {b.exit.name: b for b in found}
-        self.kept, self.sums, self.counts = {b.entry.name: None for b in found}, {}, {}
-
-    def run_node(self, node: fx.Node):
-        value = super().run_node(node)
-        if (block := self.found.get(node.name)) is not None:
-            before = self.kept[block.entry.name]
-            # Of images the channels come second, of tokens last.
-            dim = 1 if value.ndim == 4 else -1
-            cosine = torch.nn.functional.cosine_similarity(before.double(), value.double(), dim=dim)
-            self.sums[block] = self.sums.get(block, 0.0) + cosine.sum().item()
-            self.counts[block] = self.counts.get(block, 0) + cosine.numel()
-        if node.name in self.kept:
-            self.kept[node.name] = value
-        return value
-
-
 def influence(program: Program, found: Sequence[Block], samples: Sequence[Sequence[Tensor]]) -> dict[Block, float]:
     """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, block influence)."""
-    runner = _Similarity(program.module(), found)
-    with torch.no_grad():
-        for inputs in samples:
-            runner.run(*inputs)
-    return {b: 1 - runner.sums[b] / runner.counts[b] for b in found}
+    sums: Counter[Block] = Counter()
+    counts: Counter[Block] = Counter()
+    module, ends = program.module(), {node.name for block in found for node in (block.entry, block.exit)}
+    for inputs in samples:
+        with torch.no_grad():
+            values = values_at(module, inputs, ends)
+        for block in found:
+            before, after = (values[node.name].double() for node in (block.entry, block.exit))
+            # Of images the channels come second, of tokens last.
+            cosine = torch.nn.functional.cosine_similarity(before, after, dim=1 if after.ndim == 4 else -1)
+            sums[block] += cosine.sum().item()
+            counts[block] += cosine.numel()
+    return {b: 1 - sums[b] / counts[b] for b in found}

@@ -17,12 +17,14 @@ outputs, whose squared gradients are those of the outputs themselves in expectat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
 from fxc.analysis.groups import Group, WeightedSite
+from fxc.ir.observe import observe
 from fxc.ir.program import Program
 
 aten = torch.ops.aten
@@ -80,34 +82,24 @@ def _batch_norm_scales(program: Program, groups: Sequence[Group]) -> dict[Group,
     return found
 
 
-class _Norms(fx.Interpreter):
-    """Runs a program and sums the squares of what each site reads, position by position."""
-
-    def __init__(self, module: fx.GraphModule, sites: dict[str, list[tuple[str, int]]]):
-        super().__init__(module)
-        self.sites, self.squares = sites, {}
-
-    def run_node(self, node: fx.Node):
-        value = super().run_node(node)
-        for key, dim in self.sites.get(node.name, ()):
-            flat = value.movedim(dim, -1).reshape(-1, value.shape[dim])
-            self.squares[key] = self.squares.get(key, 0) + flat.double().square().sum(0)
-        return value
-
-
 def _weight_times_activation(
     program: Program, groups: Sequence[Group], samples: Sequence[Sequence[Tensor]]
 ) -> dict[Group, Tensor]:
-    wanted: dict[str, list[tuple[str, int]]] = {}
+    wanted: dict[str, dict[str, int]] = {}
     for site in (s for g in groups for s in g.sites):
-        source = site.node.args[site.operand]
-        entry = (_key(site), site.dim)
-        if entry not in wanted.setdefault(source.name, []):
-            wanted[source.name].append(entry)
-    runner = _Norms(program.module(), wanted)
+        wanted.setdefault(site.node.args[site.operand].name, {})[_key(site)] = site.dim
+    squares: dict[str, Tensor] = {}
+
+    def add(value: Tensor, sites: dict[str, int]) -> None:
+        """Sum the squares of what each site reads, position by position."""
+        for key, dim in sites.items():
+            flat = value.movedim(dim, -1).reshape(-1, value.shape[dim])
+            squares[key] = squares.get(key, 0) + flat.double().square().sum(0)
+
+    module = program.module()
     with torch.no_grad():
         for inputs in samples:
-            runner.run(*inputs)
+            observe(module, inputs, {name: partial(add, sites=sites) for name, sites in wanted.items()})
     found = {}
     for group in groups:
         total = torch.zeros(group.size, dtype=torch.float64)
@@ -115,7 +107,7 @@ def _weight_times_activation(
             weight = program.constants[site.weight.fqn]
             others = [d for d in range(weight.ndim) if d != site.weight.dim]
             read = weight.float().abs().sum(others).double()
-            norms = runner.squares[_key(site)].sqrt()
+            norms = squares[_key(site)].sqrt()
             # A grouped convolution reads several channels by one position of its weight.
             norms = norms.reshape(-1, len(read)).sum(0)
             total += by_unit(site.weight.units, read * norms, group.size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.ir.infer import fake_constant, fake_mode_of, infer
+from fxc.ir.observe import Watch, observe, values_at
 from fxc.ir.program import Program
 from fxc.schemes.ops import QUANTIZED
 
@@ -110,50 +111,29 @@ def _difference(found: Tensor, expected: Tensor) -> Difference:
     return Difference(error if error == error else float("inf"), finite)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a program and keeps the values of some of its nodes."""
-
-    def __init__(self, module: fx.GraphModule, names: set[str]):
-        super().__init__(module)
-        self.wanted, self.values = names, {}
-
-    def run_node(self, node: fx.Node):
-        value = super().run_node(node)
-        if node.name in self.wanted:
-            self.values[node.name] = value
-        return value
-
-
-class _LocalErrors(fx.Interpreter):
-    """Runs a program with the value of every rewritten node put back to what it was, so that each error is its own.
-
-    expected: node name -> the value it had before the pass.
-    """
-
-    def __init__(self, module: fx.GraphModule, expected: dict[str, Tensor]):
-        super().__init__(module)
-        self.expected, self.differences = expected, {}
-
-    def run_node(self, node: fx.Node):
-        value = super().run_node(node)
-        expected = self.expected.get(node.name)
-        if not isinstance(value, Tensor) or not isinstance(expected, Tensor) or value.shape != expected.shape:
-            return value
-        name = node.meta.get("layer") or node.meta.get("fqn") or node.name
-        self.differences[name] = self.differences.get(name, Difference()) | _difference(value, expected)
-        return expected.to(value.dtype)
-
-
 def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: str) -> dict[str, float]:
     """Relative error of every layer that the pass `by` rewrote, each given the inputs that it had before. A layer whose
     shape the pass changed cannot be compared, nor one that has no finite value before: they are left out."""
     rewritten = _rewritten(before, after, by)
+    differences: dict[str, Difference] = {}
+
+    def compared(node: fx.Node, expected: object) -> Watch:
+        """Measure a value against what it was before, and go on with that, so that each error is its own."""
+        layer = node.meta.get("layer") or node.meta.get("fqn") or node.name
+
+        def watch(value: object) -> Tensor | None:
+            if not isinstance(value, Tensor) or not isinstance(expected, Tensor) or value.shape != expected.shape:
+                return None
+            differences[layer] = differences.get(layer, Difference()) | _difference(value, expected)
+            return expected.to(value.dtype)
+
+        return watch
+
     with torch.no_grad():
-        recorder = _Recorder(before.module(), set(rewritten.values()))
-        recorder.run(*inputs)
-        local = _LocalErrors(after.module(), {new: recorder.values[old] for new, old in rewritten.items()})
-        local.run(*inputs)
-    return {name: d.error for name, d in local.differences.items() if d.finite > d.integers}
+        values = values_at(before.module(), inputs, set(rewritten.values()))
+        nodes = [node for node in after.graph.nodes if node.name in rewritten]
+        observe(after.module(), inputs, {node.name: compared(node, values[rewritten[node.name]]) for node in nodes})
+    return {name: d.error for name, d in differences.items() if d.finite > d.integers}
 
 
 def _rewritten(before: Program, after: Program, by: str) -> dict[str, str]:

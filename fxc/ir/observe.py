@@ -1,0 +1,41 @@
+"""Watch a program run: what chosen nodes compute, and, where that is asked for, something else in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+Watch = Callable[[Any], Any]
+"""Is given the value of a node. What it returns, unless that is None, takes the place of the value from there on."""
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, watches: Mapping[str, Watch]):
+        super().__init__(module)
+        self.watches = watches
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        watch = self.watches.get(node.name)
+        if watch is None:
+            return value
+        other = watch(value)
+        return value if other is None else other
+
+
+def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watches: Mapping[str, Watch]) -> tuple[Tensor, ...]:
+    """Run `module` (`Program.module()`, or one lowered) node by node; returns its outputs.
+
+    watches: name of a node -> what to do with its value. Every value is freed after its last use, so that the memory needed is
+    that of an ordinary run and of what the watches keep. Gradients, dtypes and devices are as in an ordinary call.
+    """
+    return _Observer(module, watches).run(*inputs)
+
+
+def values_at(module: fx.GraphModule, inputs: Sequence[Tensor], names: Collection[str]) -> dict[str, Any]:
+    """The values of the nodes `names` in one run of `module`."""
+    values: dict[str, Any] = {}
+    observe(module, inputs, {name: lambda value, name=name: values.update({name: value}) for name in names})
+    return values
