@@ -13,10 +13,12 @@ The zero point keeps all 256 steps when a row's outliers lie on one side, as aft
 correction z * colsum are those of gemmlowp (B. Jacob et al., "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3), applied per token; vLLM calls the term "azp".
 
-The CPU kernels run the same integers through ``torch._int_mm``, ``int8_linear`` on CUDA through a Triton kernel; they need no
-prepared weights and are meant for programs that were not lowered, and for the experts of a mixture. Everything else runs the
-reference itself.
+The CPU kernels run the same integers through ``torch._int_mm`` where that is exact, ``int8_linear`` on CUDA through a Triton
+kernel; they need no prepared weights and are meant for programs that were not lowered, and for the experts of a mixture.
+Everything else runs the reference itself.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -110,11 +112,23 @@ def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor,
     return out.to(x.dtype)
 
 
+@functools.cache
+def int_mm_is_exact() -> bool:
+    """Whether this CPU's ``torch._int_mm`` is exact. Without VNNI oneDNN adds pairs of products in 16 bits, which saturates:
+    activations of 127 against weights of 127 then give half of the sum. A CPU is asked and not its flags: ONEDNN_MAX_CPU_ISA
+    limits oneDNN whatever the CPU has."""
+    weight = torch.full((64, 128), INT8_MAX, dtype=torch.int8)
+    return all(
+        bool((torch._int_mm(torch.full((rows, 128), INT8_MAX, dtype=torch.int8), weight.t()) == 128 * INT8_MAX**2).all())
+        for rows in (1, 2, 64)
+    )
+
+
 def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _check(x, qweight, scale, bias)
     columns = x.shape[-1]
     # torch._int_mm (2.13, CPU) returns wrong numbers when K == 1: it reads the transposed [N, 1] as if it were [1, N].
-    if x.numel() == 0 or qweight.numel() == 0 or columns == 1 or columns > INT32_COLUMNS:
+    if x.numel() == 0 or qweight.numel() == 0 or columns == 1 or columns > INT32_COLUMNS or not int_mm_is_exact():
         return int8_linear_reference(x, qweight, scale, bias)
     q, row_scale, zero_point = quantize_rows(x.reshape(-1, columns))
     column_sum = qweight.sum(dim=1, dtype=torch.int32)

@@ -7,8 +7,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tempfile
 from importlib import util
 from pathlib import Path
+
+# What is measured of layers stays in one place for all workers of a run, and out of the user's own.
+os.environ.setdefault("FXC_CACHE", tempfile.mkdtemp(prefix="fxc-tests-"))
 
 import hypothesis
 import pytest

@@ -113,8 +113,8 @@ class _Lowering:
         kind = formats.NAMES.get(group.target)
         if kind is not None and group.target is not formats.INT4:
             return "dequantized", 0, f"dequantized: no CPU kernel for {kind}"
-        if self.measure is None and not choose.cpu_has_int8():
-            return "dequantized", 0, "dequantized: this CPU has no int8 dot products (AVX512-VNNI, AMX)"
+        if not packed.int8_is_exact():
+            return "dequantized", 0, "dequantized: int8 products saturate on this CPU, which has no VNNI"
         if dtype not in (torch.float32, torch.bfloat16):
             return "dequantized", 0, f"dequantized: no int8 product takes {dtype} to {dtype} on a CPU"
         keeps_activations, rounding = group.target is not _INT8, ""
@@ -134,7 +134,7 @@ class _Lowering:
             # A float copy for the row counts where int8 is slower would take more memory than was saved: one form for all.
             if choose.wins_on_the_whole(timing):
                 return "int8", 0, choose.reason(timing) + rounding
-            return "dequantized", 0, f"dequantized: int8 was slower on the whole ({choose.describe(timing)})"
+            return "dequantized", 0, f"dequantized: int8 was slower, on the whole or for many rows ({choose.describe(timing)})"
         if keeps_activations:
             limit = choose.split_limit(timing)
             slower, always, mixed = limit == 0, limit is None, f"int8 up to M={limit}, float above"

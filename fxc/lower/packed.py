@@ -3,6 +3,8 @@
 Every module maps x [..., K] to [..., N] in x's dtype. The int8 ones compute what fxc_kernels.int8_linear defines.
 """
 
+import functools
+import time
 from collections.abc import Callable
 
 import torch
@@ -41,22 +43,56 @@ def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -
 
     q: uint8 [M, K], an int8 row moved up by UINT8_ZERO: u8 x s8 is what AVX512-VNNI multiplies, and s8 x s8 runs oneDNN's
     reference code on every CPU without AMX. zero_point: the weight's, zeros [N].
-
-    A single row goes through as two: for M == 1 and some sizes (every layer with N == 256) oneDNN 3.12 falls back to its
-    reference code, which is 100 to 1000 times slower.
     """
-    count = q.shape[0]
-    if count == 1:
-        q = torch.cat([q, q])
-    out = torch.ops.onednn.qlinear_pointwise(
+    if q.shape[0] == 1 and _single_rows_are_slow():
+        return _product(torch.cat([q, q]), packed, scale, zero_point)[:1]
+    return _product(q, packed, scale, zero_point)
+
+
+def _product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(
         q, 1.0, UINT8_ZERO, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return out[:1] if count == 1 else out
+
+
+@functools.cache
+def _single_rows_are_slow() -> bool:
+    """Whether a single row has to go through as two: with AMX, oneDNN 3.12 takes its reference code for M == 1 and some sizes
+    (every layer with N == 256), which is 100 to 1000 times slower."""
+    packed = pack_int8(torch.ones(256, 256, dtype=torch.int8))
+    scale, zero_point = torch.ones(256), torch.zeros(256, dtype=torch.int64)
+    seconds = []
+    for rows in (1, 2):
+        q = torch.ones(rows, 256, dtype=torch.uint8)
+        _product(q, packed, scale, zero_point)
+        calls = []
+        for _ in range(3):
+            start = time.perf_counter()
+            _product(q, packed, scale, zero_point)
+            calls.append(time.perf_counter() - start)
+        seconds.append(min(calls))
+    return seconds[0] > 5 * seconds[1]
+
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether this CPU's int8 products are exact. Without VNNI oneDNN adds pairs of u8 x s8 in 16 bits, which saturates: 255
+    against 127 gives half of the sum. It is tried, because ONEDNN_MAX_CPU_ISA limits oneDNN whatever the CPU has."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    outputs, columns = 64, 512
+    packed = pack_int8(torch.full((outputs, columns), INT8_MAX, dtype=torch.int8))
+    scale, zero_point = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
+    expected = float(columns * INT8_MAX * INT8_MAX)
+    return all(
+        bool((int8_product(torch.full((rows, columns), 255, dtype=torch.uint8), packed, scale, zero_point) == expected).all())
+        for rows in (1, 2, 16, 128)
+    )
 
 
 def to_uint8(q: Tensor) -> Tensor:
     """int8 -> uint8, moved up by UINT8_ZERO."""
-    return (q.to(torch.int16) + UINT8_ZERO).to(torch.uint8)
+    return (q.to(torch.int32) + UINT8_ZERO).to(torch.uint8)
 
 
 def zero_point_term(qweight: Tensor, scale: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from fxc.errors import UsageError
+from fxc.lower import choose, packed
 from fxc.lower.inductor import require_compiler
+from fxc.lower.remembered import cpu_name
 
 PACKAGES = (
     "torch",
@@ -71,24 +73,31 @@ def _processor() -> list[Finding]:
         Finding(
             "cpu",
             "model",
-            f"{_cpu_name()}, {cores} cores for this process, torch uses {torch.get_num_threads()} threads",
+            f"{cpu_name()}, {cores} cores for this process, torch uses {torch.get_num_threads()} threads",
         ),
         Finding("cpu", "memory", _memory()),
         *(Finding("cpu", name, "yes" if there else "no", there) for name, there in features.items()),
         Finding("cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"),
     ]
-    return [*found, _int8_path(features, onednn)]
+    return [*found, _int8_path(onednn)]
 
 
-def _int8_path(features: dict[str, bool], onednn: bool) -> Finding:
+def _int8_path(onednn: bool) -> Finding:
     if not onednn:
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch")
-    if not features["vnni"]:
-        why = "this CPU has no int8 dot products (AVX512-VNNI or AMX): files are smaller, speed is that of the float model"
+    if not packed.int8_is_exact():
+        why = "tried: its int8 products saturate, because it has no VNNI; files are smaller, speed is that of the float model"
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, why)
-    how = "AMX" if features["amx"] else "AVX512-VNNI"
-    note = "a layer that is slower so, measured when a model is loaded, runs dequantized"
-    return Finding("cpu", "int8 layers", f"oneDNN int8 products with {how}", True, note)
+    int8, bf16 = _product_seconds()
+    value = f"exact u8 x s8 products, {bf16 / int8:.1f} times as fast as bfloat16 ones (tried on 1024 x 1024, 64 rows)"
+    note = "each layer is measured when a model is loaded, and runs in float where that is faster"
+    return Finding("cpu", "int8 layers", value, True, note)
+
+
+def _product_seconds() -> tuple[float, float]:
+    """Seconds of an int8 and of a bfloat16 product on this machine."""
+    ((int8, bf16),) = choose.compare(1024, 1024, torch.bfloat16, False, False, (64,))[0].values()
+    return int8, bf16
 
 
 def _cuda() -> list[Finding]:
@@ -139,15 +148,6 @@ def _space(folder: Path) -> list[Finding]:
         free = shutil.disk_usage(existing).free
         found.append(Finding("disk", name, f"{free / 1e9:.1f} GB free ({place.absolute()})", free > 1e9))
     return found
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def _memory() -> str:
