@@ -459,7 +459,8 @@ def stored(small: Any, sizes: list[dict[str, Tensor]]) -> Record:
             small.save(folder)
             loaded = fxc.load(folder)
             again = [first(loaded(**each)) for each in sizes]
-            return "ok" if all(map(torch.equal, again, expected)) else "wrong: other outputs"
+            # Weights lie elsewhere in memory, and by that convolutions choose how they sum.
+            return next((said for said in map(close, again, expected) if said != "ok"), "ok")
 
         def quantize() -> Record:
             tiny = fxc.optimize(str(folder), passes="int8", allow_noop=True)
