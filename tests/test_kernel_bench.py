@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from importlib import util
@@ -21,7 +22,7 @@ sys.path.append(str(REPO))
 from benchmarks import kernels as benchmark
 from fxc.cli import app
 from fxc.commands import bench_kernels
-from fxc.errors import UsageError
+from fxc.errors import ResourceError, UsageError
 from fxc.kernel_bench import clock, cpu, cpu_platform, cuda_runner, limits, plots, report, summary, tune, weights
 from fxc.kernel_bench.clock import CpuClock, GraphClock, Telemetry
 from fxc.kernel_bench.contender import EXACT, HALF, Contender, errors, of_function
@@ -29,6 +30,7 @@ from fxc.kernel_bench.limits import Peaks, limit_us, moved_bytes, weight_bytes
 from fxc.kernel_bench.run import Plan, Result, Row, run
 from fxc.kernel_bench.shapes import MODELS, Shape, parse_shapes, regime
 from fxc.kernel_bench.weights import SCHEMES, format_of, make, unfit
+from fxc.report.console import Output
 from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
 
 TINY = Shape("tiny", 64, 256)
@@ -569,6 +571,37 @@ def test_copies_of_a_weight_are_more_than_the_caches_hold():
     assert platform.copies(10 << 20) == 1 and "may stay in the L3 of 480 MB" in platform.about()["weights"]
 
 
+def test_a_product_that_takes_too_long_has_no_peak():
+    sides = []
+
+    def make(side):
+        sides.append(side)
+        return lambda: time.sleep(0.05)
+
+    assert cpu_platform._operations(make, seconds=0.1) is None and sides == [256]
+    assert cpu_platform._operations(make, seconds=1.0) > 0
+
+
+def test_bandwidth_is_measured_on_more_than_a_cache_holds(monkeypatch):
+    sizes = []
+    rates = iter([200e9, 100e9, 40e9, 39.5e9, 1.0])
+
+    def best(call, calls=5):
+        sizes.append(call.__self__.numel() * 4)
+        return sizes[-1] / next(rates)
+
+    monkeypatch.setattr(cpu_platform, "_best", best)
+    assert cpu_platform._bandwidth(2**20, 2**30, seconds=60.0) == 39.5e9
+    assert sizes == [2**26, 2**27, 2**28, 2**29]
+
+
+def test_a_bench_ends_within_its_budget():
+    request = bench_kernels.KernelsRequest(shapes="256,256", rows=(1,), device="cpu", seconds=1e-3)
+    with pytest.raises(ResourceError, match="nothing was measured") as caught:
+        bench_kernels.bench_kernels(Output(), request)
+    assert caught.value.why == "the time that it may take was spent"
+
+
 def test_the_command_on_a_cpu_from_end_to_end(tmp_path):
     size = ("--shapes", "64,256", "--m", "1,16", "--rounds", 2, "--device", "cpu")
     done = fxc("bench", "kernels", *size, "--out", tmp_path, "--json")
@@ -607,7 +640,7 @@ def test_a_wrong_product_of_fxc_is_reported_and_then_an_error(tmp_path, monkeypa
         def datasheet(self):
             return None
 
-        def measured_peaks(self):
+        def measured_peaks(self, seconds):
             return Peaks("measured", bandwidth=1e9, float32=1e9)
 
         def about(self):

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,14 @@ DEFAULT_ROWS = {"cpu": (1, 16, 64, 256), "cuda": (1, 16, 64, 256, 2048, 8192)}
 DEFAULT_ROUNDS = {"cpu": 5, "cuda": 15}
 # Of the time that there is, what compiling configurations before anything is measured may take.
 COMPILING_SHARE = 0.4
+# And what measuring the machine may.
+PEAKS_SHARE = 0.2
 
 
 @dataclass(frozen=True)
 class KernelsRequest:
     """schemes, shapes: as they were written, None for the defaults; rows, rounds: None or empty for the device's defaults;
-    seconds: after these no new cell is begun."""
+    seconds: after these no new cell is begun; a share of them is for measuring what the machine can."""
 
     schemes: str | None = None
     shapes: str | None = None
@@ -71,7 +74,8 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     plan = Plan(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
     about = platform.about()
     with output.doing("measuring what this machine can"):
-        peaks = (platform.datasheet(), platform.measured_peaks())
+        left = inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+        peaks = (platform.datasheet(), platform.measured_peaks(PEAKS_SHARE * left))
     output.note(report.peaks_text(peaks))
     tuner = _tuner(platform, plan, output) if request.tune else None
     protocol = {"rounds": plan.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}

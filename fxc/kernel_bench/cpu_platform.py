@@ -16,12 +16,15 @@ from fxc.kernel_bench.clock import CpuClock
 from fxc.kernel_bench.contender import Contender
 from fxc.kernel_bench.limits import Peaks
 from fxc.lower import packed
+from fxc.lower.remembered import cpu_name
 
 # What copies of one weight may take in order to be more than the L3 holds.
 COPIES_BYTES = 256 * 2**20
 MOST_COPIES = 64
-_READ_BYTES = (16 * 2**20, 64 * 2**20)
-_SIDE = 2048
+# What measuring the peaks may take, in seconds.
+PEAK_SECONDS = 8.0
+_SMALLEST_READ, _LARGEST_READ = 64 * 2**20, 2**30
+_SIDES = (256, 512, 1024, 2048)
 _FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 
 
@@ -52,21 +55,12 @@ class CpuPlatform:
     def datasheet(self) -> None:
         return None
 
-    def measured_peaks(self) -> Peaks:
-        """Bandwidth: the best of reading and copying 16 and 64 MB, which a large L3 holds; operations: of 2048^3 products."""
-        bandwidth = max(_bandwidth(size) for size in _READ_BYTES)
-        x = torch.randn(_SIDE, _SIDE)
-        dense = packed.DenseLinear(x.bfloat16(), None)
-        qweight, scale = x.mul(30).clamp(-127, 127).to(torch.int8), torch.ones(_SIDE)
-        product, zeros = packed.pack_int8(qweight), torch.zeros(_SIDE, dtype=torch.int64)
-        x_bf16 = x.bfloat16()
-        calls: dict[str, Callable[[], object]] = {
-            "float32": lambda: torch.nn.functional.linear(x, x),
-            "bf16": lambda: dense(x_bf16),
-            "int8": lambda: packed.int8_product(packed.to_uint8(qweight), product, scale, zeros),
-        }
-        count = 2.0 * _SIDE**3
-        return Peaks("measured in this run", bandwidth, **{name: count / _best(call) for name, call in calls.items()})
+    def measured_peaks(self, seconds: float) -> Peaks:
+        """Bandwidth of memory, and operations of square products, both of sizes that grow while the figure still changes and
+        there is time: `seconds` in all. A product that already takes too long at the smallest size has none."""
+        each = min(seconds, PEAK_SECONDS) / 4
+        rates = {name: _operations(make, each) for name, make in _PRODUCTS.items()}
+        return Peaks("measured in this run", _bandwidth(2 * self.l3, self.free_memory() // 4, each), **rates)
 
     def about(self) -> dict[str, Any]:
         able = torch.cpu.get_capabilities()
@@ -98,17 +92,53 @@ def cache_bytes(level: int) -> int:
     return 0
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else "unknown CPU"
+def _bandwidth(at_least: int, at_most: int, seconds: float) -> float:
+    """Bytes that memory gives a second. The buffer grows from what no cache should hold until reading it gets no slower: what
+    a virtual machine says of its caches need not be true. at_least, at_most: bytes."""
+    start, size, found = time.perf_counter(), max(at_least, _SMALLEST_READ), 0.0
+    while True:
+        numbers = torch.ones(max(min(size, at_most), 2**20) // 4)
+        rate = 4 * numbers.numel() / _best(numbers.sum, 5)
+        is_last = 2 * size > min(_LARGEST_READ, at_most) or time.perf_counter() - start > seconds / 2
+        if is_last or (found and rate > 0.95 * found):
+            return rate
+        found, size = rate, 2 * size
 
 
-def _bandwidth(size: int) -> float:
-    """Bytes a second, what is written counted too."""
-    numbers = torch.ones(size // 4)
-    other = torch.empty_like(numbers)
-    return max(size / _best(numbers.sum, 15), 2 * size / _best(lambda: other.copy_(numbers), 15))
+def _float32(side: int) -> Callable[[], object]:
+    x = torch.randn(side, side)
+    return lambda: torch.nn.functional.linear(x, x)
+
+
+def _bf16(side: int) -> Callable[[], object]:
+    x = torch.randn(side, side).bfloat16()
+    dense = packed.DenseLinear(x, None)
+    return lambda: dense(x)
+
+
+def _int8(side: int) -> Callable[[], object]:
+    qweight = torch.randint(-127, 128, (side, side), dtype=torch.int8)
+    product, scale, zeros = packed.pack_int8(qweight), torch.ones(side), torch.zeros(side, dtype=torch.int64)
+    x = packed.to_uint8(qweight)
+    return lambda: packed.int8_product(x, product, scale, zeros)
+
+
+_PRODUCTS = {"float32": _float32, "bf16": _bf16, "int8": _int8}
+
+
+def _operations(make: Callable[[int], Callable[[], object]], seconds: float) -> float | None:
+    """Operations a second of the largest square product whose calls fit into `seconds`; None where none does."""
+    rate = None
+    for side in _SIDES:
+        if rate is not None and 7 * 2.0 * side**3 / rate > seconds:
+            return rate
+        call = make(side)
+        start = time.perf_counter()
+        call()
+        if 6 * (time.perf_counter() - start) > seconds:
+            return rate
+        rate = 2.0 * side**3 / _best(call)
+    return rate
 
 
 def _best(call: Callable[[], object], calls: int = 5) -> float:

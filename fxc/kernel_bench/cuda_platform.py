@@ -49,8 +49,9 @@ class CudaPlatform:
     def datasheet(self) -> Peaks | None:
         return limits.datasheet(self.name)
 
-    def measured_peaks(self) -> Peaks:
-        """Bandwidth: of copying 1 GB, which reads and writes. Operations: of 8192^3 products by torch."""
+    def measured_peaks(self, seconds: float) -> Peaks:
+        """Bandwidth: of copying 1 GB, which reads and writes. Operations: of 8192^3 products by torch. A GPU takes less than a
+        second for all of it, whatever `seconds` are."""
         source = torch.ones(_COPY_BYTES // 4, device=self.device)
         target = torch.empty_like(source)
         bandwidth = 2 * _COPY_BYTES / self._seconds(lambda: target.copy_(source))

@@ -39,7 +39,8 @@ class Platform(Protocol):
 
     def free_memory(self) -> int: ...
 
-    def measured_peaks(self) -> Peaks: ...
+    def measured_peaks(self, seconds: float) -> Peaks:
+        """What it gives when it is tried, which takes `seconds` at most."""
 
     def datasheet(self) -> Peaks | None: ...
 
