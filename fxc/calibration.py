@@ -248,7 +248,8 @@ class _Reader:
         if self.folder is None:
             raise UsageError(
                 "the calibration text cannot be cut into tokens: this model came without its tokenizer",
-                hint="give tokens, as in calib=[{'input_ids': tensor}, ...], or compile the model's folder, tokenizer in it",
+                hint="give tokens, as in calib=[{'input_ids': tensor}, ...], "
+                "or compile with its tokenizer: fxc.optimize(model, tokenizer=...)",
             )
         return tokenizer_of(self.folder)
 

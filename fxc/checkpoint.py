@@ -88,7 +88,7 @@ def check_config_file(folder: Path, *, trust_remote_code: bool) -> dict[str, Any
         raise InputRefused(
             "not a Hugging Face model: it has no config.json",
             where=folder,
-            hint="check the path, --subfolder, and that the download is complete",
+            hint="check the path, which may have to end in a subfolder, and that the download is complete",
         )
     check_files(folder)
     config = read_json(path)
@@ -126,7 +126,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> tuple[list[str], dict[str,
             "the weights are pickle files, which can run code when they are read",
             where=folder,
             why=listed(pickles),
-            hint="take the model's safetensors version; allow_pickle=True reads pickles with weights_only=True",
+            hint="take the model's safetensors version; fxc.sources.load_source(folder, allow_pickle=True) reads tensors alone",
         )
     if PICKLE in names:
         return [PICKLE], {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fxc import companions
 from fxc.calibration import calibration_samples, check_data
 from fxc.configuration import describe_config, difference
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.runtime.staging import check_writable
 from fxc.sources import DTYPES, kind_of, load_source
-
-# What a Hugging Face folder has besides weights and code, and a compiled model keeps.
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.spm", "spiece.model", "sentencepiece*.model",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
 
 
 def optimize(
@@ -40,6 +36,7 @@ def optimize(
     *,
     skip: Iterable[str] = (),
     calib: Any = None,
+    tokenizer: Any = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -62,6 +59,8 @@ def optimize(
     skip: patterns of module names to leave alone, globs or "re:...".
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
+    tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
+    one; of a folder or hub id its own is taken.
     dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
     runs, "cpu" and "eager" by default.
     verify, budget, layer_budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
@@ -71,9 +70,16 @@ def optimize(
     parsed = parse_passes(passes)
     if calib is not None:
         check_data(calib)
+    check_data_is_given(parsed, calib is not None)
+    if dump_dir is not None:
+        check_writable(Path(dump_dir) / "program")
+    given = companions.of_tokenizer(tokenizer) if tokenizer is not None else None
     captured = capture_source(
         model, example_inputs, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, check=verify
     )
+    if given is not None:
+        captured.files = companions.with_tokenizer(captured.files, given)
+        captured.has_own_tokenizer = False
     return compile_captured(
         captured,
         parsed,
@@ -111,7 +117,8 @@ def compile_captured(
     before = captured.program
     context = Context(skip=tuple(skip))
     if calib is not None:
-        context.samples = calibration_samples(before, calib, folder=captured.folder, config=captured.config)
+        with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
+            context.samples = calibration_samples(before, calib, folder=folder, config=captured.config)
     config, why_not = captured.config, None
 
     def watch(step: Step, after: Program) -> None:
@@ -175,7 +182,8 @@ def _coverage(before: Program, steps: Sequence[Step]) -> float:
 class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
-    what an artifact went through already; borrowed: whether the program's constants are the tensors of the caller's model."""
+    what an artifact went through already; borrowed: whether the program's constants are the tensors of the caller's model;
+    has_own_tokenizer: whether its tokenizer is the one in `folder`."""
 
     program: Program
     config: Any
@@ -185,6 +193,7 @@ class Captured:
     folder: Path | None = None
     passes: list[dict[str, Any]] = field(default_factory=list)
     borrowed: bool = False
+    has_own_tokenizer: bool = True
 
 
 def own_constants(program: Program, lender: Program) -> None:
@@ -236,7 +245,7 @@ def capture_source(
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
     program = capture(loaded.model, inputs, check=check)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
-    files = _files_of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
+    files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
     config = getattr(loaded.model, "config", None)
     nbytes = sum(sizes) or _nbytes(loaded.model)
     return Captured(program, config, files, loaded.source, nbytes, folder=loaded.tokenizer_dir)
@@ -246,7 +255,7 @@ def _capture_artifact(path: Path) -> Captured:
     read = artifact.read(path)
     report = read.manifest.get("report", {})
     source = report.get("source", {"kind": "artifact"})
-    files, nbytes = _files_of_folder(path), read.program.nbytes()
+    files, nbytes = companions.of_folder(path), read.program.nbytes()
     return Captured(read.program, _config_of(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
@@ -279,7 +288,7 @@ def load(
         read.program,
         read.manifest.get("report", {}),
         config=_config_of(path),
-        files=_files_of_folder(path),
+        files=companions.of_folder(path),
         source=path,
         device=device,
         backend=backend,
@@ -312,11 +321,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def _nbytes(model: nn.Module) -> int:
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _files_of_folder(folder: Path) -> dict[str, Any]:
-    found = {p.name: p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()}
-    return dict(sorted(found.items()))
 
 
 def _files_of_module(model: nn.Module) -> dict[str, Any]:

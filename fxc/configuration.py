@@ -28,7 +28,7 @@ _WIDTHS = ("head_dim", "d_kv", "kv_channels", "attention_head_size")
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 _UNSET = re.compile("inner|ffn|intermediate|mlp|hidden")  # sizes that a configuration may leave to the model
 _KV_INDEX = re.compile(r"\.kv_index(_\d+)?\Z")
-_HINT = "prune every layer alike (prune:uniform=true) to get a plain folder; fxc.load reads the artifact as it is"
+_HINT = "prune every layer alike (uniform=true) to get a plain folder; fxc.load reads the artifact as it is"
 
 Change = dict[tuple[str, ...], Any]
 """What to set in a configuration: path of keys -> value."""
@@ -321,7 +321,7 @@ def _reason(fit: Fit, model_class: type, refused: list[str]) -> UsageError:
         return UsageError(
             "its query heads do not share keys and values evenly, and a configuration has one ratio for all",
             where=_KV_INDEX.sub("", uneven[0]),
-            hint="prune whole KV groups (prune:uniform=true) to get a plain folder; fxc.load reads the artifact as it is",
+            hint="prune whole KV groups (uniform=true) to get a plain folder; fxc.load reads the artifact as it is",
         )
     shapes: dict[tuple[str, tuple[int, ...]], dict[tuple[int, ...], str]] = {}
     for weight_name, fqn in fit.places.items():

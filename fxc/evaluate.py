@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxc.companions import VOCABULARIES
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
@@ -24,7 +25,6 @@ from fxc.safety import read_json
 from fxc.verify.compare import relative_error
 from fxc.verify.samples import samples
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "sentencepiece*.model", "*.spm", "tekken.json")
 # Batches are cut so that their logits have about this many numbers.
 _LOGITS = 1 << 26
 _MOST_ROWS = 8
@@ -114,9 +114,12 @@ def tokenizer_of(folder: Any) -> Any:
     """The tokenizer in a folder. Raises `UsageError` where there is none that transformers can read."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    missing = UsageError("the model has no tokenizer", where=folder, hint="put its tokenizer.json into the folder")
-    # Without its files transformers makes an empty tokenizer of some kinds.
-    if folder is None or not any(True for name in _VOCABULARIES for _ in Path(folder).glob(name)):
+    if folder is None:
+        hint = "compile it with its tokenizer: fxc.optimize(model, tokenizer=...)"
+        raise UsageError("the model came without its tokenizer", hint=hint)
+    hint = "put its tokenizer into the folder, as tokenizer.save_pretrained(folder) does"
+    missing = UsageError("the model has no tokenizer", where=folder, hint=hint)
+    if not any(True for name in VOCABULARIES for _ in Path(folder).glob(name)):
         raise missing
     try:
         kind = PreTrainedTokenizerFast if _declares_plain_tokenizer(Path(folder)) else AutoTokenizer

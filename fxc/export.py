@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxc.calls import WithCache, call_of
+from fxc.companions import write
 from fxc.configuration import Fit, describe, difference, weight
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.frontend import tolerance
@@ -84,9 +85,7 @@ def export(
             _filled(fit, program, dtype).save_pretrained(place)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise VerificationFailed(f"transformers does not save it: {first_line(error)}", where=folder) from error
-        for name, file in sorted(companions.items()):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            (place / name).write_bytes(file if isinstance(file, bytes) else Path(file).read_bytes())
+        write(companions, place)
         _check_written(place, folder, fit, program, dtype)
     zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
     return Exported(folder, fit.config, difference(config, fit.config), zeros)

@@ -5,7 +5,7 @@ from pathlib import Path
 from fxc.checkpoint import PICKLE, PICKLE_INDEX, SAFE, SAFE_INDEX, check_config_file, index_files
 from fxc.errors import InputRefused, first_line
 
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.codes", "[1-9]*_*/model.safetensors")
 
 
 def fetch(

@@ -91,7 +91,7 @@ def load_source(
     if revision is not None and kind != "hub":
         raise UsageError(f"--revision goes with a hub id, and this is a {kind}", where=source, hint="leave it out")
     if subfolder is not None:
-        check_relative_name(subfolder, where="--subfolder")
+        check_relative_name(subfolder, where="subfolder")
 
     if kind == "factory":
         loaded = call_factory(source)

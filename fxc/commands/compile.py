@@ -11,12 +11,12 @@ import torch
 
 from fxc import evaluate as quality
 from fxc.calibration import check_data
-from fxc.commands.sources import read_text, tokenizer_folder
+from fxc.commands.sources import read_text
 from fxc.commands.stages import Stages
 from fxc.compiler import Captured, capture_source, compile_captured
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.passes.base import Pass, parse_passes
+from fxc.passes.base import Pass, check_data_is_given, parse_passes
 from fxc.passes.order import order
 from fxc.passes.prune import with_drops
 from fxc.pipeline import Step
@@ -24,7 +24,7 @@ from fxc.recipe import Recipe, read_recipe
 from fxc.report import compilation, sizes
 from fxc.report.console import Output
 from fxc.runtime.manifest import replaceable
-from fxc.runtime.staging import check_target
+from fxc.runtime.staging import check_target, check_writable
 from fxc.sources import kind_of
 
 
@@ -68,12 +68,16 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     text = read_text(request.eval_text, "--eval-text") if request.eval_text else None
     if request.calib:
         check_data(request.calib)
+    check_data_is_given(ordered, request.calib is not None)
     learns = any(each.uses_data() for each in ordered)
     if request.calib and not learns:
         output.warn(f"--calib {request.calib}: no pass of this recipe uses calibration data, so it changes nothing")
     local = kind_of(request.model) in ("folder", "artifact")
     source = Path(request.model).expanduser() if local else None
-    check_target(request.out, source, replaceable if request.overwrite else None)
+    least = _least_bytes(source, ordered) if source is not None else 0
+    check_target(request.out, source, replaceable if request.overwrite else None, least)
+    if request.dump_dir is not None:
+        check_writable(request.dump_dir / "program")
 
     with output.doing(f"capturing {request.model}"):
         captured = capture_source(
@@ -127,6 +131,12 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     output.json(compilation.as_json(report | {"stages": worth}, str(request.out)))
 
 
+def _least_bytes(source: Path, passes: list[Pass]) -> int:
+    """No result is smaller: a policy leaves at least a sixteenth of the weights, as int4 of half of a float32 model."""
+    weights = sum(p.stat().st_size for p in source.glob("*.safetensors") if p.is_file())
+    return weights // 16 if any(p.is_policy for p in passes) else weights // 2
+
+
 def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:
     known = [p.name for p in ordered]
     if missing := [name for name in names if name not in known]:
@@ -149,7 +159,7 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     """The tokens of the evaluation text, by the source's tokenizer."""
     if captured.program.metadata.get("kind") != "causal_lm":
         raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
-    return quality.encode(quality.tokenizer_of(tokenizer_folder(captured)), text)
+    return quality.encode(quality.tokenizer_of(captured.folder), text)
 
 
 def _measure(report: dict[str, Any], stages: Stages, tokens: torch.Tensor | None, device: str | None, output: Output) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import fxc
 from fxc import evaluate as quality
-from fxc.commands.sources import read_text, tokenizer_folder
+from fxc.commands.sources import read_text
 from fxc.compiler import capture_source
 from fxc.errors import UsageError
 from fxc.report.compilation import change_text
@@ -124,4 +124,4 @@ def _as_program(request: EvalRequest, source: str, output: Output) -> tuple[Comp
         device=request.device,
         backend=request.backend,
     )
-    return plain, tokenizer_folder(captured)
+    return plain, captured.folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fxc.compiler import Captured
 from fxc.errors import UsageError
 
 
@@ -14,9 +13,3 @@ def read_text(path: Path, option: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError("the text cannot be read", where=f"{option} {path}", why=error) from error
-
-
-def tokenizer_folder(captured: Captured) -> Path | None:
-    """Where the tokenizer of a captured model is, if it came from a folder."""
-    paths = [p for p in captured.files.values() if isinstance(p, Path)]
-    return paths[0].parent if paths else None

@@ -119,6 +119,10 @@ class Pass:
         """Whether the pass, with its options, learns from `Context.samples`."""
         return False
 
+    def needs_data(self) -> str | None:
+        """What the pass, with its options, cannot do without `Context.samples`, in words."""
+        return None
+
     def __str__(self) -> str:
         """The pass as it is written in `--passes`, with the options that are not at their defaults."""
         options = [
@@ -134,6 +138,14 @@ def parse_passes(spec: str | Iterable[str | Pass]) -> list[Pass]:
     does not exist, with what there is."""
     items = [s for s in spec.split(",") if s.strip()] if isinstance(spec, str) else list(spec)
     return [item if isinstance(item, Pass) else _parse_pass(item.strip()) for item in items]
+
+
+def check_data_is_given(passes: Iterable[Pass], is_given: bool) -> None:
+    """Raises `UsageError` for the first pass that cannot do without calibration data."""
+    for each in passes:
+        if not is_given and (what := each.needs_data()):
+            hint = "--calib FILE, in Python calib=..."
+            raise UsageError(f"{what} measured on calibration data, and there is none", where=each.name, hint=hint)
 
 
 def _parse_pass(text: str) -> Pass:

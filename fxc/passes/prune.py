@@ -34,7 +34,7 @@ from torch import Tensor
 from fxc.analysis.groups import NAMES, Group, groups
 from fxc.errors import UsageError
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result
+from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result, check_data_is_given
 from fxc.passes.blocks import Block, block_at, blocks, influence, take_out
 from fxc.passes.dead_structure import NO_DEAD_STRUCTURE
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
@@ -91,13 +91,16 @@ class Prune(Pass):
     def uses_data(self) -> bool:
         return self.layers > 0 or ((self.heads or self.ffn or self.channels) > 0 and self.criterion in NEED_DATA)
 
+    def needs_data(self) -> str | None:
+        if not self.uses_data():
+            return None
+        return "layers are" if self.layers else f"criterion={self.criterion} is"
+
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         if program.is_on_meta:
             raise UsageError("weights on meta have no magnitudes to prune by", where="prune")
-        if self.uses_data() and not context.samples:
-            what = "layers are" if self.layers else f"criterion={self.criterion} is"
-            raise UsageError(f"{what} measured on calibration data, and there is none", where="prune", hint="--calib FILE")
+        check_data_is_given([self], bool(context.samples))
         drops = parse_drops(self.drop) + (read_plan(self.plan) if self.plan else ())
         self._drop(program, drops, result)
         if self.layers:

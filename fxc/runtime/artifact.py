@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 import fxc.schemes  # noqa: F401 - programs name its operators
+from fxc import companions
 from fxc.checkpoint import SAFE_INDEX, check_shard, index_files
 from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFailed
 from fxc.ir.check import check
@@ -110,9 +111,7 @@ def save(
     ) as folder:
         (folder / TEXT).write_text(text, encoding="ascii")
         _write_constants(program.constants, folder, max_shard_bytes, out)
-        for name, file in sorted(extra_files.items()):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(file if isinstance(file, bytes) else Path(file).read_bytes())
+        companions.write(extra_files, folder)
         (folder / MANIFEST).write_bytes(encode({**content, "files": describe(folder)}))
         _check_written(folder, out, program)
 
@@ -120,7 +119,8 @@ def save(
 def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
     for name in extra_files:
         plain = PurePosixPath(check_relative_name(name, where="extra_files"))
-        if str(plain) != name or name in (MANIFEST, TEXT, SAFE_INDEX) or plain.suffix == ".safetensors":
+        is_weights = plain.suffix == ".safetensors" and len(plain.parts) == 1
+        if str(plain) != name or name in (MANIFEST, TEXT, SAFE_INDEX) or is_weights:
             raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
 
 
@@ -214,7 +214,8 @@ def read(path: str | Path) -> Artifact:
 
 def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
     """FQN -> tensor, mapped from the files and not copied."""
-    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    # In a folder of their own are the weights of what comes after the model: see fxc.companions.
+    shards = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if not shards and SAFE_INDEX not in files:
         return {}
     indexed = index_files(path, SAFE_INDEX) if SAFE_INDEX in files else []

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fxc.companions import has_vocabulary, is_added_tokenizer
 from fxc.errors import InputRefused, UsageError
 from fxc.safety import check_contained, check_files, check_relative_name, listed, read_json
 
@@ -89,7 +90,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
     """Each file is there, in the folder, with the size and the hash that the manifest says, and there is no other one
-    that a loader would read."""
+    that a loader would read, but for a tokenizer that was put there afterwards."""
     check_files(path)
     for name, entry in files.items():
         file = path / name
@@ -102,7 +103,8 @@ def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
             what = f"truncated: {expected - size:,} bytes are missing" if size < expected else left
             raise InputRefused(what, where=file, why=f"it has {size:,} bytes, not {expected:,}", hint=DAMAGED)
     readable = {p.name for p in path.iterdir() if p.suffix in _READ_WHEN_THERE and p.is_file()}
-    if others := readable - files.keys() - {MANIFEST}:
+    others = readable - files.keys() - {MANIFEST}
+    if others and (has_vocabulary(files) or not is_added_tokenizer(path, others)):
         raise InputRefused(
             "there are files that the manifest does not list",
             where=path,

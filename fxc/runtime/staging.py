@@ -45,6 +45,7 @@ def staged(
             try:
                 folder.mkdir()
                 yield folder
+                _open_to_others(folder)
                 _sync(folder)
                 _check_replaceable(out, may_replace)
                 _put_in_place(folder, out)
@@ -75,10 +76,38 @@ def resource_error(error: OSError, out: Path) -> ResourceError:
     )
 
 
-def check_target(out: Path, source: Path | None = None, may_replace: Callable[[Path], str | None] | None = None) -> None:
-    """Raise the `UsageError` that `staged` would for the same arguments, before any work is done."""
-    _check_target(out.resolve(), source)
-    _check_replaceable(out.resolve(), may_replace)
+def check_target(
+    out: Path,
+    source: Path | None = None,
+    may_replace: Callable[[Path], str | None] | None = None,
+    nbytes: int = 0,
+) -> None:
+    """Raise the error that `staged` would for the same arguments, before any work is done. Writes nothing that stays."""
+    try:
+        out = out.resolve()
+        _check_target(out, source)
+        _check_replaceable(out, may_replace)
+        place = check_writable(out)
+    except OSError as error:
+        raise resource_error(error, out) from error
+    _check_space(place, nbytes)
+
+
+def check_writable(folder: Path) -> Path:
+    """The folder that exists and that `folder` is going to be made in. Raises `UsageError` where a file is in the way and
+    `ResourceError` where nothing can be made there."""
+    folder = folder.absolute()
+    try:
+        place = next(parent for parent in folder.parents if parent.exists())
+        if not place.is_dir():
+            raise UsageError("a file is in the way of the output", where=folder, why=place, hint="give another folder")
+        probe = place / folder.relative_to(place).parts[0]
+        probe = _beside(probe, "try")
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise resource_error(error, folder) from error
+    return place
 
 
 def _check_target(out: Path, source: Path | None) -> None:
@@ -167,6 +196,17 @@ def _recover(out: Path) -> None:
     prefix = _beside(out, "tmp", "").name
     for leftover in sorted(p for p in out.parent.iterdir() if p.name.startswith(prefix)):
         shutil.rmtree(leftover)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Give every file the permissions of a new one, whatever made it: safetensors keeps its files to their owner."""
+    probe = folder / ".fxc-mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode & 0o777)
 
 
 def _sync(folder: Path) -> None:
