@@ -20,6 +20,7 @@ from fxc.configuration import describe_config, difference
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
+from fxc.neutral import neutral
 from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
@@ -97,6 +98,7 @@ def optimize(
     )
 
 
+@neutral()
 def compile_captured(
     captured: Captured,
     passes: Sequence[Pass],
@@ -216,6 +218,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
+@neutral()
 def capture_source(
     model: nn.Module | str | Path,
     example_inputs: Any = None,

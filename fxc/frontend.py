@@ -7,7 +7,9 @@ outputs as plain tensors. The captured program is then run at sizes that were no
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import logging
 import operator
 import os
 from contextlib import contextmanager
@@ -15,14 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 import fxc.schemes  # noqa: F401 - what is captured may become its operators
 from fxc.calls import AUTO, Call, WithStackedCache, call_of
 from fxc.errors import CaptureFailed, FxcError, first_line
+from fxc.fold import folded
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.legalize import legalize
+from fxc.neutral import neutral
+from fxc.rotary import functional_rotary
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, check: bool = True) -> Program:
@@ -39,7 +45,8 @@ def capture(model: nn.Module, example_inputs: Any = None, *, check: bool = True)
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        with _deterministic_graphs(), torch.no_grad():
+        with neutral(), torch.no_grad(), _deterministic_graphs(), folded(model), functional_rotary(model):
+            example_inputs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, example_inputs)
             call = call_of(model, example_inputs)
             program = _export(model, call)
             if check and not program.is_on_meta:
@@ -50,6 +57,27 @@ def capture(model: nn.Module, example_inputs: Any = None, *, check: bool = True)
         for module in training:
             module.training = True
     return program
+
+
+@contextmanager
+def _silent_export():
+    """Without the graph that torch prints, and its warnings, where tracing fails: the error says what happened. TORCH_LOGS
+    brings them back."""
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [each for each in loggers if not each.disabled]
+    trace = importlib.import_module("torch.export._trace")
+    try:
+        for each in loggers:
+            each.disabled = True
+        trace.print = lambda *_, **__: None
+        yield
+    finally:
+        trace.__dict__.pop("print", None)
+        for each in loggers:
+            each.disabled = False
 
 
 @contextmanager
@@ -82,7 +110,8 @@ def _export(model: nn.Module, call: Call) -> Program:
             hint="give example_inputs that the model takes",
         ) from error
     try:
-        exported = _trace(call)
+        with _silent_export():
+            exported = _trace(call)
     except Exception as error:  # torch.export raises many kinds; each means that this model cannot be captured as it is
         raise CaptureFailed(
             first_line(error),
@@ -96,6 +125,12 @@ def _export(model: nn.Module, call: Call) -> Program:
     except CaptureFailed:
         # What it writes through views, torch's own functionalization can resolve; it takes as long as tracing again.
         graph, constants = _pure_graph(_functionalized(exported, model), call)
+    except (AttributeError, RuntimeError, AssertionError) as error:  # torch could not make a module of what it exported
+        raise CaptureFailed(
+            f"torch.export's result cannot be read: {first_line(error)}",
+            where=type(model).__name__,
+            hint="a module that gives itself new tensors while it runs is the usual cause: compute them in __init__",
+        ) from error
     canonical, aliases = _canonical_names(first_names, constants)
     for node in graph.find_nodes(op="get_attr"):
         node.target = canonical[node.target]
@@ -318,12 +353,35 @@ def compare(program: Program, call: Call) -> None:
         for name, a, b in zip(program.signature.outputs, found, expected, strict=True):
             worst = relative_difference(a, b)
             if worst > tolerance(b.dtype):
+                _refuse_random(program, call, inputs)
                 raise CaptureFailed(
                     f"the captured program differs from the model by {worst:.1e} in {name} at the sizes {sizes}",
                     where=program.metadata["class"],
                     why=f"the tolerance for {b.dtype} is {tolerance(b.dtype):.0e}",
                     hint="the model's control flow may depend on sizes or values",
                 )
+
+
+def _refuse_random(program: Program, call: Call, inputs: list[Tensor]) -> None:
+    """Raise `CaptureFailed` if the model itself gives something else at every run."""
+    once, again = call.module(*inputs), call.module(*inputs)
+    if all(relative_difference(a, b) <= tolerance(b.dtype) for a, b in zip(once, again, strict=True)):
+        return
+    node = next((n for n in program.graph.nodes if _is_random(n)), None)
+    raise CaptureFailed(
+        "the model is random: two runs on the same inputs differ",
+        where=program.metadata["class"] if node is None else node.meta.get("fqn") or program.metadata["class"],
+        why=node and f"it calls {node.target}, also in evaluation mode",
+        hint="F.dropout needs training=self.training; a model that samples can take its noise as an input",
+    )
+
+
+def _is_random(node: fx.Node) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    arguments = node.target._schema.arguments
+    given = {a.name: a.default_value for a in arguments} | dict(zip((a.name for a in arguments), node.args)) | node.kwargs
+    return given.get("train", given.get("training")) is not False and given.get("p", given.get("dropout_p")) not in (0, 0.0)
 
 
 def _default_positions(model: nn.Module, program: Program, call: Call) -> str:

@@ -56,12 +56,24 @@ def legalize(graph: fx.Graph) -> None:
         elif schema.is_mutable:
             _make_functional(graph, node)
     for node in graph.nodes:
+        _say_dtype(node)
         if node.op == "call_function" and (reason := refusal(node.target)):
             raise CaptureFailed(
                 reason,
                 where=node.meta.get("fqn") or str(node),
                 hint="compile the model without that module, or replace it by one written with public torch operators",
             )
+
+
+def _say_dtype(node: fx.Node) -> None:
+    """Write into a call that makes a tensor of no other which type it makes, where the process's default type decides."""
+    if isinstance(node.target, OpOverload) and node.kwargs.get("dtype") is None:
+        value = node.meta.get("val")
+        if any(isinstance(each.meta.get("val"), torch.Tensor) for each in node.all_input_nodes):
+            return
+        names = {argument.name for argument in node.target._schema.arguments if argument.kwarg_only}
+        if "dtype" in names and isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            node.kwargs = node.kwargs | {"dtype": value.dtype}
 
 
 def _make_functional(graph: fx.Graph, node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from fxc.ir.edit import call, insert, sweep
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.pipeline import run_passes
-from fxc.verify.compare import difference, relative_error
+from fxc.verify.compare import difference, in_float64, relative_error, run
 from fxc.verify.samples import samples
 
 aten = torch.ops.aten
@@ -303,3 +303,23 @@ def test_a_layer_edited_in_place_is_measured_as_well():
 
     with pytest.raises(VerificationFailed, match="query"):
         gates(program, Policy(shrink_and_square))
+
+
+def test_complex_numbers_are_promoted_too():
+    class Rotation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("phase", torch.randn(8).to(torch.complex64))
+            self.l = nn.Linear(16, 16)
+
+        def forward(self, x):
+            pairs = torch.view_as_complex(self.l(x).unflatten(-1, (8, 2))) * self.phase.to(torch.complex64)
+            turned = torch.fft.fft(pairs) * torch.polar(x[..., :8].exp(), x[..., 8:])
+            return torch.view_as_real(torch.fft.ifft(turned)).flatten(1)
+
+    program = fxc.capture(Rotation().eval(), (torch.randn(3, 16),))
+    inputs = [torch.randn(3, 16).double()]
+    wide = in_float64(program)
+    (found,), (expected,) = run(wide, inputs), run(program, [inputs[0].float()])
+    assert found.dtype == torch.float64 and relative_error([found], [expected]) < 1e-5
+    assert "in float64" in gates(program, "canonicalize")["meaning"]

@@ -14,6 +14,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.lower.target import lower
+from fxc.neutral import neutral
 from fxc.runtime import artifact
 from fxc.runtime.binding import bind
 
@@ -73,7 +74,7 @@ class CompiledModel(nn.Module):
                 # The current device is another one in another thread, and the weights are on this one.
                 self._device = torch.device("cuda", torch.cuda.current_device())
             # What is kept has to serve calls outside inference mode too, whoever makes the first one.
-            with torch.inference_mode(False), torch.no_grad():
+            with neutral(), torch.no_grad():
                 lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
             # Not a submodule: its packed weights are no part of the model's state.
             object.__setattr__(self, "_lowered", lowered)
@@ -89,7 +90,8 @@ class CompiledModel(nn.Module):
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited."""
-        with torch.no_grad():
+        # The program says in which types it computes; autocast would change them.
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self.lower()(*[t.to(self._device) for t in tensors])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

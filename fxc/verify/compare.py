@@ -13,7 +13,10 @@ from fxc.ir.observe import Watch, observe, values_at
 from fxc.ir.program import Program
 from fxc.schemes.ops import QUANTIZED
 
-_PROMOTED = (torch.float32, torch.bfloat16, torch.float16)
+_PROMOTED = {
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 _FLOAT64_LIMIT = 1 << 31  # bytes of a program's float64 copy
 
 
@@ -31,7 +34,7 @@ def in_float64(program: Program, *, typed: bool = False) -> Program | None:
     if 8 * program.numel() > _FLOAT64_LIMIT:
         return None
     promoted = program.copy()
-    promoted.constants = {k: t.double() if t.dtype in _PROMOTED else t for k, t in program.constants.items()}
+    promoted.constants = {k: widened(t) for k, t in program.constants.items()}
     for node in promoted.graph.nodes:
         node.args = tuple(_promote(a) for a in node.args)
         node.kwargs = {k: _promote(a) for k, a in node.kwargs.items()}
@@ -45,15 +48,22 @@ def _infer_again(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.meta["val"].dtype in _PROMOTED:
             with mode:
-                node.meta["val"] = node.meta["val"].double()
+                node.meta["val"] = widened(node.meta["val"])
         elif node.op == "get_attr":
             node.meta["val"] = fake_constant(mode, program.constants[node.target])
         elif node.op == "call_function":
             node.meta["val"] = infer(mode, node.target, node.args, node.kwargs)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in float64 or complex128 if it is of a smaller such type."""
+    return tensor.to(_PROMOTED.get(tensor.dtype, tensor.dtype))
+
+
 def _promote(argument: object) -> object:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _PROMOTED else argument
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_promote(a) for a in argument)
+    return _PROMOTED.get(argument, argument) if isinstance(argument, torch.dtype) else argument
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.interface import Interface
-from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run
+from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run, widened
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -183,7 +183,7 @@ def _unchanged(
     own = _limit(before), "its own dtype"
     wide = in_float64(before), in_float64(after)
     why_not = "one of its operators has no such form, or it is too large" if None in wide else None
-    doubled = [[t.double() if t.dtype.is_floating_point else t for t in inputs] for inputs in samples]
+    doubled = [[widened(t) for t in inputs] for inputs in samples]
     if why_not is None:
         why_not = _outputs(wide[0], doubled[0])[1]
     if why_not is not None:

@@ -1,0 +1,32 @@
+"""What a process may have set for torch, set aside while fxc works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.utils._device import DeviceContext
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """No autocast, no inference mode, no default device, float32 as the default dtype, and no fast path of
+    nn.TransformerEncoder and nn.MultiheadAttention, which gives other numbers at padded positions than what export sees.
+    All is as it was afterwards."""
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        modes = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+        if any(isinstance(mode, DeviceContext) for mode in modes):
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if torch.backends.mha.get_fastpath_enabled():
+            torch.backends.mha.set_fastpath_enabled(False)
+            stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        yield
