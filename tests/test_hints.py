@@ -21,8 +21,8 @@ from fxc.sources import load_source
 
 # Options of nvidia-smi.
 OTHERS = {"--id", "--query-gpu", "--format"}
-# Environment variables.
-NAMES = {"FXC_TRACE", "TORCH_LOGS"}
+# Environment variables, and what a model of the user writes itself.
+NAMES = {"FXC_TRACE", "TORCH_LOGS", "training"}
 
 
 def command_options() -> dict[str, set[str]]:
