@@ -31,7 +31,7 @@ export PYTHONPATH="$packages:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if ! why=$("$python" -c 'import torch, triton
 assert torch.cuda.is_available(), "torch finds no CUDA device"
-from fxc_kernels.dispatch import chip_of
+from fxc_kernels.cuda.dispatch import chip_of
 print(torch.cuda.get_device_name(0), "torch", torch.__version__, "triton", triton.__version__)
 print(chip_of(torch.device("cuda", 0)))' 2>&1); then
     echo "nothing was checked or measured: ${why##*$'\n'}" >&2
@@ -85,8 +85,8 @@ part kernels "$kernels" "" -m benchmarks.kernels --device cuda --tune --budget-s
     --scheme int4_g128,int8,fp8,sparse24,int8_sparse24 --m 1,16,64,2048 --rounds 11 \
     --shapes 8192,8192,qwen2.5-7b:gate_up,qwen2.5-7b:down,qwen2.5-7b:qkv,qwen2.5-7b:o,qwen2.5-7b:head --out "$out"
 if [ -n "$chip" ] && [ -f "$out/$chip.json" ]; then
-    mkdir -p "$packages/fxc_kernels/tables"
-    cp "$out/$chip.json" "$packages/fxc_kernels/tables/"
+    mkdir -p "$packages/fxc_kernels/cuda/tables"
+    cp "$out/$chip.json" "$packages/fxc_kernels/cuda/tables/"
     summary+=("configurations: those of $chip.json were used for decode")
 fi
 

@@ -30,19 +30,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxc_kernels import fp8_linear, int4_linear, int8_linear, interleaved, sparse24_linear, sparse24_prepacked
-from fxc_kernels import triton_int4_linear as int4
-from fxc_kernels import triton_norm_quantize as norm
-from fxc_kernels import triton_persistent_mm as persistent
-from fxc_kernels import triton_quantize_rows as quantize
-from fxc_kernels import triton_rms_norm as float_norm
-from fxc_kernels import triton_rope as rope
-from fxc_kernels import triton_scaled_mm as scaled
-from fxc_kernels import triton_sparse24 as sparse
-from fxc_kernels import triton_sparse24_mma as sparse_mma
-from fxc_kernels import triton_sparse24_prepacked as prepacked
-from fxc_kernels import triton_weight_only as weight_only
-from fxc_kernels.triton_tile import Config, capability_of
+from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
+from fxc_kernels.cuda import int4_linear as int4
+from fxc_kernels.cuda import interleaved, rope, sparse24_prepacked, weight_only
+from fxc_kernels.cuda import norm_quantize as norm
+from fxc_kernels.cuda import persistent_mm as persistent
+from fxc_kernels.cuda import quantize_rows as quantize
+from fxc_kernels.cuda import rms_norm as float_norm
+from fxc_kernels.cuda import scaled_mm as scaled
+from fxc_kernels.cuda import sparse24 as sparse
+from fxc_kernels.cuda import sparse24_mma as sparse_mma
+from fxc_kernels.cuda import sparse24_prepacked_linear as prepacked
+from fxc_kernels.cuda.tile import Config, capability_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FP8 = torch.float8_e4m3fn

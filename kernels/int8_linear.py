@@ -141,9 +141,9 @@ def _int8_linear_cuda(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
     is_wide = x.shape[-1] > INT32_COLUMNS or x.dtype == torch.float64
     if x.numel() == 0 or qweight.numel() == 0 or is_wide:
         return int8_linear_reference(x, qweight, scale, bias)
-    from fxc_kernels import triton_scaled_mm  # imports Triton, which not every platform has
+    from fxc_kernels.cuda import scaled_mm  # imports Triton, which not every platform has
 
-    return triton_scaled_mm.int8_linear(x, qweight, scale, bias)
+    return scaled_mm.int8_linear(x, qweight, scale, bias)
 
 
 def _int8_weight_only_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,20 +13,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fxc_kernels import (
-    triton_int4_linear,
-    triton_norm_quantize,
-    triton_persistent_mm,
-    triton_quantize_rows,
-    triton_rms_norm,
-    triton_rope,
-    triton_scaled_mm,
-    triton_sparse24,
-    triton_sparse24_mma,
-    triton_sparse24_prepacked,
-    triton_weight_only,
+from fxc_kernels.cuda import (
+    int4_linear,
+    norm_quantize,
+    persistent_mm,
+    quantize_rows,
+    rms_norm,
+    rope,
+    scaled_mm,
+    sparse24,
+    sparse24_mma,
+    sparse24_prepacked_linear,
+    weight_only,
 )
-from fxc_kernels.triton_tile import Build
+from fxc_kernels.cuda.tile import Build
 
 # Shared memory that one block may have, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -37,17 +37,17 @@ WIDE = (
 TMA = r"cp\.async\.bulk\.tensor\.[\w.]*shared::\w+\.global\."
 # Each has `builds(capability)`: everything that it ships.
 MODULES = (
-    triton_quantize_rows,
-    triton_norm_quantize,
-    triton_rms_norm,
-    triton_rope,
-    triton_scaled_mm,
-    triton_persistent_mm,
-    triton_weight_only,
-    triton_int4_linear,
-    triton_sparse24,
-    triton_sparse24_mma,
-    triton_sparse24_prepacked,
+    quantize_rows,
+    norm_quantize,
+    rms_norm,
+    rope,
+    scaled_mm,
+    persistent_mm,
+    weight_only,
+    int4_linear,
+    sparse24,
+    sparse24_mma,
+    sparse24_prepacked_linear,
 )
 
 

@@ -22,7 +22,7 @@ from fxc.kernel_bench.clock import GraphClock, Telemetry
 from fxc.kernel_bench.run import Plan, run
 from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import SCHEMES
-from fxc_kernels.triton_tile import Config
+from fxc_kernels.cuda.tile import Config
 
 # The interpreter cuts float8 off where a chip rounds.
 cuda.FP8 = 0.1

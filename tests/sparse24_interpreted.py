@@ -18,11 +18,11 @@ import torch
 from triton_interpreted import close, scales, tensors
 
 from fxc_kernels import cusparselt, sparse24_linear
-from fxc_kernels import sparse24_prepacked as prepacked
-from fxc_kernels import triton_sparse24_prepacked as sparse
-from fxc_kernels.interleaved import silu_mul
-from fxc_kernels.triton_quantize_rows import quantize_rows
-from fxc_kernels.triton_tile import Config
+from fxc_kernels.cuda import sparse24_prepacked as prepacked
+from fxc_kernels.cuda import sparse24_prepacked_linear as sparse
+from fxc_kernels.cuda.interleaved import silu_mul
+from fxc_kernels.cuda.quantize_rows import quantize_rows
+from fxc_kernels.cuda.tile import Config
 
 PAIRS = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 FLOATS = (torch.bfloat16, torch.float16)

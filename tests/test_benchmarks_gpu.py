@@ -190,7 +190,7 @@ case "$*" in
     "-c import torch, triton"*) printf 'a GPU\\n%s\\n' "${NO_GPU:+no }nvidia-test"; exit ${NO_GPU:-0} ;;
     *importlib.util*) [[ "$*" == *transformers* ]] && echo "$MISSING" ;;
     *) [ -f "$packages/fxc_kernels/int4_linear.py" ] || exit 9
-       echo "ran $* tables: $(ls "$packages/fxc_kernels/tables" 2>/dev/null | tr '\n' ' ')"
+       echo "ran $* tables: $(ls "$packages/fxc_kernels/cuda/tables" 2>/dev/null | tr '\n' ' ')"
        case "$*" in
            *gpu_checks*) echo "FAIL int8 toy: wrong"; [ -z "${SLOW:-}" ] || sleep 20; exit ${CHECKS_STATUS:-0} ;;
            *benchmarks.kernels*) [[ "$*" =~ --out\\ ([^ ]+) ]]; echo '{}' > "${BASH_REMATCH[1]}/nvidia-test.json" ;;

@@ -307,7 +307,7 @@ def test_bench_over_a_static_cache(folder):
 
 def test_doctor_says_whether_a_gpu_was_measured(monkeypatch):
     from fxc.report import machine
-    from fxc_kernels import dispatch
+    from fxc_kernels.cuda import dispatch
 
     about = SimpleNamespace(name="NVIDIA H200", total_memory=141 << 30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

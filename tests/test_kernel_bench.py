@@ -450,8 +450,8 @@ def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kerne
     assert "cuSPARSELt" in absent["cuSPARSELt"] and absent["gemlite int4"] == "not installed: gemlite"
     assert len(found["failed"]) == 2 * 7, "of two configurations, one cannot be compiled"
 
-    from fxc_kernels import dispatch
-    from fxc_kernels.triton_tile import Config
+    from fxc_kernels.cuda import dispatch
+    from fxc_kernels.cuda.tile import Config
 
     monkeypatch.setattr(dispatch, "TABLES", tmp_path)
     dispatch.table.cache_clear()
@@ -465,8 +465,8 @@ def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kerne
 @needs_triton
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_candidates_are_different_and_survive_the_table(scheme):
-    from fxc_kernels import dispatch
-    from fxc_kernels.triton_tile import Config
+    from fxc_kernels.cuda import dispatch
+    from fxc_kernels.cuda.tile import Config
 
     for m in (1, 2, 3, 4, 16, 64, 256, 2048, 8192):
         found = tune.candidates(scheme, m, 90)
@@ -526,7 +526,7 @@ def test_every_program_is_compiled_once_and_what_there_was_no_time_for_is_missin
 
 @needs_triton
 def test_what_was_not_compiled_in_time_is_not_tried(monkeypatch):
-    from fxc_kernels.triton_tile import Config
+    from fxc_kernels.cuda.tile import Config
 
     def kernel_of(scheme):
         return lambda given: lambda x, config: torch.nn.functional.linear(x.float(), given.dense()).bfloat16()

@@ -25,8 +25,9 @@ from fxc.lower.cpu import lower_cpu  # noqa: E402
 from fxc.lower.cuda import lower_cuda  # noqa: E402
 from fxc.schemes import sparse24  # noqa: E402
 from fxc.verify.samples import samples  # noqa: E402
-from fxc_kernels import cuda_ops, dispatch  # noqa: E402
-from fxc_kernels.sparse24_prepacked import prepack  # noqa: E402
+from fxc_kernels.cuda import dispatch  # noqa: E402
+from fxc_kernels.cuda import ops as cuda_ops  # noqa: E402
+from fxc_kernels.cuda.sparse24_prepacked import prepack  # noqa: E402
 
 PASSES = ("int8", "int8:mode=weight_only", "fp8", "fp8:mode=weight_only", "int4:group=32", "sparse24", "sparse24,int8")
 # Of the result's norm: float32 sums in another order; bfloat16 roundings at other places, through two layers.
@@ -247,7 +248,7 @@ def test_a_layer_that_was_measured_to_be_slower_stays_dense(table):
 
 
 def test_the_table_chooses_the_configuration(table):
-    from fxc_kernels import triton_scaled_mm
+    from fxc_kernels.cuda import scaled_mm
 
     table(
         ("int8", 96, 64, 1, "16x32x128 w2 s3 split 2", 1.0, 2.0),
@@ -257,14 +258,14 @@ def test_the_table_chooses_the_configuration(table):
     )
 
     def chosen(scheme, rows, outputs=96, dtype=torch.bfloat16):
-        return str(dispatch.config_for(scheme, torch.empty(rows, 64, dtype=dtype), outputs, 64, triton_scaled_mm.CONFIGS))
+        return str(dispatch.config_for(scheme, torch.empty(rows, 64, dtype=dtype), outputs, 64, scaled_mm.CONFIGS))
 
     assert chosen("int8", 1) == "16x32x128 w2 s3 split 2"
-    assert chosen("int8", 1, dtype=torch.float32) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 1, 96))
+    assert chosen("int8", 1, dtype=torch.float32) == str(dispatch.choose(scaled_mm.CONFIGS, 80, 1, 96))
     assert chosen("int8", 2) == chosen("int8", 16) == "16x64x64 w8 s2"
     assert chosen("int8", 65) == "128x64x64 w4 s3"
-    assert chosen("int8", 17) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 17)), "another kernel's"
-    assert chosen("int8", 1, outputs=97) == chosen("sparse24", 1) == str(dispatch.choose(triton_scaled_mm.CONFIGS, 80, 1))
+    assert chosen("int8", 17) == str(dispatch.choose(scaled_mm.CONFIGS, 80, 17)), "another kernel's"
+    assert chosen("int8", 1, outputs=97) == chosen("sparse24", 1) == str(dispatch.choose(scaled_mm.CONFIGS, 80, 1))
     table(("int9", 96, 64, 1, None, 1.0, 2.0))
     with pytest.raises(ValueError, match="which is none of int8, fp8"):
         chosen("int8", 1)

@@ -13,7 +13,7 @@ import torch
 
 from fxc.schemes import sparse24
 from fxc_kernels import cusparselt
-from fxc_kernels.sparse24_prepacked import Prepacked, prepack, row_sums, unpack
+from fxc_kernels.cuda.sparse24_prepacked import Prepacked, prepack, row_sums, unpack
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -22,8 +22,8 @@ triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton
 import triton  # noqa: E402
 from interpreter import checks_of, needs_interpreter  # noqa: E402
 
-from fxc_kernels import triton_sparse24_mma, triton_sparse24_prepacked  # noqa: E402
-from fxc_kernels.triton_tile import Config, choose  # noqa: E402
+from fxc_kernels.cuda import sparse24_mma, sparse24_prepacked_linear  # noqa: E402
+from fxc_kernels.cuda.tile import Config, choose  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("sparse24_interpreted.py")
 CHECKS = checks_of(SCRIPT)
@@ -31,7 +31,7 @@ CHECKS = checks_of(SCRIPT)
 SHIPPED = [
     (chip, build)
     for chip in (80, 90)
-    for build in triton_sparse24_mma.builds(chip)
+    for build in sparse24_mma.builds(chip)
     if build.arguments["KIND"] != "f16" and build.arguments["parts"] is None
 ]
 
@@ -123,25 +123,25 @@ def test_what_cannot_be_prepacked_is_refused():
 def test_wrong_arguments_are_refused():
     packed, ones = prepack(*weight(16, 64, torch.bfloat16)), torch.ones(16)
     with pytest.raises(TypeError, match="of the prepacked values' dtype"):
-        triton_sparse24_prepacked.prepacked_linear(torch.zeros(2, 64), packed)
+        sparse24_prepacked_linear.prepacked_linear(torch.zeros(2, 64), packed)
     with pytest.raises(ValueError, match="do not fit"):
-        triton_sparse24_prepacked.prepacked_linear(torch.zeros(2, 32, dtype=torch.bfloat16), packed)
+        sparse24_prepacked_linear.prepacked_linear(torch.zeros(2, 32, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError, match="bias must be 16"):
-        triton_sparse24_prepacked.prepacked_linear(torch.zeros(2, 64, dtype=torch.bfloat16), packed, ones[:3])
+        sparse24_prepacked_linear.prepacked_linear(torch.zeros(2, 64, dtype=torch.bfloat16), packed, ones[:3])
     with pytest.raises(TypeError, match="must be int8"):
-        triton_sparse24_prepacked.prepacked_scaled_mm(torch.zeros(2, 64), ones[:2], None, packed, ones)
+        sparse24_prepacked_linear.prepacked_scaled_mm(torch.zeros(2, 64), ones[:2], None, packed, ones)
     for config, why in ((Config(None, 4, 16, 64, 4, 1), "8, 16 and 64"), (Config(None, 8, 128, 64, 2, 1), "4 warps")):
         with pytest.raises(ValueError, match=why):
-            triton_sparse24_mma.check_config(config)
+            sparse24_mma.check_config(config)
     with pytest.raises(ValueError, match="multiples of 16"):
         cusparselt.compress(torch.zeros(17, 32, dtype=torch.bfloat16))
     assert cusparselt.fits(32, 64, torch.int8) and not cusparselt.fits(32, 48, torch.int8)
 
 
 def test_a_table_has_a_configuration_for_every_number_of_rows():
-    for table in (triton_sparse24_mma.CONFIGS, triton_sparse24_mma.INT8_CONFIGS):
+    for table in (sparse24_mma.CONFIGS, sparse24_mma.INT8_CONFIGS):
         for rows in range(1, 65):
-            triton_sparse24_mma.check_config(choose(table, 90, rows))
+            sparse24_mma.check_config(choose(table, 90, rows))
 
 
 @pytest.mark.parametrize(("chip", "build"), SHIPPED, ids=[f"sm_{chip} {build.name}" for chip, build in SHIPPED])

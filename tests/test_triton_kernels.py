@@ -20,14 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
 from interpreter import checks_of, needs_interpreter  # noqa: E402
 
-from fxc_kernels import interleaved, triton_int4_linear, triton_scaled_mm, triton_weight_only  # noqa: E402
-from fxc_kernels.triton_tile import Config, choose, output_columns  # noqa: E402
+from fxc_kernels.cuda import int4_linear, interleaved, scaled_mm, weight_only  # noqa: E402
+from fxc_kernels.cuda.tile import Config, choose, output_columns  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("triton_interpreted.py")
 CHECKS = checks_of(SCRIPT)
 SHIPPED = [(chip, build) for chip in (80, 90) for build in triton_build.builds(chip)]
 # sm_89 runs what sm_80 runs, and its own float8 products.
-FLOAT8 = [(89, build) for build in triton_scaled_mm.builds(89) if build.name.startswith("fp8 ")]
+FLOAT8 = [(89, build) for build in scaled_mm.builds(89) if build.name.startswith("fp8 ")]
 NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
@@ -168,8 +168,8 @@ def test_fp8_products_are_refused_before_sm_89():
     assert names[80] and all("weight-only" in name or "dequantize" in name for name in names[80])
     assert any("fp8 gemm" in name for name in names[90])
     with pytest.raises(RuntimeError, match=r"8\.9 or newer, and this one is 8\.0: use fp8 weight-only here, or int8"):
-        triton_scaled_mm.check_fp8(80)
-    triton_scaled_mm.check_fp8(89)
+        scaled_mm.check_fp8(80)
+    scaled_mm.check_fp8(89)
 
 
 def test_wrong_arguments_are_refused():
@@ -183,30 +183,30 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="must be alike"):
         interleaved.interleave(x, q)
     with pytest.raises(TypeError, match="both be int8"):
-        triton_scaled_mm.scaled_mm(x, ones, None, q, ones)
+        scaled_mm.scaled_mm(x, ones, None, q, ones)
     with pytest.raises(ValueError, match="of one K"):
-        triton_scaled_mm.scaled_mm(q[:, :32].contiguous(), ones, None, q, ones)
-    wide = torch.zeros(1, triton_scaled_mm.INT32_COLUMNS + 1, dtype=torch.int8)
+        scaled_mm.scaled_mm(q[:, :32].contiguous(), ones, None, q, ones)
+    wide = torch.zeros(1, scaled_mm.INT32_COLUMNS + 1, dtype=torch.int8)
     with pytest.raises(ValueError, match="can overflow"):
-        triton_scaled_mm.scaled_mm(wide, ones[:1], None, wide, ones[:1])
+        scaled_mm.scaled_mm(wide, ones[:1], None, wide, ones[:1])
     with pytest.raises(TypeError, match="int8 or float8_e4m3fn"):
-        triton_weight_only.weight_only_linear(x, x, ones)
+        weight_only.weight_only_linear(x, x, ones)
     with pytest.raises(ValueError, match="does not divide"):
-        triton_int4_linear.prepack(torch.zeros(2, 48, dtype=torch.uint8), 64)
+        int4_linear.prepack(torch.zeros(2, 48, dtype=torch.uint8), 64)
 
 
 def test_a_table_has_a_configuration_for_every_number_of_rows():
-    tables = [triton_scaled_mm.CONFIGS, triton_weight_only.CONFIGS, *triton_int4_linear.CONFIGS.values()]
+    tables = [scaled_mm.CONFIGS, weight_only.CONFIGS, *int4_linear.CONFIGS.values()]
     for table in tables:
         for chip in (80, 86, 89, 90, 100):
             assert all(isinstance(choose(table, chip, rows), Config) for rows in range(1, 65))
     for chip in (89, 120):  # which has as little shared memory
-        assert choose(triton_scaled_mm.CONFIGS, chip, 4096) == triton_scaled_mm.CONFIGS[80][-1]
-    assert choose(triton_scaled_mm.CONFIGS, 90, 1024).tma and not choose(triton_scaled_mm.CONFIGS, 90, 1023).tma
+        assert choose(scaled_mm.CONFIGS, chip, 4096) == scaled_mm.CONFIGS[80][-1]
+    assert choose(scaled_mm.CONFIGS, 90, 1024).tma and not choose(scaled_mm.CONFIGS, 90, 1023).tma
 
 
 def test_k_is_cut_only_where_a_weight_has_too_few_rows_for_the_chip():
-    configs, splits = triton_scaled_mm.CONFIGS, {}
+    configs, splits = scaled_mm.CONFIGS, {}
     for outputs in (64, 3584, 8192, 37888):
         splits[outputs] = choose(configs, 90, 16, outputs, processors=132).split
     # Tiles of 64 rows: 1, 56, 128 and 592 programs before K is cut; 264 are enough.
@@ -215,7 +215,7 @@ def test_k_is_cut_only_where_a_weight_has_too_few_rows_for_the_chip():
 
 
 def test_a_configuration_reads_what_it_wrote():
-    for table in (triton_scaled_mm.CONFIGS, triton_weight_only.CONFIGS, *triton_int4_linear.CONFIGS.values()):
+    for table in (scaled_mm.CONFIGS, weight_only.CONFIGS, *int4_linear.CONFIGS.values()):
         for config in (each for configs in table.values() for each in configs):
             assert Config.parse(str(config)) == replace(config, rows=None, fill=Config.fill)
 
@@ -232,8 +232,8 @@ def test_interleaving_alternates_rows_of_every_dtype():
 
 def test_prepacking_int4_only_moves_halves():
     weight = torch.randint(0, 256, (3, 128), dtype=torch.uint8)
-    for group in triton_int4_linear.GROUPS:
-        packed = triton_int4_linear.prepack(weight, group)
+    for group in int4_linear.GROUPS:
+        packed = int4_linear.prepack(weight, group)
         halves = torch.stack([weight & 15, weight >> 4], dim=-1).reshape(3, -1, group)
         again = torch.cat([packed.reshape(3, -1, group // 2) & 15, packed.reshape(3, -1, group // 2) >> 4], dim=-1)
         assert torch.equal(halves, again)

@@ -16,17 +16,15 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy
 import torch
 
-from fxc_kernels import fp8_linear, int4_linear, int8_linear, interleaved, sparse24_linear
-from fxc_kernels import triton_int4_linear as int4
-from fxc_kernels import triton_norm_quantize as norm
-from fxc_kernels import triton_persistent_mm as persistent
-from fxc_kernels import triton_quantize_rows as rows
-from fxc_kernels import triton_rms_norm as rms_norm
-from fxc_kernels import triton_rope as rope
-from fxc_kernels import triton_scaled_mm as scaled
-from fxc_kernels import triton_sparse24 as sparse
-from fxc_kernels import triton_weight_only as weight_only
-from fxc_kernels.triton_tile import Config
+from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
+from fxc_kernels.cuda import int4_linear as int4
+from fxc_kernels.cuda import interleaved, rms_norm, rope, weight_only
+from fxc_kernels.cuda import norm_quantize as norm
+from fxc_kernels.cuda import persistent_mm as persistent
+from fxc_kernels.cuda import quantize_rows as rows
+from fxc_kernels.cuda import scaled_mm as scaled
+from fxc_kernels.cuda import sparse24 as sparse
+from fxc_kernels.cuda.tile import Config
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the largest number: float32 sums in another order; half a step of float16; a whole one of bfloat16, because the

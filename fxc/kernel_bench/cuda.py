@@ -117,26 +117,26 @@ def tolerance_of(scheme: str) -> float:
 
 
 def _int8(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.triton_scaled_mm import int8_linear
+    from fxc_kernels.cuda.scaled_mm import int8_linear
 
     qweight, scale = weights.parts
     return partial(_call, int8_linear, qweight, scale, column_sum=qweight.sum(dim=1, dtype=torch.int32))
 
 
 def _fp8(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.triton_scaled_mm import fp8_linear
+    from fxc_kernels.cuda.scaled_mm import fp8_linear
 
     return partial(_call, fp8_linear, *weights.parts)
 
 
 def _weight_only(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.triton_weight_only import weight_only_linear
+    from fxc_kernels.cuda.weight_only import weight_only_linear
 
     return partial(_call, weight_only_linear, *weights.parts)
 
 
 def _int4(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.triton_int4_linear import int4_weight_only_linear, prepack
+    from fxc_kernels.cuda.int4_linear import int4_weight_only_linear, prepack
 
     group = group_of(weights.format)
     packed = prepack(weights.parts[0], group)
@@ -145,15 +145,15 @@ def _int4(weights: Weights) -> Callable[..., Tensor]:
 
 
 def _sparse24(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.sparse24_prepacked import prepack
-    from fxc_kernels.triton_sparse24_prepacked import prepacked_linear
+    from fxc_kernels.cuda.sparse24_prepacked import prepack
+    from fxc_kernels.cuda.sparse24_prepacked_linear import prepacked_linear
 
     return partial(_call, prepacked_linear, prepack(*weights.parts))
 
 
 def _int8_sparse24(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.sparse24_prepacked import prepack, row_sums
-    from fxc_kernels.triton_sparse24_prepacked import int8_prepacked_linear
+    from fxc_kernels.cuda.sparse24_prepacked import prepack, row_sums
+    from fxc_kernels.cuda.sparse24_prepacked_linear import int8_prepacked_linear
 
     values, meta, scale = weights.parts
     packed = prepack(values, meta)
@@ -161,14 +161,14 @@ def _int8_sparse24(weights: Weights) -> Callable[..., Tensor]:
 
 
 def _sparse24_decompressed(weights: Weights) -> Callable[..., Tensor]:
-    from fxc_kernels.triton_sparse24 import sparse24_linear
+    from fxc_kernels.cuda.sparse24 import sparse24_linear
 
     return partial(_call, sparse24_linear, *weights.parts)
 
 
 def _int8_sparse24_decompressed(weights: Weights) -> Callable[..., Tensor]:
+    from fxc_kernels.cuda.sparse24 import int8_sparse24_linear
     from fxc_kernels.sparse24_linear import unpack
-    from fxc_kernels.triton_sparse24 import int8_sparse24_linear
 
     sums = unpack(weights.parts[0], weights.parts[1]).sum(dim=1, dtype=torch.int32)
     return partial(_call, int8_sparse24_linear, *weights.parts, column_sum=sums)
@@ -195,8 +195,8 @@ def _scaled_only(dtype: torch.dtype) -> Callable[[Weights], Bind]:
     """The product alone: rows were quantized before."""
 
     def build(weights: Weights) -> Bind:
-        from fxc_kernels.triton_quantize_rows import quantize_rows
-        from fxc_kernels.triton_scaled_mm import scaled_mm
+        from fxc_kernels.cuda.quantize_rows import quantize_rows
+        from fxc_kernels.cuda.scaled_mm import scaled_mm
 
         qweight, scale = weights.parts
         sums = qweight.sum(dim=1, dtype=torch.int32) if dtype == torch.int8 else None

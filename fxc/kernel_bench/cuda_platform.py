@@ -23,7 +23,7 @@ class CudaPlatform:
     """See `fxc.kernel_bench.run.Platform`."""
 
     def __init__(self, device: torch.device):
-        from fxc_kernels.dispatch import chip_of
+        from fxc_kernels.cuda.dispatch import chip_of
 
         torch.cuda.set_device(device)
         self.device = device

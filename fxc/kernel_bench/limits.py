@@ -35,7 +35,7 @@ class Peaks:
         return self.bf16
 
 
-# NVIDIA's datasheets, where what is given with sparsity is halved; the name as `fxc_kernels.dispatch.chip_of` has it.
+# NVIDIA's datasheets, where what is given with sparsity is halved; the name as `fxc_kernels.cuda.dispatch.chip_of` has it.
 DATASHEET = {
     "h200": Peaks("NVIDIA H200 datasheet", 4.8e12, 67e12, 989.5e12, 1979e12, 1979e12, True),
     "h100-nvl": Peaks("NVIDIA H100 NVL datasheet", 3.9e12, 60e12, 835.5e12, 1670.5e12, 1670.5e12, True),

@@ -1,7 +1,7 @@
 """Which configuration of fxc's kernels is the fastest at one size: each is checked and timed, the best one joins the race.
 
-What is found is written as `fxc_kernels.dispatch` reads it. A configuration that a chip cannot run (shared memory, registers)
-is left out when it says so.
+What is found is written as `fxc_kernels.cuda.dispatch` reads it. A configuration that a chip cannot run (shared memory,
+registers) is left out when it says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import Weights, format_of, group_of, unfit
 
 if TYPE_CHECKING:
-    from fxc_kernels.triton_tile import Config
+    from fxc_kernels.cuda.tile import Config
 
 ROUNDS = 3
 # What the last configuration that a process began may take, before the process is taken for hung.
@@ -38,30 +38,30 @@ def candidates(scheme: str, m: int, capability: int) -> list[Config | None]:
     way, without one."""
     if m > SKINNY_ROWS and scheme not in ("int8", "fp8"):
         return [None]
-    from fxc_kernels.triton_tile import choose
+    from fxc_kernels.cuda.tile import choose
 
     shipped = replace(choose(_shipped(scheme), capability, m), rows=None, fill=2)
     return list({str(each): each for each in [shipped, *_listed(scheme, m, capability)]}.values())
 
 
 def _shipped(scheme: str) -> dict[int, tuple[Config, ...]]:
-    from fxc_kernels import triton_int4_linear, triton_scaled_mm, triton_sparse24_mma, triton_weight_only
+    from fxc_kernels.cuda import int4_linear, scaled_mm, sparse24_mma, weight_only
 
     if scheme.startswith("int4"):
-        return triton_int4_linear.CONFIGS[group_of(scheme)]
+        return int4_linear.CONFIGS[group_of(scheme)]
     return {
-        "int8": triton_scaled_mm.CONFIGS,
-        "fp8": triton_scaled_mm.CONFIGS,
-        "sparse24": triton_sparse24_mma.CONFIGS,
-        "int8_sparse24": triton_sparse24_mma.INT8_CONFIGS,
-    }.get(scheme, triton_weight_only.CONFIGS)
+        "int8": scaled_mm.CONFIGS,
+        "fp8": scaled_mm.CONFIGS,
+        "sparse24": sparse24_mma.CONFIGS,
+        "int8_sparse24": sparse24_mma.INT8_CONFIGS,
+    }.get(scheme, weight_only.CONFIGS)
 
 
 def _listed(scheme: str, m: int, capability: int) -> list[Config]:
     """From the literature for Hopper: tiles of 64 or more rows of the weight, 32 to 64 KB of it in flight, K in parts where
     there are few tiles."""
-    from fxc_kernels import triton_persistent_mm
-    from fxc_kernels.triton_tile import Config
+    from fxc_kernels.cuda import persistent_mm
+    from fxc_kernels.cuda.tile import Config
 
     def each(rows: int, tiles: list[tuple[int, int, int, int]], splits: tuple[int, ...]) -> list[Config]:
         """tiles: n, k, warps, stages."""
@@ -81,7 +81,7 @@ def _listed(scheme: str, m: int, capability: int) -> list[Config]:
                 (128, 128, 128, 4, 4), (128, 128, 128, 8, 4), (128, 128, 128, 8, 5), (128, 256, 64, 8, 4),
                 (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (256, 128, 128, 8, 4),
             ]  # fmt: skip
-        persistent = triton_persistent_mm.CONFIGS if capability >= triton_persistent_mm.CAPABILITY else ()
+        persistent = persistent_mm.CONFIGS if capability >= persistent_mm.CAPABILITY else ()
         return [*(Config(None, *tile) for tile in tiles), *persistent]
     gemv = []
     if "sparse24" in scheme:

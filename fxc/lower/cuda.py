@@ -2,7 +2,7 @@
 
 Layers that read the same activation become one product with one quantization of it; activations, silu(gate) * up, and RMSNorm
 with the residual sum before it move into the kernels. Nothing is timed here: which layers stay dense, and which configuration a
-kernel runs in, is read from the table that was measured on the chip (`fxc_kernels.dispatch`).
+kernel runs in, is read from the table that was measured on the chip (`fxc_kernels.cuda.dispatch`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fxc.lower import formats
 from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
 from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
-from fxc_kernels import dispatch, triton_int4_linear
+from fxc_kernels.cuda import dispatch, int4_linear
+from fxc_kernels.cuda.interleaved import interleave
+from fxc_kernels.cuda.scaled_mm import FP8_CAPABILITY
+from fxc_kernels.cuda.sparse24_prepacked import prepack
 from fxc_kernels.int8_linear import INT32_COLUMNS
-from fxc_kernels.interleaved import interleave
-from fxc_kernels.sparse24_prepacked import prepack
-from fxc_kernels.triton_scaled_mm import FP8_CAPABILITY
 
 _OPS = torch.ops.fxc_cuda
 _SCHEMES = {
@@ -182,7 +182,7 @@ class _Lowering:
             return call(_OPS.weight_only_linear.default, (group.x, weight, scale, bias, activation))
         if target is formats.INT4:
             group_size = group.arguments[0][5]
-            weight = self._constant(name, "packed", triton_int4_linear.prepack(on_device(1), group_size))
+            weight = self._constant(name, "packed", int4_linear.prepack(on_device(1), group_size))
             scale, zero = (self._constant(name, what, on_device(at)) for what, at in (("scale", 2), ("zero", 3)))
             return call(_OPS.int4_linear.default, (group.x, weight, scale, zero, bias, group_size, activation))
         if target is formats.FP8:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from fxc.lower.groups import Group
-from fxc_kernels import cuda_ops  # noqa: F401  registers the operators
-from fxc_kernels.triton_quantize_rows import KEPT
+from fxc_kernels.cuda import ops as cuda_ops  # noqa: F401  registers the operators
+from fxc_kernels.cuda.quantize_rows import KEPT
 
 _ADD = torch.ops.aten.add.Tensor
 _MUL = torch.ops.aten.mul.Tensor

@@ -119,7 +119,7 @@ def _device(index: int) -> list[Finding]:
     device = Finding("cuda", f"device {index}", found, True)
     if importlib.util.find_spec("triton") is None:
         return [device, Finding("cuda", "kernels", "none", False, "compressed layers need Triton: pip install triton")]
-    from fxc_kernels import dispatch
+    from fxc_kernels.cuda import dispatch
 
     chip = dispatch.chip_of(torch.device("cuda", index))
     try:

@@ -3,7 +3,7 @@
 References: `fxc_kernels.sparse24_linear.sparse24_linear_reference` and `int8_sparse24_linear_reference`. For up to 64 rows
 (tokens), where bytes are what a product costs, the dense tile of out^T = W x^T is made from the stored values and their
 positions right before tensor cores read it. Beyond, the dense matrix is made once: torch's own product takes it, or
-`fxc_kernels.triton_scaled_mm` for int8. `fxc_kernels.triton_sparse24_prepacked` saves the products too; float32 is only here.
+`scaled_mm` for int8. `fxc_kernels.cuda.sparse24_prepacked_linear` saves the products too; float32 is only here.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels import triton_quantize_rows, triton_scaled_mm
-from fxc_kernels.triton_scaled_mm import part_length
-from fxc_kernels.triton_tile import (
+from fxc_kernels.cuda import quantize_rows, scaled_mm
+from fxc_kernels.cuda.scaled_mm import part_length
+from fxc_kernels.cuda.tile import (
     Build,
     Config,
     capability_of,
@@ -29,7 +29,7 @@ from fxc_kernels.triton_tile import (
     processors_of,
     reduce_parts,
 )
-from fxc_kernels.triton_weight_only import large_product
+from fxc_kernels.cuda.weight_only import large_product
 
 SKINNY_ROWS = 64
 # Compiled without spills; not yet measured by this project.
@@ -182,11 +182,11 @@ def int8_sparse24_linear(
     """`int8_sparse24_linear_reference` on a GPU, then `activation`. column_sum int32 [N]: the sums of qweight's rows."""
     _check(x, qweight, meta)
     check_vectors(qweight.shape[0], scale=scale, bias=bias, column_sum=column_sum)
-    q, row_scale, zero = triton_quantize_rows.quantize_rows(x)
+    q, row_scale, zero = quantize_rows.quantize_rows(x)
     if column_sum is None:
         column_sum = qweight.sum(dim=1, dtype=torch.int32)
     if config is None and q.shape[0] > SKINNY_ROWS:
-        out = triton_scaled_mm.scaled_mm(
+        out = scaled_mm.scaled_mm(
             q, row_scale, zero, dense(qweight, meta), scale, bias,
             column_sum=column_sum, dtype=x.dtype, activation=activation,
         )  # fmt: skip

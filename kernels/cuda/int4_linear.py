@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.dispatch import config_for
-from fxc_kernels.triton_tile import (
+from fxc_kernels.cuda.dispatch import config_for
+from fxc_kernels.cuda.tile import (
     INTERPRETED,
     Build,
     Config,
@@ -34,7 +34,7 @@ from fxc_kernels.triton_tile import (
     output_columns,
     reduce_parts,
 )
-from fxc_kernels.triton_weight_only import (
+from fxc_kernels.cuda.weight_only import (
     GEMV_ROWS,
     bf16_instruction,
     check_gemv_rows,

@@ -5,7 +5,7 @@ and theirs are `fxc_kernels.int8_linear.int8_linear_reference` and `fxc_kernels.
 [N, K], the layout that 8-bit tensor cores and 16-byte loads want. Up to 64 rows the product is out^T = W x^T and K is cut
 into `split` parts, whose sums go to a workspace and are added in order by a second kernel: the result is the same every time.
 Adding them in the last program that finishes would save that launch, but needs counters in memory that are zero before and
-after, and two graphs that replay at once would share them. From 1024 rows on, sm_90 has `triton_persistent_mm`.
+after, and two graphs that replay at once would share them. From 1024 rows on, sm_90 has `persistent_mm`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels import triton_quantize_rows
-from fxc_kernels.dispatch import config_for
-from fxc_kernels.triton_persistent_mm import fits, persistent_mm
-from fxc_kernels.triton_tile import (
+from fxc_kernels.cuda import quantize_rows
+from fxc_kernels.cuda.dispatch import config_for
+from fxc_kernels.cuda.persistent_mm import fits, persistent_mm
+from fxc_kernels.cuda.tile import (
     Build,
     Config,
     capability_of,
@@ -204,7 +204,7 @@ def int8_linear(
     column_sum: Tensor | None = None, activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_linear_reference` on a GPU, then `activation`. K has to be above 0."""
-    q, row_scale, zero = triton_quantize_rows.quantize_rows(x)
+    q, row_scale, zero = quantize_rows.quantize_rows(x)
     out = scaled_mm(
         q, row_scale, zero, qweight, scale, bias,
         column_sum=column_sum, dtype=x.dtype, activation=activation, config=config,
@@ -219,7 +219,7 @@ def fp8_linear(
     """`fp8_linear_reference` on a GPU, then `activation`. Raises RuntimeError on a chip without float8 products."""
     if x.is_cuda:
         check_fp8(capability_of(x))
-    q, row_scale, _ = triton_quantize_rows.quantize_rows(x, torch.float8_e4m3fn)
+    q, row_scale, _ = quantize_rows.quantize_rows(x, torch.float8_e4m3fn)
     out = scaled_mm(q, row_scale, None, qweight, scale, bias, dtype=x.dtype, activation=activation, config=config)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 

@@ -1,6 +1,6 @@
 """The product of rows and weights that are both 8 bits wide, for many rows on sm_90: persistent programs and the TMA.
 
-The reference is `fxc_kernels.triton_scaled_mm.scaled_mm_reference`, and `scaled_mm` there calls this where a configuration says
+The reference is `fxc_kernels.cuda.scaled_mm.scaled_mm_reference`, and `scaled_mm` there calls this where a configuration says
 tma. As many programs as the chip runs at once walk over all tiles; the loop over tiles and the loop over K are one to the
 compiler (flatten), so that the next tile's loads are under way while a tile is stored. The TMA copies tiles into shared memory
 without addresses in registers, and zeros for what is past the end, so there are no masks in the loop. Its descriptors are made
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxc_kernels.triton_tile import Build, Config, finish_in_halves, swizzled_tile
+from fxc_kernels.cuda.tile import Build, Config, finish_in_halves, swizzled_tile
 
 CAPABILITY = 90
 GROUP = 8

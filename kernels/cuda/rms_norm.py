@@ -1,5 +1,5 @@
 """RMSNorm, with the residual sum before it or not, in one kernel: what a decoder whose activations stay floats runs instead of
-seven. `fxc_kernels.triton_norm_quantize` is the same with a quantization behind it, and has the reference.
+seven. `fxc_kernels.cuda.norm_quantize` is the same with a quantization behind it, and has the reference.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.triton_quantize_rows import KEPT, row_block
-from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_of_first
+from fxc_kernels.cuda.quantize_rows import KEPT, row_block
+from fxc_kernels.cuda.tile import Build, check_vectors, flat_rows, on_device_of_first
 
 
 @triton.jit

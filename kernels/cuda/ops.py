@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
-from fxc_kernels.interleaved import silu_mul
-from fxc_kernels.sparse24_prepacked import Prepacked, unpack
+from fxc_kernels.cuda.interleaved import silu_mul
+from fxc_kernels.cuda.sparse24_prepacked import Prepacked, unpack
 
 _ACTIVATIONS = {
     "none": lambda product: product,
@@ -51,7 +51,7 @@ def _finished(product: Tensor, bias: Tensor | None, activation: str, dtype: torc
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] -> (q int8 [..., K], scale float32 [...], zero point int32 [...])."""
     if launches(x):
-        from fxc_kernels.triton_quantize_rows import quantize_rows
+        from fxc_kernels.cuda.quantize_rows import quantize_rows
     else:
         quantize_rows = int8_linear.quantize_rows
     q, scale, zero = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -63,7 +63,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., K] -> (q float8_e4m3fn [..., K], scale float32 [...])."""
     rows = x.reshape(-1, x.shape[-1])
     if launches(x):
-        from fxc_kernels.triton_quantize_rows import quantize_rows
+        from fxc_kernels.cuda.quantize_rows import quantize_rows
 
         q, scale, _ = quantize_rows(rows, torch.float8_e4m3fn)
     else:
@@ -101,7 +101,7 @@ def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype):
     """(q, scale, zero or None, x + residual)."""
     if launches(x):
-        from fxc_kernels.triton_norm_quantize import rms_norm_quantize
+        from fxc_kernels.cuda.norm_quantize import rms_norm_quantize
 
         q, scale, zero, total = rms_norm_quantize(x, weight, eps, residual, dtype)
     else:
@@ -115,10 +115,10 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype:
 def _float_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(the norm of x + residual, that sum)."""
     if launches(x):
-        from fxc_kernels.triton_rms_norm import rms_norm as norm
+        from fxc_kernels.cuda.rms_norm import rms_norm as norm
 
         return norm(x, weight, eps, residual)
-    from fxc_kernels.triton_norm_quantize import rms_norm_reference
+    from fxc_kernels.cuda.norm_quantize import rms_norm_reference
 
     return rms_norm_reference(x, weight, eps, residual)
 
@@ -182,9 +182,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 @torch.library.custom_op("fxc_cuda::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, S, D], cos and sin [B or 1, 1, S, D] -> x * cos + rotate_half(x) * sin, contiguous."""
-    from fxc_kernels import triton_rope
+    from fxc_kernels.cuda import rope as cuda_rope
 
-    return triton_rope.rope(x, cos, sin) if launches(x) else triton_rope.rope_reference(x, cos, sin).contiguous()
+    return cuda_rope.rope(x, cos, sin) if launches(x) else cuda_rope.rope_reference(x, cos, sin).contiguous()
 
 
 @rms_norm.register_fake
@@ -216,7 +216,7 @@ def int8_mm(
     rows = q.reshape(-1, q.shape[-1])
     row_scale, zero = row_scale.reshape(-1), zero.reshape(-1)
     if launches(q):
-        from fxc_kernels.triton_scaled_mm import scaled_mm
+        from fxc_kernels.cuda.scaled_mm import scaled_mm
 
         out = scaled_mm(
             rows, row_scale, zero, qweight, scale, bias, column_sum=column_sum, dtype=dtype, activation=activation
@@ -236,7 +236,7 @@ def fp8_mm(
     shape = _shape(q, qweight.shape[0], activation)
     rows, row_scale = q.reshape(-1, q.shape[-1]), row_scale.reshape(-1)
     if launches(q):
-        from fxc_kernels.triton_scaled_mm import scaled_mm
+        from fxc_kernels.cuda.scaled_mm import scaled_mm
 
         out = scaled_mm(rows, row_scale, None, qweight, scale, bias, dtype=dtype, activation=activation)
     else:
@@ -250,13 +250,13 @@ def int8_sparse24_mm(
     q: Tensor, row_scale: Tensor, zero: Tensor, values: Tensor, meta: Tensor, outputs: int, scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, dtype: torch.dtype, activation: str,
 ) -> Tensor:  # fmt: skip
-    """`int8_mm` with the 2:4 weight [outputs, K] whose values and meta `fxc_kernels.sparse24_prepacked.prepack` made."""
+    """`int8_mm` with the 2:4 weight [outputs, K] whose values and meta `fxc_kernels.cuda.sparse24_prepacked.prepack` made."""
     weight = Prepacked(values, meta, outputs, q.shape[-1])
     if not launches(q):
         return int8_mm(
             q, row_scale, zero, sparse24_linear.unpack(*unpack(weight)), scale, column_sum, bias, dtype, activation
         )
-    from fxc_kernels.triton_sparse24_prepacked import prepacked_scaled_mm
+    from fxc_kernels.cuda.sparse24_prepacked_linear import prepacked_scaled_mm
 
     out = prepacked_scaled_mm(
         q.reshape(-1, q.shape[-1]), row_scale.reshape(-1), zero.reshape(-1), weight, scale, bias,
@@ -289,7 +289,7 @@ def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor |
     `fxc::fp8_weight_only_linear`, then the activation."""
     shape = _shape(x, qweight.shape[0], activation)
     if launches(x):
-        from fxc_kernels.triton_weight_only import weight_only_linear
+        from fxc_kernels.cuda.weight_only import weight_only_linear
 
         return weight_only_linear(x, qweight, scale, bias, activation=activation)
     product = torch.nn.functional.linear(x.float(), qweight.float() * scale[:, None])
@@ -300,11 +300,11 @@ def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor |
 def int4_weight_only_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, activation: str
 ) -> Tensor:
-    """x [..., K], packed uint8 [N, K/2] from `fxc_kernels.triton_int4_linear.prepack`, scale [N, K/group], zero uint8
+    """x [..., K], packed uint8 [N, K/2] from `fxc_kernels.cuda.int4_linear.prepack`, scale [N, K/group], zero uint8
     [N, K/group] or None: `fxc::int4_weight_only_linear`, then the activation."""
     shape = _shape(x, packed.shape[0], activation)
     if launches(x):
-        from fxc_kernels.triton_int4_linear import int4_weight_only_linear
+        from fxc_kernels.cuda.int4_linear import int4_weight_only_linear
 
         return int4_weight_only_linear(x, packed, scale, zero, bias, group, activation=activation)
     halves = packed.reshape(packed.shape[0], -1, group // 2)
@@ -329,10 +329,10 @@ def sparse24_prepacked_linear(
     x: Tensor, values: Tensor, meta: Tensor, outputs: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     """x [..., K] bfloat16 or float16 and a 2:4 weight [outputs, K] of that dtype, whose values and meta
-    `fxc_kernels.sparse24_prepacked.prepack` made: `fxc::sparse24_linear`, then the activation."""
+    `fxc_kernels.cuda.sparse24_prepacked.prepack` made: `fxc::sparse24_linear`, then the activation."""
     weight = Prepacked(values, meta, outputs, x.shape[-1])
     if launches(x):
-        from fxc_kernels.triton_sparse24_prepacked import prepacked_linear
+        from fxc_kernels.cuda.sparse24_prepacked_linear import prepacked_linear
 
         return prepacked_linear(x, weight, bias, activation=activation)
     product = torch.nn.functional.linear(x.float(), sparse24_linear.unpack(*unpack(weight)).float())
@@ -344,7 +344,7 @@ def sparse24_float32_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tenso
     """x float32 [..., K], values float32 [N, K/2] and meta uint8 [N, K/8] as the portable operator has them, because sparse
     tensor cores multiply no float32: `fxc::sparse24_linear`, then the activation."""
     if launches(x):
-        from fxc_kernels.triton_sparse24 import sparse24_linear as linear
+        from fxc_kernels.cuda.sparse24 import sparse24_linear as linear
 
         return linear(x, values, meta, bias, activation=activation)
     product = torch.nn.functional.linear(x, sparse24_linear.unpack(values, meta))

@@ -2,7 +2,7 @@
 
 out^T = W x^T: 16 rows of the weight are the sparse operand A, 8 rows (tokens) of x the columns of B. Triton has no sparse
 product, so the instruction is written out, for tensors of one number a thread: number i belongs to lane i % 32 of warp i // 32.
-`fxc_kernels.sparse24_prepacked` has the order of the weight, tests/mma_emulation.py the registers, number by number.
+`fxc_kernels.cuda.sparse24_prepacked` has the order of the weight, tests/mma_emulation.py the registers, number by number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.sparse24_prepacked import COLUMNS, KINDS, ROWS, Prepacked
-from fxc_kernels.triton_tile import Build, Config, finish, reduce_parts
+from fxc_kernels.cuda.sparse24_prepacked import COLUMNS, KINDS, ROWS, Prepacked
+from fxc_kernels.cuda.tile import Build, Config, finish, reduce_parts
 
 B_COLUMNS = 8
 """Rows (tokens) of x that one instruction multiplies."""

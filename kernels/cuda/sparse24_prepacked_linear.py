@@ -1,8 +1,8 @@
-"""Products with 2:4 sparse weights that were prepacked for sparse tensor cores (`fxc_kernels.sparse24_prepacked`).
+"""Products with 2:4 sparse weights that were prepacked for sparse tensor cores (`fxc_kernels.cuda.sparse24_prepacked`).
 
     rows (tokens)
-    up to 64         mma.sp: `fxc_kernels.triton_sparse24_mma`, which saves the weight's bytes and its products
-    up to 511        the dense matrix is made, then torch's own product, or `fxc_kernels.triton_scaled_mm` for int8
+    up to 64         mma.sp: `fxc_kernels.cuda.sparse24_mma`, which saves the weight's bytes and its products
+    up to 511        the dense matrix is made, then torch's own product, or `fxc_kernels.cuda.scaled_mm` for int8
     512 or more      the same, or cuSPARSELt where its form of the weight is given too (`fxc_kernels.cusparselt`)
 
 References: `fxc_kernels.sparse24_linear.sparse24_linear_reference` and `int8_sparse24_linear_reference`. Where a
@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels import cusparselt, triton_quantize_rows, triton_scaled_mm, triton_sparse24_mma
-from fxc_kernels.dispatch import config_for
-from fxc_kernels.sparse24_prepacked import Prepacked, row_sums
-from fxc_kernels.triton_sparse24 import SKINNY_ROWS, dense_tile
-from fxc_kernels.triton_tile import (
+from fxc_kernels import cusparselt
+from fxc_kernels.cuda import quantize_rows, scaled_mm, sparse24_mma
+from fxc_kernels.cuda.dispatch import config_for
+from fxc_kernels.cuda.sparse24 import SKINNY_ROWS, dense_tile
+from fxc_kernels.cuda.sparse24_prepacked import Prepacked, row_sums
+from fxc_kernels.cuda.tile import (
     Build,
     Config,
     check_vectors,
@@ -29,7 +30,7 @@ from fxc_kernels.triton_tile import (
     output_columns,
     reduce_parts,
 )
-from fxc_kernels.triton_weight_only import activate_kernel, large_product
+from fxc_kernels.cuda.weight_only import activate_kernel, large_product
 
 # Tiles that one program of `prepacked_dense_kernel` makes dense: 512 bytes of a bfloat16 row.
 DENSE_TILES = 4
@@ -37,7 +38,7 @@ DENSE_TILES = 4
 
 @triton.jit
 def prepacked_dense_kernel(w, meta, out, N, K, across, ITEMSIZE: tl.constexpr, TILES: tl.constexpr):
-    """TILES tiles of 16 rows and 64 columns; `fxc_kernels.sparse24_prepacked` has the orders that are undone here."""
+    """TILES tiles of 16 rows and 64 columns; `fxc_kernels.cuda.sparse24_prepacked` has the orders that are undone here."""
     first = tl.program_id(0).to(tl.int64) * across + tl.program_id(1) * TILES
     left = across - tl.program_id(1) * TILES
     count = tl.arange(0, TILES * 512)
@@ -97,8 +98,8 @@ def prepacked_linear(
         else:
             out = large_product(flat, dense_from_prepacked(weight), bias, activation)
     else:
-        config = config or config_for("sparse24", flat, weight.outputs, weight.columns, triton_sparse24_mma.CONFIGS)
-        triton_sparse24_mma.multiply(flat, weight, out, (None, None, None, None, bias), activation, config)
+        config = config or config_for("sparse24", flat, weight.outputs, weight.columns, sparse24_mma.CONFIGS)
+        sparse24_mma.multiply(flat, weight, out, (None, None, None, None, bias), activation, config)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -108,7 +109,7 @@ def prepacked_scaled_mm(
     column_sum: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, activation: str = "none",
     config: Config | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`fxc_kernels.triton_scaled_mm.scaled_mm` with a prepacked int8 weight: q int8 [M, K], row_scale float32 [M], zero int32
+    """`fxc_kernels.cuda.scaled_mm.scaled_mm` with a prepacked int8 weight: q int8 [M, K], row_scale float32 [M], zero int32
     [M] or None, scale float32 [N], column_sum int32 [N]: the sums of the weight's rows, which `zero` needs -> `dtype` [M, N].
 
     compressed, config and errors as for `prepacked_linear`.
@@ -119,8 +120,8 @@ def prepacked_scaled_mm(
     check_vectors(q.shape[0], row_scale=row_scale, zero=zero)
     if q.dim() != 2 or not q.is_contiguous():
         raise ValueError(f"rows {tuple(q.shape)} must be contiguous [M, K]")
-    if weight.columns > triton_scaled_mm.INT32_COLUMNS:
-        raise ValueError(f"K = {weight.columns} is more than {triton_scaled_mm.INT32_COLUMNS}: int32 sums can overflow")
+    if weight.columns > scaled_mm.INT32_COLUMNS:
+        raise ValueError(f"K = {weight.columns} is more than {scaled_mm.INT32_COLUMNS}: int32 sums can overflow")
     if zero is not None and column_sum is None:
         column_sum = row_sums(weight)
     epilogue = (row_scale, zero, scale, column_sum, bias)
@@ -131,12 +132,12 @@ def prepacked_scaled_mm(
         if compressed is not None and q.shape[0] >= cusparselt.LARGE_ROWS:
             reduce_parts(cusparselt.product(q, compressed, None)[None], out, *epilogue, activation)
             return out
-        return triton_scaled_mm.scaled_mm(
+        return scaled_mm.scaled_mm(
             q, row_scale, zero, dense_from_prepacked(weight), scale, bias,
             column_sum=column_sum, dtype=dtype, activation=activation,
         )  # fmt: skip
-    config = config or config_for("int8_sparse24", q, weight.outputs, weight.columns, triton_sparse24_mma.INT8_CONFIGS)
-    triton_sparse24_mma.multiply(q, weight, out, epilogue, activation, config)
+    config = config or config_for("int8_sparse24", q, weight.outputs, weight.columns, sparse24_mma.INT8_CONFIGS)
+    sparse24_mma.multiply(q, weight, out, epilogue, activation, config)
     return out
 
 
@@ -145,7 +146,7 @@ def int8_prepacked_linear(
     activation: str = "none", config: Config | None = None, compressed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_sparse24_linear_reference` of what was prepacked, then `activation`: x float [..., K] -> x's dtype [..., N]."""
-    q, row_scale, zero = triton_quantize_rows.quantize_rows(x)
+    q, row_scale, zero = quantize_rows.quantize_rows(x)
     out = prepacked_scaled_mm(
         q, row_scale, zero, weight, scale, bias, column_sum=column_sum, dtype=x.dtype,
         activation=activation, config=config, compressed=compressed,

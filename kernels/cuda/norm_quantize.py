@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.triton_quantize_rows import KEPT, row_block, store_quantized
-from fxc_kernels.triton_rms_norm import norm_of_row
-from fxc_kernels.triton_tile import Build, check_vectors, flat_rows, on_device_of_first
+from fxc_kernels.cuda.quantize_rows import KEPT, row_block, store_quantized
+from fxc_kernels.cuda.rms_norm import norm_of_row
+from fxc_kernels.cuda.tile import Build, check_vectors, flat_rows, on_device_of_first
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.dispatch import config_for
-from fxc_kernels.triton_scaled_mm import part_length
-from fxc_kernels.triton_tile import (
+from fxc_kernels.cuda.dispatch import config_for
+from fxc_kernels.cuda.scaled_mm import part_length
+from fxc_kernels.cuda.tile import (
     INTERPRETED,
     Build,
     Config,

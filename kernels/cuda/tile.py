@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# silu_mul is for weights whose rows alternate, gate and up (fxc_kernels.interleaved): of N columns it leaves N / 2.
+# silu_mul is for weights whose rows alternate, gate and up (fxc_kernels.cuda.interleaved): of N columns it leaves N / 2.
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu", "silu_mul")
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even. libdevice's rint does the
 # same, but not in the interpreter.
@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @dataclass(frozen=True)
 class Config:
     """One shipped configuration. rows: the largest number of rows (tokens) it is meant for, None for any; m, n, k: the tile;
-    split: into how many parts K is cut; tma: the persistent kernel of `triton_persistent_mm`; fill: how many programs for
+    split: into how many parts K is cut; tma: the persistent kernel of `persistent_mm`; fill: how many programs for
     each multiprocessor are enough, beyond which `choose` does not cut K."""
 
     rows: int | None

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxc_kernels.triton_tile import Config, capability_of, choose, processors_of
+from fxc_kernels.cuda.tile import Config, capability_of, choose, processors_of
 
 # Up to so many rows of a tile, the kernels of weights that become floats have no tensor cores.
 GEMV_ROWS = 4

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.triton_tile import Build, on_device_of_first
+from fxc_kernels.cuda.tile import Build, on_device_of_first
 
 HEADS = 8
 """Heads of one token that a program turns."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.triton_tile import ROUND, Build, flat_rows, on_device_of_first
+from fxc_kernels.cuda.tile import ROUND, Build, flat_rows, on_device_of_first
 
 # A row of more numbers than this is read twice, the second time from the cache, instead of being kept in registers.
 KEPT = 32768
