@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
-from fxc_kernels.triton_build import SHARED_LIMIT, builds, compile_for
+from benchmarks.triton_build import SHARED_LIMIT, builds, compile_for
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CHIPS = (80, 90)

@@ -18,7 +18,7 @@ from fxc_kernels.cuda.sparse24_prepacked import Prepacked, prepack, row_sums, un
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
+triton_build = pytest.importorskip("benchmarks.triton_build", reason="no Triton on this platform")
 import triton  # noqa: E402
 from interpreter import checks_of, needs_interpreter  # noqa: E402
 

@@ -17,7 +17,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-triton_build = pytest.importorskip("fxc_kernels.triton_build", reason="no Triton on this platform")
+triton_build = pytest.importorskip("benchmarks.triton_build", reason="no Triton on this platform")
 from interpreter import checks_of, needs_interpreter  # noqa: E402
 
 from fxc_kernels.cuda import int4_linear, interleaved, scaled_mm, weight_only  # noqa: E402
