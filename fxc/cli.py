@@ -102,12 +102,18 @@ def main(
 @app.command("compile")
 def compile_(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
-    passes: Annotated[str | None, typer.Option(help="What to do, as in int8:mode=weight_only; int8 by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder to write; by default ./MODEL-PASSES, as in pylm-int8-prune.")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="What to do, as in int8,prune or int8:mode=weight_only; int8 by default.")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
-    eval_text: Annotated[Path | None, typer.Option(help="Measure perplexity on this text after every pass.")] = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Measure perplexity on this text after every pass; else it is not measured.")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -124,7 +130,7 @@ def compile_(
     dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
     verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
-    measure: Annotated[bool, typer.Option(help="Time the model after every pass.")] = True,
+    measure: Annotated[bool, typer.Option(help="Time the model after every pass, or time nothing.")] = True,
     drop: Annotated[
         list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
     ] = None,

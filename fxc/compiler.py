@@ -56,7 +56,8 @@ def optimize(
     (with `revision`), an fxc artifact, or "package.module:function", which is run and returns a model or
     (model, example_inputs).
     example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
-    passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures.
+    passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures. `prune` alone chooses how much
+    goes: `report["passes"]` says what and how it was judged ("notes"), and which pass does it again ("repeat").
     skip: patterns of module names to leave alone, globs or "re:...".
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
@@ -161,6 +162,9 @@ def compile_captured(
     files, changes = captured.files, {}
     if config is not captured.config and (changes := difference(captured.config, config)):
         files = files | {"config.json": _config_json(config, program.metadata["class"])}
+    if plan := next((s.repeat for s in steps if s.repeat), None):
+        drops = parse_passes(plan)[0].drop.split(";")
+        files = files | {"plan.json": (json.dumps({"drop": drops}, indent=0) + "\n").encode()}
     if changes or why_not:
         report["configuration"] = {"changes": changes, "not_exportable": why_not}
     return compiled_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Refusal, Removal
 from fxc.passes.order import order
 from fxc.verify.gates import Budget, judge
-from fxc.verify.samples import samples
+from fxc.verify.samples import drawn, samples
 
 
 @dataclass
 class Step:
     """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
-    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN."""
+    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN; repeat: the pass that makes the same
+    decisions again, of one that chose by itself."""
 
     name: str
     changed: int
@@ -33,6 +34,8 @@ class Step:
     removed: list[Removal] = field(default_factory=list)
     gates: dict[str, str] = field(default_factory=dict)
     layer_errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    repeat: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,7 +56,7 @@ def run_passes(
     """Run `passes` in the order that their facts demand; `program` itself is not changed.
 
     verify: run the gates. budget, layer_budget: the largest relative error that a policy pass may cause in the outputs, and
-    in one layer alone; by default each pass has its own (`Pass.budget`). allow_noop: let a policy pass change nothing.
+    in one layer alone; by default each pass has its own (`Pass.limits`). allow_noop: let a policy pass change nothing.
     dump_dir: write the text before the first pass and
     after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
@@ -69,7 +72,7 @@ def run_passes(
         after = program.copy()
         began = time.perf_counter()
         try:
-            result = step.run(after, context)
+            result = step.run(after, replace(context, draw=drawn, limit=budget if verify else None, tried=tried))
         except FxcError:
             raise
         except Exception as error:
@@ -78,7 +81,7 @@ def run_passes(
                 hint="this is a fault of fxc; report it with the model's configuration",
             ) from error
         seconds = time.perf_counter() - began
-        if step.is_policy and result.changed == 0 and not allow_noop:
+        if step.is_policy and result.changed == 0 and not allow_noop and not step.may_change_nothing():
             raise UsageError(
                 f"the pass {step} changed nothing",
                 why="; ".join(f"{r.fqn}: {r.reason}" for r in result.refusals[:5]) or "there is no layer for it",
@@ -86,10 +89,11 @@ def run_passes(
             )
         done = Step(
             str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), program.numel(),
-            after.numel(), result.covered_bytes, result.refusals, result.removed,
+            after.numel(), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
+            repeat=str(result.repeat) if result.repeat else None,
         )  # fmt: skip
         if verify:
-            own = step.budget
+            own = step.limits
             limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
             gates = judge(step, program, after, result, tried, limits, context)
             done.gates, done.layer_errors = gates.outcome, gates.layers

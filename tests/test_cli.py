@@ -16,6 +16,8 @@ from tiny import save
 from typer.testing import CliRunner
 
 from fxc.cli import app
+from fxc.commands.compile import default_out
+from fxc.passes.base import parse_passes
 from fxc.report.console import Output
 
 TEXT = "def answer(question):\n    return 42 if question else None\n\n" * 12
@@ -281,6 +283,8 @@ def test_passes_are_listed_and_explained():
     explained = fxc_json("passes", "--explain", "int8")["order"]
     assert [each["name"] for each in explained] == ["canonicalize", "int8"] and explained[0]["reasons"]
     assert "given twice" in fxc("passes", "--explain", "int8,int8", code=2).stderr
+    explained = fxc_json("passes", "--explain", "int8,prune")["order"]
+    assert [each["name"] for each in explained] == ["canonicalize", "prune", "dead_structure", "int8"]
 
 
 # --------------------------------------------------------------------------------------------------- bench and doctor
@@ -414,7 +418,89 @@ def test_python_m_fxc_reports_errors_the_same_way(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error[FXC-E2]") and done.stdout == ""
 
 
+def test_without_an_output_the_folder_is_named_after_model_and_passes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = fxc("compile", folder / "bert", "--passes", "int8:mode=weight_only", "--no-measure")
+    made = tmp_path / "bert-int8-mode-weight_only"
+    assert (made / "fxc.json").is_file()
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"run it: fxc run {made.name} --text TEXT; in Python: import fxc;")
+    assert "input_ids=..." in last and "token_type_ids" not in last
+    again = fxc("compile", folder / "bert", "--passes", "int8:mode=weight_only", "--no-measure", code=2)
+    assert "exists and is not empty" in again.stderr and "--overwrite" in again.stderr and "give another folder" in again.stderr
+    fxc("compile", folder / "bert", "--passes", "int8:mode=weight_only", "--no-measure", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("model", "passes", "name"),
+    [
+        ("sentence-transformers/all-MiniLM-L6-v2", "int8", "all-MiniLM-L6-v2-int8"),
+        ("gpt2", "prune,int4", "gpt2-prune-int4"),
+        ("torchvision.models:resnet18", "int8,prune", "resnet18-int8-prune"),
+        ("org/m", "int8:mode=weight_only,prune:heads=0.25:ffn=0.3", "m-int8-mode-weight_only-prune-heads-0.25-ffn-0.3"),
+        ("org/m", "prune:drop=a.b/ffn/1+2;c:criterion=l1,int8", "m-prune-criterion-l1-drop-int8"),
+        ("org/m", "", "m-captured"),
+        ("examples/../examples/pylm/", "int8", "pylm-int8"),
+        (".", "int8", "pylm-int8"),
+    ],
+)
+def test_names_of_outputs(model, passes, name, monkeypatch, pylm_dir):
+    monkeypatch.chdir(pylm_dir if model == "." else pylm_dir.parent.parent)
+    assert str(default_out(model, parse_passes(passes))) == name
+
+
+def test_the_last_line_runs(folder, tmp_path, monkeypatch):
+    """What is said of a plain module and of a decoder can be pasted."""
+    (tmp_path / "made.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Sequential(torch.nn.Linear(64, 64)), (torch.randn(2, 64),)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    last = fxc("compile", "made:build", "--no-measure").stdout.splitlines()[-1]
+    assert last.startswith("load and run it in Python: import fxc; model = fxc.load('build-int8'); model(")
+    name = last.rpartition("model(")[2].rstrip(")")
+    exec(last.partition("Python: ")[2], {name: torch.randn(3, 64)})
+    last = fxc("compile", folder / "qwen2", "--no-measure").stdout.splitlines()[-1]
+    assert "fxc run qwen2-int8 --prompt TEXT;" in last
+    exec(last.partition("Python: ")[2], {"input_ids": torch.tensor([[5, 6]])})
+    last = fxc("compile", folder / "vit", "-o", "a b", "--no-measure").stdout.splitlines()[-1]
+    assert last == "load and run it in Python: import fxc; model = fxc.load('a b'); model(pixel_values=...)"
+
+
+def test_what_was_not_measured_is_said_and_nothing_is_timed_when_told(folder, tmp_path, monkeypatch):
+    def clock(*arguments, **options):
+        raise AssertionError("something was timed")
+
+    monkeypatch.setattr("fxc.commands.stages.race", clock)
+    monkeypatch.setattr("fxc.lower.choose.measure", clock)
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "a", "--no-measure")
+    assert "pass by pass" not in done.stdout and "quality was not measured: --eval-text FILE" in done.stdout
+    assert f"fxc eval {tmp_path / 'a'} --against {folder / 'qwen2'}" in done.stdout
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "b", "--no-measure", "--eval-text", folder / "text.txt")
+    assert "perplexity" in done.stdout and ", ms" not in done.stdout and "was not measured" not in done.stdout
+    done = fxc("compile", folder / "bert", "-o", tmp_path / "c", "--no-measure")
+    assert "--eval-text" not in done.stdout and f"fxc eval {tmp_path / 'c'} --against" in done.stdout
+    with pytest.raises(AssertionError, match="something was timed"):
+        clock()
+
+
 # ------------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_prune_alone_chooses_and_says_how_to_do_it_again(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = fxc("compile", folder / "qwen2", "--passes", "int8,prune:budget=0.3", "--no-measure")
+    assert "real data (--calib, calib=) would rank and judge better" in done.stdout
+    said = next(line for line in done.stdout.splitlines() if line.startswith("the same again: "))
+    words = said.removeprefix("the same again: fxc ").replace("OTHER", "again").split()
+    assert "prune:budget" not in said and "amount=auto" not in fxc(*words, "--no-measure").stdout
+    out, again = tmp_path / "qwen2-int8-prune-budget-0.3", tmp_path / "again"
+    for name in ("program.fxc", *(each.name for each in out.glob("*.safetensors"))):
+        assert (out / name).read_bytes() == (again / name).read_bytes()
+    made = fxc_json("compile", folder / "qwen2", "-o", "c", "--passes", "prune", "--calib", folder / "text.txt", "--no-measure")
+    step = made["passes"][1]
+    assert step["name"] == "prune" and "held-out calibration" in step["notes"][0] and step["repeat"].startswith("prune:drop=")
+
 
 
 def test_int8_and_prune_run_in_the_right_order_and_each_is_measured(folder, tmp_path):

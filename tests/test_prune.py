@@ -569,7 +569,6 @@ def test_drops_become_an_option_of_the_pass():
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("prune", "does not say how much"),
         ("prune:heads=1.5", "is not a share"),
         ("prune:ffn=1", "is not a share"),
         ("prune:ffn=-0.1", "is not a share"),
@@ -579,9 +578,9 @@ def test_drops_become_an_option_of_the_pass():
         ("prune:ffn=0.5:round_to=1.5", "is not a int"),
         ("prune:ffn=0.5:uniform=true:scope=global", "uniform=true keeps the layers alike"),
         ("prune:ffn=0.5:uniform=yes", "is not a bool"),
-        ("prune:ffn=0.5:criterion=best", "one of l2, l1, bn_scale, taylor, wanda, mask_gradient"),
+        ("prune:ffn=0.5:criterion=best", "one of auto, l2, l1, bn_scale, taylor, wanda, mask_gradient"),
         ("prune:ffn=0.5:scope=world", "one of layer, global"),
-        ("prune:toes=0.5", "its options: heads, ffn"),
+        ("prune:toes=0.5", "its options: amount, budget, heads, ffn"),
         ("prune:drop=a/toes/1", "one of heads"),
     ],
 )

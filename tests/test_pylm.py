@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+from typer.testing import CliRunner
+
 import fxc
 from fxc import evaluate
+from fxc.cli import app
 from fxc.sources import load_source
 
 WINDOWS = 60
@@ -42,3 +47,45 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
 
     ids = fxc_command("run", str(tmp_path / "out"), "--prompt", "import os\n", "--max-new-tokens", "8", "--json")
     assert json.loads(ids)
+
+
+def test_the_command_that_the_project_is_for(pylm_dir, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(pylm_dir.parent)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["compile", "examples/pylm", "--passes", "int8,prune"])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [
+        "written to pylm-int8-prune",
+        "run it: fxc run pylm-int8-prune --prompt TEXT; in Python: import fxc; model = fxc.load('pylm-int8-prune'); "
+        "model.generate(input_ids, max_new_tokens=64)",
+    ]
+    assert "the same again: fxc compile examples/pylm --passes int8,prune --plan pylm-int8-prune/plan.json -o OTHER" in lines
+    assert any(line.startswith("quality was not measured: --eval-text FILE") for line in lines)
+    model = fxc.load("pylm-int8-prune")
+    assert model.program.nbytes() < 0.58 * model.report["bytes_before"]
+    again = fxc.optimize("examples/pylm", passes="int8,prune:plan=pylm-int8-prune/plan.json")
+    assert str(again.program) == str(model.program)
+    assert all((t == model.program.constants[name]).all() for name, t in again.program.constants.items())
+    rise = _rise(model, pylm_dir, evaluate.encode(evaluate.tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text()))
+    assert 0 < rise < 0.03, "judged on texts that the model wrote itself"
+
+
+def test_prune_with_data_stays_within_its_budget_on_other_data(pylm_dir, tmp_path):
+    text = (pylm_dir / "heldout.txt").read_text(encoding="utf-8")
+    (tmp_path / "calib.txt").write_text(text[: len(text) // 2], encoding="utf-8")
+    model = fxc.optimize(pylm_dir, passes="int8,prune", calib=tmp_path / "calib.txt")
+    step = next(p for p in model.report["passes"] if p["name"] == "prune")
+    assert "of the loss on 32 held-out calibration samples" in step["notes"][0]
+    removed = sum(r["removed"] for r in step["removed"])
+    assert 400 < removed < 1920 and all(2 * r["removed"] <= r["before"] for r in step["removed"])
+    tokens = evaluate.encode(evaluate.tokenizer_of(pylm_dir), text[len(text) // 2 :])
+    assert _rise(model, pylm_dir, tokens) == pytest.approx(0.02, abs=0.01)
+
+
+def _rise(model, original, tokens) -> float:
+    """By what share the loss of a token rises."""
+    before, after = (
+        math.log(evaluate.perplexity(m, tokens, limit=WINDOWS).value) for m in (load_source(str(original)).model, model)
+    )
+    return after / before - 1

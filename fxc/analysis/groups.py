@@ -64,7 +64,8 @@ class Group:
     products: int
     source: tuple[Group, Tensor] | None = None
     name: str = ""
-    """Its scope, or where another group of its kind has the same one, its first weight's name."""
+    """Its scope, or where another group of its kind has the same one, its first weight's name, numbered from the second on;
+    no two groups of a kind share it."""
 
 
 def groups(program: Program) -> list[Group]:
@@ -98,8 +99,12 @@ def groups_of(axes: Axes) -> list[Group]:
     for link in axes.links:
         _connect(found, link)
     taken = Counter((g.scope, g.kind) for g in found.values())
+    seen: Counter[tuple[str, str]] = Counter()
     for group in found.values():
-        group.name = group.scope if taken[group.scope, group.kind] == 1 and group.scope else group.members[0].fqn
+        name = group.scope if taken[group.scope, group.kind] == 1 and group.scope else group.members[0].fqn
+        seen[name, group.kind] += 1
+        # One weight may begin with several.
+        group.name = name if seen[name, group.kind] == 1 else f"{name}.{seen[name, group.kind]}"
     return list(found.values())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
 from fxc.passes.order import order
-from fxc.passes.prune import with_drops
+from fxc.passes.prune import Prune, with_drops
 from fxc.pipeline import Step
 from fxc.recipe import Recipe, read_recipe
-from fxc.report import compilation, sizes
+from fxc.report import compilation, outputs, sizes
 from fxc.report.console import Output
 from fxc.runtime.manifest import replaceable
 from fxc.runtime.staging import check_target, check_writable
 from fxc.sources import kind_of
+
+_LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class CompileRequest:
     """The options of `fxc compile`, as given."""
 
     model: str
-    out: Path
+    out: Path | None
     passes: str | None
     recipe: Path | None
     skip: tuple[str, ...]
@@ -74,8 +78,9 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         output.warn(f"--calib {request.calib}: no pass of this recipe uses calibration data, so it changes nothing")
     local = kind_of(request.model) in ("folder", "artifact")
     source = Path(request.model).expanduser() if local else None
+    out = request.out or default_out(request.model, wanted)
     least = _least_bytes(source, ordered) if source is not None else 0
-    check_target(request.out, source, replaceable if request.overwrite else None, least)
+    check_target(out, source, replaceable if request.overwrite else None, least)
     if request.dump_dir is not None:
         check_writable(request.dump_dir / "program")
 
@@ -113,22 +118,48 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             why=compilation.why_so_little(report),
             hint="nothing was written; 'fxc inspect' shows where the bytes are",
         )
-    worth = _measure(report, stages, scored, request.device, output) if request.measure or scored is not None else []
-    with output.doing(f"writing {request.out}"):
-        model.save(request.out, overwrite=request.overwrite, source=source)
+    is_measured = request.measure or scored is not None
+    worth = _measure(report, stages, scored, request.device, output, request.measure) if is_measured else []
+    with output.doing(f"writing {out}"):
+        model.save(out, overwrite=request.overwrite, source=source)
 
     before, after = captured.program, model.program
     disk = (
         (sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes),
-        sizes.on_disk(request.out),
+        sizes.on_disk(out),
     )
     kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
     steps = report["passes"][len(captured.passes) :]
     compilation.show(output, report | {"passes": steps, "stages": worth}, kinds, disk, (before.nbytes(), after.nbytes()))
     if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
         output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
-    output.line(f"written to {request.out}")
-    output.json(compilation.as_json(report | {"stages": worth}, str(request.out)))
+    if scored is None:
+        output.line(_how_to_measure(request.model, out, causal=before.metadata.get("kind") == "causal_lm"))
+    if "plan.json" in model.files:
+        # What else the pass was told is in the plan.
+        passes = ",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted)
+        plan = shlex.quote(str(out / "plan.json"))
+        output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
+    output.line(f"written to {out}")
+    output.line(outputs.how_to_run(model, out))
+    output.json(compilation.as_json(report | {"stages": worth}, str(out)))
+
+
+def default_out(model: str, passes: Sequence[Pass]) -> Path:
+    """The folder to write when none was given, in the current one: the name of the model and what was done to it, as in
+    pylm-int8-prune; of a hub id the part after the slash, of a function its name."""
+    local = kind_of(model) in ("folder", "artifact")
+    name = Path(model).expanduser().resolve().name if local else re.split(r"[/:]", model)[-1]
+    # Which units go by decree is too long for a name.
+    done = [re.sub(r":(drop|plan)=[^:]*", r":\1", str(each)) for each in passes] or ["captured"]
+    return Path("-".join(re.sub(r"[^\w.]+", "-", part).strip("-.") for part in (name or "model", *done))[:_LONGEST_NAME])
+
+
+def _how_to_measure(model: str, out: Path, *, causal: bool) -> str:
+    against = f"fxc eval {shlex.quote(str(out))} --against {shlex.quote(model)}"
+    if causal:
+        return f"quality was not measured: --eval-text FILE gives the perplexity after every pass; or: {against} --text FILE"
+    return f"quality was not measured beyond the gates: {against} compares the two"
 
 
 def _least_bytes(source: Path, passes: list[Pass]) -> int:
@@ -162,9 +193,11 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     return quality.encode(quality.tokenizer_of(captured.folder), text)
 
 
-def _measure(report: dict[str, Any], stages: Stages, tokens: torch.Tensor | None, device: str | None, output: Output) -> None:
-    """Put into the report what each pass was worth, and the change of perplexity."""
-    rows = stages.measure(tokens, device, output)
+def _measure(
+    report: dict[str, Any], stages: Stages, tokens: torch.Tensor | None, device: str | None, output: Output, timed: bool
+) -> list[dict[str, Any]]:
+    """What each pass was worth; the report gets the change of perplexity."""
+    rows = stages.measure(tokens, device, output, timed)
     measured = [row["perplexity"] for row in rows if "perplexity" in row]
     if measured:
         before, after = measured[0], measured[-1]

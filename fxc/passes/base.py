@@ -54,13 +54,16 @@ class Removal:
 @dataclass
 class Result:
     """What a pass did: how many places it changed, where it declined, the bytes of weights that it rewrote, which units it
-    removed or masked, and what became of the program's inputs and outputs."""
+    removed or masked, and what became of the program's inputs and outputs. notes: what else a user should know; repeat: the
+    pass that makes the same decisions without looking, for one that looked."""
 
     changed: int = 0
     refusals: list[Refusal] = field(default_factory=list)
     covered_bytes: int = 0
     removed: list[Removal] = field(default_factory=list)
     interface: Interface = field(default_factory=Interface)
+    notes: list[str] = field(default_factory=list)
+    repeat: Pass | None = None
 
 
 @dataclass
@@ -68,11 +71,15 @@ class Context:
     """What passes are given besides the program.
 
     skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; samples: sets of input tensors for the
-    program, realistic where calibration data was given, which gates and data-driven policies use.
+    program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes such inputs for
+    a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and its inputs.
     """
 
     skip: tuple[str, ...] = ()
     samples: list[list[Tensor]] = field(default_factory=list)
+    draw: Callable[[Program], list[list[Tensor]]] | None = None
+    limit: float | None = None
+    tried: list[list[Tensor]] = field(default_factory=list)
 
     def skips(self, fqn: str) -> str | None:
         """The pattern that says to leave the module `fqn` alone, if one does."""
@@ -99,7 +106,7 @@ class Pass:
     breaks: ClassVar[frozenset[Fact]] = frozenset()
     owes: ClassVar[frozenset[Fact]] = frozenset()
     """Facts that another pass has to make true after this one: what is masked is to be removed."""
-    budget: ClassVar[tuple[float, float]] = (0.2, 0.5)
+    limits: ClassVar[tuple[float, float]] = (0.2, 0.5)
     """Of a policy: the largest relative error that it may cause in the outputs, and in one layer alone."""
     shrinks: ClassVar[bool] = True
     """Of a policy: whether it makes the weights smaller by itself."""
@@ -122,6 +129,10 @@ class Pass:
     def needs_data(self) -> str | None:
         """What the pass, with its options, cannot do without `Context.samples`, in words."""
         return None
+
+    def may_change_nothing(self) -> bool:
+        """Whether that nothing could be changed is an answer, and no fault of what was asked."""
+        return False
 
     def __str__(self) -> str:
         """The pass as it is written in `--passes`, with the options that are not at their defaults."""
@@ -169,7 +180,8 @@ def _parse_option(where: str, kind: Any, value: str) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value
-        raise UsageError(f"{value!r} is not a value of it", where=where, hint=f"one of {', '.join(typing.get_args(kind))}")
+        values = ", ".join(filter(None, typing.get_args(kind)))
+        raise UsageError(f"{value!r} is not a value of it", where=where, hint=f"one of {values}")
     if kind is bool and value in ("true", "false"):
         return value == "true"
     if kind in (int, float, str):

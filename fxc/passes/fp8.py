@@ -39,7 +39,7 @@ class Fp8(PackLinears):
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     # Three bits of mantissa: a layer moves by about a twenty-fifth.
-    budget: ClassVar[tuple[float, float]] = (0.3, 0.15)
+    limits: ClassVar[tuple[float, float]] = (0.3, 0.15)
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         return "there is no fp8 form of the experts of a mixture: int8 has one" if node.target is GROUPED else None

@@ -42,7 +42,7 @@ class Int4(PackLinears):
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     # A layer moves by about a tenth; what wrongly packed weights would do is far above both.
-    budget: ClassVar[tuple[float, float]] = (0.5, 0.3)
+    limits: ClassVar[tuple[float, float]] = (0.5, 0.3)
 
     def __post_init__(self) -> None:
         if self.group not in scheme.GROUPS:

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -40,25 +42,36 @@ from fxc.passes.dead_structure import NO_DEAD_STRUCTURE
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.mask import mask, unmaskable
 from fxc.passes.plan import Drop, parse_drops, read_plan
+from fxc.passes.prune_amount import choose
 from fxc.passes.scores import NEED_DATA, Criterion, scores
+
+BUDGET = 0.02
+_PLURALS = {"head": "heads", "ffn": "ffn", "channel": "channels"}
+_UNIFORM_STEPS = 64
 
 
 @dataclass(frozen=True)
 class Prune(Pass):
     """Mask the least important heads, FFN channels and convolution channels, and drop whole layers.
 
-    heads, ffn, channels, layers: the share of each that goes, from 0 to below 1. criterion: l2, l1 (magnitude), bn_scale, or
-    from calibration data wanda, taylor, mask_gradient; layers always go by how little they change their input, which needs
-    data. scope: whether units compete within their layer or over the whole model. round_to: channels are kept in multiples of
-    it. uniform: every layer keeps as many as the others, and every KV head as many query heads, so that the result can be said
-    in a Hugging Face configuration. drop: explicit decisions, "MODULE/heads/0+5;MODULE"; plan: a JSON file of them.
+    amount: "auto", which is what `prune` alone means: the most heads and channels, never more than half of those of a layer,
+    that keep the loss of quality within `budget`, found by bisection over a ranking of the whole model, or with uniform=true
+    over a share that is the same everywhere. What is measured is the loss of the next token on calibration data, or how far
+    the outputs move (`prune_amount.Judge`). Or in so many words: heads, ffn, channels, layers: the share of each that goes,
+    from 0 to below 1. criterion: l2, l1 (magnitude), bn_scale, or from calibration data wanda, taylor, mask_gradient; auto is
+    taylor for amount=auto, and else l2; layers always go by how little they change their input, which needs data. scope:
+    whether units compete within their layer or over the whole model. round_to: channels are kept in multiples of it. uniform:
+    every layer keeps as many as the others, and every KV head as many query heads, so that the result can be said in a Hugging
+    Face configuration. drop: explicit decisions, "MODULE/heads/0+5;MODULE"; plan: a JSON file of them.
     """
 
+    amount: Literal["", "auto"] = ""
+    budget: float = BUDGET
     heads: float = 0.0
     ffn: float = 0.0
     channels: float = 0.0
     layers: float = 0.0
-    criterion: Criterion = "l2"
+    criterion: Literal["auto", Criterion] = "auto"
     scope: Literal["layer", "global"] = "layer"
     round_to: int = 1
     uniform: bool = False
@@ -71,7 +84,7 @@ class Prune(Pass):
     breaks: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     owes: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     # How far the outputs move is what the user asked for: it is measured, reported, and limited only by --budget.
-    budget: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+    limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
     shrinks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -83,24 +96,43 @@ class Prune(Pass):
             raise UsageError(f"round_to={self.round_to} is not a positive number", where="prune")
         if self.uniform and self.scope == "global":
             raise UsageError("uniform=true keeps the layers alike, and scope=global does not", where="prune")
-        if not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan):
-            raise UsageError("prune does not say how much", hint="for instance prune:heads=0.25:ffn=0.3")
+        says = [name for name in ("heads", "ffn", "channels", "layers", "drop", "plan") if getattr(self, name)]
+        if not 0 <= self.budget < float("inf"):
+            raise UsageError(f"budget={self.budget} is not a share of the loss", where="prune", hint="prune:budget=0.02")
+        if says and (self.amount or self.budget != BUDGET):
+            given = f"amount={self.amount}" if self.amount else f"budget={self.budget}"
+            raise UsageError(
+                f"{given} lets prune choose how much goes, and {says[0]}= says it", where="prune", hint="give one of the two"
+            )
         # As it can be written in a list of passes.
         object.__setattr__(self, "drop", ";".join(map(str, parse_drops(self.drop))))
 
+    @property
+    def is_auto(self) -> bool:
+        return not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan)
+
     def uses_data(self) -> bool:
+        return self.is_auto or self._needs_data()
+
+    def _needs_data(self) -> bool:
         return self.layers > 0 or ((self.heads or self.ffn or self.channels) > 0 and self.criterion in NEED_DATA)
 
     def needs_data(self) -> str | None:
-        if not self.uses_data():
+        if not self._needs_data():
             return None
         return "layers are" if self.layers else f"criterion={self.criterion} is"
+
+    def may_change_nothing(self) -> bool:
+        return self.is_auto
 
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         if program.is_on_meta:
             raise UsageError("weights on meta have no magnitudes to prune by", where="prune")
         check_data_is_given([self], bool(context.samples))
+        if self.is_auto:
+            self._prune_within_budget(program, context, result)
+            return result
         drops = parse_drops(self.drop) + (read_plan(self.plan) if self.plan else ())
         self._drop(program, drops, result)
         if self.layers:
@@ -111,10 +143,11 @@ class Prune(Pass):
 
     # ------------------------------------------------------------------------------------------------------- by importance
 
-    def _prune_units(self, program: Program, shares: dict[str, float], context: Context, result: Result) -> None:
-        candidates: dict[str, list[Group]] = {kind: [] for kind in shares}
+    def _candidates(self, program: Program, kinds: Iterable[str], context: Context, result: Result) -> dict[str, list[Group]]:
+        """The groups of these kinds that may lose units; of the others the result says why not."""
+        candidates: dict[str, list[Group]] = {kind: [] for kind in kinds}
         for group in groups(program):
-            if group.kind not in shares:
+            if group.kind not in candidates:
                 continue
             if pattern := context.skips(group.name):
                 result.refusals.append(Refusal(group.name, f"skipped by the pattern {pattern}"))
@@ -127,30 +160,64 @@ class Prune(Pass):
                 result.refusals.append(Refusal(group.name, "uniform=true prunes the numbered layers only"))
             else:
                 candidates[group.kind].append(group)
-        found = scores(program, [g for gs in candidates.values() for g in gs], self.criterion, context.samples)
+        return candidates
+
+    def _prune_within_budget(self, program: Program, context: Context, result: Result) -> None:
+        kinds = self._candidates(program, _PLURALS, context, result)
+        candidates = [g for its in kinds.values() for g in its if g.size > 1]
+        criterion = "taylor" if self.criterion == "auto" else self.criterion
+        choice = choose(program, candidates, context, self.budget, criterion, self._amounts)
+        result.refusals += [Refusal(g.name, f"{criterion} says nothing about it") for g in choice.unscored]
+        drops = []
+        for group, units in choice.units.items():
+            _mask(program, group, units, result)
+            drops.append(Drop(group.name, _PLURALS[group.kind], tuple(sorted(units.tolist()))))
+        result.notes = choice.notes
+        if drops:
+            result.repeat = Prune(drop=";".join(map(str, drops)))
+
+    def _amounts(
+        self, found: Mapping[Group, Tensor], order: list[tuple[Group, int]]
+    ) -> tuple[int, Callable[[int], dict[Group, Tensor]]]:
+        """How many steps there are from nothing to half of everything, and what goes at each."""
+
+        def of_the_ranking(step: int) -> dict[Group, Tensor]:
+            counts = Counter(group for group, _ in order[:step])
+            return {g: found[g].argsort(stable=True)[: self._count(g, n)] for g, n in counts.items() if self._count(g, n)}
+
+        def alike(step: int) -> dict[Group, Tensor]:
+            picked = self._layer_by_layer(list(found), found, step / (2 * _UNIFORM_STEPS))
+            return {g: units for g, units in picked if len(units)}
+
+        return (_UNIFORM_STEPS, alike) if self.uniform else (len(order), of_the_ranking)
+
+    def _prune_units(self, program: Program, shares: dict[str, float], context: Context, result: Result) -> None:
+        criterion = "l2" if self.criterion == "auto" else self.criterion
+        candidates = self._candidates(program, shares, context, result)
+        found = scores(program, [g for gs in candidates.values() for g in gs], criterion, context.samples)
         for kind, share in shares.items():
             scored = [g for g in candidates[kind] if g in found]
             for group in candidates[kind]:
                 if group not in found:
-                    result.refusals.append(Refusal(group.name, f"{self.criterion} says nothing about it"))
+                    result.refusals.append(Refusal(group.name, f"{criterion} says nothing about it"))
             if not scored:
-                result.refusals.append(Refusal("", f"the model has no {NAMES[kind]}s that can be pruned by {self.criterion}"))
-            choose = self._over_the_model if self.scope == "global" else self._layer_by_layer
-            for group, units in choose(scored, found, share):
+                result.refusals.append(Refusal("", f"the model has no {NAMES[kind]}s that can be pruned by {criterion}"))
+            choose_units = self._over_the_model if self.scope == "global" else self._layer_by_layer
+            for group, units in choose_units(scored, found, share):
                 _mask(program, group, units, result)
 
     def _layer_by_layer(
-        self, candidates: Sequence[Group], found: dict[Group, Tensor], share: float
+        self, candidates: Sequence[Group], found: Mapping[Group, Tensor], share: float
     ) -> Iterable[tuple[Group, Tensor]]:
         for group in candidates:
             if self.uniform and group.kind == "head" and group.source is not None:
-                yield group, _alike(group, found[group], share)
+                yield group, _alike(group, found[group], share, (group.size + 1) // 2 if self.is_auto else 1)
             else:
                 count = self._count(group, share * group.size)
                 yield group, found[group].argsort(stable=True)[:count]
 
     def _over_the_model(
-        self, candidates: Sequence[Group], found: dict[Group, Tensor], share: float
+        self, candidates: Sequence[Group], found: Mapping[Group, Tensor], share: float
     ) -> Iterable[tuple[Group, Tensor]]:
         # Gradients compare layers; weights of one layer are larger than those of another for no reason of importance.
         means = {g: 1.0 if self.criterion == "taylor" else found[g].mean().item() or 1.0 for g in candidates}
@@ -170,10 +237,12 @@ class Prune(Pass):
         return min(group.size, 1 if group.kind == "head" else self.round_to)
 
     def _count(self, group: Group, wanted: float) -> int:
-        """How many units go when `wanted` should: at least one stays, and of channels a multiple of round_to."""
-        keep = group.size - round(wanted)
+        """How many units go when `wanted` should: at least one stays, and of channels a multiple of round_to. Within a budget
+        rounding never takes more."""
+        keep = group.size - (math.floor(wanted) if self.is_auto else round(wanted))
         if group.kind != "head":
-            keep = round(keep / self.round_to) * self.round_to
+            multiples = keep / self.round_to
+            keep = (math.ceil(multiples) if self.is_auto else round(multiples)) * self.round_to
         return group.size - min(max(keep, self._least(group)), group.size)
 
     # ----------------------------------------------------------------------------------------------------------- whole layers
@@ -220,13 +289,15 @@ def _is_even(group: Group) -> bool:
     return torch.equal(index, torch.arange(source.size).repeat_interleave(group.size // source.size))
 
 
-def _alike(group: Group, found: Tensor, share: float) -> Tensor:
+def _alike(group: Group, found: Tensor, share: float, least: int) -> Tensor:
     """The least important query heads such that each KV head that stays keeps as many as the others: the numbers of KV heads
-    and of query heads to each of them that come nearest to what should stay, the more of both the better."""
+    and of query heads to each of them that come nearest to what should stay, the more of both the better; `least` heads or
+    more stay."""
     source, _ = group.source
     each = group.size // source.size
     keep = group.size - round(share * group.size)
     sizes = itertools.product(range(1, source.size + 1), range(1, each + 1))
+    sizes = [s for s in sizes if s[0] * s[1] >= least]
     kv_heads, of_each = min(sizes, key=lambda s: (abs(s[0] * s[1] - keep), -s[0] * s[1], -s[1]))
     by_kv_head = found.reshape(source.size, each)
     best = by_kv_head.argsort(dim=1, stable=True)[:, each - of_each :]
@@ -256,7 +327,7 @@ def _take_out(program: Program, scope: str, result: Result) -> None:
 def _group_at(there: Sequence[Group], drop: Drop) -> Group:
     """The one group of the kind in or around the module. Raises `UsageError` where there is none, or several, or a unit of it
     is not there."""
-    kind = "head" if drop.kind == "kv_heads" else {"heads": "head", "ffn": "ffn", "channels": "channel"}[drop.kind]
+    kind = "head" if drop.kind == "kv_heads" else next(k for k, plural in _PLURALS.items() if plural == drop.kind)
     its = [g for g in there if g.kind == kind]
     exact = [g for g in its if g.name == drop.module or g.scope == drop.module]
     inside = exact or [g for g in its if any(m.fqn.startswith(f"{drop.module}.") for m in g.members)]

@@ -121,7 +121,7 @@ def _key(site: WeightedSite) -> str:
 
 def mask_gradients(program: Program, groups: Sequence[Group], samples: Sequence[Sequence[Tensor]]) -> dict[Group, Tensor]:
     """[samples, size] float64: the gradient of the loss of each sample by a mask of ones on the units of each group."""
-    masked, masks = _with_masks(program, groups)
+    masked, masks = with_masks(program, groups)
     module = masked.module()
     parameters = {g: getattr(module.get_submodule("constants"), name) for g, name in masks.items()}
     for parameter in parameters.values():
@@ -136,7 +136,7 @@ def mask_gradients(program: Program, groups: Sequence[Group], samples: Sequence[
     return {g: torch.stack(each).double() for g, each in found.items()}
 
 
-def _with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dict[Group, str]]:
+def with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dict[Group, str]]:
     """A copy in which what each site reads is first multiplied by a constant of ones, one number for each unit."""
     copy = program.copy()
     nodes = {node.name: node for node in copy.graph.nodes}

@@ -35,7 +35,7 @@ class Sparse24(PackLinears):
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
     # Half of the weights go, by magnitude alone: it is measured, reported, and limited only by --budget.
-    budget: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+    limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         if node.target is GROUPED:

@@ -49,6 +49,9 @@ def show(
         for p in report["passes"]
     ]
     output.table("passes", ["pass", ">changed", ">seconds", "gates", "meaning"], passes)
+    for step in report["passes"]:
+        for note in step.get("notes", ()):
+            output.line(f"{step['name']}: {note}")
     skipped = [row for p in report["passes"] for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", "why", "which"], skipped)
     errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxc.companions import has_vocabulary
 from fxc.errors import InputRefused, UsageError
 from fxc.evaluate import tokenizer_of
 from fxc.runtime.model import CompiledModel
@@ -113,6 +115,26 @@ def _embedding(items: dict[str, Any], output: Any, mask: Tensor | None) -> tuple
     if first is None:
         raise UsageError("the model's output has no floating-point tensor to show", hint="call it from Python: fxc.load")
     return first[0].float().flatten(), str(name)
+
+
+def how_to_run(model: CompiledModel, folder: Path) -> str:
+    """One line on how to load the artifact `folder` and run it."""
+    kept = model.files.keys()
+    has_tokenizer = has_vocabulary(kept)
+    has_processor = bool(kept & {"preprocessor_config.json", "processor_config.json"})
+    takes = _what_it_takes(model)
+    runs = takes.startswith("--") and (has_tokenizer or "TEXT" not in takes) and (has_processor or "FILE" not in takes)
+    call = model.program.signature.call
+    names = [declared.name for declared in model.program.signature.inputs]
+    if hasattr(model, "generate"):
+        arguments, method = "input_ids, max_new_tokens=64", ".generate"
+    elif len(call["args"]) == len(names):
+        arguments, method = ", ".join(names), ""
+    else:
+        arguments, method = ", ".join(f"{d.name}=..." for d in model.program.signature.inputs if d.default is None), ""
+    python = f"import fxc; model = fxc.load({str(folder)!r}); model{method}({arguments})"
+    command = f"fxc run {shlex.quote(str(folder))} {takes.replace(' and ', ' ')}"
+    return f"run it: {command}; in Python: {python}" if runs else f"load and run it in Python: {python}"
 
 
 def _longest(model: CompiledModel) -> int:

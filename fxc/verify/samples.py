@@ -17,6 +17,46 @@ def samples(program: Program) -> list[list[Tensor]]:
     return [_sample(program, *variant) for variant in ((0, 0), (1, 3), (-1, 2))]
 
 
+def drawn(program: Program, count: int = 32) -> list[list[Tensor]]:
+    """`count` sets of inputs, for what has to be judged on many where no data was given; the same for the same program. For a
+    causal language model texts that it writes itself, token by token from one at random, so that they are as likely as it
+    thinks; for others random numbers at the sizes of capture."""
+    if program.metadata.get("kind") != "causal_lm":
+        return [_sample(program, 0, 0, seed) for seed in range(count)]
+    # The sizes of capture reach 16 positions; not every model takes more.
+    for length in (32, 16):
+        try:
+            ids = _written(program, count, length)
+            break
+        except (RuntimeError, IndexError):
+            if length == 16:
+                raise
+    return [causal_lm_sample(program, 1, length, 0, row[None]) for row in ids]
+
+
+def _written(program: Program, rows: int, length: int) -> Tensor:
+    """Texts that a causal language model writes: [rows, length] int64."""
+    generator = torch.Generator().manual_seed(4321)
+    module, names = program.module(), [declared.name for declared in program.signature.inputs]
+    outputs = {name: i for i, name in enumerate(program.signature.outputs)}
+    inputs = causal_lm_sample(program, rows, 1, 0)
+    inputs[0] = _integers(program.placeholders[0], (rows, 1), generator)
+    texts = inputs[0]
+    with torch.no_grad():
+        while texts.shape[1] < length:
+            made = module(*inputs)
+            likely = made[outputs["logits"]][:, -1].float().softmax(-1)
+            # Of numbers that are not finite nothing can be drawn, and what they do is found elsewhere.
+            new = torch.multinomial(likely.nan_to_num(0.0).clamp(min=1e-30), 1, generator=generator)
+            texts = torch.cat([texts, new], 1)
+            past = texts.shape[1] - 1
+            given = {"input_ids": new, "attention_mask": torch.ones(rows, past + 1, dtype=torch.int64)}
+            given["position_ids"] = torch.full((rows, 1), past)
+            given |= {n: made[outputs[n.replace("past.", "present.", 1)]] for n in names if n.startswith("past.")}
+            inputs = [given[name] for name in names]
+    return texts
+
+
 def _with_own_cache(program: Program, batch: int, new: int, past: int) -> list[Tensor]:
     """A decoder's inputs after a cache that the program itself has filled: what is always zero there is zero in it."""
     inputs = causal_lm_sample(program, batch, new, past)
@@ -55,8 +95,8 @@ def causal_lm_sample(program: Program, batch: int, new: int, past: int, ids: Ten
     return tensors
 
 
-def _sample(program: Program, batch_delta: int, delta: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1234 + 17 * batch_delta + delta)
+def _sample(program: Program, batch_delta: int, delta: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1234 + 17 * batch_delta + delta + 1009 * seed)
     tensors = []
     for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
         value = node.meta["val"]
