@@ -362,7 +362,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_wrong_usage_is_2():
-    for arguments in (["melt"], ["compile"], ["compile", "x"], ["run", "x", "--max-new-tokens", "0"], ["bench", "x"]):
+    for arguments in (["melt"], ["compile"], ["run", "x", "--max-new-tokens", "0"], ["bench", "x"]):
         fxc(*arguments, code=2)
 
 
@@ -451,12 +451,12 @@ def test_names_of_outputs(model, passes, name, monkeypatch, pylm_dir):
 
 def test_the_last_line_runs(folder, tmp_path, monkeypatch):
     """What is said of a plain module and of a decoder can be pasted."""
-    (tmp_path / "made.py").write_text(
+    (tmp_path / "plain_linear.py").write_text(
         "import torch\ndef build():\n    return torch.nn.Sequential(torch.nn.Linear(64, 64)), (torch.randn(2, 64),)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    last = fxc("compile", "made:build", "--no-measure").stdout.splitlines()[-1]
+    last = fxc("compile", "plain_linear:build", "--no-measure").stdout.splitlines()[-1]
     assert last.startswith("load and run it in Python: import fxc; model = fxc.load('build-int8'); model(")
     name = last.rpartition("model(")[2].rstrip(")")
     exec(last.partition("Python: ")[2], {name: torch.randn(3, 64)})
