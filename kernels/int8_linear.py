@@ -23,6 +23,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fxc_kernels.int8_exact import is_exact
+
 INT8_MIN, INT8_MAX = -128, 127
 INT8_STEPS = INT8_MAX - INT8_MIN
 # A row whose range is not above this counts as all zero: below it, 1/scale would overflow float32.
@@ -114,14 +116,8 @@ def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor,
 
 @functools.cache
 def int_mm_is_exact() -> bool:
-    """Whether this CPU's ``torch._int_mm`` is exact. Without VNNI oneDNN adds pairs of products in 16 bits, which saturates:
-    activations of 127 against weights of 127 then give half of the sum. A CPU is asked and not its flags: ONEDNN_MAX_CPU_ISA
-    limits oneDNN whatever the CPU has."""
-    weight = torch.full((64, 128), INT8_MAX, dtype=torch.int8)
-    return all(
-        bool((torch._int_mm(torch.full((rows, 128), INT8_MAX, dtype=torch.int8), weight.t()) == 128 * INT8_MAX**2).all())
-        for rows in (1, 2, 64)
-    )
+    """Whether ``torch._int_mm`` is exact in this process: without VNNI it saturates (see `int8_exact`)."""
+    return is_exact(lambda weight: lambda q: torch._int_mm(q, weight.t()))
 
 
 def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

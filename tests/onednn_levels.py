@@ -13,7 +13,7 @@ os.environ["FXC_CACHE"] = "off"
 
 import torch
 
-from fxc.lower import packed
+from fxc.lower import packed, traced
 from fxc.lower.cpu import lower_cpu
 from fxc_kernels import int8_linear as op
 
@@ -33,6 +33,14 @@ def extremes(rows: int, columns: int):
     return x, weight
 
 
+def compiled_forms(name: str, x, qweight, scale, bias):
+    """What Inductor is given, run as it stands."""
+    zero = torch.zeros(len(qweight), dtype=torch.int64)
+    if name == "int8_linear":
+        return [traced.int8_linear(x, qweight, scale, zero, bias, packed.zero_point_term(qweight, scale))]
+    return [traced.split_linear(x, qweight, scale, zero, bias)]
+
+
 for name in ("int8_linear", "int8_weight_only_linear"):
     for rows in (1, 2, 5, 64):
         x, weight = extremes(rows, 2048)
@@ -45,7 +53,10 @@ for name in ("int8_linear", "int8_weight_only_linear"):
         assert abs(expected.abs().max() - 127 * 2048) < 2
         operator = program.module()(x[:, None])[0][:, 0]
         lowered, report = lower_cpu(program, "eager", measure=int8_wins)
-        for found in (operator, lowered(x[:, None])[0][:, 0]):
+        forms = [operator, lowered(x[:, None])[0][:, 0]]
+        if packed.int8_is_exact():
+            forms += compiled_forms(name, x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
+        for found in forms:
             error = (found - expected).abs().max() / expected.abs().max()
             assert error < 1e-5, f"{name}, {rows} rows, {report[0].op}: {error:.2e}"
 print("exact" if report[0].op == "int8" else "float")

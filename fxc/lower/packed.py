@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fxc_kernels.int8_exact import is_exact, unwatched
 from fxc_kernels.int8_linear import INT8_MAX, INT8_MIN, INT8_STEPS, ZERO_ROW
 
 # Rows are gone through in blocks of this many: oneDNN wants hundreds at a time, and temporaries of thousands leave the cache.
@@ -59,35 +60,35 @@ def _product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Te
 def _single_rows_are_slow() -> bool:
     """Whether a single row has to go through as two: with AMX, oneDNN 3.12 takes its reference code for M == 1 and some sizes
     (every layer with N == 256), which is 100 to 1000 times slower."""
-    packed = pack_int8(torch.ones(256, 256, dtype=torch.int8))
-    scale, zero_point = torch.ones(256), torch.zeros(256, dtype=torch.int64)
-    seconds = []
-    for rows in (1, 2):
-        q = torch.ones(rows, 256, dtype=torch.uint8)
-        _product(q, packed, scale, zero_point)
-        calls = []
-        for _ in range(3):
-            start = time.perf_counter()
+    with unwatched():
+        packed = pack_int8(torch.ones(256, 256, dtype=torch.int8, device="cpu"))
+        scale, zero_point = torch.ones(256, device="cpu"), torch.zeros(256, dtype=torch.int64, device="cpu")
+        seconds = []
+        for rows in (1, 2):
+            q = torch.ones(rows, 256, dtype=torch.uint8, device="cpu")
             _product(q, packed, scale, zero_point)
-            calls.append(time.perf_counter() - start)
-        seconds.append(min(calls))
+            calls = []
+            for _ in range(3):
+                start = time.perf_counter()
+                _product(q, packed, scale, zero_point)
+                calls.append(time.perf_counter() - start)
+            seconds.append(min(calls))
     return seconds[0] > 5 * seconds[1]
 
 
 @functools.cache
 def int8_is_exact() -> bool:
-    """Whether this CPU's int8 products are exact. Without VNNI oneDNN adds pairs of u8 x s8 in 16 bits, which saturates: 255
-    against 127 gives half of the sum. It is tried, because ONEDNN_MAX_CPU_ISA limits oneDNN whatever the CPU has."""
+    """Whether `int8_product` is exact in this process: without VNNI oneDNN's saturates (see `fxc_kernels.int8_exact`)."""
     if not torch.backends.mkldnn.is_available():
         return False
-    outputs, columns = 64, 512
-    packed = pack_int8(torch.full((outputs, columns), INT8_MAX, dtype=torch.int8))
-    scale, zero_point = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
-    expected = float(columns * INT8_MAX * INT8_MAX)
-    return all(
-        bool((int8_product(torch.full((rows, columns), 255, dtype=torch.uint8), packed, scale, zero_point) == expected).all())
-        for rows in (1, 2, 16, 128)
-    )
+
+    def product_of(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        packed, outputs = pack_int8(weight), weight.shape[0]
+        scale = torch.ones(outputs, device="cpu")
+        zero_point = torch.zeros(outputs, dtype=torch.int64, device="cpu")
+        return lambda q: int8_product(to_uint8(q), packed, scale, zero_point)
+
+    return is_exact(product_of)
 
 
 def to_uint8(q: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from fxc.lower.packed import SPLIT, UINT8_ZERO, int8_product, pack_int8, symmetric_scales, to_uint8
-from fxc_kernels.int8_linear import round_rows, row_parameters
+from fxc.lower.packed import SPLIT, UINT8_ZERO, int8_product, pack_int8, symmetric_scales
+from fxc_kernels.int8_linear import INT8_STEPS, row_parameters
 
 # Each specialization of a compiled program folds its own constants; they all share one packed copy of a weight.
 _PACKED: dict[tuple[int, int, int], tuple[weakref.ref, weakref.ref]] = {}
@@ -63,7 +63,9 @@ def int8_linear(x, qweight, scale, zero_point, bias, zero_point_term):
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], qweight.shape[0])
     row_scale, inverse, row_zero_point = map(_stored, row_parameters(rows))
-    q = to_uint8(round_rows(rows, inverse, row_zero_point))
+    # `round_rows` moved up to uint8: whole numbers of float32 are moved exactly, and clamped as integers it compiles better.
+    q = ((rows.float() * inverse).round() + (row_zero_point + UINT8_ZERO)).to(torch.int32)
+    q = q.clamp(0, INT8_STEPS).to(torch.uint8)
     out = _product(q, qweight, scale, zero_point) + row_zero_point * zero_point_term
     return _finish(out, row_scale, x, bias)
 
