@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxc.cache import cache_of, tensors_of
+from fxc.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, resized, runs
 from fxc.errors import CaptureFailed, UsageError, first_line
 from fxc.ir.structure import flatten, unflatten
 
@@ -23,7 +25,8 @@ class Call:
 
     inputs: name -> example tensor; dynamic: name -> {dimension: AUTO}; defaults: name -> Input.default;
     other_sizes: further sets of inputs, of sizes that are not traced, for the check; stacks: of a decoder, which of the
-    cache's tensors are alike.
+    cache's tensors are alike; asked: axes that the caller wants to vary; may_fix: whether torch.export may take others for
+    constants, which the program then demands.
     """
 
     module: nn.Module
@@ -34,19 +37,28 @@ class Call:
     call: Any
     kind: str
     stacks: list[list[int]] = field(default_factory=list)
+    asked: frozenset[Axis] = frozenset()
+    may_fix: bool = False
 
 
-def call_of(model: nn.Module, example_inputs: Any) -> Call:
+def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Iterator[Call]:
+    """The ways to trace `model`, that with the most sizes free first."""
     if example_inputs is not None:
-        return _call_by_example(model, example_inputs)
-    if not hasattr(model, "config") or not hasattr(model, "main_input_name"):
+        yield from _calls_by_example(model, example_inputs, dynamic_shapes)
+    elif not hasattr(model, "config") or not hasattr(model, "main_input_name"):
         raise UsageError(
             f"{type(model).__name__} is not a Hugging Face model, so its inputs are not known",
             hint="give example_inputs=(tensor, ...) or example_inputs={'name': tensor}",
         )
-    if _is_causal_lm(model):
-        return _call_with_cache(model)
-    return _call_without_cache(model)
+    elif not _is_causal_lm(model):
+        yield from _calls_without_cache(model, dynamic_shapes)
+    elif dynamic_shapes is not None:
+        raise UsageError(
+            "all sizes of a decoder vary already: batch, new tokens and those in its cache",
+            hint="leave dynamic_shapes out, or give example_inputs to capture it without its cache",
+        )
+    else:
+        yield _call_with_cache(model)
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -164,7 +176,7 @@ def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
     return shapes
 
 
-def _call_without_cache(model: nn.Module) -> Call:
+def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call]:
     config, name = model.config, model.main_input_name
     parameters = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"return_dict": True} if _takes(parameters, "return_dict") else {}
@@ -195,7 +207,28 @@ def _call_without_cache(model: nn.Module) -> Call:
         elif n == "decoder_attention_mask":
             defaults[n] = "ones:decoder_input_ids"
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(first)}}
-    return Call(_Flat(model, structure, options), first, dynamic, defaults, others, structure, "encoder")
+    module = _Flat(model, structure, options)
+    asked = asked_of(dynamic_shapes, structure, list(first), [])
+    known = {(n, d) for n, dims in dynamic.items() for d in dims}
+    for n, dims in asked.items():
+        dynamic[n] = dict.fromkeys(dims, AUTO)
+    wanted = frozenset((n, d) for n, dims in asked.items() for d in dims)
+    groups = checked_free(module, first, set(wanted) - known)
+    others = [*others, *(_grown(first, [each], 0) for each in groups)]
+    free = found_free(module, first, set(), known | {(n, d) for n in asked for d in range(first[n].ndim)})
+    if free:
+        freest = {n: dims | {d: AUTO for g in free for m, d in g.axes if m == n} for n, dims in dynamic.items()}
+        tried = [*others, *(_grown(first, [each], step) for each in free for step in (0, 1))]
+        yield Call(module, first, freest, defaults, tried, structure, "encoder", asked=wanted)
+    yield Call(module, first, dynamic, defaults, others, structure, "encoder", asked=wanted)
+
+
+def _grown(inputs: dict[str, Tensor], groups: list[Group], step: int, batch: int = 0) -> list[Tensor]:
+    """`inputs` with the axes of `groups` grown by their first or second step and the batch by `batch`."""
+    by = {axis: group.steps[step] for group in groups for axis in group.axes}
+    size = batch_of(inputs)
+    by |= {(n, 0): batch for n, t in inputs.items() if t.ndim and t.shape[0] == size and batch}
+    return list(resized(inputs, by).values())
 
 
 def _takes(parameters: Any, name: str) -> bool:
@@ -241,7 +274,7 @@ def _example_tensors(model: nn.Module, parameters: Any, batch: int, length: int)
     return {n: t.to(first.device) for n, t in tensors.items()}
 
 
-def _call_by_example(model: nn.Module, example_inputs: Any) -> Call:
+def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Iterator[Call]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, (tuple, list, dict)):
@@ -262,34 +295,52 @@ def _call_by_example(model: nn.Module, example_inputs: Any) -> Call:
         structure = {"args": args, "kwargs": {}}
     if not flat:
         raise UsageError("example_inputs holds no tensor")
-    # A size of 1 would be taken for a constant, so a batch of one is traced as a batch of two.
-    sized = [t for t in flat if t.ndim]
-    if sized and all(t.shape[0] == 1 for t in sized):
-        flat = [torch.cat([t, t]) if t.ndim else t for t in flat]
-        sized = [t for t in flat if t.ndim]
-    batch = max((t.shape[0] for t in sized), default=0)
-    inputs = dict(zip(names, flat, strict=True))
-    dynamic: dict[str, dict[int, Any]] = {}
-    for n, t in inputs.items():
-        dynamic[n] = {0: AUTO} if t.ndim and t.shape[0] > 1 else {}
-        if t.ndim > 1 and not t.is_floating_point() and t.shape[1] > 1:
-            dynamic[n][1] = AUTO
-
-    def resized(rows: int, columns: int) -> list[Tensor]:
-        """The examples with `rows` times the batch (0: a batch of one) and token sequences longer by `columns`."""
-        tensors = []
-        for n, t in inputs.items():
-            if t.ndim and t.shape[0] == batch:
-                t = torch.cat([t] * rows) if rows else t[:1]
-            if 1 in dynamic[n] and columns:
-                t = torch.cat([t, t[:, :1].expand(-1, columns, *t.shape[2:])], dim=1)
-            tensors.append(t)
-        return tensors
-
     options: dict[str, Any] = {}
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         options = {"return_dict": True} if _takes(inspect.signature(model.forward).parameters, "return_dict") else {}
         if "past_key_values" in parameters:
             options["use_cache"] = False
-    others = [list(inputs.values()), resized(3, 0), resized(0, 0), resized(1, 5), resized(2, 19)]
-    return Call(_Flat(model, structure, options), inputs, dynamic, {}, others, structure, "module")
+    module, given = _Flat(model, structure, options), dict(zip(names, flat, strict=True))
+    asked = asked_of(dynamic_shapes, structure, names, parameters)
+    _check_asked(asked, given)
+    # A size of 1 would be taken for a constant, so a batch of one is traced as a batch of two, if the model takes that.
+    sized = [t for t in flat if t.ndim]
+    is_one = bool(sized) and all(t.shape[0] == 1 for t in sized)
+    ones = {(n, 0) for n, t in given.items() if t.ndim and is_one and (n not in asked or 0 in asked[n])}
+    doubled = resized(given, dict.fromkeys(ones | {(n, d) for n, s in asked.items() for d in s if given[n].shape[d] == 1}, 1))
+    wants_batch = any(0 in dimensions for dimensions in asked.values())
+    if not is_one or wants_batch or runs(module, doubled):
+        yield from _by_freedom(module, doubled, structure, asked, has_batch=True)
+    if is_one and not wants_batch:
+        yield from _by_freedom(module, given, structure, asked, has_batch=False)
+
+
+def _check_asked(asked: dict[str, set[int]], given: dict[str, Tensor]) -> None:
+    for name, dimensions in asked.items():
+        if wrong := [d for d in dimensions if not 0 <= d < given[name].ndim]:
+            raise UsageError(f"{name} has no dimension {wrong[0]}: it is {list(given[name].shape)}", hint="count from 0")
+
+
+def _by_freedom(
+    module: _Flat, inputs: dict[str, Tensor], structure: Any, asked: dict[str, set[int]], has_batch: bool
+) -> Iterator[Call]:
+    """Calls with every dimension free that the model takes at other sizes, then with the batch and tokens alone."""
+    wanted = {(n, d) for n, dimensions in asked.items() for d in dimensions}
+    decided = {(n, d) for n in asked for d in range(inputs[n].ndim)}
+    first = {(n, 0) for n, t in inputs.items() if has_batch and t.ndim and t.shape[0] > 1 and n not in asked}
+    tokens = {
+        (n, 1) for n, t in inputs.items() if t.ndim > 1 and not t.is_floating_point() and t.shape[1] > 1 and n not in asked
+    }
+    said = checked_free(module, inputs, {(n, d) for n, d in wanted if d > 0 or inputs[n].shape[0] != batch_of(inputs)})
+    free = found_free(module, inputs, tokens, decided | (set() if has_batch else {(n, 0) for n in inputs}))
+    few = [Group(group.axes & tokens, group.steps) for group in free if group.axes & tokens]
+    many = 2 * batch_of(inputs) if has_batch else 0
+    for groups in [free, few] if free != few else [free]:
+        all_of = [*said, *groups]
+        axes = first | wanted | {axis for group in all_of for axis in group.axes}
+        dynamic = {n: {d: AUTO for d in range(t.ndim) if (n, d) in axes} for n, t in inputs.items()}
+        others = [
+            list(inputs.values()), _grown(inputs, [], 0, many), _grown(inputs, [], 0, min(0, 1 - many // 2)),
+            *(_grown(inputs, [group], 0) for group in all_of), _grown(inputs, all_of, 1, many // 2),
+        ]  # fmt: skip
+        yield Call(module, inputs, dynamic, {}, others, structure, "module", asked=frozenset(wanted), may_fix=True)

@@ -135,6 +135,9 @@ def compile_(
         list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A JSON file of what to prune.")] = None,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="Dimensions of an input that vary, NAME:0,1; else found by trying. Repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
@@ -143,7 +146,7 @@ def compile_(
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
         trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
-        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan,
+        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan, tuple(dynamic or ()),
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)

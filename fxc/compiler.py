@@ -35,6 +35,7 @@ def optimize(
     example_inputs: Any = None,
     passes: str | Sequence[str | Pass] = "int8",
     *,
+    dynamic_shapes: Any = None,
     skip: Iterable[str] = (),
     calib: Any = None,
     tokenizer: Any = None,
@@ -58,6 +59,7 @@ def optimize(
     example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures. `prune` alone chooses how much
     goes: `report["passes"]` says what and how it was judged ("notes"), and which pass does it again ("repeat").
+    dynamic_shapes: which sizes of the inputs vary, where that is not to be found by trying: see `fxc.capture`.
     skip: patterns of module names to leave alone, globs or "re:...".
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
@@ -77,7 +79,13 @@ def optimize(
         check_writable(Path(dump_dir) / "program")
     given = companions.of_tokenizer(tokenizer) if tokenizer is not None else None
     captured = capture_source(
-        model, example_inputs, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, check=verify
+        model,
+        example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        check=verify,
     )
     if given is not None:
         captured.files = companions.with_tokenizer(captured.files, given)
@@ -227,6 +235,7 @@ def capture_source(
     model: nn.Module | str | Path,
     example_inputs: Any = None,
     *,
+    dynamic_shapes: Any = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -239,7 +248,7 @@ def capture_source(
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
-        program = capture(model, example_inputs, check=check)
+        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
         config = getattr(model, "config", None)
         source = {"kind": "module", "class": type(model).__name__}
         return Captured(program, config, _files_of_module(model), source, nbytes, borrowed=model is given)
@@ -247,10 +256,12 @@ def capture_source(
     if kind_of(source) == "artifact":
         if dtype != "auto":
             raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
+        if dynamic_shapes is not None:
+            raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
         return _capture_artifact(Path(source))
     loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    program = capture(loaded.model, inputs, check=check)
+    program = capture(loaded.model, inputs, dynamic_shapes=dynamic_shapes, check=check)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
     files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
     config = getattr(loaded.model, "config", None)

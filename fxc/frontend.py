@@ -12,6 +12,7 @@ import inspect
 import logging
 import operator
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,43 +21,75 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 import fxc.schemes  # noqa: F401 - what is captured may become its operators
-from fxc.calls import AUTO, Call, WithStackedCache, call_of
+from fxc.calls import AUTO, Call, WithStackedCache, calls_of
 from fxc.errors import CaptureFailed, FxcError, first_line
 from fxc.fold import folded
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
+from fxc.ir.recurrent import symbolic_lengths
 from fxc.legalize import legalize
 from fxc.neutral import neutral
 from fxc.rotary import functional_rotary
+from fxc.verify.samples import keep_examples
 
 
-def capture(model: nn.Module, example_inputs: Any = None, *, check: bool = True) -> Program:
+def capture(
+    model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = None, check: bool = True
+) -> Program:
     """Capture `model` as a Program. The model is not changed; the program's constants share its memory.
 
     example_inputs: a tuple of positional arguments or a dict of keyword arguments (nested lists, tuples and dicts of
     tensors are allowed). May be None for a Hugging Face model, whose inputs follow from its configuration. The first
-    dimension of every example tensor is taken as dynamic where the model permits, and the sequence dimensions of token
-    inputs. check: run the program at other sizes and compare it with the model.
+    dimension of every example tensor is taken as dynamic where the model permits, the sequence dimensions of token inputs,
+    and those others that the model is seen to take at other sizes: frames, height and width.
+    dynamic_shapes: for some inputs, which dimensions vary: {"x": (0, 1)}, or in torch.export's form; no others of theirs do.
+    check: run the program at other sizes and compare it with the model.
 
-    Raises `CaptureFailed` when the model's control flow depends on its data or it calls an operator that no program may
-    call, `UsageError` when example inputs are needed.
+    Raises `CaptureFailed` when the model's control flow depends on its data, it calls an operator that no program may
+    call or a dimension that is asked for cannot vary; `UsageError` when example inputs are needed.
     """
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
         with neutral(), torch.no_grad(), _deterministic_graphs(), folded(model), functional_rotary(model):
             example_inputs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, example_inputs)
-            call = call_of(model, example_inputs)
-            program = _export(model, call)
-            if check and not program.is_on_meta:
-                compare(program, call)
-                if call.kind == "causal_lm":
-                    program.metadata["positions"] = _default_positions(model, program, call)
+            program = _freest(model, calls_of(model, example_inputs, dynamic_shapes), check)
     finally:
         for module in training:
             module.training = True
     return program
+
+
+def _freest(model: nn.Module, calls: Iterator[Call], check: bool) -> Program:
+    """The program of the first call that can be captured; the last one's error where none can."""
+    failure = None
+    for call in calls:
+        try:
+            program = _export(model, call)
+            _check_asked(program, call)
+            if check and not program.is_on_meta:
+                taken = compare(program, call)
+                if call.kind == "causal_lm":
+                    program.metadata["positions"] = _default_positions(model, program, call)
+                else:
+                    keep_examples(program, taken)
+            return program
+        except CaptureFailed as error:
+            failure = error
+    raise failure
+
+
+def _check_asked(program: Program, call: Call) -> None:
+    for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
+        for dimension, size in enumerate(node.meta["val"].shape):
+            if (declared.name, dimension) in call.asked and isinstance(size, int):
+                raise CaptureFailed(
+                    f"dimension {dimension} of {declared.name} cannot vary: torch.export took its size, {size}, for a constant",
+                    where=program.metadata["class"],
+                    why="the model computes with it as with a number, or it has to equal a size that is fixed",
+                    hint="leave that dimension out",
+                )
 
 
 @contextmanager
@@ -110,7 +143,7 @@ def _export(model: nn.Module, call: Call) -> Program:
             hint="give example_inputs that the model takes",
         ) from error
     try:
-        with _silent_export():
+        with _silent_export(), symbolic_lengths():
             exported = _trace(call)
     except Exception as error:  # torch.export raises many kinds; each means that this model cannot be captured as it is
         raise CaptureFailed(
@@ -333,10 +366,13 @@ def _retype(program: Program) -> None:
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
-def compare(program: Program, call: Call) -> None:
-    """Run program and model at `call.other_sizes`; raise `CaptureFailed` where they differ by more than rounding."""
-    module = program.module()
+def compare(program: Program, call: Call) -> list[list[Tensor]]:
+    """Run program and model at `call.other_sizes`; raise `CaptureFailed` where they differ by more than rounding. Returns the
+    examples and at most two other sets of inputs that both take."""
+    module, taken = program.module(), []
     for inputs in call.other_sizes:
+        if call.may_fix and not _fits(program, inputs):
+            continue
         sizes = ", ".join(str(list(t.shape)) for t in inputs[:3])
         try:
             expected = call.module(*inputs)
@@ -360,6 +396,18 @@ def compare(program: Program, call: Call) -> None:
                     why=f"the tolerance for {b.dtype} is {tolerance(b.dtype):.0e}",
                     hint="the model's control flow may depend on sizes or values",
                 )
+        taken.append(inputs)
+    return taken[:3]
+
+
+def _fits(program: Program, inputs: list[Tensor]) -> bool:
+    """Whether the sizes of `inputs` are those that the program demands."""
+    shapes = [node.meta["val"].shape for node in program.placeholders]
+    return all(
+        not isinstance(wanted, int) or wanted == size
+        for tensor, shape in zip(inputs, shapes, strict=True)
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
 
 
 def _refuse_random(program: Program, call: Call, inputs: list[Tensor]) -> None:
@@ -372,7 +420,7 @@ def _refuse_random(program: Program, call: Call, inputs: list[Tensor]) -> None:
         "the model is random: two runs on the same inputs differ",
         where=program.metadata["class"] if node is None else node.meta.get("fqn") or program.metadata["class"],
         why=node and f"it calls {node.target}, also in evaluation mode",
-        hint="F.dropout needs training=self.training; a model that samples can take its noise as an input",
+        hint="give F.dropout the module's own training flag; let a model that samples take its noise as an input",
     )
 
 

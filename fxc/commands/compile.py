@@ -58,6 +58,7 @@ class CompileRequest:
     measure: bool
     drop: tuple[str, ...]
     plan: Path | None
+    dynamic: tuple[str, ...]
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
@@ -87,6 +88,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     with output.doing(f"capturing {request.model}"):
         captured = capture_source(
             request.model,
+            dynamic_shapes=_dynamic_shapes(request.dynamic),
             dtype=dtype,
             revision=request.revision,
             trust_remote_code=request.trust_remote_code,
@@ -166,6 +168,19 @@ def _least_bytes(source: Path, passes: list[Pass]) -> int:
     """No result is smaller: a policy leaves at least a sixteenth of the weights, as int4 of half of a float32 model."""
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors") if p.is_file())
     return weights // 16 if any(p.is_policy for p in passes) else weights // 2
+
+
+def _dynamic_shapes(given: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
+    """`x:0,1` -> {"x": (0, 1)}."""
+    shapes = {}
+    for each in given:
+        name, _, dimensions = each.rpartition(":")
+        if not name or not all(part.isdecimal() for part in dimensions.split(",")):
+            raise UsageError(
+                "this does not name the dimensions of an input", where=f"--dynamic {each}", hint="NAME:0,1, counted from 0"
+            )
+        shapes[name] = tuple(map(int, dimensions.split(",")))
+    return shapes or None
 
 
 def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:

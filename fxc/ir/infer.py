@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from fxc.ir.recurrent import OPERATORS, symbolic_lengths
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
@@ -42,5 +45,6 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple, kwargs: dict) -> Any:
     """The value that `target` returns for the types in `args` and `kwargs`, where a node stands for its own type."""
     args, kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
     # The Python dispatcher is what export traces under: some composite operators are symbolic only there.
-    with mode, torch.no_grad(), enable_python_dispatcher():
+    lengths = symbolic_lengths() if target in OPERATORS else nullcontext()
+    with mode, torch.no_grad(), enable_python_dispatcher(), lengths:
         return target(*args, **kwargs)
