@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from fxc.cache import cache_of, tensors_of
 from fxc.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, resized, runs
 from fxc.errors import CaptureFailed, UsageError, first_line
+from fxc.images import image_size
 from fxc.ir.structure import flatten, unflatten
 
+_SAMPLES = 4000  # a quarter of a second: more than a first convolution spans
 AUTO = torch.export.Dim.AUTO
 _SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 
@@ -263,15 +265,31 @@ def _example_tensors(model: nn.Module, parameters: Any, batch: int, length: int)
         tensors["decoder_input_ids"] = tokens(max(2, length - 2) if length > 1 else 1, text.vocab_size)
     if "pixel_values" in parameters:
         vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or 64
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = image_size(config)
         shape = (batch, getattr(vision, "num_channels", 3), height, width)
         tensors["pixel_values"] = torch.randn(shape, generator=generator).to(first.dtype)
-    if "input_features" in parameters:
-        frames = 2 * config.max_source_positions
-        shape = (batch, config.num_mel_bins, frames)
-        tensors["input_features"] = torch.randn(shape, generator=generator).to(first.dtype)
+    for name in ("input_features", "input_values"):
+        if name in parameters and (shape := _sound_shape(config, name)):
+            tensors[name] = torch.randn((batch, *shape), generator=generator).to(first.dtype)
     return {n: t.to(first.device) for n, t in tensors.items()}
+
+
+def _sound_shape(config: Any, name: str) -> tuple[int, ...] | None:
+    """The shape of one sound, without its batch dimension: a spectrogram as the model lays it out, or samples of a wave."""
+
+    def known(*names: str) -> int | None:
+        return next((value for n in names if isinstance(value := getattr(config, n, None), int)), None)
+
+    bins = known("num_mel_bins")
+    if name == "input_features":
+        if bins and known("max_source_positions") and not known("input_feat_per_channel"):
+            return bins, 2 * known("max_source_positions")
+        width = known("input_feat_per_channel", "feature_projection_input_dim", "input_size")
+        return (96, width) if width else None
+    if bins and known("max_length"):
+        return known("max_length"), bins
+    channels = known("audio_channels")
+    return (channels, _SAMPLES) if channels else (_SAMPLES,)
 
 
 def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Iterator[Call]:
