@@ -24,8 +24,8 @@ _EFFECTS = {
     "sym_constrain_range",
     "sym_constrain_range_for_size",
 }
-# In place only in the bookkeeping of gradients.
-_IDENTITIES = {"detach_", "requires_grad_"}
+# The same values in the same memory, and what is in place only in the bookkeeping of gradients.
+_IDENTITIES = {"detach_", "requires_grad_", "alias", "detach", "lift_fresh"}
 
 
 # A program reads no memory that nobody wrote.
@@ -33,6 +33,16 @@ _FILLED = {
     "aten::empty_like": torch.ops.aten.zeros_like.default,
     "aten::new_empty": torch.ops.aten.new_zeros.default,
     "aten::empty": torch.ops.aten.zeros.default,
+}
+# What functionalization and decomposition leave: the public operator that computes the same. The "unsafe" ones only
+# promise autograd that nobody writes through them, which nobody does in a program.
+_PUBLIC = {
+    "aten::_unsafe_view": torch.ops.aten.view.default,
+    "aten::lift_fresh_copy": torch.ops.aten.clone.default,
+    "aten::_unsafe_index.Tensor": torch.ops.aten.index.Tensor,
+    "aten::unsafe_split.Tensor": torch.ops.aten.split.Tensor,
+    "aten::unsafe_split_with_sizes": torch.ops.aten.split_with_sizes.default,
+    "aten::unsafe_chunk": torch.ops.aten.chunk.default,
 }
 _FOREIGN = {"transformers::grouped_mm_fallback": ops.GROUPED_MM}
 
@@ -49,6 +59,8 @@ def legalize(graph: fx.Graph) -> None:
         elif short in _IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif (public := _PUBLIC.get(f"{schema.name}.{schema.overload_name}".rstrip("."))) is not None:
+            node.target = public
         elif schema.name in _FOREIGN:
             node.target = _FOREIGN[schema.name]
         elif schema.name in _FILLED:

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.nn.modules import transformer
 from torch.utils._device import DeviceContext
+
+_DETECT = transformer._detect_is_causal_mask
 
 
 @contextmanager
 def neutral() -> Iterator[None]:
     """No autocast, no inference mode, no default device, float32 as the default dtype, and no fast path of
-    nn.TransformerEncoder and nn.MultiheadAttention, which gives other numbers at padded positions than what export sees.
-    All is as it was afterwards."""
+    nn.TransformerEncoder and nn.MultiheadAttention, which gives other numbers at padded positions than what export sees;
+    nor do they look into a mask whether it is the causal one. All is as it was afterwards."""
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -29,4 +32,6 @@ def neutral() -> Iterator[None]:
         if torch.backends.mha.get_fastpath_enabled():
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, True)
+        stack.callback(setattr, transformer, "_detect_is_causal_mask", _DETECT)
+        transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
         yield

@@ -122,6 +122,49 @@ def test_a_padding_mask_of_torchs_own_encoder():
     torch.testing.assert_close(compiled(src=x, src_key_padding_mask=padding)[~padding], expected[~padding])
 
 
+@pytest.mark.parametrize("boolean", [False, True])
+def test_an_attention_mask_of_torchs_own_encoder_and_decoder(boolean):
+    mask = nn.Transformer.generate_square_subsequent_mask(7)
+    mask = mask.isinf() if boolean else mask
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 1).eval()
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 4, 128, batch_first=True), 1).eval()
+    x = torch.randn(4, 7, 64)
+    compiled = fxc.optimize(encoder, {"src": x, "mask": mask}, "canonicalize")
+    torch.testing.assert_close(compiled(src=x, mask=mask), encoder(x, mask=mask))
+    compiled = fxc.optimize(decoder, {"tgt": x, "memory": x.flip(0), "tgt_mask": mask}, "canonicalize")
+    expected = decoder(x, x.flip(0), tgt_mask=mask)
+    torch.testing.assert_close(compiled(tgt=x, memory=x.flip(0), tgt_mask=mask), expected)
+
+
+def test_padded_keys_of_an_attention():
+    model, x = nn.MultiheadAttention(64, 4, batch_first=True).eval(), torch.randn(4, 7, 64)
+    padding = torch.zeros(4, 7, dtype=torch.bool)
+    padding[0, 5:] = True
+    given = {"query": x, "key": x, "value": x, "key_padding_mask": padding}
+    compiled = fxc.optimize(model, given, "canonicalize")
+    for found, expected in zip(compiled(**given), model(**given), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_decomposition_leaves_is_made_public():
+    aten = torch.ops.aten
+
+    class Left(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(64, 64)
+
+        def forward(self, x):
+            y = aten._unsafe_view(self.l(aten.alias(x)), [-1, 8, 8])
+            first, second = aten.unsafe_split(aten.lift_fresh_copy(y.detach()), 4, 1)
+            filled = first.new_empty(first.shape).copy_(first)
+            return filled.clone(memory_format=torch.contiguous_format) + aten._unsafe_index(second, [None, torch.arange(4)])
+
+    model, x = Left().eval(), torch.randn(4, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fxc.optimize(model, (x,), "canonicalize")(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [
