@@ -318,6 +318,7 @@ def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any
         options = {"return_dict": True} if _takes(inspect.signature(model.forward).parameters, "return_dict") else {}
         if "past_key_values" in parameters:
             options["use_cache"] = False
+        options = {k: v for k, v in options.items() if k not in structure["kwargs"]}
     module, given = _Flat(model, structure, options), dict(zip(names, flat, strict=True))
     asked = asked_of(dynamic_shapes, structure, names, parameters)
     _check_asked(asked, given)

@@ -25,7 +25,7 @@ from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
-from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
 from fxc.runtime.staging import check_writable
 from fxc.sources import DTYPES, kind_of, load_source
 
@@ -36,7 +36,7 @@ def optimize(
     passes: str | Sequence[str | Pass] = "int8",
     *,
     dynamic_shapes: Any = None,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     calib: Any = None,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "auto",
@@ -60,7 +60,8 @@ def optimize(
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures. `prune` alone chooses how much
     goes: `report["passes"]` says what and how it was judged ("notes"), and which pass does it again ("repeat").
     dynamic_shapes: which sizes of the inputs vary, where that is not to be found by trying: see `fxc.capture`.
-    skip: patterns of module names to leave alone, globs or "re:...".
+    skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
+    nothing is a `UsageError`; the report's "skipped" says what each was applied to.
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
     tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
@@ -112,7 +113,7 @@ def compile_captured(
     captured: Captured,
     passes: Sequence[Pass],
     *,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     calib: Any = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -126,7 +127,8 @@ def compile_captured(
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program."""
     before = captured.program
-    context = Context(skip=tuple(skip))
+    context = Context(skip=skip)
+    context.check_skip(before)
     if calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
             context.samples = calibration_samples(before, calib, folder=folder, config=captured.config)
@@ -160,6 +162,7 @@ def compile_captured(
         "source": captured.source,
         "dtype": str(dtype).removeprefix("torch."),
         "skip": list(context.skip),
+        "skipped": context.skipped,
         "bytes_before": captured.nbytes,
         "bytes_after": program.nbytes(),
         "parameters_before": before.numel(),
@@ -323,9 +326,12 @@ def _config_of(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise InputRefused(f"transformers cannot read it: {error}", where=str(path / "config.json")) from None
+    if getattr(config, WEIGHTS_KEY, None) == NOT_A_CHECKPOINT:
+        delattr(config, WEIGHTS_KEY)
+    return config
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
 import operator
 import os
 from collections.abc import Iterator
@@ -22,12 +23,13 @@ from torch.utils._pytree import tree_map_only
 
 import fxc.schemes  # noqa: F401 - what is captured may become its operators
 from fxc.calls import AUTO, Call, WithStackedCache, calls_of
-from fxc.errors import CaptureFailed, FxcError, first_line
+from fxc.errors import CaptureFailed, FxcError, UsageError, first_line
 from fxc.fold import folded
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.ir.recurrent import symbolic_lengths
+from fxc.ir.structure import flatten
 from fxc.legalize import legalize
 from fxc.neutral import neutral
 from fxc.rotary import functional_rotary
@@ -174,6 +176,8 @@ def _export(model: nn.Module, call: Call) -> Program:
     if call.kind == "causal_lm":
         signature.result = {"dict": {n: i for i, n in enumerate(call.module.names)}}
     metadata = {"class": type(model).__name__, "kind": call.kind, "parameters": _parameter_names(model)}
+    if call.kind != "causal_lm" and (defaults := _defaults(model, call)):
+        metadata["defaults"] = defaults
     program = Program(graph, store, aliases, signature, metadata)
     _retype(program)
     sweep(program)
@@ -207,6 +211,37 @@ def _parameter_names(model: nn.Module) -> list[str]:
     """The names of the arguments of the model's forward, in order, for callers who give them by position."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY)
     return [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+
+
+def _defaults(model: nn.Module, call: Call) -> dict[str, list[Any]]:
+    """Name of an argument that no tensor was given for -> what leaving it out means: the values, as structures, that give
+    the same. Hugging Face models put their configuration's value for None. What is no plain value is left out."""
+    bound = call.call["kwargs"] | dict(zip(_parameter_names(model), call.call["args"]))
+    config = getattr(model, "config", None) if hasattr(model, "main_input_name") else None
+    declared = {n: p.default for n, p in inspect.signature(model.forward).parameters.items()}
+    meanings: dict[str, list[Any]] = {}
+    for name in dict.fromkeys([*declared, *bound]):
+        default = declared.get(name, inspect.Parameter.empty)
+        values = [] if default is inspect.Parameter.empty else [default]
+        if name in call.module.options:
+            values = [call.module.options[name], None]
+        elif name not in declared or values == [None]:
+            values = [getattr(config, name), None] if getattr(config, name, None) is not None else values
+        tensors: list[Tensor] = []
+        try:
+            found = [flatten(v, tensors, []) for v in values]
+        except UsageError:
+            continue
+        if found and not tensors and not isinstance(bound.get(name), int) and _is_finite(found):
+            meanings[name] = found
+    return meanings
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether JSON has every number in `value`."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _trace(call: Call) -> torch.export.ExportedProgram:

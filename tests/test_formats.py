@@ -760,7 +760,7 @@ def minilm(minilm_dir):
 @pytest.mark.parametrize("spec", ["int4", "fp8,prune:heads=0.25", "sparse24,prune:ffn=0.25", "sparse24,int8"])
 def test_minilm_is_saved_and_reloaded(minilm, tmp_path, spec):
     model = compile_captured(minilm, parse_passes(spec))
-    assert model.report["passes"][-1]["refusals"] == []
+    assert all("embeddings" in r["fqn"] and r["bytes"] for r in model.report["passes"][-1]["refusals"])
     model.save(tmp_path / "out")
     inputs = samples(model.program)[0]
     with torch.no_grad():

@@ -182,6 +182,12 @@ class _Parser:
             or not all(_is_structure(c, len(names)) for c in (*call["args"], *call["kwargs"].values()))
         ):
             raise _Bad("the call is not a structure over the inputs")
+        defaults = metadata.get("defaults", {})
+        if not isinstance(defaults, dict) or not all(
+            isinstance(meanings, list) and meanings and all(_is_structure(m, 0) for m in meanings)
+            for meanings in defaults.values()
+        ):
+            raise _Bad("the defaults of arguments are not structures without tensors")
         if not _is_structure(result, len(self.outputs)):
             raise _Bad("the result is not a structure over the outputs")
 

@@ -35,10 +35,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layer that a pass could have changed and did not."""
+    """A layer that a pass left as it was. bytes: of its weight, which is named once; 0 where that is not one weight."""
 
     fqn: str
     reason: str
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class Result:
 class Context:
     """What passes are given besides the program.
 
-    skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; samples: sets of input tensors for the
-    program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes such inputs for
-    a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and its inputs.
+    skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; one that matches a module means all that
+    is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
+    tensors for the program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes
+    such inputs for a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and
+    its inputs.
     """
 
     skip: tuple[str, ...] = ()
@@ -81,9 +84,42 @@ class Context:
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
 
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
+        if wrong := [p for p in self.skip if not isinstance(p, str)]:
+            raise UsageError(f"{wrong[0]!r} is not a pattern", where="skip", hint="give strings: globs or 're:...'")
+        for pattern in self.skip:
+            self.skipped.setdefault(pattern, [])
+
     def skips(self, fqn: str) -> str | None:
         """The pattern that says to leave the module `fqn` alone, if one does."""
-        return next((p for p in self.skip if _matches(p, fqn)), None)
+        matching = [p for p in self.skip if _matches(p, fqn)]
+        for pattern in matching:
+            if fqn not in self.skipped[pattern]:
+                self.skipped[pattern].append(fqn)
+        return matching[0] if matching else None
+
+    def check_skip(self, program: Program) -> None:
+        """Raises `UsageError` for a pattern that matches no module and no weight of `program`."""
+        names = {n: None for fqn in [*program.constants, *program.aliases] for n in _and_parents(fqn)}
+        names |= {n: None for node in program.graph.nodes for n in _and_parents(node.meta.get("fqn") or "")}
+        for pattern in self.skip:
+            if not any(_matches(pattern, name) for name in names):
+                wanted = pattern.removeprefix("re:").strip("*.^$")
+                layers = list(dict.fromkeys(n.removesuffix(".weight").removesuffix(".bias") for n in names))
+                near = difflib.get_close_matches(wanted, layers, n=3, cutoff=0.4) or layers[:3]
+                raise UsageError(
+                    f"the pattern {pattern!r} matches no layer of the model",
+                    where="skip",
+                    hint=f"there are, for instance, {', '.join(near)}; 'fxc inspect' lists all",
+                )
+
+
+def _and_parents(fqn: str) -> list[str]:
+    parts = fqn.split(".") if fqn else []
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _matches(pattern: str, fqn: str) -> bool:
@@ -92,7 +128,9 @@ def _matches(pattern: str, fqn: str) -> bool:
             return re.search(pattern[3:], fqn) is not None
         except re.error as error:
             raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
-    return fnmatch.fnmatchcase(fqn, pattern) or fnmatch.fnmatchcase(fqn, f"*.{pattern}")
+    # From a dot on, so that "*.lm_head" is also the one of a model that has it at the top.
+    globs = (pattern, f".{pattern}", f"*.{pattern}")
+    return any(fnmatch.fnmatchcase(f".{name}", glob) for name in _and_parents(fqn) for glob in globs)
 
 
 @dataclass(frozen=True)

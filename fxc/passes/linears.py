@@ -27,6 +27,19 @@ SPARSE = ops.SPARSE24_LINEAR
 MIN_OUTPUTS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+_SHAPES = {
+    torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default, torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.select.int,
+    torch.ops.aten.expand.default, torch.ops.aten.slice.Tensor, torch.ops.aten.unbind.int, torch.ops.aten.chunk.default,
+    torch.ops.aten.split.Tensor, torch.ops.aten.contiguous.default, torch.ops.aten.clone.default,
+}  # fmt: skip
+_KINDS = {
+    "embedding": "looked up by number", "conv": "a convolution", "lstm": "a recurrent layer", "gru": "a recurrent layer",
+    "rnn": "a recurrent layer", "bilinear": "a bilinear layer", "index": "looked up by number", "gather": "looked up by number",
+    "mm": "multiplied by something else than a linear layer", "matmul": "multiplied by something else than a linear layer",
+    "einsum": "multiplied by something else than a linear layer",
+}  # fmt: skip
+
 Form = tuple[OpOverload, tuple]
 """An operator and its arguments."""
 
@@ -54,6 +67,7 @@ class PackLinears(Pass):
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         packed: dict[str, dict[str, str]] = {}
+        told: set[str | None] = set()
         for node in list(program.graph.nodes):
             if node.target not in self.layers:
                 continue
@@ -61,7 +75,10 @@ class PackLinears(Pass):
             if reason := (context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}") or self._refusal(
                 program, node
             ):
-                result.refusals.append(Refusal(fqn, reason))
+                weight = node.args[1].target if node.args[1].op == "get_attr" else None
+                nbytes = 0 if weight is None or weight in told else _nbytes(program.constants[weight])
+                told.add(weight)
+                result.refusals.append(Refusal(fqn, reason, nbytes))
                 continue
             weight = node.args[1].target
             if weight not in packed:
@@ -73,7 +90,28 @@ class PackLinears(Pass):
             call(program, target, args, replacing=node, by=self.name)
             result.changed += 1
         sweep(program)
+        for name, tensor in program.constants.items():
+            if name not in told and (reason := self._left_alone(program, name, tensor)):
+                fqn = name.removesuffix(".weight")
+                pattern = context.skips(fqn)
+                reason = f"skipped by the pattern {pattern}" if pattern else reason
+                result.refusals.append(Refusal(fqn, reason, _nbytes(tensor)))
         return result
+
+    def _left_alone(self, program: Program, name: str, tensor: Tensor) -> str | None:
+        """Why the constant `name`, which is no linear layer's weight, stays as it is; None for vectors, for what is not
+        floating point, and for what is packed already."""
+        if tensor.dtype not in _FLOATS or tensor.ndim < 2:
+            return None
+        readers = list(users_of(program, name))
+        while readers and readers[0].target in _SHAPES and readers[0].users:
+            readers[:1] = readers[0].users
+        targets = [r.target for r in readers if isinstance(r.target, OpOverload)]
+        if not targets or any(t.namespace == "fxc" and t not in self.layers for t in targets):
+            return None
+        operator = targets[0]
+        kind = next((text for mark, text in _KINDS.items() if mark in operator._opname), "read")
+        return f"{kind} ({operator}), and {self.name} packs the weights of linear layers"
 
     def _refusal(self, program: Program, node: fx.Node) -> str | None:
         weight = node.args[1]

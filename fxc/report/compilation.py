@@ -53,7 +53,7 @@ def show(
         for note in step.get("notes", ()):
             output.line(f"{step['name']}: {note}")
     skipped = [row for p in report["passes"] for row in _refusals(p)]
-    output.table("left alone", ["pass", ">layers", "why", "which"], skipped)
+    output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
     errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
     output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
     if any(p["covered_bytes"] for p in report["passes"]):
@@ -94,7 +94,7 @@ def coverage_text(report: dict[str, Any]) -> str:
 def why_so_little(report: dict[str, Any]) -> str:
     """The reasons for which layers were left alone, or that there were few layers to rewrite."""
     rows = [row for p in report["passes"] for row in _refusals(p)]
-    named = "; ".join(f"{count} layers: {reason} ({which})" for _, count, reason, which in rows[:5])
+    named = "; ".join(f"{count} layers: {reason} ({which})" for _, count, _, reason, which in rows[:5])
     return named or "most of the bytes are not in layers that the passes rewrite"
 
 
@@ -117,13 +117,16 @@ def _gates(gates: dict[str, str]) -> str:
     return f"{passed} of {len(gates)} ok"
 
 
-def _refusals(step: dict[str, Any]) -> list[tuple[str, int, str, str]]:
+def _refusals(step: dict[str, Any]) -> list[tuple[str, int, str, str, str]]:
     """One row for each reason, with the first few layers that it holds for."""
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    nbytes: defaultdict[str, int] = defaultdict(int)
     for refusal in step["refusals"]:
+        nbytes[refusal["reason"]] += refusal.get("bytes", 0)
         by_reason[refusal["reason"]].append(refusal["fqn"])
     rows = []
     for reason, fqns in by_reason.items():
         more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
-        rows.append((step["name"], len(fqns), reason, ", ".join(fqns[:3]) + more))
+        weights = size(nbytes[reason]) if nbytes[reason] else "-"
+        rows.append((step["name"], len(fqns), weights, reason, ", ".join(fqns[:3]) + more))
     return rows

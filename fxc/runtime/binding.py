@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fxc.errors import UsageError
 from fxc.ir.program import Program
+from fxc.ir.structure import unflatten
 
 
 def bind(program: Program, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     """The program's input tensors, from the positional and keyword arguments that the original model would take.
 
-    Inputs with a default may be left out. Arguments that the program was captured without may only be None or False.
+    Inputs with a default may be left out. What was captured as a constant, given or left out, has to be that constant.
     Raises `UsageError` naming the argument for one that is missing, unknown, of another structure or of a wrong size.
     """
     call, signature = program.signature.call, program.signature
@@ -22,24 +23,68 @@ def bind(program: Program, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     flat: list[Tensor | None] = [None] * len(signature.inputs)
     by_name: dict[str, Any] = dict(call["kwargs"])
     by_name |= {parameters[i]: s for i, s in enumerate(call["args"]) if i < len(parameters)}
-    given = dict(kwargs)
+    given, unnamed = dict(kwargs), call["args"][len(parameters) :]
     for index, value in enumerate(args):
-        if call["args"] and index < len(call["args"]):
-            _match(call["args"][index], value, flat, f"argument {index}")
+        if index < len(call["args"]):
+            name = parameters[index] if index < len(parameters) else f"argument {index}"
+            if name in given:
+                raise UsageError(f"the argument {name} was given twice", hint=_takes(program))
+            _match(call["args"][index], value, flat, name)
+            by_name.pop(name, None)
         elif index < len(parameters) and parameters[index] not in given:
             given[parameters[index]] = value
         else:
             raise UsageError(f"{len(args)} positional arguments were given", hint=_takes(program))
     for name, value in given.items():
-        if name in by_name:
-            if value is not None:
-                _match(by_name[name], value, flat, name)
-        elif value is not None and value is not False:
-            raise UsageError(f"the program was captured without the argument {name!r}", hint=_takes(program))
+        if name not in by_name:
+            _check_as_left_out(program, name, value)
+        elif value is not None or _is_constant(by_name[name]):
+            _match(by_name.pop(name), value, flat, name)
+    by_name |= {f"argument {i}": s for i, s in enumerate(unnamed, len(parameters)) if i >= len(args)}
+    for name, structure in by_name.items():
+        if name not in given and _is_constant(structure):
+            _check_default(program, name, structure)
     for index, declared in enumerate(signature.inputs):
         if flat[index] is None:
             flat[index] = _default(program, declared, flat)
     return [_fit(program, i, tensor) for i, tensor in enumerate(flat)]
+
+
+def _is_constant(structure: Any) -> bool:
+    """Whether no tensor stands in `structure`."""
+    if isinstance(structure, int):
+        return False
+    inner = structure.get("list", structure.get("tuple", structure.get("dict", ())))
+    return all(map(_is_constant, inner.values() if isinstance(inner, dict) else inner))
+
+
+def _check_default(program: Program, name: str, captured: Any) -> None:
+    """Refuse a call without the argument `name` unless the original would take the captured constant then."""
+    defaults = program.metadata.get("defaults", {}).get(name, [])
+    if not any(_is_same(captured, unflatten(default, ())) for default in defaults):
+        value = unflatten(captured, ())
+        why = f"the original takes {unflatten(defaults[0], ())!r} for it" if defaults else "its default is not known"
+        raise UsageError(
+            f"the argument {name} is missing: the program was captured with {name}={value!r}",
+            why=why,
+            hint=f"give {name}={value!r}, or capture the model again without it",
+        )
+
+
+def _check_as_left_out(program: Program, name: str, value: Any) -> None:
+    """Refuse an argument that the program was captured without, unless it is what leaving it out means."""
+    defaults = program.metadata.get("defaults", {}).get(name)
+    known = [{"value": None}, {"value": False}] if defaults is None else defaults
+    if not any(_is_same(default, value) for default in known):
+        raise UsageError(f"the program was captured without the argument {name!r}", hint=_takes(program))
+
+
+def _is_same(structure: Any, value: Any) -> bool:
+    try:
+        _match(structure, value, [], "")
+    except UsageError:
+        return False
+    return True
 
 
 def _takes(program: Program) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,15 @@ from fxc.lower.target import lower
 from fxc.neutral import neutral
 from fxc.runtime import artifact
 from fxc.runtime.binding import bind
+from fxc.safety import listed
 
 if TYPE_CHECKING:
     from fxc.export import Exported
+
+
+WEIGHTS_KEY = "transformers_weights"  # in a config.json: the file that transformers takes the weights from
+NOT_A_CHECKPOINT = "this is a model compiled by fxc, not a checkpoint of transformers: open it with fxc.load(directory)"
+_OTHER_WEIGHTS = "load the weights into the original and compile that; save() and fxc.load keep a compiled model"
 
 
 class CompiledModel(nn.Module):
@@ -29,7 +36,7 @@ class CompiledModel(nn.Module):
     original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
     which is never written to. keep_compressed: run layers compressed also where their float form was measured to be faster.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
-    its weights are constants of the program.
+    its weights are constants of the program, which `state_dict()` gives by name.
     """
 
     def __init__(
@@ -128,6 +135,38 @@ class CompiledModel(nn.Module):
             )
         return super().train(False)
 
+    def requires_grad_(self, requires_grad: bool = True) -> CompiledModel:
+        """`requires_grad_(False)` changes nothing. Raises `UsageError` for True."""
+        if requires_grad:
+            raise UsageError(
+                "a compiled model has no gradients", why="its weights are constants of the program", hint="train the original"
+            )
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """What `state_dict()` holds of this module: the program's constants, by name."""
+        destination.update({prefix + name: tensor for name, tensor in self.program.constants.items()})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes what `state_dict()` gave, and changes nothing. Raises `UsageError` for anything else."""
+        if strict and (unknown := sorted(state_dict.keys() - self.program.constants.keys())):
+            raise UsageError(f"the state holds what the compiled model has not: {listed(unknown)}", hint=_OTHER_WEIGHTS)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        """Compare instead of copying: a compiled model's weights are packed for the device already, and stay what they are."""
+        for name, tensor in self.program.constants.items():
+            given = state_dict.get(prefix + name)
+            if given is None and not strict:
+                continue
+            if given is None:
+                raise UsageError("the state has no values for it", where=prefix + name, hint=_OTHER_WEIGHTS)
+            same = isinstance(given, Tensor) and (given.dtype, given.shape) == (tensor.dtype, tensor.shape)
+            if not same or not torch.equal(given.to(tensor.device), tensor):
+                raise UsageError("a compiled model keeps its weights", where=prefix + name, hint=_OTHER_WEIGHTS)
+
     def save(
         self,
         directory: str | Path,
@@ -142,7 +181,7 @@ class CompiledModel(nn.Module):
             self.program,
             Path(directory),
             manifest={"report": _lasting(self.report)},
-            extra_files=self.files,
+            extra_files=_marked(self.files),
             overwrite=overwrite,
             source=Path(source) if source is not None else None,
             max_shard_bytes=max_shard_bytes,
@@ -165,6 +204,16 @@ class CompiledModel(nn.Module):
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"
         return f"{self.program.metadata.get('class')}, {size}, {self._device}, {self.backend}"
+
+
+def _marked(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
+    """`files` with a config.json that transformers reads, and from which it makes no model: it would find other weights
+    than its own in the artifact, and come up with random ones. It quotes in its error what stands here."""
+    if "config.json" not in files:
+        return dict(files)
+    content = files["config.json"]
+    config = json.loads(content if isinstance(content, bytes) else content.read_bytes()) | {WEIGHTS_KEY: NOT_A_CHECKPOINT}
+    return files | {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _lasting(report: dict[str, Any]) -> dict[str, Any]:
