@@ -157,9 +157,15 @@ def _export(model: nn.Module, call: Call) -> Program:
         ) from error
     try:
         graph, constants = _pure_graph(exported, call)
-    except CaptureFailed:
+    except CaptureFailed as impure:
         # What it writes through views, torch's own functionalization can resolve; it takes as long as tracing again.
-        graph, constants = _pure_graph(_functionalized(exported, model), call)
+        try:
+            functional = _functionalized(exported, model)
+        except CaptureFailed:
+            raise
+        except Exception as error:  # torch's own decomposition fails in many ways; what stands is why it was tried
+            raise impure from error
+        graph, constants = _pure_graph(functional, call)
     except (AttributeError, RuntimeError, AssertionError) as error:  # torch could not make a module of what it exported
         raise CaptureFailed(
             f"torch.export's result cannot be read: {first_line(error)}",

@@ -139,3 +139,18 @@ def test_a_model_whose_inputs_are_unknown_says_so():
     )  # fmt: skip
     with pytest.raises(CaptureFailed, match="example of the input input_values"):
         fxc.capture(transformers.Wav2Vec2Model(config))
+
+
+def test_a_failure_of_torchs_own_decomposition_leaves_the_reason_why_it_was_tried(monkeypatch):
+    def function(self, x):
+        y = self.l(x)
+        view = y.view(-1)
+        y.add_(1)
+        return view
+
+    def fails(*_):
+        raise AttributeError("'NoneType' object has no attribute 'size'")
+
+    monkeypatch.setattr("fxc.frontend._functionalized", fails)
+    with pytest.raises(CaptureFailed, match="read later through another view"):
+        fxc.capture(Function(function), (torch.randn(4, 32),))
