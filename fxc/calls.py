@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxc.cache import cache_of, tensors_of
-from fxc.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, resized, runs
+from fxc.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, owned, resized, runs
 from fxc.errors import CaptureFailed, UsageError, first_line
 from fxc.images import image_size
 from fxc.ir.structure import flatten, unflatten
@@ -52,6 +52,13 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) 
             f"{type(model).__name__} is not a Hugging Face model, so its inputs are not known",
             hint="give example_inputs=(tensor, ...) or example_inputs={'name': tensor}",
         )
+    elif _generates_without_cache(model):
+        raise CaptureFailed(
+            "it writes text, and fxc cannot run it with a cache, so that generate() would be lost",
+            where=type(model).__name__,
+            why="its forward takes no past_key_values",
+            hint="to compile it for one forward pass, without generate(), give example_inputs={'input_ids': ids}",
+        )
     elif not _is_causal_lm(model):
         yield from _calls_without_cache(model, dynamic_shapes)
     elif dynamic_shapes is not None:
@@ -71,6 +78,11 @@ def _is_causal_lm(model: nn.Module) -> bool:
         and model.main_input_name == "input_ids"
         and "past_key_values" in inspect.signature(model.forward).parameters
     )
+
+
+def _generates_without_cache(model: nn.Module) -> bool:
+    writes = hasattr(model, "generate") and model.can_generate() and not model.config.is_encoder_decoder
+    return writes and model.main_input_name == "input_ids" and not _is_causal_lm(model)
 
 
 class _Flat(nn.Module):
@@ -145,7 +157,7 @@ def _call_with_cache(model: nn.Module) -> Call:
 
     names = ["input_ids", "attention_mask", "position_ids"]
     names += [f"past.{i}.{part}" for i in range(len(past_shapes) // 2) for part in ("key", "value")]
-    inputs = dict(zip(names, example(2, 7, 9), strict=True))
+    inputs = owned(dict(zip(names, example(2, 7, 9), strict=True)))
     sizes = ((2, 7, 9), (1, 1, 12), (3, 6, 5), (1, 11, 0), (2, 35, 3))
     others = [] if device.type == "meta" else [example(*each) for each in sizes]
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(names)}}
@@ -188,7 +200,7 @@ def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call
     def example(batch: int, length: int) -> dict[str, Tensor]:
         return _example_tensors(model, parameters, batch, length)
 
-    first = example(2, 9)
+    first = owned(example(2, 9))
     if name not in first:
         raise CaptureFailed(
             f"fxc does not know how to make an example of the input {name}",
@@ -247,7 +259,7 @@ def _example_tensors(model: nn.Module, parameters: Any, batch: int, length: int)
     def tokens(width: int, vocabulary: int) -> Tensor:
         return torch.randint(3, vocabulary, (batch, width), generator=generator)
 
-    text = getattr(config, "text_config", config)
+    text = _part(config, "vocab_size", ("text_config", "decoder"))
     if "input_ids" in parameters and getattr(text, "vocab_size", None):
         tensors["input_ids"] = tokens(length, text.vocab_size)
         if isinstance(getattr(text, "eos_token_id", None), int) and length > 1:
@@ -292,6 +304,12 @@ def _sound_shape(config: Any, name: str) -> tuple[int, ...] | None:
     return (channels, _SAMPLES) if channels else (_SAMPLES,)
 
 
+def _part(config: Any, attribute: str, names: tuple[str, ...]) -> Any:
+    """The part of a configuration that has `attribute`, or all of it."""
+    parts = [config, *(getattr(config, name, None) for name in names)]
+    return next((part for part in parts if getattr(part, attribute, None)), config)
+
+
 def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Iterator[Call]:
     if isinstance(example_inputs, Tensor):
         example_inputs = (example_inputs,)
@@ -319,7 +337,7 @@ def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any
         if "past_key_values" in parameters:
             options["use_cache"] = False
         options = {k: v for k, v in options.items() if k not in structure["kwargs"]}
-    module, given = _Flat(model, structure, options), dict(zip(names, flat, strict=True))
+    module, given = _Flat(model, structure, options), owned(dict(zip(names, flat, strict=True)))
     asked = asked_of(dynamic_shapes, structure, names, parameters)
     _check_asked(asked, given)
     # A size of 1 would be taken for a constant, so a batch of one is traced as a batch of two, if the model takes that.

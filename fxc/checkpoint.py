@@ -33,6 +33,7 @@ class Checkpoint:
     config: config.json. weights: the files transformers will read, all safetensors or all pickles.
     dtype: the one most bytes are stored in, None for pickles.
     files: name -> {sha256, size}; sha256 of all of config.json, of a safetensors file's header, not of a pickle.
+    tensors: name -> bytes, of safetensors; empty for pickles, which would have to be run to know.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Checkpoint:
     weights: list[str]
     dtype: torch.dtype | None
     files: dict[str, dict[str, Any]]
+    tensors: dict[str, int]
 
     @property
     def is_safetensors(self) -> bool:
@@ -70,7 +72,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool, allow_pickle: bool) -
             check_shard(path, {key for key, file in weight_map.items() if file == name}, set(header))
         files[name] = fingerprint(raw, path)
         tensors |= header
-    return Checkpoint(folder, config, names, stored_dtype(tensors, folder) if tensors else None, files)
+    sizes = {name: end - start for name, header in tensors.items() for start, end in [header["data_offsets"]]}
+    return Checkpoint(folder, config, names, stored_dtype(tensors, folder) if tensors else None, files, sizes)
 
 
 def check_config_file(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,19 +19,21 @@ from torch.utils._pytree import tree_map_only
 from fxc import companions
 from fxc.calibration import calibration_samples, check_data
 from fxc.configuration import describe_config, difference
-from fxc.errors import InputRefused, UsageError
+from fxc.errors import CaptureFailed, InputRefused, UsageError
 from fxc.frontend import capture
 from fxc.ir.program import Program
-from fxc.neutral import neutral
+from fxc.lower.target import check_target
+from fxc.neutral import one_at_a_time
 from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
 from fxc.runtime.staging import check_writable
-from fxc.sources import DTYPES, kind_of, load_source
+from fxc.sources import DTYPES, check_is_model, kind_of, load_source
 
 
+@one_at_a_time
 def optimize(
     model: nn.Module | str | Path,
     example_inputs: Any = None,
@@ -49,6 +53,7 @@ def optimize(
     layer_budget: float | None = None,
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
+    part: str | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
 ) -> CompiledModel:
     """Compile a model: capture it, run `passes` over it, and return it ready to call.
@@ -60,6 +65,7 @@ def optimize(
     passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures. `prune` alone chooses how much
     goes: `report["passes"]` says what and how it was judged ("notes"), and which pass does it again ("repeat").
     dynamic_shapes: which sizes of the inputs vary, where that is not to be found by trying: see `fxc.capture`.
+    part: the module of the model to compile alone, by name; "language_model" of a model that reads images too.
     skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
     nothing is a `UsageError`; the report's "skipped" says what each was applied to.
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
@@ -75,6 +81,8 @@ def optimize(
     parsed = parse_passes(passes)
     if calib is not None:
         check_data(calib)
+    _dtype(dtype)
+    check_target(device, backend)
     check_data_is_given(parsed, calib is not None)
     if dump_dir is not None:
         check_writable(Path(dump_dir) / "program")
@@ -86,6 +94,7 @@ def optimize(
         dtype=dtype,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        part=part,
         check=verify,
     )
     if given is not None:
@@ -108,7 +117,7 @@ def optimize(
     )
 
 
-@neutral()
+@one_at_a_time
 def compile_captured(
     captured: Captured,
     passes: Sequence[Pass],
@@ -233,7 +242,7 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
-@neutral()
+@one_at_a_time
 def capture_source(
     model: nn.Module | str | Path,
     example_inputs: Any = None,
@@ -242,19 +251,25 @@ def capture_source(
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    part: str | None = None,
     check: bool = True,
 ) -> Captured:
     """The program of a model or of a source, with what belongs to it."""
+    check_is_model(model)
     if isinstance(model, nn.Module):
         given, nbytes = model, _nbytes(model)
         wanted = _dtype(dtype)
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
+        model = _part_of(model, part)
         program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
+        read = _check_whole(model, program, part, example_inputs)
+        nbytes = read if part else nbytes
         config = getattr(model, "config", None)
         source = {"kind": "module", "class": type(model).__name__}
-        return Captured(program, config, _files_of_module(model), source, nbytes, borrowed=model is given)
+        files = _files_of_module(model)
+        return Captured(program, config, files, source, nbytes, borrowed=model is given)
     source = str(model)
     if kind_of(source) == "artifact":
         if dtype != "auto":
@@ -264,12 +279,59 @@ def capture_source(
         return _capture_artifact(Path(source))
     loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    program = capture(loaded.model, inputs, dynamic_shapes=dynamic_shapes, check=check)
+    model = _part_of(loaded.model, part)
+    program = capture(model, inputs, dynamic_shapes=dynamic_shapes, check=check)
+    read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
-    files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(loaded.model)
-    config = getattr(loaded.model, "config", None)
-    nbytes = sum(sizes) or _nbytes(loaded.model)
+    unused = loaded.source.get("unused", {}).get("bytes", 0)
+    files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(model)
+    config = getattr(model, "config", None)
+    nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     return Captured(program, config, files, loaded.source, nbytes, folder=loaded.tokenizer_dir)
+
+
+# Of the weights that a capture leaves out, the share of all that nobody need be told of: a pooler, a mask token.
+_NEGLIGIBLE = 0.01
+LANGUAGE_MODEL = "language_model"
+
+
+def _part_of(model: nn.Module, part: str | None) -> nn.Module:
+    """The module `part` of `model`. A language model within another one is that model, called with text alone: its head is
+    outside of it."""
+    if part is None or part == LANGUAGE_MODEL:
+        return model
+    names = [name for name, _ in model.named_modules() if name]
+    found = next((name for name in (part, f"model.{part}") if name in names), None)
+    if found is None:
+        near = difflib.get_close_matches(part, names, n=3)
+        hint = f"near it: {', '.join(near)}" if near else "it is the name of a module, as in named_modules()"
+        raise UsageError(f"the model has no module {part!r}", where="part", hint=hint)
+    return model.get_submodule(found)
+
+
+def _check_whole(model: nn.Module, program: Program, part: str | None, example_inputs: Any) -> int:
+    """Bytes of the weights that the program reads, as the model has them. Raises `CaptureFailed` where a language model that
+    was called as its configuration says, and was not asked for a part, leaves out more of its weights than a pooler."""
+    unread: dict[str, int] = {}
+    names = program.constants.keys() | program.aliases.keys()
+    for name, tensor in model.named_parameters():
+        folded = ".parametrizations." in name or name.rpartition("_")[0] in names
+        if name not in names and not folded:
+            unread[name] = tensor.numel() * tensor.element_size()
+    total = _nbytes(model)
+    given = part is not None or example_inputs is not None or program.metadata.get("kind") != "causal_lm"
+    if sum(unread.values()) > _NEGLIGIBLE * total and not given:
+        largest = Counter()
+        for name, nbytes in unread.items():
+            largest[".".join(name.split(".")[:2])] += nbytes
+        raise CaptureFailed(
+            f"a call with text alone leaves out {sum(unread.values()) / total:.0%} of its weights",
+            where=type(model).__name__,
+            why=", ".join(f"{name}: {nbytes / 1e6:.1f} MB" for name, nbytes in largest.most_common(3)),
+            hint="--part language_model (part=... in code) compiles the language model alone, and says so; "
+            "example_inputs with all of its inputs capture the whole",
+        )
+    return total - sum(unread.values())
 
 
 def _capture_artifact(path: Path) -> Captured:
@@ -298,6 +360,7 @@ def load(
     Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist.
     """
     path = Path(directory)
+    check_target(device, backend)
     if not artifact.is_artifact(path):
         raise UsageError(
             "this is not an fxc artifact: it has no fxc.json",

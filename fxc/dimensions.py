@@ -25,6 +25,11 @@ class Group:
     steps: tuple[int, int]
 
 
+def owned(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies with memory of their own: of a view, torch.export asks for the tensor that it is a view of."""
+    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in inputs.items()}
+
+
 def resized(inputs: Mapping[str, Tensor], by: Mapping[Axis, int]) -> dict[str, Tensor]:
     """`inputs` with some of their dimensions grown (or cut, where `by` is negative); what is added repeats what is there."""
     made = {}

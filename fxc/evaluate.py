@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxc.companions import VOCABULARIES
 from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.names import layer_name
 from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context
@@ -301,7 +302,7 @@ def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:
         constants = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         weight = next((fqn for fqn in constants if program.constants[fqn].ndim >= 2), None)
         if weight is not None and node.meta["val"].dtype.is_floating_point:
-            name = weight.removesuffix(".qweight").removesuffix(".weight")
+            name = layer_name(weight)
             layers[name, seen[name]] = node
             seen[name] += 1
     return layers

@@ -31,13 +31,18 @@ from fxc.ir.program import Input, Program, Signature, is_name
 from fxc.ir.recurrent import symbolic_lengths
 from fxc.ir.structure import flatten
 from fxc.legalize import legalize
-from fxc.neutral import neutral
+from fxc.neutral import one_at_a_time
 from fxc.rotary import functional_rotary
 from fxc.verify.samples import keep_examples
 
 
+@one_at_a_time
 def capture(
-    model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = None, check: bool = True
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    check: bool = True,
 ) -> Program:
     """Capture `model` as a Program. The model is not changed; the program's constants share its memory.
 
@@ -54,7 +59,7 @@ def capture(
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        with neutral(), torch.no_grad(), _deterministic_graphs(), folded(model), functional_rotary(model):
+        with torch.no_grad(), _deterministic_graphs(), folded(model), functional_rotary(model):
             example_inputs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, example_inputs)
             program = _freest(model, calls_of(model, example_inputs, dynamic_shapes), check)
     finally:
@@ -150,7 +155,7 @@ def _export(model: nn.Module, call: Call) -> Program:
     except Exception as error:  # torch.export raises many kinds; each means that this model cannot be captured as it is
         raise CaptureFailed(
             first_line(error),
-            where=type(model).__name__,
+            where=_culprit(error, model),
             why="torch.export could not trace it",
             hint="if its control flow depends on tensor values, compile the part that does not; "
             "set TORCH_LOGS=+dynamic for torch's own account",
@@ -199,7 +204,8 @@ def _pure_graph(exported: torch.export.ExportedProgram, call: Call) -> tuple[fx.
 
 
 def _functionalized(exported: torch.export.ExportedProgram, model: nn.Module) -> torch.export.ExportedProgram:
-    functional = exported.run_decompositions({})
+    with _silent_export():
+        functional = exported.run_decompositions({})
     signature = functional.graph_signature
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if written:
@@ -248,6 +254,17 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, (list, dict)):
         return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _culprit(error: BaseException, model: nn.Module) -> str:
+    """The module of the model in whose forward a trace failed, by the frames of the error."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        found = names.get(id(owner), "") or found
+        trace = trace.tb_next
+    return f"{type(model).__name__}, in {found}" if found else type(model).__name__
 
 
 def _trace(call: Call) -> torch.export.ExportedProgram:
@@ -393,15 +410,23 @@ def _canonical_names(names: dict[str, str], constants: dict[str, Tensor]) -> tup
 
 
 def _retype(program: Program) -> None:
-    """Give constants their types, and inputs theirs, in which a size that export found to be a number is that number."""
+    """Give constants their types, and values theirs, in which a size that export found to be a number is that number."""
     mode = fake_mode_of(program.graph)
-    for node in program.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = fake_constant(mode, program.constants[node.target])
-    for node in program.placeholders:
-        value = node.meta["val"]
-        shape = [int(s) if not isinstance(s, int) and s.node.expr.is_number else s for s in value.shape]
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(plain, value))
+        if not isinstance(value, Tensor) or not any(isinstance(n, torch.SymInt) and n.node.expr.is_number for n in value.shape):
+            return value
         with mode:
-            node.meta["val"] = torch.empty(shape, dtype=value.dtype, device="cpu")
+            shape = [int(n) if isinstance(n, torch.SymInt) and n.node.expr.is_number else n for n in value.shape]
+            return torch.empty(shape, dtype=value.dtype, device="cpu")
+
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = fake_constant(mode, program.constants[node.target])
+        elif node.op != "output":
+            node.meta["val"] = plain(node.meta["val"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- check

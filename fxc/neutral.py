@@ -1,15 +1,23 @@
-"""What a process may have set for torch, set aside while fxc works."""
+"""What a process may have set for torch, set aside while fxc works; and one compilation at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn.modules import transformer
 from torch.utils._device import DeviceContext
 
 _DETECT = transformer._detect_is_causal_mask
+
+# torch.export replaces nn.Module.__call__ while it traces, for the whole process.
+_LOCK = threading.RLock()
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -35,3 +43,14 @@ def neutral() -> Iterator[None]:
         stack.callback(setattr, transformer, "_detect_is_causal_mask", _DETECT)
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
         yield
+
+
+def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`function` under `neutral`, and never in two threads at once."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _LOCK, neutral():
+            return function(*args, **kwargs)
+
+    return wrapped

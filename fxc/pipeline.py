@@ -100,6 +100,8 @@ def run_passes(
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
         tried = [result.interface.inputs(program, inputs) for inputs in tried]
+        # A copy: a caller's context is not changed.
+        context = replace(context, samples=[result.interface.inputs(program, inputs) for inputs in context.samples])
         program = after
         steps.append(done)
         if on_step is not None:

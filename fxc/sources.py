@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class Loaded:
     """model: in eval mode, without gradients. tokenizer_dir: where its tokenizer, processor and config files are.
 
     source: JSON for the manifest: kind, id; of a checkpoint also dtype (as stored) and files (name -> sha256, size),
-    of a hub id revision and commit.
+    of a hub id revision and commit; unused: the tensors of the checkpoint that the model's class has no place for.
     """
 
     model: nn.Module
@@ -68,6 +68,44 @@ def kind_of(source: str) -> Kind:
         why=f"it is no folder (seen from {Path.cwd()}), and not of the form of a hub id or package.module:function",
         hint="check the path",
     )
+
+
+def check_is_model(model: object) -> None:
+    """Raise `UsageError`, with what to give instead, for what people pass by mistake in the place of a model or its name."""
+    what, hint = f"a {type(model).__name__} is no model", "give an nn.Module, the path of a Hugging Face folder, or a hub id"
+    if isinstance(model, (str, Path)):
+        return
+    if isinstance(model, nn.Module):
+        if isinstance(model, torch.jit.ScriptModule):
+            hint = "give the module that was scripted or traced"
+        elif not _can_be_evaluated(model):
+            hint = "give the module that was exported"
+        elif lazy := [n for n, t in model.named_parameters() if isinstance(t, nn.parameter.UninitializedParameter)]:
+            what, hint = f"{lazy[0]} has no shape yet", "call the model once, so that its lazy modules are initialised"
+        else:
+            return
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        what, hint = f"{model.__name__} is a class", f"give an instance, {model.__name__}(...)"
+    elif isinstance(model, torch.export.ExportedProgram):
+        hint = "give the module that was exported: fxc exports it itself, so that sizes stay free"
+    elif isinstance(model, Mapping) and any(isinstance(v, torch.Tensor) for v in model.values()):
+        what, hint = "these are weights and not a model", "load them into the model first: model.load_state_dict(...)"
+    elif isinstance(model, (list, tuple)):
+        what, hint = f"a {type(model).__name__} is not one model", "compile one model at a time"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        hint = f"give the model within it: {type(model).__name__.lower()}.model"
+    elif model is None:
+        what = "no model is given"
+    raise UsageError(what, where="model", hint=hint)
+
+
+def _can_be_evaluated(model: nn.Module) -> bool:
+    """False for the modules that torch.export gives, which can neither be put into eval mode nor exported again."""
+    try:
+        model.train(model.training)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def load_source(
@@ -109,8 +147,11 @@ def load_source(
         checkpoint = check_folder(folder, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         stored = str(checkpoint.dtype).removeprefix("torch.") if checkpoint.dtype else None
         described = {"kind": kind, "id": source, "subfolder": subfolder, **origin, "dtype": stored}
-        model = from_checkpoint(checkpoint, target, trust_remote_code)
-        loaded = Loaded(model, None, folder, described | {"files": checkpoint.files})
+        model, unused = from_checkpoint(checkpoint, target, trust_remote_code)
+        described |= {"files": checkpoint.files}
+        if unused:
+            described["unused"] = {"bytes": sum(checkpoint.tensors.get(n, 0) for n in unused), "tensors": listed(unused)}
+        loaded = Loaded(model, None, folder, described)
 
     model = loaded.model.eval().requires_grad_(False)
     check_finite(model.named_parameters())
@@ -162,13 +203,16 @@ def call_factory(source: str) -> Loaded:
     return Loaded(model, inputs, None, {"kind": "factory", "id": source})
 
 
-def from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
-    """The model that transformers makes of a checked folder, all of its weights from the checkpoint."""
+def from_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, list[str]]:
+    """The model that transformers makes of a checked folder, all of its weights from the checkpoint, and the tensors of the
+    checkpoint that it does not use."""
     folder = checkpoint.folder
     with quiet_transformers():
         import transformers
 
-        model_class = class_of(checkpoint.config, folder, trust_remote_code)
+        model_class = class_of(checkpoint, trust_remote_code)
         try:
             model, report = model_class.from_pretrained(
                 str(folder),
@@ -204,21 +248,62 @@ def from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None, trust_rem
             why=listed(missing),
             hint=f"config.json asks for {model_class.__name__}: name the class that the weights were saved from",
         )
-    if unused := report["unexpected_keys"]:
-        log.info("%s: %s does not use %d tensors: %s", folder, model_class.__name__, len(unused), listed(unused))
-    return model
+    unused = sorted(report["unexpected_keys"])
+    if unused and not checkpoint.config.get("architectures"):
+        raise InputRefused(
+            f"config.json does not say which class it is for, and {type(model).__name__} leaves out {len(unused)} weights",
+            where=folder / "config.json",
+            why=listed(unused),
+            hint='add "architectures": ["..."] with the class that the weights were saved from',
+        )
+    if unused:
+        log.warning("%s: %s does not use %d tensors: %s", folder, model_class.__name__, len(unused), listed(unused))
+    return model, unused
 
 
-def class_of(config: dict[str, Any], folder: Path, trust_remote_code: bool) -> type:
-    """The class that `architectures` names, or AutoModel; with trust, the auto class that the model's code is for."""
+# In this order a class is looked for that has a place for every weight.
+_HEADS = (
+    "CausalLM", "Seq2SeqLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering",
+    "ImageClassification", "ImageTextToText", "SemanticSegmentation", "ObjectDetection", "AudioClassification", "CTC",
+)  # fmt: skip
+
+
+def class_by_weights(checkpoint: Checkpoint) -> type:
+    """The class of transformers, of those for this configuration, that has a place for each of the checkpoint's weights, with a
+    head if one is among them; AutoModel where none has."""
     import transformers
 
+    config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
+    for head in _HEADS:
+        mapping = getattr(getattr(transformers, f"AutoModelFor{head}", None), "_model_mapping", {})
+        if type(config) not in mapping or not checkpoint.tensors:
+            continue
+        found = mapping[type(config)]
+        found = found[0] if isinstance(found, tuple) else found
+        with torch.device("meta"):
+            model = found(config)
+        base = f"{model.base_model_prefix}."
+        heads = {name for name in model.state_dict() if not name.startswith(base)}
+        mine = heads & checkpoint.tensors.keys()
+        if checkpoint.tensors.keys() <= model.state_dict().keys() and mine:
+            name, head = found.__name__, ", ".join(sorted(mine)[:3])
+            log.warning("%s names no class: taken as %s, because of %s", checkpoint.folder / "config.json", name, head)
+            return found
+    return transformers.AutoModel
+
+
+def class_of(checkpoint: Checkpoint, trust_remote_code: bool) -> type:
+    """The class that `architectures` names, or the one that the weights are for; with trust, the auto class that the model's
+    code is for."""
+    import transformers
+
+    config, folder = checkpoint.config, checkpoint.folder
     if trust_remote_code and isinstance(config.get("auto_map"), dict):
         autos = [name for name in config["auto_map"] if name.startswith("AutoModel") and hasattr(transformers, name)]
         return getattr(transformers, autos[0] if autos else "AutoModel")
     names = config.get("architectures")
     if not names:
-        return transformers.AutoModel
+        return class_by_weights(checkpoint)
     found = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found

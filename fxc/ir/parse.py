@@ -202,8 +202,6 @@ class _Parser:
                 inferred = printer.type(node.meta["val"])
             except (TypeError, KeyError) as error:
                 raise _Bad(f"a program cannot hold what this line computes ({error})") from None
-            if len(printer.symbols) > len(self.names):
-                raise _Bad(f"the size of {inferred} depends on the values of tensors")
             if inferred != written:
                 raise _Bad(f"it is written as {written} and is {inferred}")
         self.number = last

@@ -12,9 +12,10 @@
     return "out" %1
 
 One value a line, numbered in order. A symbol is a size that is known only when the program runs, printed with the
-example value at which it was captured. A comment holds the module that a value came from and, in parentheses, the pass
-that made it. Parsing infers every type again and compares it with the one written, so that a changed text is found, and
-it resolves operators through `fxc.ir.targets` alone, so that a text cannot make it execute anything.
+example value at which it was captured; u0, u1, ... are sizes that depend on the values of a tensor and have none. A
+comment holds the module that a value came from and, in parentheses, the pass that made it. Parsing infers every type again
+and compares it with the one written, so that a changed text is found, and it resolves operators through `fxc.ir.targets`
+alone, so that a text cannot make it execute anything.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
@@ -68,7 +70,7 @@ class Printer:
             f"metadata {json.dumps(program.metadata, sort_keys=True)}",
             f"call {json.dumps(signature.call)}",
             f"result {json.dumps(signature.result)}",
-            *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items()),
+            *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items() if str(new).startswith("s")),
             *(f"constant {_at(fqn)}: {tensor_type(t.dtype, t.shape)}" for fqn, t in sorted(program.constants.items())),
             *(f"alias {_at(alias)} = {_at(fqn)}" for alias, fqn in sorted(program.aliases.items())),
         ]
@@ -112,7 +114,11 @@ class Printer:
         expression = value.node.expr
         free = sorted(expression.free_symbols - self.symbols.keys(), key=lambda s: (len(s.name), s.name))
         for symbol in free:
-            self.symbols[symbol] = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
+            # u0, u1, ...: known only from the values of a tensor, as the size of x[mask] is.
+            is_counted = symbol_is_type(symbol, SymT.UNBACKED_INT)
+            count = sum(str(name).startswith("u") for name in self.symbols.values())
+            name = f"u{count}" if is_counted else f"s{len(self.symbols) - count}"
+            self.symbols[symbol] = sympy.Symbol(name, integer=True, positive=True)
         return str(expression.xreplace(self.symbols)).replace(" ", "").replace(",", ";")
 
     def _hint(self, symbol: sympy.Symbol) -> int:

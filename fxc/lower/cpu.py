@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxc.errors import UsageError
+from fxc.ir.names import layer_name
 from fxc.lower import choose, formats, packed, traced
 from fxc.lower.choose import Timing
 from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
@@ -216,7 +217,7 @@ class _Lowering:
         """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here."""
         for node in self.graph.find_nodes(op="call_function", target=formats.INT8_SPARSE24):
             x, qweight, meta, scale, bias = node.args
-            name = qweight.target.rpartition(".")[0] or qweight.target
+            name = layer_name(qweight.target)
             if name not in self.expanded:
                 self.expanded.add(name)
                 self.attributes[qweight.target] = unpack_sparse24(self.attributes[qweight.target], self.attributes[meta.target])
@@ -239,8 +240,7 @@ class _Lowering:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
-            fqn = weight.target.removesuffix(".weight")
-            self.report.append(LayerChoice(fqn, "bf16 packed", "kept in bfloat16", *value.shape))
+            self.report.append(LayerChoice(layer_name(weight.target), "bf16 packed", "kept in bfloat16", *value.shape))
 
     def _attention_in_bfloat16(self) -> None:
         """float32 attention computes in bfloat16 when its query and key are int8 results, whose error is larger."""

@@ -16,7 +16,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from fxc.errors import UsageError
+from fxc.errors import UsageError, first_line
 
 # Far more than one program needs: (batch 1 or more) x (sequence 1 or more) x (past 0, 1 or more) is 12.
 MAX_SPECIALIZATIONS = 32
@@ -100,7 +100,15 @@ class CompiledGraph(nn.Module):
             ]
             context = StatelessSymbolicContext(dynamic_sizes=kinds, constraint_sizes=[None] * tensor.dim())
             fakes.append(mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"in{i}")))
-        with torch.no_grad():
-            run = compile_fx(self.graph_module, fakes, config_patches={"freezing": self.freezing})
+        try:
+            with torch.no_grad():
+                run = compile_fx(self.graph_module, fakes, config_patches={"freezing": self.freezing})
+        except RuntimeError as error:  # its own errors, and those of the C++ compiler, are kinds of it
+            raise UsageError(
+                "Inductor cannot compile this program",
+                where="backend=inductor",
+                why=first_line(error),
+                hint="use backend=eager",
+            ) from error
         conditions = shapes.produce_guards_expression(fakes)
         return Specialization(run, compile(conditions, "<shapes>", "eval") if conditions else None)

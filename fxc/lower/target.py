@@ -5,13 +5,34 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxc.errors import UsageError
+from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.groups import LayerChoice
 
 BACKENDS = ("eager", "inductor")
+
+
+def check_target(device: torch.device | str | None, backend: str | None) -> None:
+    """Raise `UsageError` for a backend or a device that does not exist, or not on this machine. None: the default of each."""
+    if backend is not None and backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
+    try:
+        found = torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        why = first_line(error)
+        raise UsageError(f"there is no device {device!r}", why=why, hint="use device=cpu or device=cuda") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"fxc does not run on {found.type}", hint="use device=cpu or device=cuda")
+    if found.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu"
+        )
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"there is no device {device!r}", hint=f"this machine has {torch.cuda.device_count()}")
 
 
 def lower(
@@ -23,16 +44,9 @@ def lower(
     keep_compressed: run layers compressed also where their float form was measured to be faster.
     Raises `UsageError` for a backend or a device that does not exist, and for a format that the device has no product for.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
+    check_target(device, backend)
     if device.type == "cpu":
         return lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
-    if device.type != "cuda":
-        raise UsageError(f"fxc does not run on {device.type}", hint="use device=cpu or device=cuda")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            "this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu"
-        )
     try:
         from fxc.lower.cuda import lower_cuda
     except ImportError as error:

@@ -14,6 +14,9 @@ from fxc.errors import InputRefused, UsageError
 from fxc.runtime.model import CompiledModel
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
+# What the generation loop hands to a model besides its inputs, and models leave alone.
+_PASSED_ON = frozenset({"cache_position", "token_type_ids", "tokenizer", "assistant_tokenizer"})
+
 
 class CompiledCausalLM(CompiledModel, GenerationMixin):
     """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left."""
@@ -83,7 +86,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         logits_to_keep: how many of the last positions to return logits for (0: all), or which, as a tensor of indices.
         Returns logits [batch, new, vocabulary] and the cache, which is updated in place when one is given."""
         for name, value in unused.items():
-            if value is not None and value is not False and name not in ("cache_position", "token_type_ids"):
+            if value is not None and value is not False and name not in _PASSED_ON:
                 raise UsageError(f"the program was captured without the argument {name!r}")
         if input_ids is None:
             raise UsageError("the input input_ids is missing")

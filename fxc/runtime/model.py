@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fxc.errors import UsageError
+from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.lower.target import lower
+from fxc.lower.target import check_target, lower
 from fxc.neutral import neutral
 from fxc.runtime import artifact
 from fxc.runtime.binding import bind
@@ -36,7 +37,8 @@ class CompiledModel(nn.Module):
     original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
     which is never written to. keep_compressed: run layers compressed also where their float form was measured to be faster.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
-    its weights are constants of the program, which `state_dict()` gives by name.
+    its weights are constants of the program, which `state_dict()` gives. It can be pickled, and called from a function that
+    torch.compile compiles, which leaves it as it is.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class CompiledModel(nn.Module):
         self.source = source
         self.backend = backend or "eager"
         self.keep_compressed = keep_compressed
+        check_target(device, backend)
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
         self.layers: list[Any] = []
@@ -94,6 +97,14 @@ class CompiledModel(nn.Module):
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
 
+    def __reduce__(self) -> tuple:
+        """Pickled as its program, constants and files: it is lowered again where it is unpickled."""
+        files = {name: f if isinstance(f, bytes) else Path(f).read_bytes() for name, f in self.files.items()}
+        options = {"device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed}
+        program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
+        return _unpickled, (*program, self.report, self.config, files, options)
+
+    @torch.compiler.disable
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited."""
@@ -228,6 +239,11 @@ def _reproducible(report: Any) -> Any:
     if isinstance(report, dict):
         return {k: _reproducible(v) for k, v in report.items() if k != "seconds"}
     return [_reproducible(v) for v in report] if isinstance(report, (list, tuple)) else report
+
+
+def _unpickled(text: str, constants: dict[str, Tensor], report: dict, config: Any, files: dict, options: dict) -> CompiledModel:
+    check_target(options["device"], options["backend"])
+    return compiled_model(parse_program(text, constants), report, config=config, files=files, **options)
 
 
 def compiled_model(program: Program, report: dict[str, Any], **options: Any) -> CompiledModel:
