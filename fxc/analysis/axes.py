@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fxc.analysis.axis import Atom, Axis, Product, atoms, pin, resolve
-from fxc.analysis.rules import Axes, Link, fresh, join, rule_of
+from fxc.analysis.dims import Axes, Link, fresh, join, pinned_for
+from fxc.analysis.operators import operator_of
+from fxc.ir.call import Call
 from fxc.ir.program import Program
 
 
@@ -25,13 +27,9 @@ def analyse(program: Program) -> Axes:
                 axes.constants[node.target] = fresh(value)
             axes.values[node] = axes.constants[node.target]
         elif node.op == "call_function" and isinstance(value, (Tensor, list, tuple)):
-            rule = rule_of(node.target)
-            if rule is None:
-                why = f"{str(node.target).removesuffix('.default')} has no rule"
-                axes.pin_all(node, why)
-                axes.values[node] = fresh(value, why)
-            else:
-                axes.values[node] = rule(axes, node)
+            call = Call(node)
+            rule = operator_of(node.target).axes or pinned_for(f"{call.name} has no rule")
+            axes.values[node] = rule(axes, call)
         else:
             axes.values[node] = ()
     _pin_interface(axes)

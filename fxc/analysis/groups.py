@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxc.analysis.axes import analyse
 from fxc.analysis.axis import DYNAMIC, Atom, Axis, atoms, resolve, units
-from fxc.analysis.rules import Axes, Link, Site
+from fxc.analysis.dims import Axes, Link, Site
 from fxc.ir.program import Program
 
 # The most telling role first: the output channels of a 1x1 convolution may be heads.

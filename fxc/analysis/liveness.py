@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, fx
 
 from fxc.analysis.axis import DYNAMIC, Atom, Axis, atoms, resolve, units
-from fxc.analysis.known import Known, pads
-from fxc.analysis.rules import Axes, Site
-from fxc.schemes import ops
-
-aten = torch.ops.aten
-CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
-    aten.conv3d.padding,
-)  # fmt: skip
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+from fxc.analysis.constants import Known
+from fxc.analysis.dims import Axes, Site
+from fxc.analysis.operators import operator_of
+from fxc.ir.call import Call
 
 
 @dataclass
@@ -43,7 +37,7 @@ def liveness(axes: Axes, known: dict[fx.Node, Known]) -> Liveness:
     for site in axes.sites:
         if site.axis is DYNAMIC or all(a.pin for a in atoms(site.axis)):
             continue
-        dead = _dead_positions(site, axes, known, found)
+        dead = _dead_positions(site, known, found)
         for atom in dict.fromkeys(atoms(site.axis)):
             if not atom.pin:
                 its = units_with(site.axis, atom, ~dead)
@@ -88,117 +82,14 @@ def _own(axes: Axes, alive: dict[Atom, Tensor], atom: Atom) -> Tensor:
     return alive[atom] if has_sites else torch.zeros(atom.size, dtype=torch.bool)
 
 
-def _dead_positions(site: Site, axes: Axes, known: dict[fx.Node, Known], found: Liveness) -> Tensor:
+def _dead_positions(site: Site, known: dict[fx.Node, Known], found: Liveness) -> Tensor:
     """[size of the site's axis] bool: where its contribution is known."""
-    node = site.node
-    if node.target is aten.linear.default:
-        return _dead_of_linear(site, known, found)
-    if node.target in CONVOLUTIONS:
-        return _dead_of_convolution(site, known, found)
-    if node.target in TRANSPOSED:
-        return _dead_of_transposed(site, known)
-    if node.target is ops.GROUPED_LINEAR:
-        return _dead_of_experts(site, known)
-    if node.target is aten.scaled_dot_product_attention.default:
-        key = _vanishes(node, 1, -1, known)
-        heads = node.meta["val"].shape[-3] if node.meta["val"].ndim > 2 else 1
-        if key is not None and key.ndim > 1 and 1 < key.shape[-2] < heads:
-            key = key.repeat_interleave(heads // key.shape[-2], -2)
-        return _either(site, _vanishes(node, 0, -1, known), key)
-    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return _either(site, _vanishes(node, 0, -1, known), _vanishes(node, 1, -2, known))
-    return torch.zeros(site.axis.size, dtype=torch.bool)
-
-
-def _vanishes(node: fx.Node, operand: int, dim: int, known: dict[fx.Node, Known]) -> Tensor | None:
-    """[batch dimensions, size]: where along dimension `dim` (-1 or -2) the operand is zero all along the other of the two."""
-    argument = node.args[operand]
-    if (k := known.get(argument)) is None:
-        return None
-    zero = k.zeros()
-    zero = zero.all(-2 if dim == -1 else -1)
-    size = argument.meta["val"].shape[dim]
-    return zero if zero.shape[-1] == size else zero.expand(*zero.shape[:-1], size)
-
-
-def _either(site: Site, a: Tensor | None, b: Tensor | None) -> Tensor:
-    if a is None and b is None:
+    rule = operator_of(site.node.target).dead
+    if rule is None:
         return torch.zeros(site.axis.size, dtype=torch.bool)
-    either = b if a is None else a if b is None else a | b
-    return either.reshape(-1, site.axis.size).all(0)
-
-
-def _constant_along(known: Known | None, dim: int, size: int) -> tuple[Tensor, Tensor]:
-    """(mask, values float64) [size]: where along `dim` the value is the same number at all positions."""
-    if known is None:
-        return torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.float64)
-    values = known.values.movedim(dim, -1).reshape(-1, known.values.shape[dim])
-    mask = known.mask.movedim(dim, -1).reshape(-1, known.values.shape[dim])
-    mask = (mask & (values == values[:1])).all(0)
-    return mask.expand(size), torch.where(mask, values[0], 0).double().expand(size)
-
-
-def _dead_of_linear(site: Site, known: dict[fx.Node, Known], found: Liveness) -> Tensor:
-    node, size = site.node, site.axis.size
-    weight = known.get(node.args[1])
-    if weight is None or not weight.is_complete:
-        mask, values = _constant_along(known.get(node.args[0]), -1, size)
-        return mask & (values == 0)
-    unread = ~weight.values.expand(node.args[1].meta["val"].shape).any(0)
-    mask, values = _constant_along(known.get(node.args[0]), -1, size)
-    if bool((mask & ~unread & (values != 0)).any()):
-        bias = node.args[2] if len(node.args) > 2 else None
-        if node.args[1].op != "get_attr" or not (bias is None or bias.op == "get_attr"):
-            found.kept.append((node, "it reads constants, and its weight or bias is computed while the model runs"))
-            mask = mask & (values == 0)
-        else:
-            found.folds[node] = torch.where(unread, 0, values)
-    return unread | mask
-
-
-def _dead_of_convolution(site: Site, known: dict[fx.Node, Known], found: Liveness) -> Tensor:
-    node = site.node
-    weight, kernel = known.get(node.args[1]), node.args[1].meta["val"]
-    outputs, inner = kernel.shape[:2]
-    groups = node.args[6] if len(node.args) > 6 else 1
-    mask, values = _constant_along(known.get(node.args[0]), 1, groups * inner)
-    mask, values = mask.reshape(groups, inner), values.reshape(groups, inner)
-    if weight is None or not weight.is_complete:
-        return (mask & (values == 0)).all(0)
-    unread = ~weight.values.expand(kernel.shape).reshape(groups, outputs // groups, inner, -1).any(3).any(1)
-    constant = mask & ~unread & (values != 0)
-    bias = node.args[2] if len(node.args) > 2 else None
-    if constant.any():
-        reason = None
-        if pads(node):
-            reason = "it reads constants and pads with zeros, so that they are not constant at the border"
-        elif node.args[1].op != "get_attr" or not (bias is None or bias.op == "get_attr"):
-            reason = "it reads constants, and its weight or bias is computed while the model runs"
-        if reason:
-            found.kept.append((node, reason))
-            mask = mask & (values == 0)
-        else:
-            found.folds[node] = torch.where(unread, 0, values)
-    return (unread | mask).all(0)
-
-
-def _dead_of_transposed(site: Site, known: dict[fx.Node, Known]) -> Tensor:
-    """At the border fewer terms are added up, so that only zeros go."""
-    node, size = site.node, site.axis.size
-    mask, values = _constant_along(known.get(node.args[0]), 1, size)
-    weight = known.get(node.args[1])
-    unread = torch.zeros(size, dtype=torch.bool)
-    if weight is not None and weight.is_complete:
-        unread = ~weight.values.expand(node.args[1].meta["val"].shape).flatten(1).any(1)
-    return unread | (mask & (values == 0))
-
-
-def _dead_of_experts(site: Site, known: dict[fx.Node, Known]) -> Tensor:
-    """Experts have no bias, so that only zeros go."""
-    node, size = site.node, site.axis.size
-    mask, values = _constant_along(known.get(node.args[0]), -1, size)
-    weight = known.get(node.args[1])
-    unread = torch.zeros(size, dtype=torch.bool)
-    if weight is not None and weight.is_complete:
-        unread = ~weight.values.expand(node.args[1].meta["val"].shape).any(1).any(0)
-    return unread | (mask & (values == 0))
+    dead = rule(site, Call(site.node), known)
+    if dead.fold is not None:
+        found.folds[site.node] = dead.fold
+    if dead.kept is not None:
+        found.kept.append((site.node, dead.kept))
+    return dead.positions

@@ -114,12 +114,7 @@ def _has_residual(block: Block) -> bool:
         node = todo.pop()
         if node is block.entry:
             return True
-        if node not in seen and node.target in (
-            aten.add.Tensor,
-            aten.layer_norm.default,
-            aten.rms_norm.default,
-            aten.relu.default,
-        ):
+        if node not in seen and node.target in _AROUND_RESIDUALS:
             seen.add(node)
             todo += [a for a in node.args[:2] if isinstance(a, fx.Node)]
     return False

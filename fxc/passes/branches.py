@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxc.analysis.axes import cache_pairs
-from fxc.analysis.known import Known
+from fxc.analysis.constants import Known
 from fxc.ir.edit import constant, free_name, sweep, type_of
 from fxc.ir.program import Program
 

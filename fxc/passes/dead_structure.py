@@ -29,10 +29,10 @@ from torch import Tensor
 
 from fxc.analysis.axes import analyse
 from fxc.analysis.axis import Atom, atoms, kept
+from fxc.analysis.dims import Axes
 from fxc.analysis.groups import groups_of
 from fxc.analysis.known import known_values
 from fxc.analysis.liveness import Liveness, liveness, units_with
-from fxc.analysis.rules import Axes
 from fxc.ir.edit import sweep
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result
