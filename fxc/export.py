@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxc.calls import WithCache, call_of
+from fxc.calls import WithCache, calls_of
 from fxc.companions import write
 from fxc.configuration import Fit, describe, difference, weight
 from fxc.errors import UsageError, VerificationFailed, first_line
@@ -180,7 +180,7 @@ def _as_function(model: nn.Module, program: Program, inputs: list[Tensor]) -> nn
     if kind == "causal_lm":
         return WithCache(model, (len(inputs) - 3) // 2)
     if kind == "encoder":
-        return call_of(model, None).module
+        return next(calls_of(model, None)).module
     call = program.signature.call
     args = tuple(unflatten(a, inputs) for a in call["args"])
-    return call_of(model, args or {k: unflatten(v, inputs) for k, v in call["kwargs"].items()}).module
+    return next(calls_of(model, args or {k: unflatten(v, inputs) for k, v in call["kwargs"].items()})).module
