@@ -342,6 +342,7 @@ def _capture_artifact(path: Path) -> Captured:
     return Captured(read.program, _config_of(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
+@one_at_a_time
 def load(
     directory: str | Path,
     device: str | torch.device | None = None,

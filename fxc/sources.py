@@ -50,9 +50,9 @@ class Loaded:
 def kind_of(source: str) -> Kind:
     """What `source` names; a folder that exists wins over everything else that it could mean."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if _is_there(path) and path.is_dir():
         return "artifact" if (path / "fxc.json").exists() else "folder"
-    if path.exists():
+    if _is_there(path):
         raise UsageError(
             "this is a file, and a model is a folder",
             where=source,
@@ -70,41 +70,78 @@ def kind_of(source: str) -> Kind:
     )
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name of a file: it is too long
+        return False
+
+
 def check_is_model(model: object) -> None:
     """Raise `UsageError`, with what to give instead, for what people pass by mistake in the place of a model or its name."""
     what, hint = f"a {type(model).__name__} is no model", "give an nn.Module, the path of a Hugging Face folder, or a hub id"
     if isinstance(model, (str, Path)):
         return
     if isinstance(model, nn.Module):
-        if isinstance(model, torch.jit.ScriptModule):
-            hint = "give the module that was scripted or traced"
-        elif not _can_be_evaluated(model):
-            hint = "give the module that was exported"
-        elif lazy := [n for n, t in model.named_parameters() if isinstance(t, nn.parameter.UninitializedParameter)]:
-            what, hint = f"{lazy[0]} has no shape yet", "call the model once, so that its lazy modules are initialised"
-        else:
-            return
-    elif isinstance(model, type) and issubclass(model, nn.Module):
+        _check_is_whole(model)
+        return
+    within = [name for name, part in _parts(model) if isinstance(part, nn.Module)]
+    if isinstance(model, type) and issubclass(model, nn.Module):
         what, hint = f"{model.__name__} is a class", f"give an instance, {model.__name__}(...)"
     elif isinstance(model, torch.export.ExportedProgram):
         hint = "give the module that was exported: fxc exports it itself, so that sizes stay free"
-    elif isinstance(model, Mapping) and any(isinstance(v, torch.Tensor) for v in model.values()):
+    elif _holds_weights(model):
         what, hint = "these are weights and not a model", "load them into the model first: model.load_state_dict(...)"
     elif isinstance(model, (list, tuple)):
         what, hint = f"a {type(model).__name__} is not one model", "compile one model at a time"
-    elif isinstance(getattr(model, "model", None), nn.Module):
-        hint = f"give the model within it: {type(model).__name__.lower()}.model"
+    elif within:
+        hint = f"give a model within it: {listed(within)}"
     elif model is None:
         what = "no model is given"
     raise UsageError(what, where="model", hint=hint)
 
 
+def _check_is_whole(model: nn.Module) -> None:
+    """Raise `UsageError` for a module that cannot be captured because of what it is."""
+    what, where = f"a {type(model).__name__} is no model", "model"
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [n for n, t in tensors if isinstance(t, nn.parameter.UninitializedTensorMixin)]
+    if scripted:
+        what, where = "TorchScript is no model that fxc can read", scripted[0] or "model"
+        hint = "give the module that was scripted or traced"
+    elif not _can_be_evaluated(model):
+        hint = "give the module that was exported"
+    elif lazy:
+        what, hint = f"{lazy[0]} has no shape yet", "call the model once, so that its lazy modules are initialised"
+    elif type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        what, hint = f"a {type(model).__name__} has no forward", "give a module that calls those within it"
+    else:
+        return
+    raise UsageError(what, where=where, hint=hint)
+
+
+def _parts(thing: object) -> list[tuple[str, Any]]:
+    """What is in a mapping by key or in an object by attribute, and how it is written."""
+    if isinstance(thing, Mapping):
+        return [(f"[{key!r}]", value) for key, value in thing.items()]
+    return [(f".{name}", value) for name, value in getattr(thing, "__dict__", {}).items()]
+
+
+def _holds_weights(thing: object) -> bool:
+    return isinstance(thing, Mapping) and any(isinstance(v, torch.Tensor) or _holds_weights(v) for v in thing.values())
+
+
 def _can_be_evaluated(model: nn.Module) -> bool:
     """False for the modules that torch.export gives, which can neither be put into eval mode nor exported again."""
+    training = [m for m in model.modules() if m.training]
     try:
-        model.train(model.training)
+        model.eval()
     except NotImplementedError:
         return False
+    finally:
+        for module in training:
+            module.training = True
     return True
 
 
@@ -212,8 +249,8 @@ def from_checkpoint(
     with quiet_transformers():
         import transformers
 
-        model_class = class_of(checkpoint, trust_remote_code)
         try:
+            model_class = class_of(checkpoint, trust_remote_code)
             model, report = model_class.from_pretrained(
                 str(folder),
                 dtype=dtype or checkpoint.dtype or "auto",
@@ -223,6 +260,8 @@ def from_checkpoint(
                 local_files_only=True,
                 output_loading_info=True,
             )
+        except FxcError:
+            raise
         except (MemoryError, torch.OutOfMemoryError) as exc:
             raise ResourceError("not enough memory to load the model", where=folder, why=exc) from exc
         except pickle.UnpicklingError as exc:

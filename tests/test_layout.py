@@ -18,7 +18,7 @@ ALLOWED = {
     "fxc.ir": {"fxc.errors"},
     "fxc.analysis": {"fxc.errors", "fxc.ir", "fxc.schemes"},
     "fxc.schemes": {"fxc.errors", "fxc.ir", "fxc_kernels"},
-    "fxc.lower": {"fxc.errors", "fxc.ir", "fxc_kernels"},
+    "fxc.lower": {"fxc.errors", "fxc.ir", "fxc.neutral", "fxc_kernels"},
     "fxc.passes": {"fxc.errors", "fxc.ir", "fxc.analysis", "fxc.schemes"},
     "fxc_kernels": set(),
 }

@@ -5,7 +5,6 @@ and a call costs one check instead of Dynamo's guards over every constant. A spe
 satisfy the conditions under which it was traced; sizes 0 and 1 are specializations of their own.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP, DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxc.errors import UsageError, first_line
+from fxc.neutral import one_at_a_time
 
 # Far more than one program needs: (batch 1 or more) x (sequence 1 or more) x (past 0, 1 or more) is 12.
 MAX_SPECIALIZATIONS = 32
@@ -62,7 +62,6 @@ class CompiledGraph(nn.Module):
         self.dynamic = dynamic
         self.freezing = freezing
         self._known: dict[tuple, list[Specialization]] = {}
-        self._lock = threading.Lock()
 
     def _kind(self, inputs: tuple[Tensor, ...]) -> tuple:
         """What a specialization fixes: dtypes, static sizes, sizes 0 and 1, and the threads its loops are cut for."""
@@ -79,13 +78,13 @@ class CompiledGraph(nn.Module):
         for candidate in self._known.get(kind, ()):
             if candidate.accepts(inputs):
                 return tuple(candidate.run(*inputs))
-        with self._lock:
-            made = self._compile(inputs)
-            if sum(map(len, self._known.values())) >= MAX_SPECIALIZATIONS:
-                self._known.clear()
-            self._known.setdefault(kind, []).append(made)
+        made = self._compile(inputs)
+        if sum(map(len, self._known.values())) >= MAX_SPECIALIZATIONS:
+            self._known.clear()
+        self._known.setdefault(kind, []).append(made)
         return tuple(made.run(*inputs))
 
+    @one_at_a_time
     def _compile(self, inputs: tuple[Tensor, ...]) -> Specialization:
         from torch._inductor.compile_fx import compile_fx
 

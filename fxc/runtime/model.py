@@ -16,7 +16,7 @@ from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.lower.target import check_target, lower
-from fxc.neutral import neutral
+from fxc.neutral import one_at_a_time
 from fxc.runtime import artifact
 from fxc.runtime.binding import bind
 from fxc.safety import listed
@@ -77,17 +77,24 @@ class CompiledModel(nn.Module):
         types = [n.meta["val"].dtype for n in self.program.results]
         return next((t for t in types if t.is_floating_point), torch.float32)
 
+    @one_at_a_time
+    def _lower(self) -> None:
+        """Set the lowered module, if another thread has not done so meanwhile."""
+        if self._lowered is not None:
+            return
+        # What is kept has to serve calls outside inference mode too, whoever makes the first one.
+        with torch.no_grad():
+            lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
+        # Not a submodule: its packed weights are no part of the model's state.
+        object.__setattr__(self, "_lowered", lowered)
+
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""
         if self._lowered is None:
             if self._device == torch.device("cuda") and torch.cuda.is_available():
                 # The current device is another one in another thread, and the weights are on this one.
                 self._device = torch.device("cuda", torch.cuda.current_device())
-            # What is kept has to serve calls outside inference mode too, whoever makes the first one.
-            with neutral(), torch.no_grad():
-                lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
-            # Not a submodule: its packed weights are no part of the model's state.
-            object.__setattr__(self, "_lowered", lowered)
+            self._lower()
         return self._lowered
 
     def __deepcopy__(self, memo: dict) -> CompiledModel:
@@ -178,6 +185,7 @@ class CompiledModel(nn.Module):
             if not same or not torch.equal(given.to(tensor.device), tensor):
                 raise UsageError("a compiled model keeps its weights", where=prefix + name, hint=_OTHER_WEIGHTS)
 
+    @one_at_a_time
     def save(
         self,
         directory: str | Path,
@@ -241,6 +249,7 @@ def _reproducible(report: Any) -> Any:
     return [_reproducible(v) for v in report] if isinstance(report, (list, tuple)) else report
 
 
+@one_at_a_time
 def _unpickled(text: str, constants: dict[str, Tensor], report: dict, config: Any, files: dict, options: dict) -> CompiledModel:
     check_target(options["device"], options["backend"])
     return compiled_model(parse_program(text, constants), report, config=config, files=files, **options)
