@@ -13,6 +13,8 @@ infinities, at most 448), one float32 scale per row.
 import torch
 from torch import Tensor
 
+from fxc_kernels.no_gradient import operator
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 # A row whose largest magnitude is not above this counts as all zero: below it, 1/scale would overflow float32.
@@ -83,13 +85,13 @@ def fp8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, 
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-@torch.library.custom_op("fxc::fp8_linear", mutates_args=())
+@operator("fxc::fp8_linear")
 def fp8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `fp8_linear_reference`."""
     return fp8_linear_reference(x, qweight, scale, bias)
 
 
-@torch.library.custom_op("fxc::fp8_weight_only_linear", mutates_args=())
+@operator("fxc::fp8_weight_only_linear")
 def fp8_weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `fp8_weight_only_linear_reference`."""
     return fp8_weight_only_linear_reference(x, qweight, scale, bias)

@@ -12,6 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from fxc_kernels.no_gradient import operator
+
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [T, K], weight [G, N, K], offsets int [G], the end of each group's rows -> [T, N] in x's dtype. Rows at or past
@@ -37,7 +39,7 @@ def int8_grouped_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, off
     return out
 
 
-@torch.library.custom_op("fxc::grouped_mm", mutates_args=())
+@operator("fxc::grouped_mm")
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`grouped_linear_reference` with weight [G, K, N]."""
     return grouped_linear_reference(x, weight.transpose(1, 2), offsets)
@@ -49,7 +51,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return grouped_linear_reference(x, weight, offsets)
 
 
-@torch.library.custom_op("fxc::int8_grouped_linear", mutates_args=())
+@operator("fxc::int8_grouped_linear")
 def int8_grouped_linear(x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
     """See `int8_grouped_linear_reference`."""
     return int8_grouped_linear_reference(x, qweight, scale, offsets)

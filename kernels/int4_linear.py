@@ -11,6 +11,8 @@ Two values share a byte, the even k in its low half (`unpack` is the exact defin
 import torch
 from torch import Tensor
 
+from fxc_kernels.no_gradient import operator
+
 GROUPS = (32, 64, 128)
 BITS = 4
 LARGEST = 15
@@ -66,7 +68,7 @@ def int4_weight_only_linear_reference(
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-@torch.library.custom_op("fxc::int4_weight_only_linear", mutates_args=())
+@operator("fxc::int4_weight_only_linear")
 def int4_weight_only_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int
 ) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.int8_exact import is_exact
+from fxc_kernels.no_gradient import refuse_gradient
 
 INT8_MIN, INT8_MAX = -128, 127
 INT8_STEPS = INT8_MAX - INT8_MIN
@@ -158,6 +159,7 @@ def _register(name: str, reference, cpu_kernel) -> None:
     torch.library.impl(f"fxc::{name}", "default", reference)
     torch.library.impl(f"fxc::{name}", "cpu", cpu_kernel)
     torch.library.register_fake(f"fxc::{name}", _fake)
+    refuse_gradient(f"fxc::{name}")
 
 
 _register("int8_linear", int8_linear_reference, _int8_linear_cpu)

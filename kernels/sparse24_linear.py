@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.int8_linear import int8_linear_reference
+from fxc_kernels.no_gradient import operator
 
 BYTE = 8
 """How many numbers of a row one byte of positions is for."""
@@ -79,13 +80,13 @@ def int8_sparse24_linear_reference(x: Tensor, qweight: Tensor, meta: Tensor, sca
     return int8_linear_reference(x, unpack(qweight, meta), scale, bias)
 
 
-@torch.library.custom_op("fxc::sparse24_linear", mutates_args=())
+@operator("fxc::sparse24_linear")
 def sparse24_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     """See `sparse24_linear_reference`."""
     return sparse24_linear_reference(x, values, meta, bias)
 
 
-@torch.library.custom_op("fxc::int8_sparse24_linear", mutates_args=())
+@operator("fxc::int8_sparse24_linear")
 def int8_sparse24_linear(x: Tensor, qweight: Tensor, meta: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `int8_sparse24_linear_reference`."""
     return int8_sparse24_linear_reference(x, qweight, meta, scale, bias)

@@ -37,8 +37,9 @@ class CompiledModel(nn.Module):
     original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
     which is never written to. keep_compressed: run layers compressed also where their float form was measured to be faster.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
-    its weights are constants of the program, which `state_dict()` gives. It can be pickled, and called from a function that
-    torch.compile compiles, which leaves it as it is.
+    its weights are constants of the program, which `state_dict()` gives. It runs under `torch.no_grad()`: inputs may require
+    gradients, outputs have none, and the program itself (`program.module()`) refuses a backward pass. It can be pickled, and
+    called from a function that torch.compile compiles, which leaves it as it is.
     """
 
     def __init__(

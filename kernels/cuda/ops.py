@@ -18,6 +18,7 @@ from torch import Tensor
 from fxc_kernels import fp8_linear, int4_linear, int8_linear, sparse24_linear
 from fxc_kernels.cuda.interleaved import silu_mul
 from fxc_kernels.cuda.sparse24_prepacked import Prepacked, unpack
+from fxc_kernels.no_gradient import operator
 
 _ACTIVATIONS = {
     "none": lambda product: product,
@@ -47,7 +48,7 @@ def _finished(product: Tensor, bias: Tensor | None, activation: str, dtype: torc
 # Activations to int8 or float8_e4m3fn, row by row.
 
 
-@torch.library.custom_op("fxc_cuda::quantize_int8", mutates_args=())
+@operator("fxc_cuda::quantize_int8")
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., K] -> (q int8 [..., K], scale float32 [...], zero point int32 [...])."""
     if launches(x):
@@ -58,7 +59,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.view(x.shape), scale.view(x.shape[:-1]), zero.view(x.shape[:-1])
 
 
-@torch.library.custom_op("fxc_cuda::quantize_fp8", mutates_args=())
+@operator("fxc_cuda::quantize_fp8")
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., K] -> (q float8_e4m3fn [..., K], scale float32 [...])."""
     rows = x.reshape(-1, x.shape[-1])
@@ -71,27 +72,27 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
-@torch.library.custom_op("fxc_cuda::rms_norm_int8", mutates_args=())
+@operator("fxc_cuda::rms_norm_int8")
 def rms_norm_int8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize_int8` of the norm of x [..., K] as Llama computes it, weight [K]."""
     q, scale, zero, _ = _norm(x, None, weight, eps, torch.int8)
     return q, scale, zero
 
 
-@torch.library.custom_op("fxc_cuda::add_rms_norm_int8", mutates_args=())
+@operator("fxc_cuda::add_rms_norm_int8")
 def add_rms_norm_int8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rms_norm_int8` of x + residual, and that sum in x's dtype."""
     return _norm(x, residual, weight, eps, torch.int8)
 
 
-@torch.library.custom_op("fxc_cuda::rms_norm_fp8", mutates_args=())
+@operator("fxc_cuda::rms_norm_fp8")
 def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` of the norm of x [..., K] as Llama computes it, weight [K]."""
     q, scale, _, _ = _norm(x, None, weight, eps, torch.float8_e4m3fn)
     return q, scale
 
 
-@torch.library.custom_op("fxc_cuda::add_rms_norm_fp8", mutates_args=())
+@operator("fxc_cuda::add_rms_norm_fp8")
 def add_rms_norm_fp8(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """`rms_norm_fp8` of x + residual, and that sum in x's dtype."""
     q, scale, _, total = _norm(x, residual, weight, eps, torch.float8_e4m3fn)
@@ -167,19 +168,19 @@ def _fake_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 # What else a decoder layer is made of, where activations stay floats.
 
 
-@torch.library.custom_op("fxc_cuda::rms_norm", mutates_args=())
+@operator("fxc_cuda::rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm of x [..., K] as Llama computes it, weight [K]."""
     return _float_norm(x, None, weight, eps)[0]
 
 
-@torch.library.custom_op("fxc_cuda::add_rms_norm", mutates_args=())
+@operator("fxc_cuda::add_rms_norm")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of x + residual, that sum)."""
     return _float_norm(x, residual, weight, eps)
 
 
-@torch.library.custom_op("fxc_cuda::rope", mutates_args=())
+@operator("fxc_cuda::rope")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, H, S, D], cos and sin [B or 1, 1, S, D] -> x * cos + rotate_half(x) * sin, contiguous."""
     from fxc_kernels.cuda import rope as cuda_rope
@@ -205,7 +206,7 @@ def _(x, cos, sin):
 # Products of quantized activations.
 
 
-@torch.library.custom_op("fxc_cuda::int8_mm", mutates_args=())
+@operator("fxc_cuda::int8_mm")
 def int8_mm(
     q: Tensor, row_scale: Tensor, zero: Tensor, qweight: Tensor, scale: Tensor, column_sum: Tensor, bias: Tensor | None,
     dtype: torch.dtype, activation: str,
@@ -227,7 +228,7 @@ def int8_mm(
     return out.view(shape)
 
 
-@torch.library.custom_op("fxc_cuda::fp8_mm", mutates_args=())
+@operator("fxc_cuda::fp8_mm")
 def fp8_mm(
     q: Tensor, row_scale: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str
 ) -> Tensor:
@@ -245,7 +246,7 @@ def fp8_mm(
     return out.view(shape)
 
 
-@torch.library.custom_op("fxc_cuda::int8_sparse24_mm", mutates_args=())
+@operator("fxc_cuda::int8_sparse24_mm")
 def int8_sparse24_mm(
     q: Tensor, row_scale: Tensor, zero: Tensor, values: Tensor, meta: Tensor, outputs: int, scale: Tensor, column_sum: Tensor,
     bias: Tensor | None, dtype: torch.dtype, activation: str,
@@ -283,7 +284,7 @@ def _(q, row_scale, qweight, scale, bias, dtype, activation):
 # Products of float activations with weights that become floats on the way.
 
 
-@torch.library.custom_op("fxc_cuda::weight_only_linear", mutates_args=())
+@operator("fxc_cuda::weight_only_linear")
 def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x [..., K], qweight int8 or float8_e4m3fn [N, K], scale float32 [N]: `fxc::int8_weight_only_linear` or
     `fxc::fp8_weight_only_linear`, then the activation."""
@@ -296,7 +297,7 @@ def weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor |
     return _finished(product, bias, activation, x.dtype).view(shape)
 
 
-@torch.library.custom_op("fxc_cuda::int4_linear", mutates_args=())
+@operator("fxc_cuda::int4_linear")
 def int4_weight_only_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int, activation: str
 ) -> Tensor:
@@ -324,7 +325,7 @@ def _(x, packed, scale, zero, bias, group, activation):
     return x.new_empty(_shape(x, packed.shape[0], activation))
 
 
-@torch.library.custom_op("fxc_cuda::sparse24_linear", mutates_args=())
+@operator("fxc_cuda::sparse24_linear")
 def sparse24_prepacked_linear(
     x: Tensor, values: Tensor, meta: Tensor, outputs: int, bias: Tensor | None, activation: str
 ) -> Tensor:
@@ -339,7 +340,7 @@ def sparse24_prepacked_linear(
     return _finished(product, bias, activation, x.dtype)
 
 
-@torch.library.custom_op("fxc_cuda::sparse24_linear_float32", mutates_args=())
+@operator("fxc_cuda::sparse24_linear_float32")
 def sparse24_float32_linear(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """x float32 [..., K], values float32 [N, K/2] and meta uint8 [N, K/8] as the portable operator has them, because sparse
     tensor cores multiply no float32: `fxc::sparse24_linear`, then the activation."""

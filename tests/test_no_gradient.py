@@ -1,0 +1,68 @@
+"""Operators that have no gradient run where one could be asked for, and refuse when it is."""
+
+import pytest
+import torch
+from torch import nn
+from torch._ops import OpOverload
+
+import fxc
+from fxc.schemes import fp8, int4, int8, ops, sparse24
+
+N, K = 32, 64
+SPECS = [
+    "int8", "int8:mode=weight_only", "int4:group=32", "fp8", "fp8:mode=weight_only", "sparse24", "sparse24,int8",
+]  # fmt: skip
+
+
+def arguments() -> dict[OpOverload, tuple]:
+    """What follows x [5, K] in a call of each operator that has no gradient."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
+    sparse = sparse24.mask_by_magnitude(weight)
+    values, meta = sparse24.pack(sparse)
+    q, scale = int8.quantize_weight(weight)
+    q8, scale8 = fp8.quantize_weight(weight)
+    q4, scale4, _ = int4.quantize_weight(weight, 32, True)
+    sparse_q, sparse_scale = int8.quantize_weight(values)
+    offsets = torch.tensor([3, 5], dtype=torch.int32)
+    experts = torch.stack([weight, weight])
+    return {
+        ops.INT8_LINEAR: (q, scale, None),
+        ops.INT8_WEIGHT_ONLY_LINEAR: (q, scale, None),
+        ops.INT8_GROUPED_LINEAR: (torch.stack([q, q]), torch.stack([scale, scale]), offsets),
+        ops.INT4_WEIGHT_ONLY_LINEAR: (q4, scale4, None, None, 32),
+        ops.FP8_LINEAR: (q8, scale8, None),
+        ops.FP8_WEIGHT_ONLY_LINEAR: (q8, scale8, None),
+        ops.SPARSE24_LINEAR: (values, meta, None),
+        ops.INT8_SPARSE24_LINEAR: (sparse_q, meta, sparse_scale, None),
+        ops.GROUPED_MM: (experts.transpose(1, 2), offsets),
+    }
+
+
+ARGUMENTS = arguments()
+
+
+@pytest.mark.parametrize("op", ARGUMENTS, ids=str)
+def test_an_operator_runs_and_refuses_in_the_backward_pass(op):
+    x = torch.randn(5, K, requires_grad=True)
+    out = op(x, *ARGUMENTS[op])
+    assert torch.equal(out, op(x.detach(), *ARGUMENTS[op]))
+    with pytest.raises(RuntimeError, match=f"{op.namespace}::{op._opname} has no gradient.*train the original model"):
+        out.sum().backward()
+
+
+def test_no_operator_is_forgotten():
+    every = {op for op in vars(ops).values() if isinstance(op, OpOverload)}
+    assert every - set(ARGUMENTS) == {ops.GROUPED_LINEAR}, "which has a true one"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_compiled_program_refuses_and_a_compiled_model_gives_no_gradient(spec):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(K, K), nn.ReLU(), nn.Linear(K, K))
+    model = fxc.optimize(net, (torch.randn(4, K),), spec, budget=1.0, layer_budget=1.0)
+    x = torch.randn(4, K, requires_grad=True)
+    (out,) = model.program.module()(x)
+    with pytest.raises(RuntimeError, match=r"fxc::.*has no gradient"):
+        out.sum().backward()
+    assert x.grad is None
+    assert not model(x).requires_grad
