@@ -7,7 +7,8 @@ from types import FrameType
 
 
 def main() -> None:
-    """Run the command line; an interruption at any moment is one line on stderr and exit code 130."""
+    """Run the command line; an interruption at any moment is one line on stderr, or with --json one JSON object on stdout, and
+    exit code 130."""
     interrupted = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -29,7 +30,10 @@ def main() -> None:
         # An import that is interrupted may end in another error than KeyboardInterrupt.
         if not interrupted:
             raise
-        print("interrupted", file=sys.stderr)
+        if "--json" in sys.argv:
+            print('{"error": {"kind": "Interrupted"}}')
+        else:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         # What runs at the interpreter's exit has no handler above it.

@@ -60,6 +60,11 @@ class FxcError(Exception):
             lines.append(f"try: {self.hint}")
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, str | None]:
+        """What `--json` prints of it."""
+        kind = type(self).__name__
+        return {"code": self.code, "kind": kind, "what": self.what, "where": self.where, "why": self.why, "hint": self.hint}
+
     def __reduce__(self) -> tuple:
         # Exception's own form loses the keywords, and errors do cross processes (pytest-xdist, torchrun).
         return _rebuild, (type(self), self.what, self.where, self.why, self.hint)

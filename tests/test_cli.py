@@ -412,6 +412,53 @@ def test_json_mode_keeps_stdout_for_json(capsys):
     assert json.loads(written.out) == {"value": None} and "a stray print" in written.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (["passes", "--explain", "int9"], 2, {"kind": "UsageError", "what": "there is no pass 'int9'"}),
+        (["inspect", "no/such/folder/here"], 2, {"kind": "UsageError"}),
+        (["run", "x", "--prompt", "a", "--text", "b"], 2, {"kind": "UsageError"}),
+        (["eval", "x"], 2, {"what": "there is nothing to measure"}),
+        (["compile"], 2, {"what": "Missing argument 'model'.", "where": "fxc compile"}),
+        (["compile", "x", "--nope"], 2, {"kind": "UsageError", "where": "fxc compile"}),
+        (["run", "x", "--max-new-tokens", "0"], 2, {"kind": "UsageError", "where": "fxc run"}),
+        (["bench", "kernels", "--tune"], 2, {"hint": "add --out FOLDER"}),
+        (["bench", "melt"], 2, {"where": "fxc bench"}),
+        (["melt"], 2, {"where": "fxc"}),
+        ([], 2, {"where": "fxc"}),
+    ],
+)
+def test_with_json_an_error_is_an_object_on_stdout(arguments, code, error):
+    done = CliRunner().invoke(app, [*arguments, "--json"], prog_name="fxc")
+    assert done.exit_code == code and "error" not in done.stderr
+    said = json.loads(done.stdout)
+    assert list(said) == ["error"] and set(said["error"]) == {"code", "kind", "what", "where", "why", "hint"}
+    assert said["error"] == said["error"] | error | {"code": f"FXC-E{code}"}
+    if arguments:
+        assert done.exit_code == CliRunner().invoke(app, arguments).exit_code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (MemoryError(), 6, "ResourceError"),
+        (RuntimeError("the world ended"), 1, "FxcError"),
+    ],
+)
+def test_with_json_interruptions_and_faults_are_objects_too(monkeypatch, error, code, kind):
+    def stop():
+        print("a stray print")
+        raise error
+
+    monkeypatch.setattr("fxc.report.machine.examine", stop)
+    assert json.loads(fxc("doctor", "--json", code=code).stdout)["error"]["kind"] == kind
+
+
+def test_an_argument_after_two_dashes_is_no_option():
+    assert "error[FXC-E2]" in fxc("inspect", "--", "--json", code=2).stderr
+
+
 def test_python_m_fxc_reports_errors_the_same_way(tmp_path):
     command = [sys.executable, "-m", "fxc", "eval", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"})
