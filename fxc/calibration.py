@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxc.errors import UsageError, first_line
 from fxc.evaluate import decoder_inputs, tokenizer_of
 from fxc.ir.program import Program
+from fxc.passes.base import Track, untracked
 from fxc.runtime.binding import bind
 from fxc.safety import listed, read_json
 
@@ -46,6 +47,7 @@ def calibration_samples(
     config: Any = None,
     limit: int = LIMIT,
     window: int = WINDOW,
+    track: Track = untracked,
 ) -> list[list[Tensor]]:
     """At most `limit` samples, each the flat input tensors of `program`; the same for the same data.
 
@@ -54,7 +56,7 @@ def calibration_samples(
     images; or an iterable of what one call takes (a tensor, a tuple, a dict), or of texts. Batches are kept as given, all
     else is a batch of one. A single tensor or dict is one sample. Of rows and iterables the first `limit` are read.
     folder: where the tokenizer and the image processor are, by default where `config` says that the model came from.
-    A decoder gets a mask, positions and an empty cache; other inputs with a default may be left out.
+    A decoder gets a mask, positions and an empty cache; other inputs with a default may be left out. track: shows progress.
 
     Raises `UsageError` for data that is missing, empty, of the wrong kind, or that the program cannot take.
     """
@@ -62,16 +64,20 @@ def calibration_samples(
     if limit < 1 or window < 2:
         raise UsageError(f"{limit} samples of {window} tokens", hint="at least one sample, and windows of two tokens")
     reader = _Reader(program, folder or _origin(config), config, window)
+    count = limit
     if not isinstance(data, (str, Path)):
         items = [data] if isinstance(data, (Tensor, np.ndarray, Mapping)) else data
+        count = len(items) if isinstance(items, Sized) else limit
         made = reader.items((f"calibration sample {n}", item) for n, item in enumerate(items, 1))
     elif Path(data).is_dir():
-        made = reader.images(_spread(_images_in(Path(data)), limit))
+        paths = _spread(_images_in(Path(data)), limit)
+        made, count = reader.images(paths), len(paths)
     elif Path(data).suffix.lower() == ".jsonl":
         made = reader.items(_rows(Path(data)))
     else:
-        made = reader.windows(Path(data), limit)
-    samples = list(itertools.islice(made, limit))
+        windows = reader.windows(Path(data), limit)
+        made, count = (reader.tokens_sample(each, data) for each in windows), len(windows)
+    samples = list(track(itertools.islice(made, limit), "reading calibration samples", min(count, limit)))
     if not samples:
         where = data if isinstance(data, (str, Path)) else None
         raise UsageError(
@@ -276,18 +282,18 @@ class _Reader:
 
     def text(self, text: str, where: object) -> list[Tensor]:
         self._check_reads_text(where)
-        return self._tokens_sample(self.tokens(text)[: self.room], where)
+        return self.tokens_sample(self.tokens(text)[: self.room], where)
 
-    def windows(self, path: Path, limit: int) -> Iterator[list[Tensor]]:
-        """Windows that do not overlap; the shorter last one only where it is the only one."""
+    def windows(self, path: Path, limit: int) -> list[list[int]]:
+        """Windows of tokens that do not overlap; the shorter last one only where it is the only one."""
         self._check_reads_text(path)
         tokens = self.tokens(_text_of(path))
         cut = [tokens[i : i + self.room] for i in range(0, len(tokens), self.room)]
         if len(cut) > 1 and len(cut[-1]) < self.room:
             cut.pop()
-        return (self._tokens_sample(each, path) for each in _spread(cut, limit))
+        return _spread(cut, limit)
 
-    def _tokens_sample(self, tokens: list[int], where: object) -> list[Tensor]:
+    def tokens_sample(self, tokens: list[int], where: object) -> list[Tensor]:
         before, after = self.around
         ids = torch.tensor([[*before, *tokens, *after]], dtype=torch.int64)
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}

@@ -24,7 +24,7 @@ from fxc.frontend import capture
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
-from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
+from fxc.passes.base import Context, Pass, Track, check_data_is_given, parse_passes, untracked
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
@@ -133,14 +133,16 @@ def compile_captured(
     allow_noop: bool = False,
     dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
+    track: Track = untracked,
 ) -> CompiledModel:
-    """The second half of `optimize`, for a source that is captured already and keeps its program."""
+    """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
+    come with calibration samples."""
     before = captured.program
-    context = Context(skip=skip)
+    context = Context(skip=skip, track=track)
     context.check_skip(before)
     if calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
-            context.samples = calibration_samples(before, calib, folder=folder, config=captured.config)
+            context.samples = calibration_samples(before, calib, folder=folder, config=captured.config, track=track)
     config, why_not = captured.config, None
 
     def watch(step: Step, after: Program) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Refusal, Removal
+from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.verify.gates import Budget, judge
 from fxc.verify.samples import drawn, samples
@@ -82,10 +83,12 @@ def run_passes(
             ) from error
         seconds = time.perf_counter() - began
         if step.is_policy and result.changed == 0 and not allow_noop and not step.may_change_nothing():
+            others = instead(program, [each.name for each in ordered])
+            found = f"what would find something: {'; '.join(others)}" if others else "leave it out"
             raise UsageError(
                 f"the pass {step} changed nothing",
                 why="; ".join(f"{r.fqn}: {r.reason}" for r in result.refusals[:5]) or "there is no layer for it",
-                hint="see the reasons; --allow-noop accepts a pass that does nothing",
+                hint=f"{found}; --allow-noop accepts a pass that does nothing",
             )
         done = Step(
             str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), program.numel(),

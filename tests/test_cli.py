@@ -402,6 +402,22 @@ def test_a_terminal_gets_colours_unless_no_color(monkeypatch):
     assert not any(f"\x1b[{colour}" in shown() for colour in ("3", "38", "9"))
 
 
+def test_progress_is_a_bar_with_counts_on_a_terminal_one_line_elsewhere_and_nothing_with_json(monkeypatch):
+    def shown(terminal: bool, as_json: bool) -> str:
+        output = Output(as_json)
+        output.err = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with output.doing("compiling"):
+            assert list(output.track(iter("abc"), "reading [x]", 3)) == ["a", "b", "c"]
+        return output.err.file.getvalue().replace("compiling", "").replace(" ...\n", "")
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(True, False)
+    assert "reading [x]" in text and "3/3" in text and "0:00:00" in text
+    assert shown(False, False) == "reading [x]"
+    assert shown(True, True).count("reading") == shown(False, True).count("reading") == 0
+
+
 def test_json_mode_keeps_stdout_for_json(capsys):
     with Output(as_json=True) as output:
         print("a stray print")

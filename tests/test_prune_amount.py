@@ -146,7 +146,7 @@ def test_any_criterion_can_rank(criterion):
 
 
 def test_without_gradients_magnitudes_rank_and_that_is_said(monkeypatch):
-    def no_gradients(program, groups, criterion, samples=()):
+    def no_gradients(program, groups, criterion, samples=(), track=None):
         if criterion == "taylor":
             raise RuntimeError("derivative for aten::what is not implemented")
         return scores(program, groups, criterion, samples)
@@ -217,6 +217,23 @@ def test_bisection_finds_the_last_step_that_fits():
     for last, limit in ((0, 0), (1, 0), (1, 1), (37, 0), (37, 1), (37, 20), (37, 37), (5000, 0), (5000, 1)):
         assert most_within(last, limit.__ge__) == limit
     assert 3000 - 5000 // 256 <= most_within(5000, (3000).__ge__) <= 3000
+
+
+def test_progress_is_shown_of_reading_ranking_and_trying():
+    said = []
+
+    def track(items, what, count):
+        taken = list(items)
+        said.append((what, len(taken), count))
+        return taken
+
+    model = fxc.compiler.capture_source(Mlp(1.0), (X,))
+    samples = list(X.split(8))
+    fxc.compiler.compile_captured(model, parse_passes("prune:budget=0.1"), calib=samples, track=track)
+    read, scored, tried = said
+    assert read == ("reading calibration samples", 8, 8)
+    assert scored == ("scoring units by taylor", 4, 4)
+    assert tried[0] == "trying how much can go" and 1 < tried[1] <= tried[2]
 
 
 def test_the_judge_sees_what_zeroed_weights_do():

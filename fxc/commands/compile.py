@@ -110,6 +110,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             allow_noop=request.allow_noop,
             dump_dir=request.dump_dir,
             on_step=_on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered}),
+            track=output.track,
         )
     report = model.report
     covered, least = report["coverage"], request.min_coverage

@@ -67,6 +67,14 @@ class Result:
     repeat: Pass | None = None
 
 
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""(items, what is done with them, how many there are at most) -> the items, shown to somebody as they are taken."""
+
+
+def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    return items
+
+
 @dataclass
 class Context:
     """What passes are given besides the program.
@@ -75,7 +83,7 @@ class Context:
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes
     such inputs for a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and
-    its inputs.
+    its inputs; track: shows how far a pass has come with its samples.
     """
 
     skip: tuple[str, ...] = ()
@@ -83,6 +91,7 @@ class Context:
     draw: Callable[[Program], list[list[Tensor]]] | None = None
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
+    track: Track = untracked
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ number within a number is one, the outer is taken.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +120,7 @@ def _has_residual(block: Block) -> bool:
     return False
 
 
-def influence(program: Program, found: Sequence[Block], samples: Sequence[Sequence[Tensor]]) -> dict[Block, float]:
+def influence(program: Program, found: Sequence[Block], samples: Iterable[Sequence[Tensor]]) -> dict[Block, float]:
     """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, block influence)."""
     sums: Counter[Block] = Counter()
     counts: Counter[Block] = Counter()

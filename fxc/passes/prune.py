@@ -194,7 +194,7 @@ class Prune(Pass):
     def _prune_units(self, program: Program, shares: dict[str, float], context: Context, result: Result) -> None:
         criterion = "l2" if self.criterion == "auto" else self.criterion
         candidates = self._candidates(program, shares, context, result)
-        found = scores(program, [g for gs in candidates.values() for g in gs], criterion, context.samples)
+        found = scores(program, [g for gs in candidates.values() for g in gs], criterion, context.samples, context.track)
         for kind, share in shares.items():
             scored = [g for g in candidates[kind] if g in found]
             for group in candidates[kind]:
@@ -255,7 +255,8 @@ class Prune(Pass):
         if not candidates:
             result.refusals.append(Refusal("", "the model has no numbered layers that can be dropped"))
             return
-        changes = influence(program, candidates, context.samples)
+        samples = context.track(context.samples, "measuring what each layer changes", len(context.samples))
+        changes = influence(program, candidates, samples)
         for block in sorted(candidates, key=lambda b: changes[b])[: max(count, 0)]:
             _take_out(program, block.scope, result)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from fxc.analysis.groups import NAMES, Group
 from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
-from fxc.passes.base import Context
+from fxc.passes.base import Context, Track, untracked
 from fxc.passes.scores import by_unit, scores, with_masks
 
 Units = dict[Group, Tensor]
@@ -62,7 +62,7 @@ def choose(
         raise UsageError("amount=auto is judged on data, and there is none", where="prune", hint="--calib FILE")
     ranking, judging = halves(program, samples)
     try:
-        found = scores(program, candidates, criterion, ranking)
+        found = scores(program, candidates, criterion, ranking, context.track)
     except RuntimeError as error:  # torch's own where an operator has no gradient
         choice.notes.append(f"ranked by l2, because the model gives no gradients: {first_line(error)}")
         criterion, found = "l2", scores(program, candidates, "l2")
@@ -76,7 +76,7 @@ def choose(
         costs[step] = judge.cost(units_at(step))
         return costs[step] <= budget
 
-    step = most_within(last, fits)
+    step = most_within(last, fits, context.track)
     choice.units = units_at(step)
     kind = f"{'held-out ' if judging is not ranking else ''}calibration" if given else "made-up"
     where = f"{len(judging)} {kind} sample{'s' * (len(judging) != 1)}"
@@ -102,15 +102,23 @@ def _counted(units: Units, found: Mapping[Group, Tensor]) -> str:
     return ", ".join(f"{n:,} of {there[kind]:,} {NAMES[kind]}s" for kind, n in going.items() if n) or "nothing"
 
 
-def most_within(last: int, fits: Callable[[int], bool]) -> int:
+def most_within(last: int, fits: Callable[[int], bool], track: Track = untracked) -> int:
     """The largest of 0 .. `last` that `fits`, to one part in 256 of `last`, by bisection; 0 is taken to fit."""
+    *_, most = track(_bisection(last, fits), "trying how much can go", last.bit_length() + 1)
+    return most
+
+
+def _bisection(last: int, fits: Callable[[int], bool]) -> Iterator[int]:
+    """After each try, the largest number known to fit."""
     if last == 0 or fits(last):
-        return last
+        yield last
+        return
     low, high = 0, last
+    yield low
     while high - low > (max(1, last // _GRAIN) if low else 1):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+        yield low
 
 
 def ranked(program: Program, found: Mapping[Group, Tensor], *, by_gradient: bool) -> list[tuple[Group, int]]:

@@ -16,7 +16,7 @@ outputs, whose squared gradients are those of the outputs themselves in expectat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from fxc.analysis.groups import Group, WeightedSite
 from fxc.ir.observe import observe
 from fxc.ir.program import Program
+from fxc.passes.base import Track, untracked
 
 aten = torch.ops.aten
 Criterion = Literal["l2", "l1", "bn_scale", "taylor", "wanda", "mask_gradient"]
@@ -34,10 +35,15 @@ NEED_DATA = ("taylor", "wanda", "mask_gradient")
 
 
 def scores(
-    program: Program, groups: Sequence[Group], criterion: str, samples: Sequence[Sequence[Tensor]] = ()
+    program: Program,
+    groups: Sequence[Group],
+    criterion: str,
+    samples: Sequence[Sequence[Tensor]] = (),
+    track: Track = untracked,
 ) -> dict[Group, Tensor]:
     """[size] float64 for each group that the criterion can tell something about. samples: flat inputs of the program, which the
     criteria in `NEED_DATA` need."""
+    samples = track(samples, f"scoring units by {criterion}", len(samples)) if criterion in NEED_DATA else ()
     if criterion in ("l1", "l2"):
         return {g: _magnitude(program, g, 1 if criterion == "l1" else 2) for g in groups}
     if criterion == "bn_scale":
@@ -83,7 +89,7 @@ def _batch_norm_scales(program: Program, groups: Sequence[Group]) -> dict[Group,
 
 
 def _weight_times_activation(
-    program: Program, groups: Sequence[Group], samples: Sequence[Sequence[Tensor]]
+    program: Program, groups: Sequence[Group], samples: Iterable[Sequence[Tensor]]
 ) -> dict[Group, Tensor]:
     wanted: dict[str, dict[str, int]] = {}
     for site in (s for g in groups for s in g.sites):
@@ -119,7 +125,7 @@ def _key(site: WeightedSite) -> str:
     return f"{site.node.name}.{site.operand}"
 
 
-def mask_gradients(program: Program, groups: Sequence[Group], samples: Sequence[Sequence[Tensor]]) -> dict[Group, Tensor]:
+def mask_gradients(program: Program, groups: Sequence[Group], samples: Iterable[Sequence[Tensor]]) -> dict[Group, Tensor]:
     """[samples, size] float64: the gradient of the loss of each sample by a mask of ones on the units of each group."""
     masked, masks = with_masks(program, groups)
     module = masked.module()

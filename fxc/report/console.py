@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +35,7 @@ class Output:
         self._stdout = sys.stdout
         self.out = Console(file=self._stdout, highlight=False, soft_wrap=True)
         self.err = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._status: Status | None = None
         self._redirect: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     def __enter__(self) -> Output:
@@ -92,20 +94,39 @@ class Output:
     def doing(self, what: str) -> Iterator[None]:
         """Show what is being done for as long as it is: a spinner on a terminal, one line elsewhere."""
         if self.err.is_terminal:
-            with self.err.status(Text(printable(what))):
-                yield
+            with self.err.status(Text(printable(what))) as self._status:
+                try:
+                    yield
+                finally:
+                    self._status = None
         else:
             self.note(f"{what} ...")
             yield
 
-    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
-        """The items, with a progress bar on a terminal."""
-        if not self.err.is_terminal:
-            self.note(f"{what} ...")
+    def track(self, items: Iterable[T], what: str, count: int | None = None) -> Iterator[T]:
+        """The items, at most `count`, with a bar, a count and the time left on a terminal, one line elsewhere, and nothing in
+        JSON mode."""
+        if self.as_json or not self.err.is_terminal:
+            if not self.as_json:
+                self.note(f"{what} ...")
             yield from items
             return
-        with Progress(console=self.err, transient=True) as progress:
-            yield from progress.track(items, description=printable(what).replace("[", "\\["))
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        with self._without_status(), Progress(*columns, console=self.err, transient=True) as progress:
+            yield from progress.track(items, total=count, description=printable(what).replace("[", "\\["))
+
+    @contextlib.contextmanager
+    def _without_status(self) -> Iterator[None]:
+        """The terminal shows one thing that moves at a time."""
+        status = self._status
+        if status is not None:
+            status.stop()
+        try:
+            yield
+        finally:
+            # What failed halfway may end here long after its `doing`.
+            if status is not None and status is self._status:
+                status.start()
 
 
 def show_error(error: FxcError) -> None:
