@@ -334,7 +334,7 @@ def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any
     options: dict[str, Any] = {}
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         options = {"return_dict": True} if _takes(inspect.signature(model.forward).parameters, "return_dict") else {}
-        if "past_key_values" in parameters:
+        if "past_key_values" in parameters or "use_cache" in parameters:
             options["use_cache"] = False
         options = {k: v for k, v in options.items() if k not in structure["kwargs"]}
     module, given = _Flat(model, structure, options), owned(dict(zip(names, flat, strict=True)))

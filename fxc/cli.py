@@ -234,7 +234,7 @@ def eval_(
     from fxc.commands.evaluate import EvalRequest, evaluate
 
     request = EvalRequest(
-        model, text, against, window, windows, backend, _device(device), dtype or "auto", revision, trust_remote_code
+        model, text, against, window, windows, backend, _device(device), _dtype(dtype), revision, trust_remote_code
     )
     with _output(as_json) as output:
         evaluate(request, output)
@@ -308,7 +308,7 @@ def bench_model(
     sizes = _sizes("--batch", batch), _sizes("--seq", seq)
     with _output(as_json) as output:
         bench_models(
-            output, models, *sizes, new, rounds, threads, backend, _device(device), dtype or "auto",
+            output, models, *sizes, new, rounds, threads, backend, _device(device), _dtype(dtype),
             static_cache, keep_compressed,
         )  # fmt: skip
 
@@ -356,16 +356,18 @@ def _device(name: str | None) -> str | None:
     """`name` if torch knows such a device and this machine has it."""
     if name is None:
         return None
-    import torch
+    from fxc.lower.target import check_target
 
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}", where="--device", hint="cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"fxc does not run on {device.type}", where="--device", hint="cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"this machine has no {name} that torch can use", where="--device", hint="'fxc doctor' says why")
+    check_target(name, None)
+    return name
+
+
+def _dtype(name: str | None) -> str:
+    """`name`, "auto" for None, if models are compiled in it."""
+    from fxc.sources import as_dtype
+
+    name = "auto" if name is None else name
+    as_dtype(name)
     return name
 
 

@@ -30,7 +30,7 @@ from fxc.pipeline import Step, run_passes
 from fxc.runtime import artifact
 from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
 from fxc.runtime.staging import check_writable
-from fxc.sources import DTYPES, check_is_model, kind_of, load_source
+from fxc.sources import as_dtype, check_is_model, kind_of, load_source
 
 
 @one_at_a_time
@@ -81,7 +81,7 @@ def optimize(
     parsed = parse_passes(passes)
     if calib is not None:
         check_data(calib)
-    _dtype(dtype)
+    as_dtype(dtype)
     check_target(device, backend)
     check_data_is_given(parsed, calib is not None)
     if dump_dir is not None:
@@ -260,7 +260,7 @@ def capture_source(
     check_is_model(model)
     if isinstance(model, nn.Module):
         given, nbytes = model, _nbytes(model)
-        wanted = _dtype(dtype)
+        wanted = as_dtype(dtype)
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
@@ -398,14 +398,6 @@ def _config_of(path: Path) -> Any:
     if getattr(config, WEIGHTS_KEY, None) == NOT_A_CHECKPOINT:
         delattr(config, WEIGHTS_KEY)
     return config
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return None if dtype == "auto" else dtype
-    if dtype not in DTYPES:
-        raise UsageError(f"there is no dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def _nbytes(model: nn.Module) -> int:

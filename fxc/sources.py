@@ -199,14 +199,12 @@ def load_source(
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The torch dtype, or None for "auto"."""
-    if dtype == "auto":
-        return None
-    if dtype in DTYPES.values():
+    """The torch dtype, or None for "auto". Raises `UsageError` for one that no model is compiled in."""
+    if isinstance(dtype, str) and dtype in ("auto", *DTYPES):
+        return DTYPES.get(dtype)
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    raise UsageError(f"unknown dtype {dtype}", where="--dtype", hint="auto, float32, bfloat16 or float16")
+    raise UsageError(f"unknown dtype {dtype!r}", where="dtype", hint=f"one of auto, {', '.join(DTYPES)}")
 
 
 def call_factory(source: str) -> Loaded:

@@ -27,7 +27,7 @@ from fxc.report import compilation, outputs, sizes
 from fxc.report.console import Output
 from fxc.runtime.manifest import replaceable
 from fxc.runtime.staging import check_target, check_writable
-from fxc.sources import kind_of
+from fxc.sources import as_dtype, kind_of
 
 _LONGEST_NAME = 120
 
@@ -67,7 +67,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     wanted = parse_passes(next(passes for passes in given if passes is not None))
     wanted = with_drops(wanted, request.drop, str(request.plan) if request.plan else "")
     skip = request.skip or recipe.skip or ()
-    dtype = request.dtype or recipe.dtype or "auto"
+    dtype = next(dtype for dtype in (request.dtype, recipe.dtype, "auto") if dtype is not None)
+    as_dtype(dtype)
     ordered = order(wanted).passes
     _check_print_after(request.print_after, ordered)
     text = read_text(request.eval_text, "--eval-text") if request.eval_text else None

@@ -16,21 +16,22 @@ BACKENDS = ("eager", "inductor")
 
 def check_target(device: torch.device | str | None, backend: str | None) -> None:
     """Raise `UsageError` for a backend or a device that does not exist, or not on this machine. None: the default of each."""
-    if backend is not None and backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend!r}", hint=f"one of {', '.join(BACKENDS)}")
+    if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
+        raise UsageError(f"there is no backend {backend!r:.100}", hint=f"one of {', '.join(BACKENDS)}")
     try:
-        found = torch.device(device or "cpu")
-    except (RuntimeError, TypeError) as error:
-        why = first_line(error)
-        raise UsageError(f"there is no device {device!r}", why=why, hint="use device=cpu or device=cuda") from None
+        found = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"there is no device {device!r:.100}", why=first_line(error), hint="use device=cpu or device=cuda"
+        ) from None
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"fxc does not run on {found.type}", hint="use device=cpu or device=cuda")
     if found.type == "cpu":
+        if found.index:
+            raise UsageError(f"there is no device {device!r}", hint="use device=cpu")
         return
     if not torch.cuda.is_available():
-        raise UsageError(
-            "this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu"
-        )
+        raise UsageError("this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu")
     if (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"there is no device {device!r}", hint=f"this machine has {torch.cuda.device_count()}")
 

@@ -60,9 +60,9 @@ class CompiledModel(nn.Module):
         self.config = config
         self.files = dict(files or {})
         self.source = source
+        check_target(device, backend)
         self.backend = backend or "eager"
         self.keep_compressed = keep_compressed
-        check_target(device, backend)
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
         self.layers: list[Any] = []
