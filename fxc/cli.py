@@ -168,6 +168,10 @@ def compile_(
     dynamic: Annotated[
         list[str] | None, typer.Option(help="Dimensions of an input that vary, NAME:0,1; else found by trying. Repeatable.")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Compile this module alone; language_model of a model that reads images too.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print all tables: bytes, gates, what stayed and why.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
@@ -176,7 +180,7 @@ def compile_(
     request = CompileRequest(
         model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
         trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
-        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan, tuple(dynamic or ()),
+        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan, tuple(dynamic or ()), part, report,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)

@@ -24,7 +24,7 @@ from fxc.passes.prune import Prune, with_drops
 from fxc.pipeline import Step
 from fxc.recipe import Recipe, read_recipe
 from fxc.report import compilation, outputs, sizes
-from fxc.report.console import Output
+from fxc.report.console import Output, size
 from fxc.runtime.manifest import replaceable
 from fxc.runtime.staging import check_target, check_writable
 from fxc.sources import as_dtype, kind_of
@@ -59,6 +59,8 @@ class CompileRequest:
     drop: tuple[str, ...]
     plan: Path | None
     dynamic: tuple[str, ...]
+    part: str | None
+    report: bool
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
@@ -93,11 +95,14 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             dtype=dtype,
             revision=request.revision,
             trust_remote_code=request.trust_remote_code,
+            part=request.part,
             check=request.verify,
         )
+    if unused := captured.source.get("unused"):
+        output.warn(f"the checkpoint holds {size(unused['bytes'])} that the model does not use: {unused['tensors']}")
     scored = _scored(captured, text) if text is not None else None
     stages = Stages(captured)
-    with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}"):
+    with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
         model = compile_captured(
             captured,
             wanted,
@@ -124,7 +129,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         )
     is_measured = request.measure or scored is not None
     worth = _measure(report, stages, scored, request.device, output, request.measure) if is_measured else []
-    with output.doing(f"writing {out}"):
+    with output.doing(f"writing {out}", elsewhere=False):
         model.save(out, overwrite=request.overwrite, source=source)
 
     before, after = captured.program, model.program
@@ -134,7 +139,10 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     )
     kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
     steps = report["passes"][len(captured.passes) :]
-    compilation.show(output, report | {"passes": steps, "stages": worth}, kinds, disk, (before.nbytes(), after.nbytes()))
+    told = report | {"passes": steps, "stages": worth}
+    compilation.show(output, told, before.numel(), disk, (before.nbytes(), after.nbytes()))
+    if request.report:
+        compilation.show_all(output, told, kinds)
     if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
         output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
     if scored is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from fxc.analysis.groups import NAMES
 from fxc.report.console import Output, ratio, size
 
 LOW_COVERAGE = 0.5
@@ -14,65 +15,74 @@ _WORST = 5
 def show(
     output: Output,
     report: dict[str, Any],
-    kinds: tuple[dict[str, int], dict[str, int]],
+    parameters: int,
     disk: tuple[int, int],
     memory: tuple[int, int],
 ) -> None:
-    """Print the report of a compilation. kinds, disk, memory: (before, after)."""
-    rows = [
-        ("size on disk", size(disk[0]), size(disk[1]), ratio(disk[1], disk[0])),
-        ("weights, as stored", size(memory[0]), size(memory[1]), ratio(memory[1], memory[0])),
-        _row("parameters", report["parameters_before"], report["parameters_after"], "{:,}"),
-    ]
+    """Print the report of a compilation in short: what it is worth, pass by pass. parameters: those of the model as captured;
+    disk, memory: bytes (before, after)."""
+    pairs = (("size on disk", disk), ("weights", memory))
+    output.line("; ".join(f"{name} {size(a)} -> {size(b)} ({ratio(b, a)})" for name, (a, b) in pairs))
     if losses := report.get("perplexity"):
-        rows.append(_row("perplexity", losses["before"], losses["after"], "{:.3f}"))
-    output.table("before and after", ["", ">before", ">after", ">ratio"], rows)
-    if losses:
-        output.line(f"perplexity changed by {change_text(losses['change'], losses['standard_error'])}")
+        change = change_text(losses["change"], losses["standard_error"])
+        output.line(f"perplexity {losses['before']:.3f} -> {losses['after']:.3f}, {change}")
+    stages = report["stages"] or _unmeasured(report["passes"], parameters, memory[0])
+    phases = list(dict.fromkeys(phase for s in stages for phase in s.get("milliseconds", {})))
+    has_perplexity = any("perplexity" in s for s in stages)
+    changed = {p["name"]: f"{p['changed']:,}" for p in report["passes"]}
+    header = ["after", ">changed", ">parameters", ">weights", *(f">{p}, ms" for p in phases)]
+    rows = [
+        (
+            s["name"], changed.get(s["name"], ""), f"{s['parameters']:,}", size(s["bytes"]),
+            *(f"{s['milliseconds'][p]:.2f}" for p in phases), *([f"{s['perplexity']:.3f}"] if has_perplexity else []),
+        )
+        for s in stages
+    ]  # fmt: skip
+    output.table("pass by pass", [*header, *([">perplexity"] if has_perplexity else [])], rows)
+    if gone := _gone(report):
+        output.line(f"removed: {gone}")
+    for step in report["passes"]:
+        for note in step.get("notes", ()):
+            output.line(f"{step['name']}: {note}")
+    if any(p["covered_bytes"] for p in report["passes"]):
+        output.line(coverage_text(report))
+
+
+def _unmeasured(passes: list[dict[str, Any]], parameters: int, nbytes: int) -> list[dict[str, Any]]:
+    """The stages, where nothing was measured of them."""
+    first = {"name": "as captured", "parameters": parameters, "bytes": nbytes}
+    done = [p for p in passes if p["changed"]]
+    return [first, *({"name": p["name"], "parameters": p["parameters_after"], "bytes": p["bytes_after"]} for p in done)]
+
+
+def _gone(report: dict[str, Any]) -> str:
+    """ "12 of 96 heads, 662 of 3,840 ffn channels" """
+    totals: dict[str, list[int]] = {}
+    for each in _removed(report):
+        of_kind = totals.setdefault(each["kind"], [0, 0])
+        of_kind[0] += each["removed"]
+        of_kind[1] += each["before"]
+    return ", ".join(f"{n:,} of {of:,} {NAMES.get(kind, kind)}s" for kind, (n, of) in totals.items())
+
+
+def show_all(output: Output, report: dict[str, Any], kinds: tuple[dict[str, int], dict[str, int]]) -> None:
+    """Print the tables behind the short report. kinds: bytes by kind (before, after)."""
     names = sorted({*kinds[0], *kinds[1]}, key=lambda name: -max(kinds[0].get(name, 0), kinds[1].get(name, 0)))
     output.table(
         "bytes by kind",
         ["kind", ">before", ">after"],
         [(k, *(size(s[k]) if k in s else "-" for s in kinds)) for k in names],
     )
-    _stages(output, report.get("stages", []))
     removed = [(r["scope"] or "the model", r["kind"], r["before"], r["before"] - r["removed"]) for r in _removed(report)]
     output.table("removed", ["module", "kind", ">before", ">after"], removed)
     passes = [
-        (
-            p["name"],
-            f"{p['changed']:,}",
-            f"{p['seconds']:.2f}",
-            _gates(p["gates"]),
-            p["gates"].get("meaning", "not run"),
-        )
-        for p in report["passes"]
+        (p["name"], f"{p['seconds']:.2f}", _gates(p["gates"]), p["gates"].get("meaning", "not run")) for p in report["passes"]
     ]
-    output.table("passes", ["pass", ">changed", ">seconds", "gates", "meaning"], passes)
-    for step in report["passes"]:
-        for note in step.get("notes", ()):
-            output.line(f"{step['name']}: {note}")
+    output.table("passes", ["pass", ">seconds", "gates", "meaning"], passes)
     skipped = [row for p in report["passes"] for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
     errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
     output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
-    if any(p["covered_bytes"] for p in report["passes"]):
-        output.line(coverage_text(report))
-
-
-def _stages(output: Output, stages: list[dict[str, Any]]) -> None:
-    """What each pass was worth: sizes, and what was measured of latency and perplexity."""
-    phases = list(dict.fromkeys(phase for s in stages for phase in s.get("milliseconds", {})))
-    has_perplexity = any("perplexity" in s for s in stages)
-    header = ["after", ">parameters", ">weights", *(f">{p}, ms" for p in phases), *([">perplexity"] if has_perplexity else [])]
-    rows = [
-        (
-            s["name"], f"{s['parameters']:,}", size(s["bytes"]), *(f"{s['milliseconds'][p]:.2f}" for p in phases),
-            *([f"{s['perplexity']:.3f}"] if has_perplexity else []),
-        )
-        for s in stages
-    ]  # fmt: skip
-    output.table("pass by pass", header, rows)
 
 
 def _removed(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -88,7 +98,8 @@ def change_text(relative: float, error: float | None) -> str:
 
 def coverage_text(report: dict[str, Any]) -> str:
     refused = sum(len(p["refusals"]) for p in report["passes"])
-    return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {refused} layers were left alone"
+    left = f"{refused} layer{'s' * (refused != 1)} left alone, --report says why" if refused else "no layer was left alone"
+    return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {left}"
 
 
 def why_so_little(report: dict[str, Any]) -> str:
@@ -104,10 +115,6 @@ def as_json(report: dict[str, Any], out: str) -> dict[str, Any]:
     gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
     extra = {key: report[key] for key in ("perplexity", "stages") if key in report}
     return {key: report[key] for key in keys} | {"gates": gates, "out": out} | extra
-
-
-def _row(name: str, before: float, after: float, form: str) -> tuple[str, str, str, str]:
-    return name, form.format(before), form.format(after), ratio(after, before)
 
 
 def _gates(gates: dict[str, str]) -> str:

@@ -91,8 +91,8 @@ class Output:
         self.err.print(Text(f"warning: {printable(text)}", style="yellow"))
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Show what is being done for as long as it is: a spinner on a terminal, one line elsewhere."""
+    def doing(self, what: str, *, elsewhere: bool = True) -> Iterator[None]:
+        """Show what is being done for as long as it is: a spinner on a terminal, and elsewhere, if so asked, one line."""
         if self.err.is_terminal:
             with self.err.status(Text(printable(what))) as self._status:
                 try:
@@ -100,7 +100,8 @@ class Output:
                 finally:
                     self._status = None
         else:
-            self.note(f"{what} ...")
+            if elsewhere:
+                self.note(f"{what} ...")
             yield
 
     def track(self, items: Iterable[T], what: str, count: int | None = None) -> Iterator[T]:
