@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import fxc
 from benchmarks import table
 from benchmarks.models import RESULTS, failure, note, quiet, slug
-from fxc.calls import call_of
+from fxc.calls import calls_of
 from fxc.ir.program import Program
 from fxc.report import machine
 from fxc.runtime.model import compiled_model
@@ -225,7 +225,7 @@ def inputs(module: nn.Module, example: tuple[Tensor, ...] | None) -> list[dict[s
         generator = torch.Generator().manual_seed(5)
         ids = [torch.randint(3, module.config.vocab_size, size, generator=generator) for size in ((2, 9), (3, 14))]
         return [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
-    call = call_of(module, example)
+    call = next(calls_of(module, example))
     # Of its other sizes the first is that of the example again.
     return [dict(zip(call.inputs, tensors, strict=True)) for tensors in (call.inputs.values(), call.other_sizes[2])]
 
