@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxc.companions import VOCABULARIES
 from fxc.errors import UsageError, VerificationFailed
-from fxc.ir.names import layer_name
+from fxc.ir.names import layer_of, weight_of
 from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context
@@ -299,10 +299,9 @@ def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:
     for node in program.graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
             continue
-        constants = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-        weight = next((fqn for fqn in constants if program.constants[fqn].ndim >= 2), None)
+        weight = weight_of(program, node)
         if weight is not None and node.meta["val"].dtype.is_floating_point:
-            name = layer_name(weight)
+            name = layer_of(node, weight)
             layers[name, seen[name]] = node
             seen[name] += 1
     return layers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ import fxc.passes
 from fxc.analysis.groups import groups
 from fxc.errors import UsageError
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Result, parse_passes
+from fxc.passes.base import Context, Fact, Pass, Result, parse_passes
 from fxc.passes.blocks import blocks, influence
 from fxc.passes.plan import Drop, parse_drops, read_plan
 from fxc.passes.prune import Prune, with_drops
@@ -412,6 +414,47 @@ def test_dropping_a_layer_of_a_decoder_is_leaving_it_out():
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     wide = compiled_model(in_float64(compiled.program), {}, config=compiled.config)
     assert torch.equal(wide.generate(ids, **options), model.double().generate(ids, **options))
+
+
+@pytest.fixture
+def again(monkeypatch):
+    """A policy that prunes what removal left, and what it is given."""
+    given: list[Context] = []
+    monkeypatch.setattr(Pass, "registry", dict(Pass.registry))
+
+    @dataclass(frozen=True)
+    class Again(Prune):
+        name: ClassVar[str] = "again"
+        owes: ClassVar[frozenset[Fact]] = frozenset()
+
+        def run(self, program: Program, context: Context) -> Result:
+            given.append(context)
+            return super().run(program, context)
+
+    return given
+
+
+@pytest.mark.parametrize(
+    "second",
+    [*(f"again:ffn=0.25:criterion={c}" for c in ("wanda", "taylor", "mask_gradient")), "again:budget=1", "again:layers=0.5"],
+)
+def test_a_policy_after_removal_learns_from_its_data(again, second):
+    """Samples with a filled cache, which loses a layer and heads before the second policy reads them."""
+    program = canonical(*build("qwen2"))
+    data = [causal_lm_sample(program, batch, new=6, past=past) for batch, past in ((1, 3), (2, 0), (2, 5), (1, 2))]
+    first = "prune:heads=0.5:uniform=true" + ("" if "layers" in second else ":layers=0.5")
+    options = {"budget": 9.0, "layer_budget": 9.0}
+    _, steps = run_passes(program, parse_passes(f"{first},dead_structure,{second}"), Context(samples=data), **options)
+    assert [step.name.partition(":")[0] for step in steps] == ["canonicalize", "prune", "dead_structure", "again"]
+    assert steps[-1].changed > 0
+    (context,) = again
+    caches = 4 if "layers" in second else 2
+    for before, after in zip(data, context.samples, strict=True):
+        assert len(after) == 3 + caches
+        assert torch.equal(after[0], before[0])
+        # One of two KV heads is left.
+        assert {tensor.shape[1] for tensor in after[3:]} == {1} and before[3].shape[1] == 2
+        assert all(a.shape[2] == before[3].shape[2] for a in after[3:])
 
 
 # ----------------------------------------------------------------------------------------------------------- by decree

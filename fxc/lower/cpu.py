@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxc.errors import UsageError
-from fxc.ir.names import layer_name
+from fxc.ir.names import layer_name, layer_of
 from fxc.lower import choose, formats, packed, traced
 from fxc.lower.choose import Timing
 from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
@@ -217,7 +217,7 @@ class _Lowering:
         """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here."""
         for node in self.graph.find_nodes(op="call_function", target=formats.INT8_SPARSE24):
             x, qweight, meta, scale, bias = node.args
-            name = layer_name(qweight.target)
+            name = layer_of(node, qweight.target)
             if name not in self.expanded:
                 self.expanded.add(name)
                 self.attributes[qweight.target] = unpack_sparse24(self.attributes[qweight.target], self.attributes[meta.target])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxc.errors import UsageError
+from fxc.ir.names import layer_of
 from fxc.ir.program import Program
 from fxc.lower import formats
 from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
@@ -233,7 +234,7 @@ class _Lowering:
         """Say which of fxc's operators still run by their own definition."""
         for node in self.graph.nodes:
             if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxc":
-                name = next((a.target.rpartition(".")[0] for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
+                name = next((layer_of(node, a.target) for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
                 if name not in {each.fqn for each in self.report}:
                     sizes = node.meta["val"].shape[-1], node.args[0].meta["val"].shape[-1]
                     self.report.append(LayerChoice(name, "unchanged", f"{node.target} has no kernel for CUDA", *sizes))

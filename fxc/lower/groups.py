@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxc.ir.names import layer_name
+from fxc.ir.names import layer_of
 from fxc.lower import formats
 
 
@@ -97,7 +97,7 @@ def _group(attributes: Mapping[str, Tensor | nn.Module], target: object, nodes: 
     bias = None
     if any(b is not None for b in biases):
         bias = torch.cat([torch.zeros(size) if b is None else b.float() for b, size in zip(biases, sizes)])
-    names = [layer_name(node.args[1].target) for node in nodes]
+    names = [layer_of(node, node.args[1].target) for node in nodes]
     return Group(target, nodes, arguments, bias, sizes, nodes[0].args[0].meta["val"].shape[-1], names)
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fxc.errors import UsageError
+from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 
@@ -117,7 +118,7 @@ class Context:
         for pattern in self.skip:
             if not any(_matches(pattern, name) for name in names):
                 wanted = pattern.removeprefix("re:").strip("*.^$")
-                layers = list(dict.fromkeys(n.removesuffix(".weight").removesuffix(".bias") for n in names))
+                layers = list(dict.fromkeys(layer_name(n) for n in names if not n.endswith(".bias")))
                 near = difflib.get_close_matches(wanted, layers, n=3, cutoff=0.4) or layers[:3]
                 raise UsageError(
                     f"the pattern {pattern!r} matches no layer of the model",

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxc.ir.names import parts_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Fact
 
@@ -68,22 +69,17 @@ def arguments(node: fx.Node) -> dict[str, object]:
 
 def packed_weight(node: fx.Node) -> str | None:
     """The FQN of the packed weight that `node` multiplies by, if it is one of fxc's operators that do."""
-    return _constant(node, "qweight") or _constant(node, "values")
-
-
-def _constant(node: fx.Node, name: str) -> str | None:
-    """The FQN of the constant that `node`, one of fxc's operators, takes as its argument `name`."""
-    value = arguments(node).get(name) if getattr(node.target, "namespace", "") == "fxc" else None
-    return value.target if isinstance(value, fx.Node) and value.op == "get_attr" else None
+    parts = parts_of(node)
+    return parts.get("qweight") or parts.get("values")
 
 
 def _has_quantized_weight(program: Program) -> str | None:
-    fqn = next((fqn for node in program.graph.nodes if (fqn := _constant(node, "qweight"))), None)
+    fqn = next((fqn for node in program.graph.nodes if (fqn := parts_of(node).get("qweight"))), None)
     return f"{fqn} is a quantized weight" if fqn else None
 
 
 def _has_sparse_weight(program: Program) -> str | None:
-    fqn = next((packed_weight(node) for node in program.graph.nodes if _constant(node, "meta")), None)
+    fqn = next((packed_weight(node) for node in program.graph.nodes if "meta" in parts_of(node)), None)
     return f"{fqn} is a 2:4 sparse weight" if fqn else None
 
 

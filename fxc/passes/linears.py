@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 
 from fxc.errors import InputRefused
 from fxc.ir.edit import call, constant, is_free, read, sweep
+from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result
 from fxc.passes.facts import arguments
@@ -71,7 +72,7 @@ class PackLinears(Pass):
         for node in list(program.graph.nodes):
             if node.target not in self.layers:
                 continue
-            fqn = layer_of(node)
+            fqn = _name(node)
             if reason := (context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}") or self._refusal(
                 program, node
             ):
@@ -92,7 +93,7 @@ class PackLinears(Pass):
         sweep(program)
         for name, tensor in program.constants.items():
             if name not in told and (reason := self._left_alone(program, name, tensor)):
-                fqn = name.removesuffix(".weight")
+                fqn = layer_name(name)
                 pattern = context.skips(fqn)
                 reason = f"skipped by the pattern {pattern}" if pattern else reason
                 result.refusals.append(Refusal(fqn, reason, _nbytes(tensor)))
@@ -140,16 +141,17 @@ class PackLinears(Pass):
     def _replace(self, program: Program, weight: str, before: fx.Node) -> dict[str, str]:
         """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
         parts = self._packed(program.constants[weight], weight)
-        base = layer_of(before)
+        base = _name(before)
         names = {part: self._free_name(program, weight, base, part) for part in parts}
         for part, name in names.items():
             constant(program, name, parts[part], before)
         return names
 
     def _free_name(self, program: Program, weight: str, base: str, part: str) -> str:
-        """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already."""
+        """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already, or is
+        called like that itself."""
         own = f"{base}.{self.name}"
-        prefixes = itertools.chain([base, own], (f"{own}_{n}" for n in itertools.count(2)))
+        prefixes = itertools.chain([] if is_ambiguous(base) else [base], [own], (f"{own}_{n}" for n in itertools.count(2)))
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
 
     def _packed(self, weight: Tensor, fqn: str) -> dict[str, Tensor]:
@@ -169,14 +171,10 @@ class PackLinears(Pass):
         return {part: torch.empty(*lead, *t.shape[1:], dtype=t.dtype, device="meta") for part, t in parts.items()}
 
 
-def layer_of(node: fx.Node) -> str:
-    """What a user calls the layer: its weight's name without the last part, or the whole name of a bare parameter."""
+def _name(node: fx.Node) -> str:
+    """What a user calls the layer."""
     weight = node.args[1]
-    if weight.op != "get_attr":
-        return node.meta.get("fqn") or str(node)
-    if node.target is SPARSE:
-        return weight.target.removesuffix(".values").removesuffix(".sparse24")
-    return weight.target.removesuffix(".weight")
+    return layer_of(node, weight.target) if weight.op == "get_attr" else node.meta.get("fqn") or str(node)
 
 
 def bias_of(node: fx.Node) -> fx.Node | None:

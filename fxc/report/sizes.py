@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import fx
 
+from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
 from fxc.passes.facts import arguments
@@ -82,9 +83,10 @@ def bytes_by_kind(program: Program) -> dict[str, int]:
 def layers(program: Program) -> list[Layer]:
     """The modules that have constants, the largest first."""
     kinds = kinds_of(program)
+    packed = {fqn: layer_of(node, fqn) for node in program.graph.nodes for fqn in parts_of(node).values()}
     members: defaultdict[str, list[str]] = defaultdict(list)
     for fqn in program.constants:
-        members[fqn.rpartition(".")[0] or fqn].append(fqn)
+        members[packed.get(fqn) or fqn.rpartition(".")[0] or fqn].append(fqn)
     found = []
     for name, fqns in members.items():
         largest = max(fqns, key=lambda fqn: _nbytes(program, fqn))
