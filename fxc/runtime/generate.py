@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxc.cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.errors import InputRefused, UsageError
-from fxc.runtime.model import CompiledModel
+from fxc.runtime.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
 # What the generation loop hands to a model besides its inputs, and models leave alone.
@@ -69,6 +69,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
     def _supports_logits_to_keep(self) -> bool:
         return True
 
+    @torch.compiler.disable(reason=AS_IT_IS)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -85,6 +86,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         by default what the original takes: counted from the first column, or from the first token of each row;
         logits_to_keep: how many of the last positions to return logits for (0: all), or which, as a tensor of indices.
         Returns logits [batch, new, vocabulary] and the cache, which is updated in place when one is given."""
+        check_is_not_traced()
         for name, value in unused.items():
             if value is not None and value is not False and name not in _PASSED_ON:
                 raise UsageError(f"the program was captured without the argument {name!r}")

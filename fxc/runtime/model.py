@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 WEIGHTS_KEY = "transformers_weights"  # in a config.json: the file that transformers takes the weights from
 NOT_A_CHECKPOINT = "this is a model compiled by fxc, not a checkpoint of transformers: open it with fxc.load(directory)"
+AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
+_TRACED = "a compiled model can be neither scripted nor traced"
+_TRACE_ORIGINAL = "script or trace the original; torch.export.export and torch.compile take a compiled model"
 _OTHER_WEIGHTS = "load the weights into the original and compile that; save() and fxc.load keep a compiled model"
 
 
@@ -112,7 +115,6 @@ class CompiledModel(nn.Module):
         program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
         return _unpickled, (*program, self.report, self.config, files, options)
 
-    @torch.compiler.disable
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited."""
@@ -120,7 +122,13 @@ class CompiledModel(nn.Module):
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
             return self.lower()(*[t.to(self._device) for t in tensors])
 
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks a module for."""
+        raise UsageError(_TRACED, hint=_TRACE_ORIGINAL)
+
+    @torch.compiler.disable(reason=AS_IT_IS)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        check_is_not_traced()
         as_tuple = kwargs.pop("return_dict", None) is False
         outputs = self.run(bind(self.program, args, kwargs))
         result = unflatten(self.program.signature.result, outputs)
@@ -224,6 +232,12 @@ class CompiledModel(nn.Module):
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"
         return f"{self.program.metadata.get('class')}, {size}, {self._device}, {self.backend}"
+
+
+def check_is_not_traced() -> None:
+    """Raise `UsageError` inside of torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise UsageError(_TRACED, hint=_TRACE_ORIGINAL)
 
 
 def _marked(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
