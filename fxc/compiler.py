@@ -264,12 +264,12 @@ def capture_source(
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
-        model = _part_of(model, part)
+        model, part = _part_of(model, part)
         program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
         read = _check_whole(model, program, part, example_inputs)
         nbytes = read if part else nbytes
         config = getattr(model, "config", None)
-        source = {"kind": "module", "class": type(model).__name__}
+        source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
         files = _files_of_module(model)
         return Captured(program, config, files, source, nbytes, borrowed=model is given)
     source = str(model)
@@ -278,10 +278,12 @@ def capture_source(
             raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
         if dynamic_shapes is not None:
             raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
+        if part is not None:
+            raise UsageError("an artifact is compiled as a whole", where="part", hint="compile the original with part=...")
         return _capture_artifact(Path(source))
     loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model = _part_of(loaded.model, part)
+    model, part = _part_of(loaded.model, part)
     program = capture(model, inputs, dynamic_shapes=dynamic_shapes, check=check)
     read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
@@ -289,7 +291,8 @@ def capture_source(
     files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(model)
     config = getattr(model, "config", None)
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
-    return Captured(program, config, files, loaded.source, nbytes, folder=loaded.tokenizer_dir)
+    origin = loaded.source | ({"part": part} if part else {})
+    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
 
 
 # Of the weights that a capture leaves out, the share of all that nobody need be told of: a pooler, a mask token.
@@ -297,18 +300,18 @@ _NEGLIGIBLE = 0.01
 LANGUAGE_MODEL = "language_model"
 
 
-def _part_of(model: nn.Module, part: str | None) -> nn.Module:
-    """The module `part` of `model`. A language model within another one is that model, called with text alone: its head is
-    outside of it."""
-    if part is None or part == LANGUAGE_MODEL:
-        return model
+def _part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
+    """The module `part` of `model`, and its full name. A language model within another one is that model, called with text
+    alone: its head is outside of it."""
+    if part is None or (part == LANGUAGE_MODEL and hasattr(model, "generate")):
+        return model, part
     names = [name for name, _ in model.named_modules() if name]
     found = next((name for name in (part, f"model.{part}") if name in names), None)
     if found is None:
-        near = difflib.get_close_matches(part, names, n=3)
+        near = difflib.get_close_matches(str(part), names, n=3)
         hint = f"near it: {', '.join(near)}" if near else "it is the name of a module, as in named_modules()"
         raise UsageError(f"the model has no module {part!r}", where="part", hint=hint)
-    return model.get_submodule(found)
+    return model.get_submodule(found), found
 
 
 def _check_whole(model: nn.Module, program: Program, part: str | None, example_inputs: Any) -> int:
@@ -321,6 +324,7 @@ def _check_whole(model: nn.Module, program: Program, part: str | None, example_i
         if name not in names and not folded:
             unread[name] = tensor.numel() * tensor.element_size()
     total = _nbytes(model)
+    buffers = sum(t.numel() * t.element_size() for name, t in model.named_buffers() if name not in names)
     given = part is not None or example_inputs is not None or program.metadata.get("kind") != "causal_lm"
     if sum(unread.values()) > _NEGLIGIBLE * total and not given:
         largest = Counter()
@@ -333,7 +337,7 @@ def _check_whole(model: nn.Module, program: Program, part: str | None, example_i
             hint="--part language_model (part=... in code) compiles the language model alone, and says so; "
             "example_inputs with all of its inputs capture the whole",
         )
-    return total - sum(unread.values())
+    return total - sum(unread.values()) - buffers
 
 
 def _capture_artifact(path: Path) -> Captured:

@@ -313,7 +313,9 @@ def class_by_weights(checkpoint: Checkpoint) -> type:
     config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
     for head in _HEADS:
         mapping = getattr(getattr(transformers, f"AutoModelFor{head}", None), "_model_mapping", {})
-        if type(config) not in mapping or not checkpoint.tensors:
+        # An encoder's weights for masked words fit the class that continues texts too, which does not run as an encoder.
+        is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        if type(config) not in mapping or not checkpoint.tensors or (head == "CausalLM" and is_encoder):
             continue
         found = mapping[type(config)]
         found = found[0] if isinstance(found, tuple) else found
