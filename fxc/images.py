@@ -14,8 +14,9 @@ _DEFAULT = 64
 
 def image_size(config: Any) -> tuple[int, int]:
     """(height, width): what the configuration says, else what the image processor beside it makes, else 64 x 64."""
-    vision = getattr(config, "vision_config", config)
-    return _pair(getattr(vision, "image_size", None)) or _of_processor(config) or (_DEFAULT, _DEFAULT)
+    parts = (getattr(config, "vision_config", None), getattr(config, "encoder", None), config)
+    said = next((size for part in parts if (size := _pair(getattr(part, "image_size", None)))), None)
+    return said or _of_processor(config) or (_DEFAULT, _DEFAULT)
 
 
 def _of_processor(config: Any) -> tuple[int, int] | None:

@@ -314,7 +314,8 @@ def class_by_weights(checkpoint: Checkpoint) -> type:
     for head in _HEADS:
         mapping = getattr(getattr(transformers, f"AutoModelFor{head}", None), "_model_mapping", {})
         # An encoder's weights for masked words fit the class that continues texts too, which does not run as an encoder.
-        is_encoder = type(config) in transformers.AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+        reads_masks = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+        is_encoder = reads_masks and not getattr(config, "is_decoder", False)
         if type(config) not in mapping or not checkpoint.tensors or (head == "CausalLM" and is_encoder):
             continue
         found = mapping[type(config)]

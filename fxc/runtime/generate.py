@@ -89,7 +89,10 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         check_is_not_traced()
         for name, value in unused.items():
             if value is not None and value is not False and name not in _PASSED_ON:
-                raise UsageError(f"the program was captured without the argument {name!r}")
+                raise UsageError(
+                    f"the program was captured without the argument {name!r}",
+                    hint="leave it out: it takes tokens, mask, positions and a cache, and gives logits and a cache",
+                )
         if input_ids is None:
             raise UsageError("the input input_ids is missing")
         batch, new = input_ids.shape
