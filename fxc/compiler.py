@@ -264,6 +264,7 @@ def capture_source(
         if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
             model = copy.deepcopy(model).to(wanted)
             example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
+        borrowed = model is given
         model, part = _part_of(model, part)
         program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
         read = _check_whole(model, program, part, example_inputs)
@@ -271,7 +272,7 @@ def capture_source(
         config = getattr(model, "config", None)
         source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
         files = _files_of_module(model)
-        return Captured(program, config, files, source, nbytes, borrowed=model is given)
+        return Captured(program, config, files, source, nbytes, borrowed=borrowed)
     source = str(model)
     if kind_of(source) == "artifact":
         if dtype != "auto":

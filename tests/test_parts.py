@@ -107,3 +107,14 @@ def test_a_part_of_a_plain_module():
     assert "part" not in fxc.optimize(model, (x,), "").report["source"]
     with pytest.raises(UsageError):
         fxc.optimize(model, (x,), "", part="language_model")
+
+
+def test_a_part_of_ones_own_model_may_be_trained_on_afterwards():
+    model = torch.nn.Sequential()
+    model.add_module("head", torch.nn.Linear(16, 16))
+    x = torch.randn(3, 16)
+    compiled = fxc.optimize(model.eval(), (x,), passes="", part="head")
+    expected = compiled(x)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert torch.equal(compiled(x), expected)
