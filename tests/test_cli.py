@@ -89,7 +89,8 @@ def test_compile_reads_a_recipe_and_options_win(folder, tmp_path):
     assert patterns(made) == {"skipped by the pattern *mlp*"}
     shown = fxc_json("inspect", tmp_path / "a")
     assert "bfloat16" in next(each["dtypes"] for each in shown["layers"] if each["name"] == "model.embed_tokens")
-    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "b", "--recipe", recipe, "--passes", "int8", "--skip", "*k_proj")
+    options = ("--recipe", recipe, "--passes", "int8", "--skip", "*k_proj")
+    made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "b", *options)
     assert made["passes"][1]["name"] == "int8" and patterns(made) == {"skipped by the pattern *k_proj"}
 
 
