@@ -7,12 +7,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import shutil
 import tempfile
 from importlib import util
 from pathlib import Path
 
-# What is measured of layers stays in one place for all workers of a run, and out of the user's own.
+# What is measured of layers and what Triton compiles stays in one place for all workers of a run, and out of the user's own: a
+# kernel in Triton's cache names the file that it once came from.
 os.environ.setdefault("FXC_CACHE", tempfile.mkdtemp(prefix="fxc-tests-"))
+os.environ.setdefault("TRITON_CACHE_DIR", os.environ["FXC_CACHE"] + "/triton")
 
 import hypothesis
 import pytest
@@ -24,6 +27,12 @@ torch.set_num_threads(1)
 # A failing example has to fail again on any machine, and a slow machine is not a failure.
 hypothesis.settings.register_profile("fxc", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("fxc")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    is_worker, cache = hasattr(config, "workerinput"), Path(os.environ["FXC_CACHE"])
+    if not is_worker and cache.name.startswith("fxc-tests-"):
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +50,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_compile_prints_what_changed(folder, tmp_path):
-    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", "--eval-text", folder / "text.txt", "--skip", "lm_head")
+    options = ("--eval-text", folder / "text.txt", "--skip", "lm_head")
+    short = fxc("compile", folder / "qwen2", "-o", tmp_path / "short", *options).stdout
+    assert "size on disk" in short and "coverage" in short and "bytes by kind" not in short and "left alone" in short
+    done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", *options, "--report")
     for said in ("size on disk", "int8 linear", "perplexity", "7 of 7 ok", "skipped by the pattern lm_head", "coverage"):
         assert said in done.stdout
     assert "\x1b" not in done.output, "there is no terminal here"
@@ -203,8 +207,9 @@ def test_run_looks_at_an_image(folder, tmp_path):
 
     image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     assert "image processor" in fxc("run", folder / "vit-int8", "--image", tmp_path / "red.png", code=2).stderr
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
-    fxc("compile", folder / "vit", "-o", tmp_path / "out")
+    shutil.copytree(folder / "vit", tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    fxc("compile", tmp_path / "vit", "-o", tmp_path / "out")
     assert len(fxc_json("run", tmp_path / "out", "--image", tmp_path / "red.png")["top"]) == 2
     (tmp_path / "no.png").write_text("no image")
     assert "not an image" in fxc("run", tmp_path / "out", "--image", tmp_path / "no.png", code=2).stderr

@@ -133,12 +133,15 @@ def test_positions_default_as_in_the_model(family, positions):
 def test_a_model_whose_inputs_are_unknown_says_so():
     import transformers
 
-    config = transformers.Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(16,), conv_stride=(2,),
-        conv_kernel=(3,), num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    with pytest.raises(CaptureFailed, match="example of the input input_values"):
-        fxc.capture(transformers.Wav2Vec2Model(config))
+    class Feeling(transformers.BertModel):
+        main_input_name = "smell"
+
+        def forward(self, smell, return_dict=True):
+            return super().forward(inputs_embeds=smell)
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 16}
+    with pytest.raises(CaptureFailed, match="example of the input smell"):
+        fxc.capture(Feeling(transformers.BertConfig(**sizes)))
 
 
 def test_a_failure_of_torchs_own_decomposition_leaves_the_reason_why_it_was_tried(monkeypatch):

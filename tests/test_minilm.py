@@ -47,7 +47,8 @@ def test_int8_is_small_and_close_after_reloading(minilm_dir, expected, tmp_path,
     compiled = fxc.optimize(str(minilm_dir), passes="int8", dtype=dtype)
     report = compiled.report
     assert report["bytes_after"] < limit * report["bytes_before"]
-    assert {r["fqn"] for r in report["passes"][-1]["refusals"]} == set(), "every linear layer is quantized"
+    left = {r["fqn"].partition(".")[0] for r in report["passes"][-1]["refusals"]}
+    assert left == {"embeddings"}, "every linear layer is quantized"
     compiled.save(tmp_path / "out")
     weights = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     original = sum(f.stat().st_size for f in Path(minilm_dir).glob("*.safetensors"))

@@ -101,7 +101,7 @@ def test_dtype_can_be_chosen(saved, dtype):
 
 
 def test_unknown_dtype(saved):
-    refusal(saved / "single", "unknown dtype int8", "bfloat16", error=UsageError, dtype="int8")
+    refusal(saved / "single", "unknown dtype 'int8'", "bfloat16", error=UsageError, dtype="int8")
 
 
 def test_tied_weights_are_not_missing(tmp_path):
