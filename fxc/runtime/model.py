@@ -257,13 +257,6 @@ def _lasting(report: dict[str, Any]) -> dict[str, Any]:
     return report | {"passes": [{k: v for k, v in p.items() if k != "seconds"} for p in report["passes"]]}
 
 
-def _reproducible(report: Any) -> Any:
-    """`report` without the times, which differ from run to run."""
-    if isinstance(report, dict):
-        return {k: _reproducible(v) for k, v in report.items() if k != "seconds"}
-    return [_reproducible(v) for v in report] if isinstance(report, (list, tuple)) else report
-
-
 @one_at_a_time
 def _unpickled(text: str, constants: dict[str, Tensor], report: dict, config: Any, files: dict, options: dict) -> CompiledModel:
     check_target(options["device"], options["backend"])
