@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import table
-from fxc.frontend import capture
+from fxc.frontend.capture import capture
 from fxc.ir.program import Program
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes

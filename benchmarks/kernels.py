@@ -63,7 +63,7 @@ class PlainOutput:
 
 def run_plainly(given: list[str]) -> int:
     """The command without typer and rich: (its exit code)."""
-    from fxc.commands.bench_kernels import KernelsRequest, bench_kernels
+    from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--scheme", "--shapes", "--m", "--device"):
@@ -90,7 +90,7 @@ def run_plainly(given: list[str]) -> int:
 def main(given: list[str]) -> int:
     if any(util.find_spec(name) is None for name in ("typer", "rich")):
         return run_plainly(arguments(given)[2:])
-    from fxc.cli import app
+    from fxc.cli.app import app
 
     app(arguments(given), prog_name="fxc")
     return 0

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 import fxc
 from benchmarks import table
 from benchmarks.models import RESULTS, failure, note, quiet, slug
-from fxc.calls import calls_of
+from fxc.data.samples import causal_lm_sample, samples
+from fxc.frontend.calls import calls_of
 from fxc.ir.program import Program
 from fxc.report import machine
 from fxc.runtime.model import compiled_model
 from fxc.verify.compare import in_float64, relative_error, run
-from fxc.verify.samples import causal_lm_sample, samples
 
 HEADS, WIDTHS = 0.25, 0.3
 PASSES = f"prune:heads={HEADS}:ffn={WIDTHS}:channels={WIDTHS}"

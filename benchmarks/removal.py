@@ -36,16 +36,16 @@ from benchmarks.removal_plot import svg
 from benchmarks.text import calibration_texts, texts
 from benchmarks.timing import Call, Timing, interleave
 from benchmarks.workloads import CONTEXT, PYLM, Decoder, Encoder
-from fxc import evaluate
 from fxc.compiler import Captured, capture_source, compile_captured
+from fxc.data.samples import causal_lm_sample
 from fxc.errors import UsageError
+from fxc.ir.binding import bind
 from fxc.ir.program import Program
 from fxc.lower.inductor import require_compiler
+from fxc.measure import evaluate
 from fxc.passes.base import parse_passes
-from fxc.runtime.binding import bind
 from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.verify.compare import run
-from fxc.verify.samples import causal_lm_sample
 
 SHARES = (0.0, 0.1, 0.25, 0.5)
 # The models that are timed are chosen by the first; what the second would have chosen is only rated.

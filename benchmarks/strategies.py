@@ -23,10 +23,10 @@ from benchmarks import table
 from benchmarks.models import RESULTS, note, quiet, slug
 from benchmarks.removal import python_source
 from benchmarks.workloads import PYLM
-from fxc import bench, evaluate
 from fxc.lower.inductor import require_compiler
+from fxc.measure import bench, evaluate
 from fxc.report.sizes import on_disk
-from fxc.sources import load_source
+from fxc.source.load import load_source
 
 PRUNE = "prune:heads=0.25:ffn=0.3:criterion=taylor"
 STRATEGIES = (

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import fxc
-from fxc import bench, evaluate
 from fxc.errors import FxcError, UsageError
 from fxc.lower.inductor import require_compiler
+from fxc.measure import bench, evaluate
 from fxc.report import compilation, sizes
 from fxc.report.console import Output, ratio, size
 from fxc.report.lowering import describe
-from fxc.sources import load_source
+from fxc.source.load import load_source
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "def read_lines(path):\n"

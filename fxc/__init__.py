@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxc.compiler import load, optimize
     from fxc.errors import FxcError
-    from fxc.frontend import capture
+    from fxc.frontend.capture import capture
     from fxc.ir.program import Program
     from fxc.passes.base import Pass
     from fxc.runtime.model import CompiledModel
@@ -26,7 +26,7 @@ _HOMES = {
     "FxcError": "fxc.errors",
     "Pass": "fxc.passes.base",
     "Program": "fxc.ir.program",
-    "capture": "fxc.frontend",
+    "capture": "fxc.frontend.capture",
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",
 }

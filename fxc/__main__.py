@@ -18,7 +18,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        from fxc.cli import app
+        from fxc.cli.app import app
 
         app(prog_name="fxc")
     except SystemExit:

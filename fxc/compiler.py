@@ -16,21 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fxc import companions
-from fxc.calibration import calibration_samples, check_data
-from fxc.configuration import describe_config, difference
+from fxc.artifact import companions, store
+from fxc.artifact.staging import check_writable
+from fxc.data.calibration import calibration_samples, check_data
 from fxc.errors import CaptureFailed, InputRefused, UsageError
-from fxc.frontend import capture
+from fxc.export.configuration import describe_config, difference
+from fxc.frontend.capture import capture
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
 from fxc.passes.base import Context, Pass, Track, check_data_is_given, parse_passes, untracked
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
-from fxc.runtime import artifact
 from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
-from fxc.runtime.staging import check_writable
-from fxc.sources import as_dtype, check_is_model, kind_of, load_source
+from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
 
 
 @one_at_a_time
@@ -69,7 +68,7 @@ def optimize(
     skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
     nothing is a `UsageError`; the report's "skipped" says what each was applied to.
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
-    of what one call takes (see `fxc.calibration.calibration_samples`); the gates do not use it.
+    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it.
     tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
     one; of a folder or hub id its own is taken.
     dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
@@ -342,7 +341,7 @@ def _check_whole(model: nn.Module, program: Program, part: str | None, example_i
 
 
 def _capture_artifact(path: Path) -> Captured:
-    read = artifact.read(path)
+    read = store.read(path)
     report = read.manifest.get("report", {})
     source = report.get("source", {"kind": "artifact"})
     files, nbytes = companions.of_folder(path), read.program.nbytes()
@@ -369,13 +368,13 @@ def load(
     """
     path = Path(directory)
     check_target(device, backend)
-    if not artifact.is_artifact(path):
+    if not store.is_artifact(path):
         raise UsageError(
             "this is not an fxc artifact: it has no fxc.json",
             where=str(path),
             hint="'fxc compile MODEL -o DIR' writes one",
         )
-    read = artifact.read(path)
+    read = store.read(path)
     model = compiled_model(
         read.program,
         read.manifest.get("report", {}),

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fxc.data.samples import drawn, samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Refusal, Removal
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.verify.gates import Budget, judge
-from fxc.verify.samples import drawn, samples
 
 
 @dataclass

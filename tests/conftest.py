@@ -20,8 +20,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", os.environ["FXC_CACHE"] + "/triton")
 import hypothesis
 import pytest
 import torch
-
-REPO = Path(__file__).resolve().parent.parent
+from repo import REPO
 
 torch.set_num_threads(1)
 # A failing example has to fail again on any machine, and a slow machine is not a failure.

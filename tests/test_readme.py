@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from repo import REPO
 
 import fxc
-
-REPO = Path(__file__).resolve().parent.parent
 
 
 def test_the_readme_runs(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from repo import REPO
 from torch import Tensor, nn
 
 from fxc.compiler import Captured, capture_source, compile_captured
@@ -28,7 +29,7 @@ from fxc.errors import FxcError
 from fxc.ir.program import Program
 from fxc.passes.base import parse_passes
 
-RECORD = Path(__file__).parent / "data" / "replay.json"
+RECORD = REPO / "tests" / "records" / "replay.json"
 MODE = os.environ.get("FXC_REPLAY", "")
 FORMATS = (
     "", "int8", "int8:mode=weight_only", "int4", "int4:group=32:symmetric=false", "fp8", "fp8:mode=weight_only", "sparse24",

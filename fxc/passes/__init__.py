@@ -5,5 +5,5 @@ import pkgutil
 
 import fxc.schemes  # noqa: F401 - the passes name its operators
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

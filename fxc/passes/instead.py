@@ -10,7 +10,7 @@ import torch
 from fxc.analysis.groups import NAMES, groups
 from fxc.ir.program import Program
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.passes.mask import unmaskable
+from fxc.passes.prune.mask import unmaskable
 
 # Kind of group -> the option of prune that takes a share of its units.
 _OPTIONS = {"channel": "channels", "ffn": "ffn", "head": "heads"}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxc.companions import has_vocabulary
+from fxc.artifact.companions import has_vocabulary
 from fxc.errors import InputRefused, UsageError
-from fxc.evaluate import tokenizer_of
+from fxc.measure.evaluate import tokenizer_of
 from fxc.runtime.model import CompiledModel
 
 _BEST = 5

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fxc.artifact import store
 from fxc.errors import UsageError
+from fxc.ir.binding import bind
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.lower.target import check_target, lower
 from fxc.neutral import one_at_a_time
-from fxc.runtime import artifact
-from fxc.runtime.binding import bind
 from fxc.safety import listed
 
 if TYPE_CHECKING:
-    from fxc.export import Exported
+    from fxc.export.hugging_face import Exported
 
 
 WEIGHTS_KEY = "transformers_weights"  # in a config.json: the file that transformers takes the weights from
@@ -205,7 +205,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         """Write the artifact that `fxc.load` reads. All of it is written and verified, or nothing. source: the folder that
         the model came from, which `directory` may not be."""
-        artifact.save(
+        store.save(
             self.program,
             Path(directory),
             manifest={"report": _lasting(self.report)},
@@ -219,7 +219,7 @@ class CompiledModel(nn.Module):
         """Write a plain Hugging Face folder, which `AutoModel.from_pretrained` loads without fxc: all of it, loaded back and
         compared, or nothing. Raises `UsageError` with the reason where no configuration says what the model is now, as
         where its layers differ or its weights are quantized."""
-        from fxc.export import export
+        from fxc.export.hugging_face import export
 
         match self.report.get("source"):
             case {"kind": "folder", "id": str(origin)}:

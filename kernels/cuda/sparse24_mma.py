@@ -2,7 +2,8 @@
 
 out^T = W x^T: 16 rows of the weight are the sparse operand A, 8 rows (tokens) of x the columns of B. Triton has no sparse
 product, so the instruction is written out, for tensors of one number a thread: number i belongs to lane i % 32 of warp i // 32.
-`fxc_kernels.cuda.sparse24_prepacked` has the order of the weight, tests/mma_emulation.py the registers, number by number.
+`fxc_kernels.cuda.sparse24_prepacked` has the order of the weight, tests/helpers/mma_emulation.py the registers, one by
+one.
 """
 
 from __future__ import annotations

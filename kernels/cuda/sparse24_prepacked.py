@@ -1,8 +1,8 @@
 """2:4 sparse weights in the order that the registers of sparse tensor cores want: prepacked, without a change of any number.
 
 The instruction is mma.sp with the weight as its sparse operand A. Its registers are those of the PTX ISA, "Matrix fragments for
-multiply-accumulate operation with sparse matrix A": m16n8k32 with .f16 and .bf16, m16n8k64 with .s8; tests/mma_emulation.py has
-them number by number. `fxc_kernels.cuda.sparse24_mma` is the kernel.
+multiply-accumulate operation with sparse matrix A": m16n8k32 with .f16 and .bf16, m16n8k64 with .s8;
+tests/helpers/mma_emulation.py has them number by number. `fxc_kernels.cuda.sparse24_mma` is the kernel.
 
 A tile is 16 rows of 64 columns: 512 stored values in 256 groups of four. Prepacked, with g = lane // 4 and t = lane % 4:
 

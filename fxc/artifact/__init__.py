@@ -1,0 +1,1 @@
+"""What is written and read: the folder of a compiled model."""

@@ -1,0 +1,292 @@
+"""The folder that a compiled model is: the text of its program, its constants, and a manifest of both.
+
+    out/  program.fxc                        fxc.ir.text
+          model-00001-of-0000N.safetensors   constants, sorted by FQN
+          model.safetensors.index.json       which constant is in which of them
+          fxc.json                           fxc.artifact.manifest
+          config.json, tokenizer.json, ...   files of the source, as they were
+
+Nothing in it is unpickled or executed, and everything behind the hashes is checked as if there were none. Equal inputs
+and versions give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+import fxc.schemes  # noqa: F401 - programs name its operators
+from fxc.artifact import companions
+from fxc.artifact.manifest import (
+    DAMAGED,
+    MANIFEST,
+    check_listed,
+    describe,
+    encode,
+    new_manifest,
+    read_manifest,
+    replaceable,
+)
+from fxc.artifact.staging import resource_error, staged
+from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFailed
+from fxc.ir.check import check
+from fxc.ir.parse import parse_program
+from fxc.ir.program import Program
+from fxc.ir.text import print_program
+from fxc.safety import check_finite, check_json_size, check_relative_name, listed, read_json, safetensors_header
+from fxc.source.checkpoint import SAFE_INDEX, check_shard, index_files
+
+TEXT = "program.fxc"
+_SHARD = "model-{:05}-of-{:05}.safetensors"
+# What stands here in an operator has to be finite. Elsewhere, in an attention mask, there may be an -inf.
+_FINITE = {"weight", "bias", "qweight", "values", "scale"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `read` found: a program whose constants are mapped from the files, and the manifest."""
+
+    program: Program
+    manifest: dict[str, Any]
+    path: Path
+
+
+def is_artifact(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def save(
+    program: Program,
+    out: str | Path,
+    *,
+    manifest: Mapping[str, Any],
+    extra_files: Mapping[str, Path | bytes] | None = None,
+    overwrite: bool = False,
+    source: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write `program` as an artifact: all of it, verified by reading it again, or nothing.
+
+    manifest: JSON to keep beside the program (finite numbers only); extra_files: relative name -> content, or a file to
+    copy. overwrite: replace `out` if it is an artifact that holds nothing but its own files. source: the folder that
+    the model came from, which `out` may not touch.
+
+    Raises `UsageError` for a target or a manifest that cannot be, `VerificationFailed` for a program that is not well
+    formed or does not read back, `ResourceError` for a full disk, a lack of permission or another writer.
+    """
+    out, extra_files = Path(out), extra_files or {}
+    content = new_manifest(manifest)
+    _check_extra(extra_files)
+    check(program)
+    if program.is_on_meta:
+        raise UsageError("the program has no values", where=out, hint="load the model's weights before compiling it")
+    try:
+        _check_values(program)
+    except InputRefused as error:
+        raise VerificationFailed(error.what, where=error.where, why=error.why) from None
+    text = print_program(program)
+    try:
+        extra = sum(len(f) if isinstance(f, bytes) else Path(f).stat().st_size for f in extra_files.values())
+    except OSError as error:
+        raise resource_error(error, out) from error
+
+    with staged(
+        out,
+        nbytes=program.nbytes() + len(text) + extra,
+        source=None if source is None else Path(source),
+        may_replace=replaceable if overwrite else None,
+    ) as folder:
+        (folder / TEXT).write_text(text, encoding="ascii")
+        _write_constants(program.constants, folder, max_shard_bytes, out)
+        companions.write(extra_files, folder)
+        (folder / MANIFEST).write_bytes(encode({**content, "files": describe(folder)}))
+        _check_written(folder, out, program)
+
+
+def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
+    for name in extra_files:
+        plain = PurePosixPath(check_relative_name(name, where="extra_files"))
+        is_weights = plain.suffix == ".safetensors" and len(plain.parts) == 1
+        if str(plain) != name or name in (MANIFEST, TEXT, SAFE_INDEX) or is_weights:
+            raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
+
+
+def _write_constants(constants: dict[str, Tensor], folder: Path, max_shard_bytes: int, out: Path) -> None:
+    """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants."""
+    shards: list[list[str]] = []
+    size = 0
+    for fqn in sorted(constants):
+        nbytes = _nbytes(constants[fqn])
+        if not shards or size + nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(fqn)
+        size += nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = _SHARD.format(number, len(shards))
+        weight_map |= dict.fromkeys(shard, name)
+        try:
+            save_file(_storable({fqn: constants[fqn] for fqn in shard}), folder / name)
+        except SafetensorError as error:  # in which the library wraps what the operating system said
+            raise ResourceError(
+                "the weights could not be written",
+                where=out,
+                why=error,
+                hint="check the free space of the disk and your permissions; what was there before is unchanged",
+            ) from error
+    if shards:
+        total = sum(map(_nbytes, constants.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="ascii")
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two of them over one storage: the library asks for that."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for fqn, tensor in tensors.items():
+        if tensor.dtype == torch.complex128:
+            raise VerificationFailed("safetensors has no complex128", where=fqn, hint="use complex64")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        stored[fqn] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return stored
+
+
+def _check_written(folder: Path, out: Path, program: Program) -> None:
+    try:
+        again = read(folder).program
+    except InputRefused as error:
+        raise VerificationFailed(
+            f"what was written does not read back: {error.what}", where=out, why=f"{error.where}: {error.why}"
+        ) from error
+    for fqn, tensor in program.constants.items():
+        if not torch.equal(_bytes(again.constants[fqn]), _bytes(tensor)):
+            raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def read(path: str | Path) -> Artifact:
+    """The artifact in the folder `path`, all of it verified: every file against its hash, the text against the rules of
+    the IR and what its operators compute, the constants against the text, and that weights and scales are numbers.
+
+    Raises `InputRefused`, with the file and what is wrong with it, and `ResourceError` where a file cannot be read.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        files = manifest["files"]
+        check_listed(path, files)
+        if TEXT not in files:
+            raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
+        program = _read_text(path / TEXT, _read_constants(path, files))
+        _check_values(program)
+    except OSError as error:
+        where, what = error.filename or path, error.strerror or error
+        raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
+    return Artifact(program, manifest, path)
+
+
+def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
+    """FQN -> tensor, mapped from the files and not copied."""
+    # In a folder of their own are the weights of what comes after the model: see fxc.artifact.companions.
+    shards = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
+    if not shards and SAFE_INDEX not in files:
+        return {}
+    indexed = index_files(path, SAFE_INDEX) if SAFE_INDEX in files else []
+    if indexed != shards:
+        raise InputRefused(
+            "index and manifest name other files of weights",
+            where=path / SAFE_INDEX,
+            why=f"only one of them names {listed(set(indexed) ^ set(shards))}",
+            hint=DAMAGED,
+        )
+    weight_map = read_json(path / SAFE_INDEX)["weight_map"]
+    promised: defaultdict[str, set[str]] = defaultdict(set)
+    for fqn, name in weight_map.items():
+        promised[name].add(fqn)
+    constants: dict[str, Tensor] = {}
+    for name in shards:
+        file = path / name
+        header, _ = safetensors_header(file)
+        check_shard(file, promised[name], set(header))
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                constants |= {fqn: opened.get_tensor(fqn) for fqn in sorted(header)}
+        except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
+            # Whatever safetensors and torch object to (a dtype of another version, say), the file is at fault.
+            raise InputRefused("the weights cannot be read", where=file, why=error, hint=DAMAGED) from None
+    return constants
+
+
+def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:
+    check_json_size(file)
+    try:
+        text = file.read_bytes().decode("ascii")
+    except UnicodeDecodeError as error:
+        raise InputRefused("it has characters that no program has", where=file, why=error, hint=DAMAGED) from None
+    try:
+        program = parse_program(text, constants)
+        check(program)
+    except InputRefused as error:
+        line = (error.where or "").removeprefix("program text, ")
+        raise InputRefused(error.what, where=f"{file}, {line}", why=error.why, hint=error.hint) from None
+    except VerificationFailed as error:
+        raise InputRefused(error.what, where=f"{file}, {error.where}", why=error.why, hint=DAMAGED) from None
+    lines, again = text.split("\n"), print_program(program).split("\n")
+    if lines != again:
+        number = next((i for i, (a, b) in enumerate(zip(lines, again)) if a != b), min(len(lines), len(again)) - 1)
+        raise InputRefused(
+            "the line is not written as fxc writes it",
+            where=f"{file}, line {number + 1}",
+            why=lines[number][:160],
+            hint=DAMAGED,
+        )
+    return program
+
+
+def _check_values(program: Program) -> None:
+    """No constant holds NaN; weights, biases and scales are finite; the scales of fxc's operators are positive."""
+    roles: defaultdict[str, set[str]] = defaultdict(set)
+    scales: dict[str, Tensor] = {}
+    for node in program.graph.nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        named = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+        for name, argument in named.items():
+            if isinstance(argument, fx.Node) and argument.op == "get_attr":
+                roles[argument.target].add(name)
+                if node.target.namespace == "fxc" and name.endswith("scale"):
+                    scales[argument.target] = program.constants[argument.target]
+    strict = {n for n in program.constants if ({n.rpartition(".")[2]} | roles[n]) & _FINITE} | scales.keys()
+    check_finite((n, t) for n, t in program.constants.items() if n in strict)
+    check_finite(((n, t) for n, t in program.constants.items() if n not in strict), inf_allowed=True)
+    for fqn, tensor in scales.items():
+        if not (tensor > 0).all():
+            smallest = f"the smallest is {tensor.min():.3g}"
+            raise InputRefused("a scale is not positive", where=fqn, why=smallest, hint=DAMAGED)

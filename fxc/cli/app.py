@@ -1,0 +1,382 @@
+"""The fxc command: parses, calls, prints. Whatever takes long to import is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fxc.errors import FxcError, ResourceError, UsageError, printable
+
+if TYPE_CHECKING:
+    from fxc.report.console import Output
+
+
+class Commands(TyperGroup):
+    """Turns exceptions into an exit code and a text on stderr, or with --json a JSON object on stdout: {"error": ...}."""
+
+    as_json = False
+
+    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        self.as_json = "--json" in itertools.takewhile(lambda each: each != "--", given)
+        if not self.as_json:
+            return super().main(args, **options)
+        try:
+            code = super().main(given, **(options | {"standalone_mode": False}))
+        except Exception as error:
+            # Typer's own: a wrong option, a missing argument.
+            if not hasattr(error, "format_message"):
+                raise
+            command = error.ctx.command_path if getattr(error, "ctx", None) else None
+            hint = f"'{command} --help' says what it takes" if command else None
+            self._show(UsageError(error.format_message(), where=command, hint=hint))
+            code = error.exit_code
+        sys.exit(code or 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxcError as error:
+            self._fail(error, error)
+        except KeyboardInterrupt:
+            if self.as_json:
+                print(json.dumps({"error": {"kind": "Interrupted"}}))
+            else:
+                print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except MemoryError as error:
+            self._fail(ResourceError("out of memory", hint="use a machine with more memory, or a smaller --dtype"), error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            self._fail(_unexpected(error), error)
+        except Exception as error:
+            # Typer's own exceptions (a wrong option, an exit code) carry what it needs to handle them.
+            if hasattr(error, "exit_code"):
+                raise
+            if type(error).__name__ == "OutOfMemoryError":
+                self._fail(ResourceError("the device is out of memory", why=str(error).partition(".")[0]), error)
+            self._fail(_unexpected(error), error)
+
+    def _fail(self, shown: FxcError, cause: BaseException) -> None:
+        if os.environ.get("FXC_TRACE"):
+            import traceback
+
+            traceback.print_exception(cause, file=sys.stderr)
+        self._show(shown)
+        raise typer.Exit(shown.exit_code) from None
+
+    def _show(self, error: FxcError) -> None:
+        if self.as_json:
+            print(json.dumps({"error": error.as_json()}, indent=2))
+        else:
+            from fxc.report.console import show_error
+
+            show_error(error)
+
+
+def _unexpected(error: Exception) -> FxcError:
+    return FxcError(
+        f"{type(error).__name__}: {printable(error)[:500]}",
+        hint="this is a fault of fxc: run the command again with FXC_TRACE=1 for the trace, and report it",
+    )
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a model smaller and faster, and measure what it costs.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fxc {version('fxc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    if not os.environ.get("FXC_DEBUG"):
+        # transformers reads its variable when it is imported, which no command has done yet.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        warnings.filterwarnings("ignore")
+
+
+@app.command("compile")
+def compile_(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder to write; by default ./MODEL-PASSES, as in pylm-int8-prune.")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="What to do, as in int8,prune or int8:mode=weight_only; int8 by default.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Measure perplexity on this text after every pass; else it is not measured.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    budget: Annotated[
+        float | None, typer.Option(help="The largest relative error of the outputs that a pass may cause; else its own.")
+    ] = None,
+    layer_budget: Annotated[
+        float | None, typer.Option(help="The largest relative error of one layer that a pass may cause; else its own.")
+    ] = None,
+    min_coverage: Annotated[float, typer.Option(help="Fail when less of the weight bytes is rewritten, 0 to 1.")] = 0.0,
+    allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
+    dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
+    print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
+    verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
+    measure: Annotated[bool, typer.Option(help="Time the model after every pass, or time nothing.")] = True,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A JSON file of what to prune.")] = None,
+    dynamic: Annotated[
+        list[str] | None, typer.Option(help="Dimensions of an input that vary, NAME:0,1; else found by trying. Repeatable.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Compile this module alone; language_model of a model that reads images too.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print all tables: bytes, gates, what stayed and why.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and write it as an artifact."""
+    from fxc.cli.compile import CompileRequest, compile_model
+
+    request = CompileRequest(
+        model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
+        trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
+        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan, tuple(dynamic or ()), part, report,
+    )  # fmt: skip
+    with _output(as_json) as output:
+        compile_model(request, output)
+
+
+@app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="An artifact with floating-point weights.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a plain Hugging Face folder, which loads without fxc."""
+    from fxc.cli.export import export_model
+
+    with _output(as_json) as output:
+        export_model(output, artifact, out, overwrite)
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Argument(help="An artifact.")],
+    prompt: Annotated[str | None, typer.Option(help="A text to continue, greedily.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 64,
+    text: Annotated[str | None, typer.Option(help="A text to encode or to classify.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run a compiled model on one input."""
+    from fxc.cli.run import run_model
+
+    if (prompt is None) == (text is None and image is None):
+        raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
+    with _output(as_json) as output:
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, _device(device))
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    against: Annotated[str | None, typer.Option(help="Measure agreement with this model too, usually the original.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
+    windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on a text, and with --against how near two models are."""
+    from fxc.cli.evaluate import EvalRequest, evaluate
+
+    request = EvalRequest(
+        model, text, against, window, windows, backend, _device(device), _dtype(dtype), revision, trust_remote_code
+    )
+    with _output(as_json) as output:
+        evaluate(request, output)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,
+    axes: Annotated[bool, typer.Option("--axes", help="Show which weights share an axis, and what may be pruned.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List everything, not only the largest.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is made of: operators, bytes by kind and by layer, its program."""
+    from fxc.cli.show import inspect_model
+
+    with _output(as_json) as output:
+        inspect_model(output, model, text, axes, every, revision, trust_remote_code)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    b: Annotated[str, typer.Argument(help="Another.")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show how two programs differ, and in how many bytes."""
+    from fxc.cli.show import diff_models
+
+    with _output(as_json) as output:
+        diff_models(output, a, b, trust_remote_code)
+
+
+@app.command()
+def passes(
+    explain: Annotated[str | None, typer.Option(help="Order these passes and say why, as in int8,prune.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or explain the order in which some would run."""
+    from fxc.cli.show import explain_passes, list_passes
+
+    with _output(as_json) as output:
+        list_passes(output) if explain is None else explain_passes(output, explain)
+
+
+@bench.command("model")
+def bench_model(
+    models: Annotated[list[str], typer.Argument(help="Models and artifacts; the first is what the others are compared with.")],
+    batch: Annotated[str, typer.Option(help="Batch sizes, as in 1,8.")] = "1",
+    seq: Annotated[str, typer.Option(help="Lengths of prompts or sequences, as in 32,128.")] = "128",
+    new: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 7,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch.")] = None,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    static_cache: Annotated[
+        bool, typer.Option("--static-cache", help="Decode over a cache of fixed size, on CUDA as a CUDA graph.")
+    ] = False,
+    keep_compressed: Annotated[
+        bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure latency of several models in one process, in turns."""
+    from fxc.cli.bench import bench_models
+
+    sizes = _sizes("--batch", batch), _sizes("--seq", seq)
+    with _output(as_json) as output:
+        bench_models(
+            output, models, *sizes, new, rounds, threads, backend, _device(device), _dtype(dtype),
+            static_cache, keep_compressed,
+        )  # fmt: skip
+
+
+@bench.command("kernels")
+def bench_kernels(
+    scheme: Annotated[str | None, typer.Option(help="int8, int8_weight_only, int4 (or int4_g32), fp8, sparse24, ...")] = None,
+    shapes: Annotated[str | None, typer.Option(help="qwen2.5-7b, llama3-8b:o, or N,K; several with commas between.")] = None,
+    m: Annotated[str | None, typer.Option("--m", help="Numbers of rows (tokens), as in 1,16,64,256,2048,8192.")] = None,
+    device: Device = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and for its rivals.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each is measured; the median counts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
+    budget_seconds: Annotated[float | None, typer.Option(min=1, help="Begin nothing new after so long.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure linear layers: fxc's kernels, their rivals, and what the machine allows."""
+    from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
+
+    if tune and out is None:
+        raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
+    rows = () if m is None else tuple(dict.fromkeys(_sizes("--m", m)))
+    request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds)
+    with _output(as_json) as output:
+        bench_kernels(output, request)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run, and why not."""
+    from fxc.cli.show import examine_machine
+
+    with _output(as_json) as output:
+        examine_machine(output)
+
+
+def _output(as_json: bool) -> Output:
+    from fxc.report.console import Output
+
+    return Output(as_json)
+
+
+def _device(name: str | None) -> str | None:
+    """`name` if torch knows such a device and this machine has it."""
+    if name is None:
+        return None
+    from fxc.lower.target import check_target
+
+    check_target(name, None)
+    return name
+
+
+def _dtype(name: str | None) -> str:
+    """`name`, "auto" for None, if models are compiled in it."""
+    from fxc.source.load import as_dtype
+
+    name = "auto" if name is None else name
+    as_dtype(name)
+    return name
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{text!r} is not a list of sizes", where=option, hint="as in 1,8,32")
+    return [int(part) for part in parts]

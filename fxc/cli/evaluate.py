@@ -1,0 +1,127 @@
+"""fxc eval."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fxc
+from fxc.cli.sources import read_text
+from fxc.compiler import capture_source
+from fxc.errors import UsageError
+from fxc.measure import evaluate as quality
+from fxc.report.compilation import change_text
+from fxc.report.console import Output
+from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.source.load import kind_of, load_source
+
+_LARGEST_LAYERS = 15
+_LAYER_INPUTS = 4
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """The options of `fxc eval`, as given."""
+
+    model: str
+    text: Path | None
+    against: str | None
+    window: int
+    windows: int | None
+    backend: str
+    device: str | None
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+def evaluate(request: EvalRequest, output: Output) -> None:
+    if request.text is None and request.against is None:
+        raise UsageError("there is nothing to measure", hint="--text FILE for perplexity, --against ORIGINAL for agreement")
+    text = read_text(request.text, "--text") if request.text else None
+    result: dict[str, Any] = {"model": request.model}
+    if request.against is None:
+        result |= _perplexity_of(request, text, output)
+    else:
+        result |= _agreement_of(request, text, output)
+    output.json(result)
+
+
+def _perplexity_of(request: EvalRequest, text: str, output: Output) -> dict[str, Any]:
+    with output.doing(f"loading {request.model}"):
+        if kind_of(request.model) == "artifact":
+            model: Any = fxc.load(request.model, device=request.device, backend=request.backend)
+            folder: Path | None = Path(request.model)
+        else:
+            loaded = load_source(
+                request.model,
+                revision=request.revision,
+                dtype=request.dtype,
+                trust_remote_code=request.trust_remote_code,
+                device=request.device,
+            )
+            model, folder = loaded.model, loaded.tokenizer_dir
+    if not hasattr(model, "generate"):
+        raise UsageError(
+            "only causal language models have a perplexity",
+            where=request.model,
+            hint="--against ORIGINAL measures how near a compiled encoder or vision model is to its original",
+        )
+    measured = _perplexity(model, folder, request, text, output)
+    output.line(f"perplexity {measured.value:.4f} over {measured.tokens:,} tokens in windows of {measured.window}")
+    return {"perplexity": measured.value, "tokens": measured.tokens, "window": measured.window}
+
+
+def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str, output: Output) -> quality.Perplexity:
+    tokens = quality.encode(quality.tokenizer_of(folder), text)
+    return quality.perplexity(
+        model, tokens, request.window, limit=request.windows, track=lambda items: output.track(items, "perplexity")
+    )
+
+
+def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dict[str, Any]:
+    (model, folder), (original, other) = (_as_program(request, source, output) for source in (request.model, request.against))
+    causal = original.program.metadata.get("kind") == "causal_lm"
+    tokenizer = quality.tokenizer_of(other or folder) if text is not None else None
+    inputs, of = quality.inputs_for(original.program, tokenizer, text, request.window, request.windows)
+    found = quality.agreement(model, original, inputs, track=lambda items: output.track(items, "comparing outputs"))
+    with output.doing("comparing layers"):
+        layers = quality.layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])
+    result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
+    output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])
+    reshaped = [layer.name for layer in layers if layer.own == float("inf")]
+    layers = [layer for layer in layers if layer.name not in reshaped]
+    changed = [layer for layer in layers if layer.own > 0]
+    rows = [(each.name, f"{each.own:.5f}", f"{each.accumulated:.5f}") for each in changed[:_LARGEST_LAYERS]]
+    output.table("relative error by layer", ["layer", ">own", ">accumulated"], rows)
+    output.line(f"{len(changed)} of {len(layers)} layers differ by themselves; {len(rows)} are shown")
+    if reshaped:
+        output.line(f"{len(reshaped)} have outputs of another shape and cannot be compared")
+    if causal and text is not None:
+        before, after = (_perplexity(m, other or folder, request, text, output) for m in (original, model))
+        relative, error = quality.change(before, after)
+        output.line(f"perplexity {before.value:.4f} -> {after.value:.4f}: {change_text(relative, error)}")
+        result |= {"perplexity": after.value, "perplexity_against": before.value, "tokens": after.tokens}
+        result |= {"window": after.window, "perplexity_change": relative, "perplexity_change_standard_error": error}
+    return result | {"layers": [dataclasses.asdict(layer) for layer in layers], "reshaped": reshaped}
+
+
+def _as_program(request: EvalRequest, source: str, output: Output) -> tuple[CompiledModel, Path | None]:
+    """`source` as a compiled model, uncompressed unless it is an artifact, and where its tokenizer is."""
+    with output.doing(f"loading {source}"):
+        if kind_of(source) == "artifact":
+            return fxc.load(source, device=request.device, backend=request.backend), Path(source)
+        captured = capture_source(
+            source, dtype=request.dtype, revision=request.revision, trust_remote_code=request.trust_remote_code
+        )
+    plain = compiled_model(
+        captured.program,
+        {},
+        config=captured.config,
+        files=captured.files,
+        device=request.device,
+        backend=request.backend,
+    )
+    return plain, captured.folder

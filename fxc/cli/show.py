@@ -1,0 +1,129 @@
+"""fxc inspect, diff, passes and doctor: commands that change and measure nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fxc.artifact import store
+from fxc.compiler import capture_source
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.canonicalize import Canonicalize
+from fxc.passes.order import order
+from fxc.report import axes as coupled
+from fxc.report import machine, sizes
+from fxc.report.console import Output, size
+from fxc.report.difference import difference
+from fxc.source.load import kind_of
+
+_LARGEST_LAYERS = 15
+
+
+def inspect_model(
+    output: Output, source: str, text: bool, axes: bool, every: bool, revision: str | None, trust_remote_code: bool
+) -> None:
+    program, report = _program(output, source, revision, trust_remote_code)
+    if axes:
+        Canonicalize().run(program, Context())
+        coupled.show(output, program, every)
+        output.json({"groups": coupled.as_json(program)})
+        return
+    if text and not output.as_json:
+        output.block(str(program).rstrip("\n"))
+        return
+    kinds, layers, operators = sizes.bytes_by_kind(program), sizes.layers(program), sizes.operators(program)
+    metadata = program.metadata
+    output.line(f"{metadata.get('class')} ({metadata.get('kind')}): {program.numel():,} parameters, {size(program.nbytes())}")
+    if steps := [p["name"] for p in report.get("passes", []) if "name" in p]:
+        output.line(f"passes: {', '.join(map(str, steps))}")
+    output.line(f"inputs: {', '.join(i.name for i in program.signature.inputs)}")
+    total = max(program.nbytes(), 1)
+    output.table("bytes by kind", ["kind", ">bytes", ">share"], [(k, size(n), f"{n / total:.1%}") for k, n in kinds.items()])
+    shown = layers if every else layers[:_LARGEST_LAYERS]
+    rows = [(each.name, each.kind, each.dtypes, f"{each.parameters:,}", size(each.nbytes)) for each in shown]
+    output.table("layers", ["layer", "kind", "dtypes", ">parameters", ">bytes"], rows)
+    if len(layers) > len(shown):
+        output.line(f"and {len(layers) - len(shown)} smaller ones (--all)")
+    output.table("operators", ["operator", ">calls"], list(operators.items()))
+    output.json(
+        {
+            "class": metadata.get("class"),
+            "kind": metadata.get("kind"),
+            "parameters": program.numel(),
+            "bytes": program.nbytes(),
+            "bytes_by_kind": kinds,
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+            "operators": operators,
+            "report": report,
+        }
+        | ({"text": str(program)} if text else {})
+    )
+
+
+def diff_models(output: Output, a: str, b: str, trust_remote_code: bool) -> None:
+    before, after = (_program(output, source, None, trust_remote_code)[0] for source in (a, b))
+    text = difference(str(before), str(after), (a, b))
+    kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
+    output.block(text.rstrip("\n") if text else "the programs are the same")
+    names = dict.fromkeys([*kinds[0], *kinds[1]])
+    rows = [(k, *(size(s[k]) if k in s else "-" for s in kinds)) for k in names]
+    rows.append(("all", size(before.nbytes()), size(after.nbytes())))
+    output.table("bytes by kind", ["kind", ">a", ">b"], rows)
+    output.json(
+        {"a": a, "b": b, "same": not text, "diff": text, "bytes_a": before.nbytes(), "bytes_b": after.nbytes(),
+         "bytes_by_kind_a": kinds[0], "bytes_by_kind_b": kinds[1]}
+    )  # fmt: skip
+
+
+def _program(output: Output, source: str, revision: str | None, trust_remote_code: bool) -> tuple[Program, dict[str, Any]]:
+    with output.doing(f"reading {source}"):
+        if kind_of(source) == "artifact":
+            found = store.read(source)
+            return found.program, found.manifest.get("report", {})
+        return capture_source(source, revision=revision, trust_remote_code=trust_remote_code, check=False).program, {}
+
+
+def list_passes(output: Output) -> None:
+    listed = [_described(cls) for _, cls in sorted(Pass.registry.items())]
+    for each in listed:
+        output.line(f"{each['name']} ({each['kind']})")
+        output.line(f"    {each['doc']}")
+        for option in each["options"]:
+            output.line(f"    {option['name']}={option['default']}  {option['values']}")
+        for relation in ("needs", "gives", "breaks", "owes"):
+            if each[relation]:
+                output.line(f"    {relation} {', '.join(each[relation])}")
+    output.json({"passes": listed})
+
+
+def _described(cls: type[Pass]) -> dict[str, Any]:
+    options = [
+        {"name": f.name, "default": str(f.default).lower() if f.type == "bool" else f.default, "values": str(f.type)}
+        for f in dataclasses.fields(cls)
+    ]
+    return {
+        "name": cls.name,
+        "kind": "policy" if cls.is_policy else "mechanism",
+        "doc": " ".join((cls.__doc__ or "").split()),
+        "options": options,
+        **{relation: sorted(map(str, getattr(cls, relation))) for relation in ("needs", "gives", "breaks", "owes")},
+    }
+
+
+def explain_passes(output: Output, spec: str) -> None:
+    ordered = order(parse_passes(spec))
+    steps = [{"name": str(p), "reasons": r} for p, r in zip(ordered.passes, ordered.reasons, strict=True)]
+    for number, step in enumerate(steps, 1):
+        output.line(f"{number}. {step['name']}")
+        for reason in step["reasons"]:
+            output.line(f"    {reason}")
+    output.json({"order": steps})
+
+
+def examine_machine(output: Output) -> None:
+    findings = machine.examine()
+    marks = {True: "ok", False: "no", None: ""}
+    rows = [(f.group, f.name, f.value, marks[f.ok], f.note) for f in findings]
+    output.table("this machine", ["area", "what", "found", "", "note"], rows)
+    output.json({"findings": [dataclasses.asdict(f) for f in findings]})

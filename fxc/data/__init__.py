@@ -1,0 +1,1 @@
+"""Inputs of a program: from a text, rows, images, tensors, or made up from its signature."""

@@ -1,0 +1,186 @@
+"""A plain Hugging Face folder of a compiled model, for everyone who has transformers and not fxc.
+
+It is written from the model that the new configuration describes, filled with the program's constants, and loaded back: its
+outputs have to be the program's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxc.artifact.companions import write
+from fxc.artifact.staging import check_target, staged
+from fxc.data.samples import samples
+from fxc.errors import UsageError, VerificationFailed, first_line
+from fxc.export.configuration import Fit, describe, difference, weight
+from fxc.frontend.calls import WithCache, calls_of
+from fxc.frontend.capture import tolerance
+from fxc.ir.program import Program
+from fxc.ir.structure import unflatten
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.safety import check_relative_name, listed
+from fxc.source.load import quiet_transformers
+from fxc.verify.compare import relative_error, run
+
+_WEIGHTS = "model*.safetensors"
+_OWN = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote. config: the new configuration; changes: its fields that differ -> (before, after); zeros: weights
+    that the program never reads, or biases that it has not, which are zero in the folder."""
+
+    folder: Path
+    config: Any
+    changes: dict[str, tuple[Any, Any]]
+    zeros: list[str]
+
+
+def export(
+    program: Program,
+    config: Any,
+    files: Mapping[str, Path | bytes],
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    sources: Sequence[Path] = (),
+) -> Exported:
+    """Write `program` as a folder that `AutoModel.from_pretrained` loads without fxc: all of it, its outputs compared with
+    the program's, or nothing.
+
+    config: the configuration of the model which the program came from; files: tokenizer and generation files to put beside
+    it; overwrite: replace `folder` if it holds nothing but such an export; sources: folders that may not be touched.
+
+    Raises `UsageError` with the reason where no configuration says what the program is or its weights are quantized,
+    `VerificationFailed` where the folder does not load or gives other outputs.
+    """
+    folder = Path(folder)
+    companions = {name: file for name, file in files.items() if name != "config.json"}
+    for name in companions:
+        check_relative_name(name, where="files")
+    may_replace = (lambda out: _foreign(out, companions)) if overwrite else None
+    for source in sources:
+        check_target(folder, source, lambda _: None)
+    check_target(folder, None, may_replace)
+    if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
+        raise UsageError(
+            "a quantized model has no plain Hugging Face form",
+            why=quantized,
+            hint="compile without int8, int4, fp8 and sparse24 and export that; fxc.load reads the artifact as it is",
+        )
+    if program.is_on_meta:
+        raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
+    fit = describe(program, config)
+    dtype = _dtype(program)
+    with quiet_transformers(), staged(folder, nbytes=program.nbytes(), may_replace=may_replace) as place:
+        try:
+            _filled(fit, program, dtype).save_pretrained(place)
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise VerificationFailed(f"transformers does not save it: {first_line(error)}", where=folder) from error
+        write(companions, place)
+        _check_written(place, folder, fit, program, dtype)
+    zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
+    return Exported(folder, fit.config, difference(config, fit.config), zeros)
+
+
+def _foreign(out: Path, companions: Mapping[str, Any]) -> str | None:
+    """Why `out` must not be replaced, or None: it may hold only what an export writes."""
+    present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
+    weights = {p.name for p in out.glob(_WEIGHTS)}
+    if "config.json" not in present or not weights:
+        return "it is no Hugging Face folder with safetensors"
+    others = present - weights - _OWN - companions.keys()
+    return f"it holds files that this export does not write: {listed(others)}" if others else None
+
+
+def _dtype(program: Program) -> torch.dtype:
+    """The floating-point type that most of the constants' numbers are stored in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in program.constants.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:
+    """The model of the new configuration with the program's constants for its weights, which it shares."""
+    stored: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, meant in fit.model.state_dict().items():
+        fqn = fit.places.get(name)
+        if fqn is None:
+            state[name] = torch.zeros(meant.shape, dtype=dtype if meant.is_floating_point() else meant.dtype)
+        else:
+            state[name] = stored.setdefault(fqn, weight(program, fqn).contiguous())
+    fit.model.load_state_dict(state, assign=True)
+    fit.model.tie_weights()
+    fit.model.config.dtype = dtype
+    fit.model.config.architectures = [type(fit.model).__name__]
+    return fit.model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------- verify
+
+
+def _check_written(place: Path, folder: Path, fit: Fit, program: Program, dtype: torch.dtype) -> None:
+    """Load the folder as anyone would, and run it beside the program."""
+    try:
+        loaded, report = type(fit.model).from_pretrained(
+            str(place), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever transformers objects to
+        raise VerificationFailed(f"the folder does not load: {first_line(error)}", where=folder) from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := [str(key) for key in report.get(kind) or ()]:
+            raise VerificationFailed(f"the folder does not load as written: {kind}: {listed(names)}", where=folder)
+    error, allowed = _error(loaded.eval(), program, dtype)
+    if not error <= allowed:
+        left = sorted(set(program.constants) - set(fit.places.values()))
+        raise VerificationFailed(
+            f"the folder gives other outputs than the program: relative error {error:.1e}, and {allowed:.0e} is rounding",
+            where=folder,
+            why=f"what the model has no place for: {listed(left)}" if left else None,
+            hint="nothing was written; fxc.load reads the artifact as it is",
+        )
+
+
+def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> tuple[float, float]:
+    """(the largest relative error of the model's outputs, what rounding may cause). In bfloat16, which rounds away what a
+    wrong configuration does, the same weights are compared in float32."""
+    run_as, computed = (_in_float32(program), torch.float32) if dtype == torch.bfloat16 else (program, dtype)
+    model.to(computed)
+    worst = 0.0
+    for inputs in samples(program):
+        inputs = [t.to(computed) if t.is_floating_point() else t for t in inputs]
+        with torch.no_grad():
+            found = _as_function(model, program, inputs)(*inputs)
+        worst = max(worst, relative_error(found, run(run_as, inputs)))
+    return worst, tolerance(computed)
+
+
+def _in_float32(program: Program) -> Program:
+    wide = program.copy()
+    wide.constants = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in program.constants.items()}
+    for node in wide.graph.nodes:
+        node.args = tuple(torch.float32 if a is torch.bfloat16 else a for a in node.args)
+        node.kwargs = {k: torch.float32 if a is torch.bfloat16 else a for k, a in node.kwargs.items()}
+    return wide
+
+
+def _as_function(model: nn.Module, program: Program, inputs: list[Tensor]) -> nn.Module:
+    """The model as a function of the program's flat inputs."""
+    kind = program.metadata.get("kind")
+    if kind == "causal_lm":
+        return WithCache(model, (len(inputs) - 3) // 2)
+    if kind == "encoder":
+        return next(calls_of(model, None)).module
+    call = program.signature.call
+    args = tuple(unflatten(a, inputs) for a in call["args"])
+    return next(calls_of(model, args or {k: unflatten(v, inputs) for k, v in call["kwargs"].items()})).module

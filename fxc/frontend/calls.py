@@ -1,0 +1,383 @@
+"""What to trace: for every kind of model, a module over flat tensors, examples of them, and which of their sizes vary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxc.cache import cache_of, tensors_of
+from fxc.errors import CaptureFailed, UsageError, first_line
+from fxc.frontend.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, owned, resized, runs
+from fxc.frontend.images import image_size
+from fxc.ir.structure import flatten, unflatten
+
+_SAMPLES = 4000  # a quarter of a second: more than a first convolution spans
+AUTO = torch.export.Dim.AUTO
+_SEQUENCES = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+
+
+@dataclass
+class Call:
+    """What to trace: a module whose forward takes the flat tensors in `inputs` and returns a flat list of tensors.
+
+    inputs: name -> example tensor; dynamic: name -> {dimension: AUTO}; defaults: name -> Input.default;
+    other_sizes: further sets of inputs, of sizes that are not traced, for the check; stacks: of a decoder, which of the
+    cache's tensors are alike; asked: axes that the caller wants to vary; may_fix: whether torch.export may take others for
+    constants, which the program then demands.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    dynamic: dict[str, dict[int, Any]]
+    defaults: dict[str, str]
+    other_sizes: list[list[Tensor]]
+    call: Any
+    kind: str
+    stacks: list[list[int]] = field(default_factory=list)
+    asked: frozenset[Axis] = frozenset()
+    may_fix: bool = False
+
+
+def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Iterator[Call]:
+    """The ways to trace `model`, that with the most sizes free first."""
+    if example_inputs is not None:
+        yield from _calls_by_example(model, example_inputs, dynamic_shapes)
+    elif not hasattr(model, "config") or not hasattr(model, "main_input_name"):
+        raise UsageError(
+            f"{type(model).__name__} is not a Hugging Face model, so its inputs are not known",
+            hint="give example_inputs=(tensor, ...) or example_inputs={'name': tensor}",
+        )
+    elif _generates_without_cache(model):
+        raise CaptureFailed(
+            "it writes text, and fxc cannot run it with a cache, so that generate() would be lost",
+            where=type(model).__name__,
+            why="its forward takes no past_key_values",
+            hint="to compile it for one forward pass, without generate(), give example_inputs={'input_ids': ids}",
+        )
+    elif not _is_causal_lm(model):
+        yield from _calls_without_cache(model, dynamic_shapes)
+    elif dynamic_shapes is not None:
+        raise UsageError(
+            "all sizes of a decoder vary already: batch, new tokens and those in its cache",
+            hint="leave dynamic_shapes out, or give example_inputs to capture it without its cache",
+        )
+    else:
+        yield _call_with_cache(model)
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    return (
+        hasattr(model, "generate")
+        and model.can_generate()
+        and not model.config.is_encoder_decoder
+        and model.main_input_name == "input_ids"
+        and "past_key_values" in inspect.signature(model.forward).parameters
+    )
+
+
+def _generates_without_cache(model: nn.Module) -> bool:
+    writes = hasattr(model, "generate") and model.can_generate() and not model.config.is_encoder_decoder
+    return writes and model.main_input_name == "input_ids" and not _is_causal_lm(model)
+
+
+class _Flat(nn.Module):
+    """The model as a function of flat tensors, returning the flat tensors of its output."""
+
+    def __init__(self, model: nn.Module, structure: Any, options: dict[str, Any]):
+        super().__init__()
+        self.m = model
+        self.structure = structure
+        self.options = options
+        self.result: Any = None
+        self.names: list[str] = []
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        args = [unflatten(a, tensors) for a in self.structure["args"]]
+        kwargs = {k: unflatten(a, tensors) for k, a in self.structure["kwargs"].items()}
+        flat: list[Tensor] = []
+        self.names = []
+        self.result = flatten(self.m(*args, **kwargs, **self.options), flat, self.names)
+        return flat
+
+
+class WithCache(nn.Module):
+    """A decoder as a function of (tokens, mask, positions, the cache's tensors), returning logits and the new cache."""
+
+    def __init__(self, model: nn.Module, layers: int):
+        super().__init__()
+        self.m = model
+        self.layers = layers
+        self.result: Any = None
+        self.names = ["logits", *(f"present.{i}.{part}" for i in range(layers) for part in ("key", "value"))]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> list[Tensor]:
+        output = self.m(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache_of(past),
+            use_cache=True,
+        )
+        return [output.logits, *tensors_of(output.past_key_values)]
+
+
+class WithStackedCache(WithCache):
+    """The same function of the cache's tensors stacked, one stack for each shape that they have. It is what is traced: every
+    tensor brings symbols of its own, and with two for each of 80 layers tracing takes twice as long."""
+
+    def __init__(self, model: nn.Module, stacks: list[list[int]]):
+        super().__init__(model, sum(map(len, stacks)) // 2)
+        self.stacks = stacks
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *stacked: Tensor) -> list[Tensor]:
+        members = {i: t for stack, many in zip(self.stacks, stacked, strict=True) for i, t in zip(stack, many.unbind(0))}
+        return super().forward(input_ids, attention_mask, position_ids, *(members[i] for i in sorted(members)))
+
+
+def _call_with_cache(model: nn.Module) -> Call:
+    config = model.config.get_text_config(decoder=True)
+    device = next(model.parameters()).device
+    past_shapes = _cache_shapes(model)
+
+    def example(batch: int, new: int, past: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(batch * 10_007 + new * 101 + past)
+        ids = torch.randint(0, config.vocab_size, (batch, new), generator=generator)
+        mask = torch.ones(batch, past + new, dtype=torch.int64)
+        if batch > 1 and past + new > 2:
+            mask[0, : (past + new) // 3] = 0  # a left-padded row
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        dtype = model.dtype
+        cache = [torch.randn(batch, heads, past, width, generator=generator).to(dtype) for heads, width in past_shapes]
+        return [t.to(device) for t in (ids, mask, positions, *cache)]
+
+    names = ["input_ids", "attention_mask", "position_ids"]
+    names += [f"past.{i}.{part}" for i in range(len(past_shapes) // 2) for part in ("key", "value")]
+    inputs = owned(dict(zip(names, example(2, 7, 9), strict=True)))
+    sizes = ((2, 7, 9), (1, 1, 12), (3, 6, 5), (1, 11, 0), (2, 35, 3))
+    others = [] if device.type == "meta" else [example(*each) for each in sizes]
+    structure = {"args": [], "kwargs": {n: i for i, n in enumerate(names)}}
+    stacks = [[i for i, s in enumerate(past_shapes) if s == shape] for shape in dict.fromkeys(past_shapes)]
+    module = WithCache(model, len(past_shapes) // 2)
+    return Call(module, inputs, {}, {}, others, structure, "causal_lm", stacks)
+
+
+def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(kv_heads, head_dim) of each key and value, as the model itself writes them into its cache."""
+    from transformers import DynamicCache
+
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    cache = DynamicCache()
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:  # the model's own code
+        raise CaptureFailed(
+            f"the model does not run with a plain cache: {first_line(error)}",
+            where=type(model).__name__,
+            hint="capture it without generation: give example_inputs={'input_ids': ...}",
+        ) from error
+    shapes = [(t.shape[1], t.shape[3]) for t in tensors_of(cache)]
+    if not shapes:
+        raise CaptureFailed(
+            "the model writes nothing into a Hugging Face cache",
+            where=type(model).__name__,
+            hint="capture it without generation: give example_inputs={'input_ids': ...}",
+        )
+    return shapes
+
+
+def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call]:
+    config, name = model.config, model.main_input_name
+    parameters = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"return_dict": True} if _takes(parameters, "return_dict") else {}
+    if "use_cache" in parameters or (getattr(config, "use_cache", None) is not None and "input_ids" in parameters):
+        options["use_cache"] = False
+
+    def example(batch: int, length: int) -> dict[str, Tensor]:
+        return _example_tensors(model, parameters, batch, length)
+
+    first = owned(example(2, 9))
+    if name not in first:
+        raise CaptureFailed(
+            f"fxc does not know how to make an example of the input {name}",
+            where=type(model).__name__,
+            hint="give example_inputs={'name': tensor, ...}",
+        )
+    dynamic: dict[str, dict[int, Any]] = {}
+    for n, tensor in first.items():
+        dynamic[n] = {0: AUTO, 1: AUTO} if n in _SEQUENCES else {0: AUTO}
+        if tensor.ndim < 2:
+            raise CaptureFailed(f"the input {n} has no batch dimension", where=type(model).__name__)
+    on_meta = next(iter(first.values())).is_meta
+    others = [] if on_meta else [list(example(*sizes).values()) for sizes in ((2, 9), (1, 5), (3, 14), (1, 1), (2, 37))]
+    defaults = {}
+    for n in first:
+        if n in ("attention_mask", "token_type_ids") and "input_ids" in first:
+            defaults[n] = f"{'ones' if n == 'attention_mask' else 'zeros'}:input_ids"
+        elif n == "decoder_attention_mask":
+            defaults[n] = "ones:decoder_input_ids"
+    structure = {"args": [], "kwargs": {n: i for i, n in enumerate(first)}}
+    module = _Flat(model, structure, options)
+    asked = asked_of(dynamic_shapes, structure, list(first), [])
+    known = {(n, d) for n, dims in dynamic.items() for d in dims}
+    for n, dims in asked.items():
+        dynamic[n] = dict.fromkeys(dims, AUTO)
+    wanted = frozenset((n, d) for n, dims in asked.items() for d in dims)
+    groups = checked_free(module, first, set(wanted) - known)
+    others = [*others, *(_grown(first, [each], 0) for each in groups)]
+    free = found_free(module, first, set(), known | {(n, d) for n in asked for d in range(first[n].ndim)})
+    if free:
+        freest = {n: dims | {d: AUTO for g in free for m, d in g.axes if m == n} for n, dims in dynamic.items()}
+        tried = [*others, *(_grown(first, [each], step) for each in free for step in (0, 1))]
+        yield Call(module, first, freest, defaults, tried, structure, "encoder", asked=wanted)
+    yield Call(module, first, dynamic, defaults, others, structure, "encoder", asked=wanted)
+
+
+def _grown(inputs: dict[str, Tensor], groups: list[Group], step: int, batch: int = 0) -> list[Tensor]:
+    """`inputs` with the axes of `groups` grown by their first or second step and the batch by `batch`."""
+    by = {axis: group.steps[step] for group in groups for axis in group.axes}
+    size = batch_of(inputs)
+    by |= {(n, 0): batch for n, t in inputs.items() if t.ndim and t.shape[0] == size and batch}
+    return list(resized(inputs, by).values())
+
+
+def _takes(parameters: Any, name: str) -> bool:
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _example_tensors(model: nn.Module, parameters: Any, batch: int, length: int) -> dict[str, Tensor]:
+    """Plausible inputs for a Hugging Face model without a cache, from its configuration."""
+    config = model.config
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(batch * 10_007 + length)
+    tensors: dict[str, Tensor] = {}
+
+    def tokens(width: int, vocabulary: int) -> Tensor:
+        return torch.randint(3, vocabulary, (batch, width), generator=generator)
+
+    text = _part(config, "vocab_size", ("text_config", "decoder"))
+    if "input_ids" in parameters and getattr(text, "vocab_size", None):
+        tensors["input_ids"] = tokens(length, text.vocab_size)
+        if isinstance(getattr(text, "eos_token_id", None), int) and length > 1:
+            tensors["input_ids"][:, -1] = text.eos_token_id  # some models pool there
+        if "attention_mask" in parameters:
+            mask = torch.ones(batch, length, dtype=torch.int64)
+            if batch > 1 and length > 3:
+                mask[-1, length // 2 + 1 :] = 0
+            tensors["attention_mask"] = mask
+        if "token_type_ids" in parameters and getattr(text, "type_vocab_size", 0) > 0:
+            tensors["token_type_ids"] = torch.zeros(batch, length, dtype=torch.int64)
+    # Heads for classification make the decoder's input themselves.
+    is_head = type(model).__name__.endswith(("Classification", "Answering"))
+    if config.is_encoder_decoder and "decoder_input_ids" in parameters and not is_head:
+        tensors["decoder_input_ids"] = tokens(max(2, length - 2) if length > 1 else 1, text.vocab_size)
+    if "pixel_values" in parameters:
+        vision = getattr(config, "vision_config", config)
+        height, width = image_size(config)
+        shape = (batch, getattr(vision, "num_channels", 3), height, width)
+        tensors["pixel_values"] = torch.randn(shape, generator=generator).to(first.dtype)
+    for name in ("input_features", "input_values"):
+        if name in parameters and (shape := _sound_shape(config, name)):
+            tensors[name] = torch.randn((batch, *shape), generator=generator).to(first.dtype)
+    return {n: t.to(first.device) for n, t in tensors.items()}
+
+
+def _sound_shape(config: Any, name: str) -> tuple[int, ...] | None:
+    """The shape of one sound, without its batch dimension: a spectrogram as the model lays it out, or samples of a wave."""
+
+    def known(*names: str) -> int | None:
+        return next((value for n in names if isinstance(value := getattr(config, n, None), int)), None)
+
+    bins = known("num_mel_bins")
+    if name == "input_features":
+        if bins and known("max_source_positions") and not known("input_feat_per_channel"):
+            return bins, 2 * known("max_source_positions")
+        width = known("input_feat_per_channel", "feature_projection_input_dim", "input_size")
+        return (96, width) if width else None
+    if bins and known("max_length"):
+        return known("max_length"), bins
+    channels = known("audio_channels")
+    return (channels, _SAMPLES) if channels else (_SAMPLES,)
+
+
+def _part(config: Any, attribute: str, names: tuple[str, ...]) -> Any:
+    """The part of a configuration that has `attribute`, or all of it."""
+    parts = [config, *(getattr(config, name, None) for name in names)]
+    return next((part for part in parts if getattr(part, attribute, None)), config)
+
+
+def _calls_by_example(model: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> Iterator[Call]:
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
+    if not isinstance(example_inputs, (tuple, list, dict)):
+        raise UsageError(
+            f"example_inputs is a {type(example_inputs).__name__}",
+            hint="give a tuple of positional arguments or a dict of keyword arguments",
+        )
+    flat: list[Tensor] = []
+    names: list[str] = []
+    parameters = list(inspect.signature(model.forward).parameters)
+    if isinstance(example_inputs, dict):
+        kwargs = {k: flatten(v, flat, names, k) for k, v in example_inputs.items()}
+        structure = {"args": [], "kwargs": kwargs}
+    else:
+        args = [
+            flatten(v, flat, names, parameters[i] if i < len(parameters) else f"input{i}") for i, v in enumerate(example_inputs)
+        ]
+        structure = {"args": args, "kwargs": {}}
+    if not flat:
+        raise UsageError("example_inputs holds no tensor")
+    options: dict[str, Any] = {}
+    if hasattr(model, "config") and hasattr(model, "main_input_name"):
+        options = {"return_dict": True} if _takes(inspect.signature(model.forward).parameters, "return_dict") else {}
+        if "past_key_values" in parameters or "use_cache" in parameters:
+            options["use_cache"] = False
+        options = {k: v for k, v in options.items() if k not in structure["kwargs"]}
+    module, given = _Flat(model, structure, options), owned(dict(zip(names, flat, strict=True)))
+    asked = asked_of(dynamic_shapes, structure, names, parameters)
+    _check_asked(asked, given)
+    # A size of 1 would be taken for a constant, so a batch of one is traced as a batch of two, if the model takes that.
+    sized = [t for t in flat if t.ndim]
+    is_one = bool(sized) and all(t.shape[0] == 1 for t in sized)
+    ones = {(n, 0) for n, t in given.items() if t.ndim and is_one and (n not in asked or 0 in asked[n])}
+    doubled = resized(given, dict.fromkeys(ones | {(n, d) for n, s in asked.items() for d in s if given[n].shape[d] == 1}, 1))
+    wants_batch = any(0 in dimensions for dimensions in asked.values())
+    if not is_one or wants_batch or runs(module, doubled):
+        yield from _by_freedom(module, doubled, structure, asked, has_batch=True)
+    if is_one and not wants_batch:
+        yield from _by_freedom(module, given, structure, asked, has_batch=False)
+
+
+def _check_asked(asked: dict[str, set[int]], given: dict[str, Tensor]) -> None:
+    for name, dimensions in asked.items():
+        if wrong := [d for d in dimensions if not 0 <= d < given[name].ndim]:
+            raise UsageError(f"{name} has no dimension {wrong[0]}: it is {list(given[name].shape)}", hint="count from 0")
+
+
+def _by_freedom(
+    module: _Flat, inputs: dict[str, Tensor], structure: Any, asked: dict[str, set[int]], has_batch: bool
+) -> Iterator[Call]:
+    """Calls with every dimension free that the model takes at other sizes, then with the batch and tokens alone."""
+    wanted = {(n, d) for n, dimensions in asked.items() for d in dimensions}
+    decided = {(n, d) for n in asked for d in range(inputs[n].ndim)}
+    first = {(n, 0) for n, t in inputs.items() if has_batch and t.ndim and t.shape[0] > 1 and n not in asked}
+    tokens = {
+        (n, 1) for n, t in inputs.items() if t.ndim > 1 and not t.is_floating_point() and t.shape[1] > 1 and n not in asked
+    }
+    said = checked_free(module, inputs, {(n, d) for n, d in wanted if d > 0 or inputs[n].shape[0] != batch_of(inputs)})
+    free = found_free(module, inputs, tokens, decided | (set() if has_batch else {(n, 0) for n in inputs}))
+    few = [Group(group.axes & tokens, group.steps) for group in free if group.axes & tokens]
+    many = 2 * batch_of(inputs) if has_batch else 0
+    for groups in [free, few] if free != few else [free]:
+        all_of = [*said, *groups]
+        axes = first | wanted | {axis for group in all_of for axis in group.axes}
+        dynamic = {n: {d: AUTO for d in range(t.ndim) if (n, d) in axes} for n, t in inputs.items()}
+        others = [
+            list(inputs.values()), _grown(inputs, [], 0, many), _grown(inputs, [], 0, min(0, 1 - many // 2)),
+            *(_grown(inputs, [group], 0) for group in all_of), _grown(inputs, all_of, 1, many // 2),
+        ]  # fmt: skip
+        yield Call(module, inputs, dynamic, {}, others, structure, "module", asked=frozenset(wanted), may_fix=True)

@@ -1,0 +1,307 @@
+"""How good a model is, and how far from another: perplexity on a text, agreement at the output and layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxc.artifact.companions import VOCABULARIES
+from fxc.data.samples import samples
+from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.binding import bind
+from fxc.ir.names import layer_of, weight_of
+from fxc.ir.observe import observe, values_at
+from fxc.ir.program import Program
+from fxc.passes.base import Context
+from fxc.passes.canonicalize import Canonicalize
+from fxc.runtime.model import CompiledModel
+from fxc.safety import read_json
+from fxc.verify.compare import relative_error
+
+# Batches are cut so that their logits have about this many numbers.
+_LOGITS = 1 << 26
+_MOST_ROWS = 8
+# exp of it is still a float64.
+_WORST_LOSS = 700
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+# ----------------------------------------------------------------------------------------------------------- perplexity
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value: exp of the mean loss; tokens: how many were scored; losses, counts: for each window, the sum of its losses
+    in nats and how many tokens that sum is over."""
+
+    value: float
+    tokens: int
+    window: int
+    losses: list[float]
+    counts: list[int]
+
+
+def windows(tokens: Tensor, window: int, rows: int = 1, limit: int | None = None) -> list[Tensor]:
+    """`tokens` [T] cut into windows that do not overlap, as batches [at most `rows`, window]; the shorter last one is a
+    batch of its own, unless it is a single token, of which nothing can be scored. limit: at most so many windows."""
+    cut = [w for w in tokens.split(window)[:limit] if len(w) > 1]
+    full = [w for w in cut if len(w) == window]
+    batches = [torch.stack(full[i : i + rows]) for i in range(0, len(full), rows)]
+    return batches + [w[None] for w in cut if len(w) < window]
+
+
+def perplexity(
+    model: Callable[..., Any], tokens: Tensor, window: int = 256, *, limit: int | None = None, track: Track = iter
+) -> Perplexity:
+    """The perplexity of a causal language model over windows that do not overlap; every token but a window's first is
+    scored. model: called with input_ids [B, S] int64, returns an object with .logits [B, S, V]; tokens: [T] int64.
+
+    Raises `UsageError` when there are too few tokens, one that the model does not have, or windows longer than it
+    takes, and `VerificationFailed` when the model gives something that is not a number.
+    """
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None) or 32_000
+    longest = getattr(config, "max_position_embeddings", None) or window
+    if window < 2 or window > longest:
+        raise UsageError(f"a window of {window} tokens", why=f"the model takes 2 to {longest}", hint="--window N")
+    if len(tokens) < 2:
+        raise UsageError(f"the text has {len(tokens)} tokens, too few to predict one")
+    if int(tokens.max()) >= vocabulary:
+        raise UsageError(
+            f"the text has the token {int(tokens.max())}, and the model knows {vocabulary}",
+            hint="the tokenizer belongs to another model",
+        )
+    rows = min(_MOST_ROWS, max(1, _LOGITS // (window * vocabulary)))
+    losses, counts = [], []
+    for ids in track(windows(tokens, window, rows, limit)):
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(getattr(model, "device", "cpu")), use_cache=False).logits
+        for row, expected in zip(logits, ids):
+            loss = torch.nn.functional.cross_entropy(row[:-1].float().cpu(), expected[1:], reduction="sum").item()
+            if not math.isfinite(loss):
+                raise VerificationFailed(
+                    f"the loss of window {len(losses)} is {loss}", hint="the model's logits hold NaN or infinities"
+                )
+            losses.append(loss)
+            counts.append(len(expected) - 1)
+    mean = sum(losses) / sum(counts)
+    if mean > _WORST_LOSS:
+        raise VerificationFailed(f"the mean loss is {mean:.0f} nats", hint="no perplexity can be computed: the model is broken")
+    return Perplexity(math.exp(mean), sum(counts), window, losses, counts)
+
+
+def change(before: Perplexity, after: Perplexity) -> tuple[float, float | None]:
+    """The relative change of perplexity and its standard error, from the paired differences of the windows; of a single
+    window there is no such error."""
+    total = sum(before.counts)
+    differences = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
+    mean = sum(differences) / total
+    spread = sum((d - n * mean) ** 2 for d, n in zip(differences, before.counts))
+    count = len(differences)
+    error = math.sqrt(spread * count / (count - 1)) / total if count > 1 else None
+    return math.expm1(mean), error
+
+
+def tokenizer_of(folder: Any) -> Any:
+    """The tokenizer in a folder. Raises `UsageError` where there is none that transformers can read."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if folder is None:
+        hint = "compile it with its tokenizer: fxc.optimize(model, tokenizer=...)"
+        raise UsageError("the model came without its tokenizer", hint=hint)
+    hint = "put its tokenizer into the folder, as tokenizer.save_pretrained(folder) does"
+    missing = UsageError("the model has no tokenizer", where=folder, hint=hint)
+    if not any(True for name in VOCABULARIES for _ in Path(folder).glob(name)):
+        raise missing
+    try:
+        kind = PreTrainedTokenizerFast if _declares_plain_tokenizer(Path(folder)) else AutoTokenizer
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing.why = str(error).strip().partition("\n")[0] or None
+        raise missing from error
+
+
+def _declares_plain_tokenizer(folder: Path) -> bool:
+    """Whether the folder says that its tokenizer.json is all there is to its tokenizer. For some kinds of model AutoTokenizer
+    goes by the kind instead and splits the text in another way than the model was trained with."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    return read_json(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """The tokens of a text, [T] int64, with whatever the tokenizer puts around one."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Relative errors of one layer's output. own: given the inputs that the original's layer has; accumulated: given
+    those that reach it through the layers before it. Infinite where the shapes differ."""
+
+    name: str
+    own: float
+    accumulated: float
+
+
+@dataclass
+class Agreement:
+    """outputs: measure -> value; inputs: what the two models were given; layers: the largest own error first."""
+
+    outputs: dict[str, float]
+    inputs: str
+    layers: list[LayerError] = field(default_factory=list)
+
+
+def decoder_inputs(program: Program, ids: Tensor) -> list[Tensor]:
+    """The inputs of a causal language model for the tokens `ids` [B, S] with nothing before them."""
+    batch, length = ids.shape
+    positions = torch.arange(length).expand(batch, -1)
+    cache = [n.meta["val"] for n in program.placeholders[3:]]
+    past = [torch.empty(batch, t.shape[1], 0, t.shape[3], dtype=t.dtype) for t in cache]
+    return [ids, torch.ones(batch, length, dtype=torch.int64), positions, *past]
+
+
+def sentence_inputs(program: Program, tokenizer: Any, sentence: str) -> list[Tensor]:
+    """The inputs of an encoder for one sentence."""
+    longest = min(getattr(tokenizer, "model_max_length", 512), 512)
+    made = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=longest)
+    names = {declared.name for declared in program.signature.inputs}
+    return bind(program, (), {k: v for k, v in made.items() if k in names})
+
+
+def inputs_for(
+    program: Program, tokenizer: Any, text: str | None, window: int, limit: int | None
+) -> tuple[list[list[Tensor]], str]:
+    """Sets of inputs to compare two programs on, and what they are: windows of the text for a decoder, its lines for an
+    encoder, made-up numbers where there is no text."""
+    if text is None:
+        return samples(program), "made-up inputs"
+    if program.metadata.get("kind") == "causal_lm":
+        cut = windows(encode(tokenizer, text), window, 1, limit)
+        if not cut:
+            raise UsageError("the text is too short")
+        return [decoder_inputs(program, ids) for ids in cut], f"{len(cut)} windows of {window} tokens"
+    if not any(declared.name == "input_ids" for declared in program.signature.inputs):
+        raise UsageError("this model does not read text", hint="leave --text out: made-up inputs are used")
+    lines = [line.strip() for line in text.splitlines() if line.strip()][:limit]
+    if not lines:
+        raise UsageError("the text has no lines")
+    return [sentence_inputs(program, tokenizer, line) for line in lines], f"{len(lines)} lines of text"
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("past.")
+
+
+def for_both(tensors: list[Tensor], program: Program, original: Program) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
+    a past."""
+    caches = [[tuple(n.meta["val"].shape[1::2]) for n in p.placeholders[3:]] for p in (program, original)]
+    if original.metadata.get("kind") != "causal_lm" or caches[0] == caches[1]:
+        return tensors, tensors
+    return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])
+
+
+def agreement(
+    model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], *, track: Track = iter
+) -> dict[str, float]:
+    """How near `model` is to `original` in the first floating-point output, over sets of flat inputs.
+
+    Always relative_error, |found - expected| / |expected| over everything. For a causal language model next_token, the
+    share of positions with the same most likely token, and kl, the mean divergence in nats of the model's distribution
+    from the original's; otherwise cosine_mean and cosine_min over the samples, a sequence taken as the mean of its
+    positions, and, where the output is logits over classes, same_label.
+    """
+    a, b = ([i.name for i in m.program.signature.inputs if not _is_cache(i.name)] for m in (model, original))
+    if a != b:
+        raise UsageError("the two were not made from the same model", why=f"the inputs are {a} and {b}")
+    program = original.program
+    index = next((i for i, n in enumerate(program.results) if n.meta["val"].dtype.is_floating_point), None)
+    if index is None:
+        raise UsageError("the model has no floating-point output to compare")
+    causal = program.metadata.get("kind") == "causal_lm"
+    difference = magnitude = 0.0
+    values: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for tensors in track(inputs):
+        given = for_both(tensors, model.program, program)
+        found, expected = (m.run(its)[index].float().cpu() for m, its in zip((model, original), given, strict=True))
+        if found.shape != expected.shape:
+            raise UsageError(f"the outputs are {list(found.shape)} and {list(expected.shape)}")
+        difference += (found - expected).double().square().sum().item()
+        magnitude += expected.double().square().sum().item()
+        if causal:
+            values["next_token"].append((found.argmax(-1) == expected.argmax(-1)).float().flatten())
+            logs = found.log_softmax(-1), expected.log_softmax(-1)
+            values["kl"].append((logs[1].exp() * (logs[1] - logs[0])).sum(-1).flatten())
+        else:
+            pooled = [t.mean(1) if t.ndim == 3 else t.reshape(len(t), -1) for t in (found, expected)]
+            values["cosine"].append(torch.nn.functional.cosine_similarity(*pooled, dim=-1))
+            if program.signature.outputs[index] == "logits" and expected.ndim == 2:
+                values["same_label"].append((found.argmax(-1) == expected.argmax(-1)).float())
+    outputs = {"relative_error": math.sqrt(difference / magnitude) if magnitude else math.sqrt(difference)}
+    for name, parts in values.items():
+        together = torch.cat(parts)
+        if name == "cosine":
+            outputs |= {"cosine_mean": together.mean().item(), "cosine_min": together.min().item()}
+        else:
+            outputs[name] = together.mean().item()
+    return outputs
+
+
+def layer_agreement(program: Program, original: Program, inputs: Sequence[list[Tensor]]) -> list[LayerError]:
+    """The errors of every layer that both programs have, by the operators' own definitions, the mean over `inputs`.
+
+    Layers are paired by the name of the weight that they read, packed or not, and by how often it was read before.
+    """
+    programs = [p.copy() for p in (program, original)]
+    for each in programs:
+        Canonicalize().run(each, Context())
+    found, expected = map(_layers, programs)
+    pairs = {found[key].name: expected[key].name for key in found.keys() & expected.keys()}
+    names = {node.name: key[0] for key, node in found.items()}
+    own: defaultdict[str, list[float]] = defaultdict(list)
+    accumulated: defaultdict[str, list[float]] = defaultdict(list)
+    modules = [p.module() for p in programs]
+    for tensors in inputs:
+        with torch.no_grad():
+            given = for_both(tensors, *programs)
+            truth = values_at(modules[1], given[1], set(pairs.values()))
+            for errors, put_back in ((own, True), (accumulated, False)):
+
+                def watch(value: Tensor, name: str, errors=errors, put_back=put_back, truth=truth) -> Tensor | None:
+                    expected = truth[pairs[name]]
+                    errors[names[name]].append(relative_error([value], [expected]))
+                    return expected if put_back and value.shape == expected.shape else None
+
+                observe(modules[0], given[0], {name: partial(watch, name=name) for name in pairs})
+    layers = [LayerError(n, sum(own[n]) / len(own[n]), sum(accumulated[n]) / len(accumulated[n])) for n in own]
+    return sorted(layers, key=lambda layer: (-layer.own, layer.name))
+
+
+def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:
+    """(layer, how often its weight was read before) -> the node that reads it, for weights of at least two dimensions."""
+    seen: Counter[str] = Counter()
+    layers = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        weight = weight_of(program, node)
+        if weight is not None and node.meta["val"].dtype.is_floating_point:
+            name = layer_of(node, weight)
+            layers[name, seen[name]] = node
+            seen[name] += 1
+    return layers

@@ -1,0 +1,1 @@
+"""The mechanism that removes what is masked."""

@@ -1,0 +1,1 @@
+"""The policy that masks what a model can do without."""

@@ -1,0 +1,38 @@
+"""A language model lowered for CUDA, its kernels run by Triton's interpreter: python tests/helpers/lowered_interpreted.py.
+
+A script, because the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, and for the whole process.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import mma_emulation
+import torch
+from families import build
+
+from fxc import optimize
+from fxc.data.samples import samples
+from fxc.lower.cuda import lower_cuda
+
+# Of the result's norm. Left out: fp8, because the interpreter's conversion to it is at fault (triton_interpreted.py).
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def check(passes: str, dtype: torch.dtype) -> None:
+    model, inputs = build("qwen2")
+    program = optimize(model.to(dtype), inputs, passes=passes, verify=False, budget=9, layer_budget=9).program
+    module, _ = lower_cuda(program, "cpu")
+    for inputs in samples(program)[:1]:
+        for got, expected in zip(module(*inputs), program.module()(*inputs), strict=True):
+            error = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-6)
+            assert error < TOLERANCE[dtype], (passes, dtype, error.item())
+
+
+if __name__ == "__main__":
+    mma_emulation.install()
+    check("int8", torch.float32)
+    check("int8:mode=weight_only", torch.float32)
+    check("int4:group=32", torch.bfloat16)
+    check("sparse24", torch.bfloat16)
+    check("sparse24,int8", torch.float32)

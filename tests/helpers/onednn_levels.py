@@ -1,0 +1,61 @@
+"""int8 layers at the extremes of their range, in a process whose oneDNN may use only a part of the CPU's instructions.
+
+python onednn_levels.py LEVEL [force]: sets ONEDNN_MAX_CPU_ISA, compares every form of an int8 layer with its definition, and
+prints "exact" or "float" for how int8 layers run there. With "force" the probe is told that products are exact.
+"""
+
+import os
+import sys
+
+if len(sys.argv) > 1 and sys.argv[1] != "all":
+    os.environ["ONEDNN_MAX_CPU_ISA"] = sys.argv[1]
+os.environ["FXC_CACHE"] = "off"
+
+import torch
+from int8_programs import int8_wins, program_of
+
+from fxc.lower import packed, traced
+from fxc.lower.cpu import lower_cpu
+from fxc_kernels import int8_linear as op
+
+torch.set_num_threads(1)
+if "force" in sys.argv:
+    packed.int8_is_exact = op.int_mm_is_exact = lambda: True
+
+
+def extremes(rows: int, columns: int):
+    """Activations that quantize to 255 and 0 steps without rounding, and weights of 127 and -127 in runs and in turns."""
+    x = torch.ones(rows, columns)
+    x[1::2, ::2] = 0
+    weight = torch.full((24, columns), 127.0)
+    weight[1], weight[2, ::2], weight[3, columns // 2 :] = -127, -127, -127
+    return x, weight
+
+
+def compiled_forms(name: str, x, qweight, scale, bias):
+    """What Inductor is given, run as it stands."""
+    zero = torch.zeros(len(qweight), dtype=torch.int64)
+    if name == "int8_linear":
+        return [traced.int8_linear(x, qweight, scale, zero, bias, packed.zero_point_term(qweight, scale))]
+    return [traced.split_linear(x, qweight, scale, zero, bias)]
+
+
+for name in ("int8_linear", "int8_weight_only_linear"):
+    for rows in (1, 2, 5, 64):
+        x, weight = extremes(rows, 2048)
+        model = torch.nn.Sequential(torch.nn.Linear(2048, 24))
+        with torch.no_grad():
+            model[0].weight.copy_(weight), model[0].bias.fill_(1.0)
+        program = program_of(model, x[:, None].expand(-1, 3, -1).contiguous(), name)
+        reference = getattr(op, f"{name}_reference")
+        expected = reference(x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
+        assert abs(expected.abs().max() - 127 * 2048) < 2
+        operator = program.module()(x[:, None])[0][:, 0]
+        lowered, report = lower_cpu(program, "eager", measure=int8_wins)
+        forms = [operator, lowered(x[:, None])[0][:, 0]]
+        if packed.int8_is_exact():
+            forms += compiled_forms(name, x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
+        for found in forms:
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5, f"{name}, {rows} rows, {report[0].op}: {error:.2e}"
+print("exact" if report[0].op == "int8" else "float")
