@@ -431,7 +431,7 @@ def test_percentiles_are_between_the_two_nearest():
 
 @needs_triton
 def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kernels_read(tmp_path, monkeypatch):
-    command = [sys.executable, str(REPO / "tests" / "kernel_bench_interpreted.py"), str(tmp_path)]
+    command = [sys.executable, str(REPO / "tests" / "helpers" / "kernel_bench_interpreted.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
