@@ -2,8 +2,7 @@
 
     rows (tokens)
     up to 64         mma.sp: `fxc_kernels.cuda.sparse24_mma`, which saves the weight's bytes and its products
-    up to 511        the dense matrix is made, then torch's own product, or `fxc_kernels.cuda.scaled_mm` for int8
-    512 or more      the same, or cuSPARSELt where its form of the weight is given too (`fxc_kernels.cusparselt`)
+    more             the dense matrix is made, then torch's own product, or `fxc_kernels.cuda.scaled_mm` for int8
 
 References: `fxc_kernels.sparse24_linear.sparse24_linear_reference` and `int8_sparse24_linear_reference`. Where a
 row of x holds Inf or NaN, what it gives is not finite where the weight stores something for that column, and perhaps elsewhere.
@@ -16,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels import cusparselt
 from fxc_kernels.cuda import quantize_rows, scaled_mm, sparse24_mma
 from fxc_kernels.cuda.dispatch import config_for
 from fxc_kernels.cuda.sparse24 import SKINNY_ROWS, dense_tile
@@ -28,9 +26,8 @@ from fxc_kernels.cuda.tile import (
     flat_rows,
     on_device_of_first,
     output_columns,
-    reduce_parts,
 )
-from fxc_kernels.cuda.weight_only import activate_kernel, large_product
+from fxc_kernels.cuda.weight_only import large_product
 
 # Tiles that one program of `prepacked_dense_kernel` makes dense: 512 bytes of a bfloat16 row.
 DENSE_TILES = 4
@@ -76,12 +73,12 @@ def dense_from_prepacked(weight: Prepacked) -> Tensor:
 @on_device_of_first
 def prepacked_linear(
     x: Tensor, weight: Prepacked, bias: Tensor | None = None, *,
-    activation: str = "none", config: Config | None = None, compressed: Tensor | None = None,
+    activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`sparse24_linear_reference` of what was prepacked, then `activation`: x [..., K] of the values' dtype -> [..., N].
 
-    compressed: cuSPARSELt's form of the same weight (`cusparselt.compress`), for many rows. A given config also decides the
-    kernel: mma.sp. Raises TypeError for another dtype of x, ValueError for shapes that do not fit.
+    A given config also decides the kernel: mma.sp. Raises TypeError for another dtype of x, ValueError for shapes that do not
+    fit.
     """
     if x.dtype != weight.values.dtype or not x.is_floating_point():
         raise TypeError(f"x must be of the prepacked values' dtype, bfloat16 or float16: {x.dtype}, {weight.values.dtype}")
@@ -91,12 +88,7 @@ def prepacked_linear(
     if out.numel() == 0:
         return out.reshape(*x.shape[:-1], out.shape[-1])
     if config is None and flat.shape[0] > SKINNY_ROWS:
-        if compressed is not None and flat.shape[0] >= cusparselt.LARGE_ROWS:
-            product = cusparselt.product(flat, compressed, bias)
-            grid = (triton.cdiv(product.numel(), 1024),)
-            activate_kernel[grid](product, out, product.numel(), ACTIVATION=activation, BLOCK=1024)
-        else:
-            out = large_product(flat, dense_from_prepacked(weight), bias, activation)
+        out = large_product(flat, dense_from_prepacked(weight), bias, activation)
     else:
         config = config or config_for("sparse24", flat, weight.outputs, weight.columns, sparse24_mma.CONFIGS)
         sparse24_mma.multiply(flat, weight, out, (None, None, None, None, bias), activation, config)
@@ -107,12 +99,12 @@ def prepacked_linear(
 def prepacked_scaled_mm(
     q: Tensor, row_scale: Tensor, zero: Tensor | None, weight: Prepacked, scale: Tensor, bias: Tensor | None = None, *,
     column_sum: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, activation: str = "none",
-    config: Config | None = None, compressed: Tensor | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`fxc_kernels.cuda.scaled_mm.scaled_mm` with a prepacked int8 weight: q int8 [M, K], row_scale float32 [M], zero int32
     [M] or None, scale float32 [N], column_sum int32 [N]: the sums of the weight's rows, which `zero` needs -> `dtype` [M, N].
 
-    compressed, config and errors as for `prepacked_linear`.
+    config and errors as for `prepacked_linear`.
     """
     if q.dtype != torch.int8 or weight.values.dtype != torch.int8:
         raise TypeError(f"rows and prepacked values must be int8, not {q.dtype} and {weight.values.dtype}")
@@ -129,9 +121,6 @@ def prepacked_scaled_mm(
     if out.numel() == 0:
         return out
     if config is None and q.shape[0] > SKINNY_ROWS:
-        if compressed is not None and q.shape[0] >= cusparselt.LARGE_ROWS:
-            reduce_parts(cusparselt.product(q, compressed, None)[None], out, *epilogue, activation)
-            return out
         return scaled_mm.scaled_mm(
             q, row_scale, zero, dense_from_prepacked(weight), scale, bias,
             column_sum=column_sum, dtype=dtype, activation=activation,
@@ -143,13 +132,13 @@ def prepacked_scaled_mm(
 
 def int8_prepacked_linear(
     x: Tensor, weight: Prepacked, scale: Tensor, bias: Tensor | None = None, *, column_sum: Tensor | None = None,
-    activation: str = "none", config: Config | None = None, compressed: Tensor | None = None,
+    activation: str = "none", config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """`int8_sparse24_linear_reference` of what was prepacked, then `activation`: x float [..., K] -> x's dtype [..., N]."""
     q, row_scale, zero = quantize_rows.quantize_rows(x)
     out = prepacked_scaled_mm(
         q, row_scale, zero, weight, scale, bias, column_sum=column_sum, dtype=x.dtype,
-        activation=activation, config=config, compressed=compressed,
+        activation=activation, config=config,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], out.shape[-1])
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from triton_interpreted import close, scales, tensors
 
-from fxc_kernels import cusparselt, sparse24_linear
+from fxc_kernels import sparse24_linear
 from fxc_kernels.cuda import sparse24_prepacked as prepacked
 from fxc_kernels.cuda import sparse24_prepacked_linear as sparse
 from fxc_kernels.cuda.interleaved import silu_mul
@@ -95,42 +95,25 @@ def check_activations():
 
 
 def check_many_rows():
-    """More than 64: the dense matrix, made from the prepacked form; and cuSPARSELt, of which the calls are looked at here."""
+    """More than 64: the dense matrix, made from the prepacked form, and products with it."""
     for outputs, columns, dtype in itertools.product((1, 17, 32), (8, 264, 320), (*FLOATS, torch.int8)):
         values, meta = portable(outputs, columns, dtype, torch.Generator().manual_seed(1))
         weight = prepacked.prepack(values, meta)
         assert torch.equal(sparse.dense_from_prepacked(weight), sparse24_linear.unpack(values, meta)), (outputs, columns)
         if dtype == torch.int8:
             assert torch.equal(prepacked.row_sums(weight), values.sum(dim=1, dtype=torch.int32))
-    calls = []
-
-    def sparse_mm(compressed, x, bias=None, out_dtype=None, transpose_result=False):
-        """torch._cslt_sparse_mm, but for its arithmetic."""
-        assert transpose_result and compressed.shape[1] == x.shape[0] and x.shape[1] % 8 == 0 and not x.is_contiguous()
-        calls.append(tuple(x.shape))
-        wide = torch.float64 if out_dtype == torch.int32 else torch.float32
-        product = (compressed.to(wide) @ x.to(wide)).t().contiguous()
-        return (product if bias is None else product + bias.to(wide)).to(out_dtype or x.dtype)
-
-    before = torch._cslt_sparse_mm, cusparselt.LARGE_ROWS
-    torch._cslt_sparse_mm, cusparselt.LARGE_ROWS = sparse_mm, 81
     for dtype in (*FLOATS, torch.int8):
         x, bias, generator = tensors((81, 32, 32), torch.bfloat16 if dtype == torch.int8 else dtype)
         values, meta = portable(32, 32, dtype, generator)
-        weight, compressed, scale = prepacked.prepack(values, meta), sparse24_linear.unpack(values, meta), scales(32, generator)
-        for rows, given in ((81, compressed), (81, None), (65, compressed)):
-            calls.clear()
-            if dtype == torch.int8:
-                expected = sparse24_linear.int8_sparse24_linear_reference(x[:rows], values, meta, scale, bias)
-                out = sparse.int8_prepacked_linear(x[:rows], weight, scale, bias, compressed=given)
-            else:
-                expected = silu_mul(sparse24_linear.sparse24_linear_reference(x[:rows], values, meta, bias))
-                out = sparse.prepacked_linear(x[:rows], weight, bias, activation="silu_mul", compressed=given)
-            # Rounded before the activation too.
-            assert (out.float() - expected.float()).abs().max() <= 2**-6 * expected.float().abs().max(), (dtype, rows)
-            filled_up = (32, 96 if dtype == torch.int8 else 88)
-            assert calls == ([filled_up] if given is not None and rows == 81 else []), (dtype, rows)
-    torch._cslt_sparse_mm, cusparselt.LARGE_ROWS = before
+        weight, scale = prepacked.prepack(values, meta), scales(32, generator)
+        if dtype == torch.int8:
+            expected = sparse24_linear.int8_sparse24_linear_reference(x, values, meta, scale, bias)
+            out = sparse.int8_prepacked_linear(x, weight, scale, bias)
+        else:
+            expected = silu_mul(sparse24_linear.sparse24_linear_reference(x, values, meta, bias))
+            out = sparse.prepacked_linear(x, weight, bias, activation="silu_mul")
+        # Rounded before the activation too.
+        assert (out.float() - expected.float()).abs().max() <= 2**-6 * expected.float().abs().max(), dtype
 
 
 def check_mutations():
