@@ -35,7 +35,7 @@ ALLOWED = {
     "fxc.compiler": "errors ir neutral source data frontend passes pipeline artifact export lower runtime",
     "fxc.measure": "errors safety ir source data frontend passes verify artifact runtime compiler",
     "fxc.kernel_bench": "errors ir lower fxc_kernels",
-    "fxc.report": "errors ir analysis passes artifact lower runtime measure fxc",
+    "fxc.report": "errors ir analysis passes artifact lower runtime measure fxc fxc_kernels",
     "fxc.cli": "errors safety ir source data passes pipeline artifact lower runtime recipe compiler measure kernel_bench "
     "report fxc",
     "fxc.__main__": "cli",
