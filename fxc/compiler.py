@@ -25,9 +25,10 @@ from fxc.frontend.capture import capture
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
-from fxc.passes.base import Context, Pass, Track, check_data_is_given, parse_passes, untracked
+from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
+from fxc.progress import Track, untracked
 from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
 from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
 

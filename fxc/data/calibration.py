@@ -18,7 +18,7 @@ from fxc.errors import UsageError, first_line
 from fxc.ir.binding import bind
 from fxc.ir.program import Program
 from fxc.measure.evaluate import decoder_inputs, tokenizer_of
-from fxc.passes.base import Track, untracked
+from fxc.progress import Track, untracked
 from fxc.safety import listed, read_json
 
 LIMIT = 64

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxc.cache import cache_of, tensors_of
 from fxc.errors import CaptureFailed, UsageError, first_line
 from fxc.frontend.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, owned, resized, runs
+from fxc.frontend.hf_cache import cache_of, tensors_of
 from fxc.frontend.images import image_size
 from fxc.ir.structure import flatten, unflatten
 

@@ -21,6 +21,7 @@ from fxc.errors import UsageError
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
+from fxc.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,6 @@ class Result:
     interface: Interface = field(default_factory=Interface)
     notes: list[str] = field(default_factory=list)
     repeat: Pass | None = None
-
-
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""(items, what is done with them, how many there are at most) -> the items, shown to somebody as they are taken."""
-
-
-def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    return items
 
 
 @dataclass

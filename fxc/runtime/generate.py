@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fxc.cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.errors import InputRefused, UsageError
+from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.runtime.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from fxc.analysis.groups import NAMES, Group
 from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Track, untracked
+from fxc.passes.base import Context
 from fxc.passes.prune.scores import by_unit, scores, with_masks
+from fxc.progress import Track, untracked
 
 Units = dict[Group, Tensor]
 

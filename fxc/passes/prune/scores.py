@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from fxc.analysis.groups import Group, WeightedSite
 from fxc.ir.observe import observe
 from fxc.ir.program import Program
-from fxc.passes.base import Track, untracked
+from fxc.progress import Track, untracked
 
 aten = torch.ops.aten
 Criterion = Literal["l2", "l1", "bn_scale", "taylor", "wanda", "mask_gradient"]
