@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import shutil
+import sys
 import tempfile
 from importlib import util
 from pathlib import Path
@@ -22,6 +23,8 @@ import pytest
 import torch
 from repo import REPO
 
+# For `benchmarks`. Last, so that the folder `kernels` does not come before Hugging Face's package of that name.
+sys.path.append(str(REPO))
 torch.set_num_threads(1)
 # A failing example has to fail again on any machine, and a slow machine is not a failure.
 hypothesis.settings.register_profile("fxc", deadline=None, derandomize=True, print_blob=True)

@@ -5,10 +5,6 @@ import sys
 
 import pytest
 import torch
-from repo import REPO
-
-# Appended, so that the repository's folder `kernels` cannot come before Hugging Face's package of that name.
-sys.path.append(str(REPO))
 
 import fxc
 from benchmarks import models, table, text, timing

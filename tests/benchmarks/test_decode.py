@@ -9,8 +9,6 @@ import pytest
 import torch
 from repo import REPO
 
-sys.path.append(str(REPO))
-
 from benchmarks import decode
 
 OPTIONS = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "1,2", "--prompt", "6", "--new", "4",

@@ -15,7 +15,6 @@ import torch
 from repo import REPO
 
 triton = pytest.importorskip("triton")
-sys.path.append(str(REPO))
 
 from interpreter import needs_interpreter  # noqa: E402
 

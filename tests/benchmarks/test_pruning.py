@@ -13,9 +13,6 @@ import torch
 from families import build
 from repo import REPO
 
-# Appended, so that the repository's folder `kernels` cannot come before Hugging Face's package of that name.
-sys.path.append(str(REPO))
-
 import fxc
 from benchmarks import pruning
 from benchmarks.pruning import EVERY, HANDS, MODELS, RATIOS, Model, Unit

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 
-import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import fxc  # noqa: E402
-from benchmarks import removal  # noqa: E402
-from benchmarks.removal_plot import svg  # noqa: E402
-from fxc.passes.base import Context, parse_passes  # noqa: E402
-from fxc.pipeline import run_passes  # noqa: E402
+import fxc
+from benchmarks import removal
+from benchmarks.removal_plot import svg
+from fxc.passes.base import Context, parse_passes
+from fxc.pipeline import run_passes
 
 
 def test_the_share_is_that_of_heads_and_ffn_alike():

@@ -9,8 +9,6 @@ from command import fxc, fxc_json
 from fxc.cli.compile import default_out
 from fxc.passes.base import parse_passes
 
-# -------------------------------------------------------------------------------------------------------------- compile
-
 
 def test_compile_prints_what_changed(folder, tmp_path):
     options = ("--eval-text", folder / "text.txt", "--skip", "lm_head")
@@ -144,9 +142,6 @@ def test_compile_does_not_overwrite_unless_told(folder, tmp_path):
     fxc("compile", folder / "bert", "-o", out, "--overwrite")
 
 
-# ------------------------------------------------------------------------------------------------------- how it behaves
-
-
 def test_without_an_output_the_folder_is_named_after_model_and_passes(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = fxc("compile", folder / "bert", "--passes", "int8:mode=weight_only", "--no-measure")
@@ -211,9 +206,6 @@ def test_what_was_not_measured_is_said_and_nothing_is_timed_when_told(folder, tm
     assert "--eval-text" not in done.stdout and f"fxc eval {tmp_path / 'c'} --against" in done.stdout
     with pytest.raises(AssertionError, match="something was timed"):
         clock()
-
-
-# ------------------------------------------------------------------------------------------------------------- pruning
 
 
 def test_prune_alone_chooses_and_says_how_to_do_it_again(folder, tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 import torch
 from command import fxc, fxc_json
 
-# ------------------------------------------------------------------------------------------------- inspect, diff, passes
-
 
 def test_inspect_shows_bytes_that_add_up_and_the_program(folder):
     shown = fxc_json("inspect", folder / "qwen2-int8")
@@ -36,18 +34,12 @@ def test_passes_are_listed_and_explained():
     assert [each["name"] for each in explained] == ["canonicalize", "prune", "dead_structure", "int8"]
 
 
-# --------------------------------------------------------------------------------------------------- bench and doctor
-
-
 def test_doctor_says_what_there_is():
     found = {(f["group"], f["name"]): f for f in fxc_json("doctor")["findings"]}
     assert found["software", "torch"]["value"] == torch.__version__
     assert found["cpu", "int8 layers"]["ok"] == torch.cpu._is_vnni_supported()
     assert torch.cuda.is_available() or found["cuda", "device"]["note"]
     assert "int8 layers" in fxc("doctor").stdout
-
-
-# ------------------------------------------------------------------------------------------------------------- pruning
 
 
 def test_inspect_tells_which_weights_share_an_axis(folder):

@@ -1,0 +1,57 @@
+"""A platform for `fxc bench kernels` with toy contenders and a clock that shows what it is told."""
+
+import torch
+
+from fxc.kernel_bench import clock
+from fxc.kernel_bench.contender import EXACT, Contender, of_function
+from fxc.kernel_bench.run import Plan
+from fxc.kernel_bench.shapes import Shape
+
+TINY = Shape("tiny", 64, 256)
+
+
+class Fixed:
+    """A clock on which a call takes as long as it says. raced: what was timed."""
+
+    def __init__(self, us: dict[str, list[float]] | None = None, discarded: str | None = None):
+        self.us, self.discarded, self.raced = us or {}, discarded, []
+
+    def prepare(self, calls):
+        return calls
+
+    def race(self, prepared, rounds, watch=True):
+        self.raced.append(list(prepared))
+        return clock.Race({name: self.us.get(name, [10.0] * rounds) for name in prepared}, [], self.discarded)
+
+
+class Toy:
+    """A platform with these contenders."""
+
+    name, device = "toy", torch.device("cpu")
+
+    def __init__(self, contenders, timer=None, memory=1 << 40):
+        self.given, self.clock, self.memory = contenders, timer or Fixed(), memory
+
+    def contenders(self, schemes):
+        return self.given
+
+    def copies(self, nbytes):
+        return 2
+
+    def free_memory(self):
+        return self.memory
+
+
+def dense(name="dense", change=lambda out: out, **options) -> Contender:
+    """The right product of a dense weight, or what `change` makes of it."""
+    settings = {"scheme": "float32", "kind": "dense", "tolerance": EXACT, "dtype": torch.float32} | options
+
+    def build(weight):
+        numbers = weight.dense()
+        return of_function(lambda x: change(torch.nn.functional.linear(x.float(), numbers)))
+
+    return Contender(name, build=build, **settings)
+
+
+def plan(**options) -> Plan:
+    return Plan(**{"shapes": (TINY,), "schemes": ("int8",), "rows": (3,), "rounds": 2} | options)
