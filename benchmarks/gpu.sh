@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can tell, in one call of less than eight minutes: bash benchmarks/gpu.sh
 #
-#   1. checks: every Triton kernel against its reference (benchmarks/gpu_checks.py)
+#   1. checks: every Triton kernel against its reference (python -m benchmarks.gpu_checks)
 #   2. kernels: each layer beside cuBLAS and the other rivals, the best configuration searched (python -m benchmarks.kernels)
-#   3. decode: a randomly initialised Qwen2.5-7B, tokens a second with and without a CUDA graph (benchmarks/decode.py)
+#   3. decode: a randomly initialised Qwen2.5-7B, tokens a second with and without a CUDA graph (python -m benchmarks.decode)
 #   4. inductor: the same through torch.compile, where there is time left
 #
 # From a bare checkout: nothing is installed and nothing is downloaded. It needs a python with torch and triton (PYTHON=...);

@@ -4,16 +4,14 @@ Compiles every shipped configuration for sm_80 and sm_90 and writes registers, s
 benchmarks/results/kernel-resources.json and .md. No number here was measured on a GPU.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 import triton
 
+from benchmarks.output import RESULTS, write
 from benchmarks.triton_build import SHARED_LIMIT, builds, compile_for
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CHIPS = (80, 90)
 # Registers and threads of one multiprocessor, and the granularity in which a warp gets registers (CUDA programming guide).
 REGISTERS, GRANULE = 65536, 256
@@ -75,9 +73,7 @@ def markdown(result: dict) -> str:
 
 def main() -> int:
     result = collect()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kernel-resources.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "kernel-resources.md").write_text(markdown(result))
+    write(RESULTS / "kernel-resources.json", result, md=markdown(result))
     print(markdown(result))
     return 0
 

@@ -21,9 +21,9 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from benchmarks.output import RESULTS
 from fxc.errors import FxcError, UsageError
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PARTIAL = ("--scheme", "--shapes", "--m", "--out")
 
 

@@ -12,34 +12,28 @@ leave a core free.
 import argparse
 import contextlib
 import fnmatch
-import json
-import logging
 import os
 import re
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from benchmarks import table
+from benchmarks.output import RESULTS, note, quiet, write
 from benchmarks.peers import Contender, Workbench, layers_of
 from benchmarks.timing import Call, interleave
 from benchmarks.workloads import Decoder, Encoder
+from fxc.kernel_bench.files import slug
+from fxc.kernel_bench.run import failure
 
 WORKLOADS = ("encoder", "decoder")
 SIZES = "1x32,1x128,8x128,32x128"
-RESULTS = Path(__file__).resolve().parent / "results"
 # Below this a contender computes something else, and its time says nothing.
 LEAST_COSINE = 0.98
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def chosen(contenders: list[Contender], workload: str, only: list[str]) -> list[Contender]:
@@ -63,15 +57,10 @@ def build(contenders: list[Contender], bench: Workbench) -> tuple[dict[str, Any]
             try:
                 built[each.name] = each.build(bench)
             except Exception as error:  # one contender's fault must not cost the others their measurement
-                left_out[each.name] = failure(error)
+                left_out[each.name] = f"failed: {failure(error)}"
         outcome = left_out.get(each.name) or f"ready in {time.perf_counter() - start:.1f} s"
         note(f"{each.name}: {outcome}")
     return built, left_out
-
-
-def failure(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"failed: {type(error).__name__}: {lines[0][:200]}"
 
 
 def agreeing(
@@ -84,7 +73,7 @@ def agreeing(
         try:
             vectors = workload.vectors(call(), inputs)
         except Exception as error:  # as in build: torch.compile, for one, fails only at its first call
-            left_out[f"{name} at {size}"] = failure(error)
+            left_out[f"{name} at {size}"] = f"failed: {failure(error)}"
             continue
         reference = vectors if reference is None else reference
         cosine = torch.nn.functional.cosine_similarity(vectors, reference, dim=-1).mean().item()
@@ -128,18 +117,6 @@ def faults(result: dict, contenders: list[Contender]) -> list[str]:
     return [text for text in result["left_out"] if any(text == name or text.startswith(f"{name} at ") for name in must)]
 
 
-def slug(name: str) -> str:
-    """'Intel(R) Xeon(R) Processor' -> 'intel-xeon-processor'."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
-def write(report: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table.markdown(report), encoding="utf-8")
-    note(f"wrote {path} and {path.with_suffix('.md').name}")
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default=SIZES, help=f"the encoder's, batch x length (default {SIZES})")
@@ -153,14 +130,6 @@ def arguments() -> argparse.Namespace:
     if options.threads < 1 or options.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
     return options
-
-
-def quiet() -> None:
-    """The libraries' progress bars and warnings would bury the table."""
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def main() -> int:
@@ -194,7 +163,8 @@ def main() -> int:
         return 2
     partial = bool(only) or options.sizes != SIZES
     if options.json or not partial:
-        write(report, options.json or RESULTS / f"models-{slug(report['hardware']['cpu'])}.json")
+        path = options.json or RESULTS / f"models-{slug(report['hardware']['cpu'])}.json"
+        write(path, report, md=table.markdown(report))
     return 1 if broken else 0
 
 

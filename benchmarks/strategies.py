@@ -9,7 +9,6 @@ A full run writes benchmarks/results/strategies-<cpu>.json and .md; one with --q
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -20,9 +19,10 @@ import torch
 
 import fxc
 from benchmarks import table
-from benchmarks.models import RESULTS, note, quiet, slug
-from benchmarks.removal import python_source
+from benchmarks.output import RESULTS, note, quiet, write
+from benchmarks.python_source import python_source
 from benchmarks.workloads import PYLM
+from fxc.kernel_bench.files import slug
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench, evaluate
 from fxc.report.sizes import on_disk
@@ -107,9 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         "backend": given.backend, "rounds": rounds, "rows": measure(strategies, given.backend, windows, rounds),
     }  # fmt: skip
     if not given.quick:
-        path = RESULTS / f"strategies-{slug(report['hardware']['cpu'])}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        write(RESULTS / f"strategies-{slug(report['hardware']['cpu'])}.json", report, md=markdown(report))
     print(markdown(report))
     return 0
 

@@ -2,17 +2,17 @@
 
 import os
 import platform
-import re
-from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from benchmarks.timing import Timing
-from fxc.kernel_bench.report import versions as versions_of
+from fxc.kernel_bench.cpu_platform import FLAGS
+from fxc.kernel_bench.files import markdown_table
+from fxc.kernel_bench.files import versions as versions_of
+from fxc.lower.remembered import cpu_name
 
 PACKAGES = ["fxc", "torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao"]
-CPU_FLAGS = ["avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"]
 
 
 def hardware() -> dict:
@@ -21,15 +21,9 @@ def hardware() -> dict:
     return {
         "cpu": cpu_name(),
         "cores": able.get("num_physical_cores", os.cpu_count()),
-        "flags": [flag for flag in CPU_FLAGS if able.get(flag)],
+        "flags": [flag for flag in FLAGS if able.get(flag)],
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
@@ -92,8 +86,7 @@ def markdown(report: dict) -> str:
         + ". Each cell: median over rounds in ms, times faster than the first row, lowest-highest.",
     ]
     for result in report["workloads"]:
-        heads = ["", *result["sizes"], "worst cosine"]
-        lines += ["", f"## {result['title']}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        lines += [f"| {' | '.join(line).replace(chr(10), '<br>')} |" for line in cells(result)]
+        body = [[cell.replace("\n", "<br>") for cell in line] for line in cells(result)]
+        lines += ["", f"## {result['title']}", "", *markdown_table(["", *result["sizes"], "worst cosine"], body)]
         lines += ["", *(f"- {line}" for line in remarks(result))]
     return "\n".join(lines) + "\n"

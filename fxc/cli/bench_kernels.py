@@ -14,6 +14,7 @@ import torch
 
 from fxc.errors import ResourceError, UsageError, VerificationFailed
 from fxc.kernel_bench import report
+from fxc.kernel_bench.files import slug
 from fxc.kernel_bench.run import Plan, Platform, Result, run
 from fxc.kernel_bench.shapes import Shape, parse_shapes
 from fxc.kernel_bench.summary import headlines, summarise
@@ -79,7 +80,7 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     output.note(report.peaks_text(peaks))
     tuner = _tuner(platform, plan, output) if request.tune else None
     protocol = {"rounds": plan.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}
-    stem = request.out / f"kernels-{report.slug(about['name'])}" if request.out else None
+    stem = request.out / f"kernels-{slug(about['name'])}" if request.out else None
 
     def found(result: Result) -> report.Report:
         spent = {"seconds": round(time.monotonic() - began, 1)}

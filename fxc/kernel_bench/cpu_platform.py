@@ -25,7 +25,7 @@ MOST_COPIES = 64
 PEAK_SECONDS = 8.0
 _SMALLEST_READ, _LARGEST_READ = 64 * 2**20, 2**30
 _SIDES = (256, 512, 1024, 2048)
-_FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 
 
 class CpuPlatform:
@@ -73,7 +73,7 @@ class CpuPlatform:
             "chip": self.name,
             "cores": self.cores,
             "threads": self.threads,
-            "flags": [flag for flag in _FLAGS if able.get(flag)],
+            "flags": [flag for flag in FLAGS if able.get(flag)],
             "l2_bytes_per_core": self.l2,
             "l3_bytes": self.l3,
             "timing": f"a round is the median of calls for {1e3 * self.clock.seconds:.0f} ms, after one that does not count",

@@ -6,15 +6,13 @@ import csv
 import io
 import json
 import math
-import platform as system
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from fxc.kernel_bench import plots
+from fxc.kernel_bench.files import markdown_table, versions, write_texts
 from fxc.kernel_bench.limits import Peaks
 from fxc.kernel_bench.run import Result, Row
 from fxc.kernel_bench.summary import Line, summarise
@@ -26,17 +24,6 @@ COLUMNS = (
     "us", "p20", "p80", "speedup", "gbps", "tflops",
 )  # fmt: skip
 SUMMARY = ("regime", "scheme", "contender", ">cells", ">speed-up", ">worst", "worst cell", ">of roofline", ">worst of roofline")
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
-    """Of Python and of each package the version, None for what is not installed."""
-    found: dict[str, str | None] = {"python": system.python_version()}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 @dataclass
@@ -55,7 +42,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """Everything there is to know of a run, numbers in six digits; infinities, which JSON does not have, become null."""
     return _short({
         "device": report.about,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "protocol": report.protocol,
         "peaks": {name: asdict(each) if each else None for name, each in zip(("datasheet", "measured"), report.peaks)},
         "summary": [asdict(line) for line in summarise(report.result.rows)],
@@ -165,7 +152,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def as_markdown(report: Report, pictures: Sequence[str]) -> str:
-    present = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
+    present = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items() if version)
     facts = ", ".join(f"{name}: {value}" for name, value in report.protocol.items() if value is not None)
     about = [report.about["timing"], report.about["weights"], peaks_text(report.peaks), telemetry_text(report.result)]
     lines = [
@@ -180,21 +167,16 @@ def as_markdown(report: Report, pictures: Sequence[str]) -> str:
     ]
     for title, rows in shapes_of(report.result).items():
         ms = sorted({row.m for row in rows})
-        lines += ["", f"## {title}", "", *_table(["scheme", "", *(f"M={m}" for m in ms)], shape_cells(rows, ms))]
+        lines += ["", f"## {title}", "", *markdown_table(["scheme", "", *(f"M={m}" for m in ms)], shape_cells(rows, ms))]
     heads = [each.removeprefix(">") for each in SUMMARY]
     lines += [
         "",
         "## Summary: geometric means and worst cells",
         "",
-        *_table(heads, summary_cells(summarise(report.result.rows))),
+        *markdown_table(heads, summary_cells(summarise(report.result.rows))),
     ]
     lines += ["", *(f"- {line}" for line in remarks(report.result))]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    cells = [" | ".join(each.replace("|", "\\|") for each in line) for line in body]
-    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {line} |" for line in cells)]
 
 
 def write(stem: Path, report: Report, draw: bool = True) -> tuple[list[Path], str | None]:
@@ -208,16 +190,6 @@ def write(stem: Path, report: Report, draw: bool = True) -> tuple[list[Path], st
         f"{stem.name}.md": as_markdown(report, [path.name for path in pictures]),
     }
     if report.tuning is not None:
-        table = tuned_table(report.result, report.about["chip"], versions())
+        table = tuned_table(report.result, report.about["chip"], versions(PACKAGES))
         texts[f"{report.about['chip']}.json"] = json.dumps(table, indent=1) + "\n"
-    for name, text in texts.items():
-        # Whatever ends this process, a file of before or the new one is there as a whole.
-        part = stem.with_name(f"{name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(stem.with_name(name))
-    return [*map(stem.with_name, texts), *pictures], missing
-
-
-def slug(name: str) -> str:
-    """ "Intel(R) Xeon(R) Processor" -> "intel-xeon-processor"."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+    return [*write_texts(stem.parent, texts), *pictures], missing

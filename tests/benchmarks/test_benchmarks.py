@@ -10,6 +10,7 @@ import fxc
 from benchmarks import models, table, text, timing
 from benchmarks.peers import DECODERS, ENCODERS, Contender, layers_of
 from benchmarks.timing import Call, Timing
+from fxc.kernel_bench.files import slug
 
 
 @pytest.fixture
@@ -169,7 +170,7 @@ def test_how_layers_run_is_counted():
 
 def test_machine_and_names():
     assert table.hardware()["cores"] >= 1 and table.hardware()["cpu"]
-    assert models.slug("Intel(R) Xeon(R) Processor @ 2.60GHz") == "intel-xeon-processor-2-60ghz"
+    assert slug("Intel(R) Xeon(R) Processor @ 2.60GHz") == "intel-xeon-processor-2-60ghz"
     for contenders in (ENCODERS, DECODERS):
         names = [each.name for each in contenders]
         assert len(set(names)) == len(names) and names[0] == "eager-float32"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from repo import REPO
 
-from benchmarks import decode
+from benchmarks.decode import __main__ as decode
+from benchmarks.decode.cells import cells_of, same_tokens
+from benchmarks.decode.model import Variant, captured, config_of, read_bytes, with_weights
 
 OPTIONS = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--batch", "1,2", "--prompt", "6", "--new", "4",
            "--prefill", "9", "--rounds", "2"]  # fmt: skip
@@ -45,26 +47,26 @@ def test_every_cell_is_measured(report):
 
 def test_weights_read_leave_out_the_table_of_embeddings(report):
     dense = report[0]["rows"][0]
-    config = decode.config_of("tiny", 1)
+    config = config_of("tiny", 1)
     table = config.vocab_size * config.hidden_size * 4
     read = dense["read_gb_per_s"] * 1e9 * sorted(dense["seconds"])[0] / 4
     assert read < dense["weights_gb"] * 1e9 * 1.5 and dense["weights_gb"] * 1e9 > 2 * table
-    program, computed = decode.captured(config, torch.float32)
-    made = decode.with_weights(program, computed, torch.device("cpu"))
-    assert decode.read_bytes(made) == made.nbytes() - table
+    program, computed = captured(config, torch.float32)
+    made = with_weights(program, computed, torch.device("cpu"))
+    assert read_bytes(made) == made.nbytes() - table
 
 
 def test_the_model_that_is_measured_computes_what_transformers_would():
     """Weights made after capture, the angles of positions too, are those of a model that was never on meta."""
     from transformers import AutoModelForCausalLM
 
-    config = decode.config_of("tiny", None)
-    program, computed = decode.captured(config, torch.float32)
-    made = decode.with_weights(program, computed, torch.device("cpu"))
+    config = config_of("tiny", None)
+    program, computed = captured(config, torch.float32)
+    made = with_weights(program, computed, torch.device("cpu"))
     model = AutoModelForCausalLM.from_config(config).eval()
     missing = model.load_state_dict({k: v for k, v in made.constants.items() if "inv_freq" not in k}, strict=False)
     assert not missing.missing_keys and not missing.unexpected_keys
-    variant = decode.Variant(made, config, torch.device("cpu"), "eager")
+    variant = Variant(made, config, torch.device("cpu"), "eager")
     ids, mask, places = variant.inputs(2, 7)
     token, present = variant.prompt(2, 7)
     with torch.no_grad():
@@ -77,18 +79,18 @@ def test_the_model_that_is_measured_computes_what_transformers_would():
 def test_on_a_gpu_graphs_come_first_and_few_tokens_are_launched_one_by_one():
     options = decode.parse(["--device", "cuda", "--batch", "1,16"])
     assert options.modes == ["graph", "launched"]
-    assert decode.cells_of(options, "eager") == [
+    assert cells_of(options, "eager") == [
         ("decode", "graph", 1), ("decode", "graph", 16), ("prefill", "", 1), ("generate", "graph", 1),
         ("decode", "launched", 1),
     ]  # fmt: skip
-    assert decode.cells_of(options, "inductor") == [("decode", "graph", 1)]
+    assert cells_of(options, "inductor") == [("decode", "graph", 1)]
 
 
 def test_a_recording_that_gives_other_tokens_fails(monkeypatch, tmp_path):
     row = {"passes": "int4", "backend": "eager", "what": "decode", "batch": 2, "tokens": [[1, 2, 3], [4, 5, 6]]}
     launched = row | {"tokens": [[1, 2], [4, 5]]}
-    assert decode.same_tokens(launched, [row]) and decode.same_tokens(launched | {"batch": 1}, [row])
-    assert not decode.same_tokens(launched | {"tokens": [[1, 2], [4, 6]]}, [row])
+    assert same_tokens(launched, [row]) and same_tokens(launched | {"batch": 1}, [row])
+    assert not same_tokens(launched | {"tokens": [[1, 2], [4, 6]]}, [row])
 
     def parse(arguments):
         options = original(arguments)
@@ -121,8 +123,8 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_the_configuration_is_the_published_one():
-    config = decode.config_of("qwen2.5-7b", None)
-    program, _ = decode.captured(decode.config_of("qwen2.5-7b", 1), torch.bfloat16)
+    config = config_of("qwen2.5-7b", None)
+    program, _ = captured(config_of("qwen2.5-7b", 1), torch.bfloat16)
     per_layer = sum(t.numel() for n, t in program.constants.items() if ".layers.0." in n)
     ends = sum(t.numel() for n, t in program.constants.items() if ".layers." not in n and "inv_freq" not in n)
     assert config.num_hidden_layers * per_layer + ends == 7_615_616_512  # the parameters that its card gives as 7.61 B

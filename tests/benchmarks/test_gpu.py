@@ -18,8 +18,12 @@ triton = pytest.importorskip("triton")
 
 from interpreter import needs_interpreter  # noqa: E402
 
-from benchmarks import gpu_checks  # noqa: E402
-from benchmarks.gpu_checks import Case, Chip, fault, poisoned  # noqa: E402
+from benchmarks.gpu_checks import __main__ as gpu_checks  # noqa: E402
+from benchmarks.gpu_checks import cases as gpu_cases  # noqa: E402
+from benchmarks.gpu_checks import chip as gpu_chip  # noqa: E402
+from benchmarks.gpu_checks.cases import CASES  # noqa: E402
+from benchmarks.gpu_checks.chip import Chip  # noqa: E402
+from benchmarks.gpu_checks.fault import FP8, Case, _ordinal, fault, poisoned, quantized, replay_fault  # noqa: E402
 
 CHIP = Chip(torch.device("cpu"), 80, True)
 
@@ -32,7 +36,7 @@ def test_all_kernels_pass_in_the_interpreter(tmp_path):
     rows = json.loads((tmp_path / "gpu-checks-interpreter.json").read_text())["rows"]
     found = {row["kernel"] for row in rows}
     absent = ["persistent_int8", "persistent_fp8", "long_int8", "long_fp8", "sparse24_mma", "int8_sparse24_mma"]
-    assert found == set(gpu_checks.CASES) - set(absent)
+    assert found == set(CASES) - set(absent)
     assert f"no case for this chip: {', '.join(absent)}" in done.stdout
     assert len(rows) == done.stdout.count("PASS") >= 60
 
@@ -42,9 +46,9 @@ def test_the_cases_of_a_gpu_can_be_made(monkeypatch):
     small = {"REAL": ((1, 48, 384), (16, 64, 256)), "CONFIGURED": (48, 384), "GATED": ((3, 9, 40),)}
     small |= {"PERSISTENT": ((33, 16, 48),), "LONG": ((70, 16, 272), (80, 16, 272)), "NORMED_ROWS": 3}
     for name, value in small.items():
-        monkeypatch.setattr(gpu_checks, name, value)
+        monkeypatch.setattr(gpu_chip if hasattr(gpu_chip, name) else gpu_cases, name, value)
     chip = Chip(torch.device("cpu"), 90, False)
-    for kernel, make in gpu_checks.CASES.items():
+    for kernel, make in CASES.items():
         cases = list(make(chip))
         assert len({case.label for case in cases}) == len(cases) >= 5, kernel
         for case in cases:
@@ -113,15 +117,15 @@ def test_quantized_rows_may_be_a_step_off_and_no_more():
     one_off, two_off, many = q.clone(), q.clone(), q + 1
     one_off[0, 7] += 1
     two_off[0, 7] += 2
-    assert gpu_checks.quantized((q, scale, zero), exact) == gpu_checks.quantized((one_off, scale, zero), exact) == ""
-    assert "by up to 2 steps" in gpu_checks.quantized((two_off, scale, zero), exact)
-    assert gpu_checks.quantized((many, scale, zero), exact).startswith("100.00% of the numbers differ")
-    assert gpu_checks.quantized((q, scale * 1.01, zero), exact).startswith("scales differ")
-    assert gpu_checks.quantized((many, scale, zero + 1), exact) == "", "what they stand for is the same"
-    fp8 = torch.tensor([[1.0, -1.0, 0.0, 448.0]]).to(gpu_checks.FP8)
-    steps = gpu_checks._ordinal(fp8)
-    up = torch.tensor([[1.125, -0.9375, 2**-9, 416.0]]).to(gpu_checks.FP8)
-    assert (gpu_checks._ordinal(up) - steps).tolist() == [[1, 1, 1, -1]]
+    assert quantized((q, scale, zero), exact) == quantized((one_off, scale, zero), exact) == ""
+    assert "by up to 2 steps" in quantized((two_off, scale, zero), exact)
+    assert quantized((many, scale, zero), exact).startswith("100.00% of the numbers differ")
+    assert quantized((q, scale * 1.01, zero), exact).startswith("scales differ")
+    assert quantized((many, scale, zero + 1), exact) == "", "what they stand for is the same"
+    fp8 = torch.tensor([[1.0, -1.0, 0.0, 448.0]]).to(FP8)
+    steps = _ordinal(fp8)
+    up = torch.tensor([[1.125, -0.9375, 2**-9, 416.0]]).to(FP8)
+    assert (_ordinal(up) - steps).tolist() == [[1, 1, 1, -1]]
 
 
 def test_new_memory_is_poisoned():
@@ -169,9 +173,9 @@ def test_a_graph_that_is_replayed_must_give_the_same_bits(monkeypatch):
     first, captured = torch.arange(4.0), torch.arange(4.0)
     case = Case("toy", lambda: captured, lambda: first)
     monkeypatch.setattr(Graph, "again", lambda self: captured.copy_(first), raising=False)
-    assert gpu_checks.replay_fault(case, first) == ""
+    assert replay_fault(case, first) == ""
     monkeypatch.setattr(Graph, "again", lambda self: None)
-    assert "gives other bits" in gpu_checks.replay_fault(case, first)
+    assert "gives other bits" in replay_fault(case, first)
 
 
 def test_without_a_gpu_the_checks_say_so(tmp_path):
@@ -231,7 +235,8 @@ def test_the_script_runs_all_parts_and_hands_on_what_was_tuned(call):
 
 def test_what_the_script_asks_for_is_what_the_bench_takes(call):
     """Shapes, schemes and options are parsed by the real ones, and what is wanted most comes first."""
-    from benchmarks import decode, kernels
+    from benchmarks import kernels
+    from benchmarks.decode import __main__ as decode
     from fxc.cli.bench_kernels import _check, parse_schemes
     from fxc.kernel_bench.shapes import parse_shapes
 

@@ -14,12 +14,18 @@ from families import build
 from repo import REPO
 
 import fxc
-from benchmarks import pruning
-from benchmarks.pruning import EVERY, HANDS, MODELS, RATIOS, Model, Unit
+from benchmarks.pruning import __main__ as pruning
+from benchmarks.pruning import models, oracle, peer
+from benchmarks.pruning.models import EVERY, MODELS, RATIOS, Model
+from benchmarks.pruning.oracle import exactness
+from benchmarks.pruning.ours import SHARE, Unit, counted, ours, removals
+from benchmarks.pruning.outcome import first, generated, same
+from benchmarks.pruning.peer import HANDS
+from benchmarks.pruning.report import markdown, our_cells, summary, works
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 
-SMALL = [each for each in MODELS if each.build is not pruning.minilm]
+SMALL = [each for each in MODELS if each.build is not models.minilm]
 
 
 @cache
@@ -35,7 +41,7 @@ def test_models_have_the_parameters_that_were_measured_before(model):
 
 def test_there_are_21_models_and_seven_ratios_twice():
     assert len(MODELS) == 21 and len({m.name for m in MODELS}) == 21
-    assert [query / kv for query, kv in pruning.PAIRS] == [1, 2, 3, 4, 5, 7, 8]
+    assert [query / kv for query, kv in models.PAIRS] == [1, 2, 3, 4, 5, 7, 8]
     assert len(RATIOS) == 14
     config = on_meta("qwen3_14_2").config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (14, 2, 16)
@@ -49,28 +55,28 @@ def test_what_is_written_by_hand_names_layers_that_are_there(model):
 
 
 def test_a_model_is_the_same_each_time_and_has_no_plain_norms():
-    first, second = (pruning.built(EVERY["resnet"]) for _ in range(2))
-    same = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
-    vectors = [t for n, t in first.state_dict().items() if n.endswith(("weight", "bias", "mean", "var")) and t.ndim == 1]
+    one, other = (models.built(EVERY["resnet"]) for _ in range(2))
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    vectors = [t for n, t in one.state_dict().items() if n.endswith(("weight", "bias", "mean", "var")) and t.ndim == 1]
     assert vectors and all(v.unique().numel() > 1 for v in vectors)
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "bert", "t5", "plain_cnn"])
 def test_inputs_are_of_two_sizes_that_the_original_takes(name):
     model = EVERY[name]
-    module = pruning.built(model)
-    given = pruning.inputs(module, model.example() if model.example else None)
+    module = models.built(model)
+    given = models.inputs(module, model.example() if model.example else None)
     with torch.no_grad():
-        shapes = [pruning.first(module(**each)).shape for each in given]
+        shapes = [first(module(**each)).shape for each in given]
     assert len(shapes) == 2 and shapes[0] != shapes[1]
 
 
 def test_a_model_that_does_not_write_generates_nothing():
-    module = pruning.built(EVERY["plain_cnn"])
-    assert pruning.generated(module, {"x": torch.ones(2, 3, 32, 32)}) is None
-    assert pruning.same(None, None) is None
-    assert pruning.same(torch.ones(2), torch.zeros(2)) == "wrong: other tokens"
+    module = models.built(EVERY["plain_cnn"])
+    assert generated(module, {"x": torch.ones(2, 3, 32, 32)}) is None
+    assert same(None, None) is None
+    assert same(torch.ones(2), torch.zeros(2)) == "wrong: other tokens"
 
 
 def unit(kind: str, size: int, *members: str, pinned: str | None = None, sums: int = 1) -> Unit:
@@ -94,21 +100,21 @@ def test_groups_are_found_again_and_counted():
         unit("channel", 11, "conv", "other"),
         unit("channel", 64, "stem"),
     ]
-    records = pruning.removals(before, after)
+    records = removals(before, after)
     # Both have the constant `conv`; what is left has `other` too.
     assert [r["units"] for r in records] == [[8, 6], [8, 7], [320, 224], [16, 0], [16, 11], [64, 64]]
     assert [r["asked"] for r in records] == [2, 2, 96, 4, 4, 0]
-    assert pruning.counted(records, Model("toy", lambda: None, 0, heads=3, widths=3)) == {"heads": [2, 3], "widths": [3, 3]}
+    assert counted(records, Model("toy", lambda: None, 0, heads=3, widths=3)) == {"heads": [2, 3], "widths": [3, 3]}
     # A width that the analysis pins or does not see at all is missing where the model has it.
-    assert pruning.counted(records, Model("toy", lambda: None, 0, heads=4, widths=4)) == {"heads": [2, 4], "widths": [3, 4]}
+    assert counted(records, Model("toy", lambda: None, 0, heads=4, widths=4)) == {"heads": [2, 4], "widths": [3, 4]}
 
 
 def test_heads_of_a_cache_are_known_by_their_numbers():
     before = torch.randn(2, 4, 7, 16, dtype=torch.float64)
     kept = [2, 0, 3]
-    assert pruning.survivors(before, before[:, kept] * (1 + 1e-12)).tolist() == kept
+    assert oracle.survivors(before, before[:, kept] * (1 + 1e-12)).tolist() == kept
     with pytest.raises(ValueError, match="none of the masked model's"):
-        pruning.survivors(before, torch.randn(2, 1, 7, 16, dtype=torch.float64))
+        oracle.survivors(before, torch.randn(2, 1, 7, 16, dtype=torch.float64))
 
 
 @cache
@@ -127,8 +133,8 @@ def test_the_oracle_follows_a_cache_that_lost_heads():
     masked, sliced = decoder()
     heads = [n.meta["val"].shape[1] for n in sliced.placeholders[3:]]
     assert heads == [2, 2, 1, 1]
-    worst, sizes = pruning.exactness(masked, sliced)
-    assert worst < pruning.EXACT and sizes == 3
+    worst, sizes = exactness(masked, sliced)
+    assert worst < oracle.EXACT and sizes == 3
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_the_oracle_sees_one_wrong_number(name):
     wrong.constants[name] = wrong.constants[name].clone()
     wrong.constants[name].view(-1)[3] += 1e-3
     try:
-        assert pruning.exactness(masked, wrong)[0] > pruning.EXACT
+        assert exactness(masked, wrong)[0] > oracle.EXACT
     except ValueError as error:
         assert "none of the masked model's" in str(error)
 
@@ -152,20 +158,20 @@ def test_the_oracle_misses_no_output():
     short.graph.output_node().args = (tuple(short.results[1:]),)
     del short.signature.outputs[0]
     with pytest.raises(ValueError, match="lost the outputs logits"):
-        pruning.exactness(sliced, short)
+        exactness(sliced, short)
 
 
 @pytest.mark.parametrize("name", ["plain_cnn", "qwen2_6_2"])
 def test_fxc_takes_a_model_through_every_stage(name):
     with torch.no_grad():
-        record = pruning.ours(EVERY[name])
-    assert pruning.works(record), record
+        record = ours(EVERY[name])
+    assert works(record), record
     before, after = record["parameters"]
     assert after < 0.85 * before
     assert record["moved"] > 0.01
     # What the compiler says that it removed is what the groups of the two programs differ by.
     lost = sum(g["units"][0] - g["units"][1] for g in record["groups"])
-    assert lost == sum(r["removed"] for r in record["removed"]["dead_structure"] if r["kind"] in pruning.SHARE)
+    assert lost == sum(r["removed"] for r in record["removed"]["dead_structure"] if r["kind"] in SHARE)
     assert ("generate" in record) == (name != "plain_cnn")
 
 
@@ -184,11 +190,11 @@ def test_a_peer_that_hangs_or_dies_costs_its_own_row_alone(monkeypatch):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert pruning.theirs("bert", 7) == {"failed": "no result in 7 s"}
+    assert peer.theirs("bert", 7) == {"failed": "no result in 7 s"}
     monkeypatch.setattr(subprocess, "run", completed(-9, "warning\nkilled\n"))
-    assert pruning.theirs("bert", 7) == {"failed": "ended with status -9: killed"}
+    assert peer.theirs("bert", 7) == {"failed": "ended with status -9: killed"}
     monkeypatch.setattr(subprocess, "run", completed(record={"heads": [2, 2]}))
-    assert pruning.theirs("bert", 7) == {"heads": [2, 2]}
+    assert peer.theirs("bert", 7) == {"heads": [2, 2]}
 
 
 GOOD = {
@@ -215,14 +221,14 @@ PEER = {
     ],
 )
 def test_one_stage_that_fails_is_enough(change):
-    assert pruning.works(GOOD) and not pruning.works(GOOD | change)
-    assert not pruning.works({"failed": "x"})
+    assert works(GOOD) and not works(GOOD | change)
+    assert not works({"failed": "x"})
 
 
 def test_a_model_without_a_layer_for_int8_does_not_count_as_quantized():
     entry = {"name": "toy", "fxc": GOOD | {"int8": {"layers": 0, "bytes": [9, 9], "difference": 0.0}}}
-    assert pruning.our_cells(entry)[9] == "no layer to quantize"
-    assert "int8 on top: 0, with no layer for it: 1;" in pruning.summary([entry])[0]
+    assert our_cells(entry)[9] == "no layer to quantize"
+    assert "int8 on top: 0, with no layer for it: 1;" in summary([entry])[0]
 
 
 def run_main(monkeypatch, *arguments: str, ours=lambda model: dict(GOOD), version: str | None = "1.6.1") -> int:
@@ -244,7 +250,7 @@ def test_a_full_run_writes_json_and_markdown(monkeypatch, tmp_path, capsys):
     assert len(report["models"]) == 21 and len(report["ratios"]) == 14
     assert report["versions"]["torch-pruning"] == "1.6.1" and report["versions"]["torch"] == torch.__version__
     shown = path.with_suffix(".md").read_text()
-    assert shown == pruning.markdown(report)
+    assert shown == markdown(report)
     assert (
         "| bert | 1,000 -> 700 | 2 of 2 | 2 of 2 | 3.0e-16, 3 sizes | 41.0% | ok | ok | ok | 2,800 -> 900 bytes, 1.2% |"
         in shown

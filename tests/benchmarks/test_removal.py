@@ -7,14 +7,16 @@ import re
 import torch
 
 import fxc
-from benchmarks import removal
-from benchmarks.removal_plot import svg
+from benchmarks.python_source import python_source
+from benchmarks.removal import measure
+from benchmarks.removal.plot import svg
+from benchmarks.workloads import PYLM
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 
 
 def test_the_share_is_that_of_heads_and_ffn_alike():
-    (only,) = parse_passes(removal.passes(0.25, "l2"))
+    (only,) = parse_passes(measure.passes(0.25, "l2"))
     assert (only.heads, only.ffn, only.round_to, only.criterion) == (0.25, 0.25, 16, "l2")
 
 
@@ -23,12 +25,12 @@ def test_flops_fall_as_the_widths_do():
     inputs = [torch.randn(4, 8)]
     program = fxc.capture(net, tuple(inputs), check=False)
     half, _ = run_passes(program, parse_passes("prune:ffn=0.5"), Context())
-    assert removal.flops(program, inputs) == 2 * 4 * (8 * 64 + 64 * 8) == 2 * removal.flops(half, inputs)
+    assert measure.flops(program, inputs) == 2 * 4 * (8 * 64 + 64 * 8) == 2 * measure.flops(half, inputs)
 
 
 def test_the_calibration_text_shares_no_file_with_the_held_out_text():
-    held_out = (removal.PYLM / "heldout.txt").read_text(encoding="utf-8")
-    source = removal.python_source(100_000)
+    held_out = (PYLM / "heldout.txt").read_text(encoding="utf-8")
+    source = python_source(100_000)
     chunks = [source[i : i + 400] for i in range(0, len(source) - 400, 4000)]
     assert len(source) > 20_000 and not any(chunk in held_out for chunk in chunks)
 
