@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from fxc.artifact import companions, store
+from fxc.artifact import companions, config_json, store
 from fxc.artifact.staging import check_writable
+from fxc.captured import Captured, capture_source, own_constants
 from fxc.data.calibration import calibration_samples, check_data
-from fxc.errors import CaptureFailed, InputRefused, UsageError
+from fxc.errors import UsageError
 from fxc.export.configuration import describe_config, difference
-from fxc.frontend.capture import capture
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
@@ -29,8 +24,8 @@ from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import Step, run_passes
 from fxc.progress import Track, untracked
-from fxc.runtime.model import NOT_A_CHECKPOINT, WEIGHTS_KEY, CompiledModel, compiled_model
-from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
+from fxc.runtime.model import CompiledModel, compiled_model
+from fxc.source.load import as_dtype
 
 
 @one_at_a_time
@@ -183,7 +178,7 @@ def compile_captured(
     }
     files, changes = captured.files, {}
     if config is not captured.config and (changes := difference(captured.config, config)):
-        files = files | {"config.json": _config_json(config, program.metadata["class"])}
+        files = files | {"config.json": config_json.encode(config, program.metadata["class"])}
     if plan := next((s.repeat for s in steps if s.repeat), None):
         drops = parse_passes(plan)[0].drop.split(";")
         files = files | {"plan.json": (json.dumps({"drop": drops}, indent=0) + "\n").encode()}
@@ -204,149 +199,6 @@ def _coverage(before: Program, steps: Sequence[Step]) -> float:
     """Of the bytes that were there when the first pass came that rewrites weights, the share that was rewritten."""
     there = next((s.bytes_before for s in steps if s.covered_bytes), before.nbytes())
     return round(sum(s.covered_bytes for s in steps) / max(there, 1), 4)
-
-
-@dataclass
-class Captured:
-    """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
-    source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
-    what an artifact went through already; borrowed: whether the program's constants are the tensors of the caller's model;
-    has_own_tokenizer: whether its tokenizer is the one in `folder`."""
-
-    program: Program
-    config: Any
-    files: dict[str, Any]
-    source: dict[str, Any]
-    nbytes: int
-    folder: Path | None = None
-    passes: list[dict[str, Any]] = field(default_factory=list)
-    borrowed: bool = False
-    has_own_tokenizer: bool = True
-
-
-def own_constants(program: Program, lender: Program) -> None:
-    """Copy those constants of `program` that share memory with one of `lender`, so that editing the one leaves the other
-    as it is. Shapes and strides stay."""
-    lent = {_storage(t) for t in lender.constants.values() if not t.is_meta}
-    copies: dict[tuple, Tensor] = {}
-    for name, tensor in program.constants.items():
-        if tensor.is_meta or tensor.numel() == 0 or _storage(tensor) not in lent:
-            continue
-        # Two names for the same numbers keep sharing them.
-        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if key not in copies:
-            span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            copies[key] = tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
-        program.constants[name] = copies[key]
-
-
-def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
-
-
-@one_at_a_time
-def capture_source(
-    model: nn.Module | str | Path,
-    example_inputs: Any = None,
-    *,
-    dynamic_shapes: Any = None,
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    part: str | None = None,
-    check: bool = True,
-) -> Captured:
-    """The program of a model or of a source, with what belongs to it."""
-    check_is_model(model)
-    if isinstance(model, nn.Module):
-        given, nbytes = model, _nbytes(model)
-        wanted = as_dtype(dtype)
-        if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
-            model = copy.deepcopy(model).to(wanted)
-            example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
-        borrowed = model is given
-        model, part = _part_of(model, part)
-        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
-        read = _check_whole(model, program, part, example_inputs)
-        nbytes = read if part else nbytes
-        config = getattr(model, "config", None)
-        source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
-        files = _files_of_module(model)
-        return Captured(program, config, files, source, nbytes, borrowed=borrowed)
-    source = str(model)
-    if kind_of(source) == "artifact":
-        if dtype != "auto":
-            raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
-        if dynamic_shapes is not None:
-            raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
-        if part is not None:
-            raise UsageError("an artifact is compiled as a whole", where="part", hint="compile the original with part=...")
-        return _capture_artifact(Path(source))
-    loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model, part = _part_of(loaded.model, part)
-    program = capture(model, inputs, dynamic_shapes=dynamic_shapes, check=check)
-    read = _check_whole(model, program, part, example_inputs)
-    sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
-    unused = loaded.source.get("unused", {}).get("bytes", 0)
-    files = companions.of_folder(loaded.tokenizer_dir) if loaded.tokenizer_dir else _files_of_module(model)
-    config = getattr(model, "config", None)
-    nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
-    origin = loaded.source | ({"part": part} if part else {})
-    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
-
-
-# Of the weights that a capture leaves out, the share of all that nobody need be told of: a pooler, a mask token.
-_NEGLIGIBLE = 0.01
-LANGUAGE_MODEL = "language_model"
-
-
-def _part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
-    """The module `part` of `model`, and its full name. A language model within another one is that model, called with text
-    alone: its head is outside of it."""
-    if part is None or (part == LANGUAGE_MODEL and hasattr(model, "generate")):
-        return model, part
-    names = [name for name, _ in model.named_modules() if name]
-    found = next((name for name in (part, f"model.{part}") if name in names), None)
-    if found is None:
-        near = difflib.get_close_matches(str(part), names, n=3)
-        hint = f"near it: {', '.join(near)}" if near else "it is the name of a module, as in named_modules()"
-        raise UsageError(f"the model has no module {part!r}", where="part", hint=hint)
-    return model.get_submodule(found), found
-
-
-def _check_whole(model: nn.Module, program: Program, part: str | None, example_inputs: Any) -> int:
-    """Bytes of the weights that the program reads, as the model has them. Raises `CaptureFailed` where a language model that
-    was called as its configuration says, and was not asked for a part, leaves out more of its weights than a pooler."""
-    unread: dict[str, int] = {}
-    names = program.constants.keys() | program.aliases.keys()
-    for name, tensor in model.named_parameters():
-        folded = ".parametrizations." in name or name.rpartition("_")[0] in names
-        if name not in names and not folded:
-            unread[name] = tensor.numel() * tensor.element_size()
-    total = _nbytes(model)
-    buffers = sum(t.numel() * t.element_size() for name, t in model.named_buffers() if name not in names)
-    given = part is not None or example_inputs is not None or program.metadata.get("kind") != "causal_lm"
-    if sum(unread.values()) > _NEGLIGIBLE * total and not given:
-        largest = Counter()
-        for name, nbytes in unread.items():
-            largest[".".join(name.split(".")[:2])] += nbytes
-        raise CaptureFailed(
-            f"a call with text alone leaves out {sum(unread.values()) / total:.0%} of its weights",
-            where=type(model).__name__,
-            why=", ".join(f"{name}: {nbytes / 1e6:.1f} MB" for name, nbytes in largest.most_common(3)),
-            hint="--part language_model (part=... in code) compiles the language model alone, and says so; "
-            "example_inputs with all of its inputs capture the whole",
-        )
-    return total - sum(unread.values()) - buffers
-
-
-def _capture_artifact(path: Path) -> Captured:
-    read = store.read(path)
-    report = read.manifest.get("report", {})
-    source = report.get("source", {"kind": "artifact"})
-    files, nbytes = companions.of_folder(path), read.program.nbytes()
-    return Captured(read.program, _config_of(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
 @one_at_a_time
@@ -379,7 +231,7 @@ def load(
     model = compiled_model(
         read.program,
         read.manifest.get("report", {}),
-        config=_config_of(path),
+        config=config_json.read(path),
         files=companions.of_folder(path),
         source=path,
         device=device,
@@ -389,36 +241,3 @@ def load(
     if static_cache and not hasattr(model, "use_static_cache"):
         raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")
     return model.use_static_cache() if static_cache else model
-
-
-def _config_of(path: Path) -> Any:
-    if not (path / "config.json").exists():
-        return None
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputRefused(f"transformers cannot read it: {error}", where=str(path / "config.json")) from None
-    if getattr(config, WEIGHTS_KEY, None) == NOT_A_CHECKPOINT:
-        delattr(config, WEIGHTS_KEY)
-    return config
-
-
-def _nbytes(model: nn.Module) -> int:
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _files_of_module(model: nn.Module) -> dict[str, Any]:
-    files: dict[str, Any] = {}
-    if hasattr(getattr(model, "config", None), "to_json_string"):
-        files["config.json"] = _config_json(model.config, type(model).__name__)
-    if hasattr(getattr(model, "generation_config", None), "to_json_string"):
-        files["generation_config.json"] = model.generation_config.to_json_string(use_diff=False).encode()
-    return files
-
-
-def _config_json(config: Any, architecture: str) -> bytes:
-    content = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [architecture]}
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -31,13 +31,14 @@ ALLOWED = {
     "fxc.lower": "errors ir neutral schemes fxc_kernels",
     "fxc.export": "errors safety ir source data frontend passes verify artifact",
     "fxc.runtime": "errors safety ir neutral schemes frontend artifact lower export",
+    "fxc.captured": "errors ir neutral source frontend artifact",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress ir neutral source data frontend passes pipeline artifact export lower runtime",
+    "fxc.compiler": "errors progress ir neutral source data passes pipeline artifact captured export lower runtime",
     "fxc.measure": "errors safety ir source data frontend passes verify artifact runtime compiler",
     "fxc.kernel_bench": "errors ir lower fxc_kernels",
     "fxc.report": "errors ir analysis passes artifact lower runtime measure fxc fxc_kernels",
-    "fxc.cli": "errors safety ir source data passes pipeline artifact lower runtime recipe compiler measure kernel_bench "
-    "report fxc",
+    "fxc.cli": "errors safety ir source data passes pipeline artifact captured lower runtime recipe compiler measure "
+    "kernel_bench report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes runtime compiler",
 }

@@ -24,7 +24,8 @@ from families import build
 from repo import REPO
 from torch import Tensor, nn
 
-from fxc.compiler import Captured, capture_source, compile_captured
+from fxc.captured import Captured, capture_source
+from fxc.compiler import compile_captured
 from fxc.errors import FxcError
 from fxc.ir.program import Program
 from fxc.passes.base import parse_passes

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.output import note
 from benchmarks.removal.subjects import Subject
 from benchmarks.timing import Timing, interleave
-from fxc.compiler import Captured, compile_captured
+from fxc.captured import Captured
+from fxc.compiler import compile_captured
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.lower.inductor import require_compiler

@@ -15,7 +15,7 @@ from benchmarks.python_source import python_source
 from benchmarks.text import calibration_texts, texts
 from benchmarks.timing import Call
 from benchmarks.workloads import CONTEXT, PYLM, Decoder, Encoder
-from fxc.compiler import Captured, capture_source
+from fxc.captured import Captured, capture_source
 from fxc.data.samples import causal_lm_sample
 from fxc.ir.binding import bind
 from fxc.ir.program import Program

@@ -13,9 +13,10 @@ import torch
 
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target, check_writable
+from fxc.captured import Captured, capture_source
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
-from fxc.compiler import Captured, capture_source, compile_captured
+from fxc.compiler import compile_captured
 from fxc.data.calibration import check_data
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program

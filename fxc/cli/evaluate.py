@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fxc
+from fxc.captured import capture_source
 from fxc.cli.sources import read_text
-from fxc.compiler import capture_source
 from fxc.errors import UsageError
 from fxc.measure import evaluate as quality
 from fxc.report.compilation import change_text

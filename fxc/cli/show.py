@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from fxc.artifact import store
-from fxc.compiler import capture_source
+from fxc.captured import capture_source
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.canonicalize import Canonicalize

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxc.compiler import Captured
+from fxc.captured import Captured
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
 from fxc.measure.bench import Contender, race

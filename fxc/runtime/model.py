@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxc.artifact import store
+from fxc.artifact import config_json, store
 from fxc.errors import UsageError
 from fxc.ir.binding import bind
 from fxc.ir.parse import parse_program
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from fxc.export.hugging_face import Exported
 
 
-WEIGHTS_KEY = "transformers_weights"  # in a config.json: the file that transformers takes the weights from
-NOT_A_CHECKPOINT = "this is a model compiled by fxc, not a checkpoint of transformers: open it with fxc.load(directory)"
 AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
 _TRACED = "a compiled model can be neither scripted nor traced"
 _TRACE_ORIGINAL = "script or trace the original; torch.export.export and torch.compile take a compiled model"
@@ -209,7 +206,7 @@ class CompiledModel(nn.Module):
             self.program,
             Path(directory),
             manifest={"report": _lasting(self.report)},
-            extra_files=_marked(self.files),
+            extra_files=config_json.marked(self.files),
             overwrite=overwrite,
             source=Path(source) if source is not None else None,
             max_shard_bytes=max_shard_bytes,
@@ -238,16 +235,6 @@ def check_is_not_traced() -> None:
     """Raise `UsageError` inside of torch.jit.trace."""
     if torch.jit.is_tracing():
         raise UsageError(_TRACED, hint=_TRACE_ORIGINAL)
-
-
-def _marked(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """`files` with a config.json that transformers reads, and from which it makes no model: it would find other weights
-    than its own in the artifact, and come up with random ones. It quotes in its error what stands here."""
-    if "config.json" not in files:
-        return dict(files)
-    content = files["config.json"]
-    config = json.loads(content if isinstance(content, bytes) else content.read_bytes()) | {WEIGHTS_KEY: NOT_A_CHECKPOINT}
-    return files | {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _lasting(report: dict[str, Any]) -> dict[str, Any]:

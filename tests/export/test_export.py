@@ -15,7 +15,8 @@ from command import fxc as command
 from command import fxc_json
 
 import fxc
-from fxc.compiler import Captured, _files_of_module, compile_captured
+from fxc.captured import Captured, files_of_module
+from fxc.compiler import compile_captured
 from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.export.configuration import describe_config
 from fxc.export.hugging_face import export
@@ -64,7 +65,7 @@ def edited(name: str, edit: Callable[[fxc.Program], Any], passes: str) -> fxc.Co
     program = program.copy()
     program.constants = {fqn: tensor.clone() for fqn, tensor in program.constants.items()}
     edit(program)
-    captured = Captured(program, model.config, _files_of_module(model), {"kind": "module"}, program.nbytes())
+    captured = Captured(program, model.config, files_of_module(model), {"kind": "module"}, program.nbytes())
     return compile_captured(captured, parse_passes(passes), verify=False)
 
 

@@ -10,7 +10,8 @@ from families import build
 from tiny import byte_tokenizer
 
 import fxc
-from fxc.compiler import Captured, capture_source, compile_captured
+from fxc.captured import Captured, capture_source
+from fxc.compiler import compile_captured
 from fxc.errors import UsageError, VerificationFailed
 from fxc.measure import bench, evaluate
 from fxc.passes.base import parse_passes

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fxc
-from fxc.compiler import capture_source, compile_captured
+from fxc.captured import capture_source
+from fxc.compiler import compile_captured
 from fxc.data.samples import samples
 from fxc.ir import print_program
 from fxc.measure import evaluate

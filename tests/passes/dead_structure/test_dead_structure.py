@@ -166,7 +166,7 @@ def test_masked_and_sliced_agree_for_every_family(name, tmp_path):
     ],
 )
 def test_masked_and_sliced_agree_for_real_models(request, source, passes):
-    from fxc.compiler import capture_source
+    from fxc.captured import capture_source
 
     folder = request.getfixturevalue(source)
     captured = capture_source(str(folder), dtype="float32", check=False)

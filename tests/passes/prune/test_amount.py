@@ -12,6 +12,8 @@ from torch import nn
 
 import fxc
 from fxc.analysis.groups import groups
+from fxc.captured import capture_source
+from fxc.compiler import compile_captured
 from fxc.data.samples import drawn
 from fxc.errors import UsageError
 from fxc.passes.base import Context, parse_passes
@@ -227,9 +229,9 @@ def test_progress_is_shown_of_reading_ranking_and_trying():
         said.append((what, len(taken), count))
         return taken
 
-    model = fxc.compiler.capture_source(Mlp(1.0), (X,))
+    model = capture_source(Mlp(1.0), (X,))
     samples = list(X.split(8))
-    fxc.compiler.compile_captured(model, parse_passes("prune:budget=0.1"), calib=samples, track=track)
+    compile_captured(model, parse_passes("prune:budget=0.1"), calib=samples, track=track)
     read, scored, tried = said
     assert read == ("reading calibration samples", 8, 8)
     assert scored == ("scoring units by taylor", 4, 4)
