@@ -24,6 +24,7 @@ ALLOWED = {
     "fxc.data": "errors safety progress ir measure",
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
+    "fxc.calibrate": "errors",
     "fxc.passes": "errors progress ir analysis schemes",
     "fxc.verify": "errors ir passes schemes",
     "fxc.pipeline": "errors ir data passes verify",
