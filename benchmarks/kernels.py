@@ -1,11 +1,11 @@
-"""Single linear layers: fxc's kernels beside torch's, ONNX Runtime's, OpenVINO's and others', and what the machine allows.
+"""Single linear layers: fxc's kernels beside torch's and the rivals in benchmarks/kernel_peers, and what the machine allows.
 
     python -m benchmarks.kernels --threads 2
     python -m benchmarks.kernels --scheme int4 --shapes 4096,4096 --m 1,16 --out /tmp
 
-This is `fxc bench kernels` with a place for its results: benchmarks/results/kernels-<machine>.json, .csv, .md and pictures. A
-run with --scheme, --shapes or --m is not a full one, and writes only where --out says. On a machine that does other work too,
-set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against the others) and leave a core free.
+This is `fxc bench kernels` with those rivals and a place for its results: benchmarks/results/kernels-<machine>.json, .csv, .md
+and pictures. A run with --scheme, --shapes or --m is not a full one, and writes only where --out says. On a machine that does
+other work too, set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against the others) and leave a core free.
 
 Where typer or rich are missing, as on a machine that somebody lends, the same runs with plain output.
 """
@@ -24,13 +24,14 @@ from typing import Any
 from benchmarks.output import RESULTS
 from fxc.errors import FxcError, UsageError
 
+PEERS = "benchmarks.kernel_peers"
 PARTIAL = ("--scheme", "--shapes", "--m", "--out")
 
 
 def arguments(given: list[str]) -> list[str]:
     """Those of `fxc` for what was given here."""
     partial = any(each.partition("=")[0] in PARTIAL for each in given)
-    return ["bench", "kernels", *given, *([] if partial else ["--out", str(RESULTS)])]
+    return ["bench", "kernels", "--peers", PEERS, *given, *([] if partial else ["--out", str(RESULTS)])]
 
 
 class PlainOutput:
@@ -66,7 +67,7 @@ def run_plainly(given: list[str]) -> int:
     from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--scheme", "--shapes", "--m", "--device"):
+    for name in ("--scheme", "--shapes", "--m", "--device", "--peers"):
         parser.add_argument(name)
     for name, kind in (("--threads", int), ("--rounds", int), ("--out", Path), ("--budget-seconds", float)):
         parser.add_argument(name, type=kind)
@@ -79,7 +80,7 @@ def run_plainly(given: list[str]) -> int:
         rows = () if options.m is None else tuple(dict.fromkeys(int(each) for each in options.m.split(",")))
         bench_kernels(PlainOutput(options.json), KernelsRequest(
             options.scheme, options.shapes, rows, options.device, options.threads, options.rounds, options.out, options.tune,
-            options.budget_seconds,
+            options.budget_seconds, options.peers,
         ))  # fmt: skip
     except FxcError as error:
         print(error, file=sys.stderr)

@@ -328,15 +328,16 @@ def bench_kernels(
     out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
     budget_seconds: Annotated[float | None, typer.Option(min=1, help="Begin nothing new after so long.")] = None,
+    peers: Annotated[str | None, typer.Option(metavar="MODULE", help="Measure these rivals too; see the last line.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure linear layers: fxc's kernels, their rivals, and what the machine allows."""
+    """Measure linear layers: fxc's kernels beside torch's own products, and what the machine allows."""
     from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
 
     if tune and out is None:
         raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
     rows = () if m is None else tuple(dict.fromkeys(_sizes("--m", m)))
-    request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds)
+    request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds, peers)
     with _output(as_json) as output:
         bench_kernels(output, request)
 

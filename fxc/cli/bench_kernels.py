@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxc.errors import ResourceError, UsageError, VerificationFailed
-from fxc.kernel_bench import report
+from fxc.kernel_bench import peers, report
 from fxc.kernel_bench.files import slug
 from fxc.kernel_bench.run import Plan, Platform, Result, run
 from fxc.kernel_bench.shapes import Shape, parse_shapes
@@ -37,7 +37,8 @@ PEAKS_SHARE = 0.2
 @dataclass(frozen=True)
 class KernelsRequest:
     """schemes, shapes: as they were written, None for the defaults; rows, rounds: None or empty for the device's defaults;
-    seconds: after these no new cell is begun; a share of them is for measuring what the machine can."""
+    seconds: after these no new cell is begun; a share of them is for measuring what the machine can; peers: a module with
+    rivals, see `fxc.kernel_bench.peers`."""
 
     schemes: str | None = None
     shapes: str | None = None
@@ -48,6 +49,7 @@ class KernelsRequest:
     out: Path | None = None
     tune: bool = False
     seconds: float | None = None
+    peers: str | None = None
 
 
 def bench_kernels(output: Output, request: KernelsRequest) -> Result:
@@ -71,6 +73,8 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     if request.threads:
         torch.set_num_threads(request.threads)
     platform = platform_of(kind, request.device)
+    rivals = peers.load(request.peers, schemes, platform) if request.peers else []
+    packages = (*report.PACKAGES, *dict.fromkeys(name for each in rivals for name in each.needs))
     deadline = began + request.seconds if request.seconds else None
     plan = Plan(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
     about = platform.about()
@@ -84,7 +88,7 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
 
     def found(result: Result) -> report.Report:
         spent = {"seconds": round(time.monotonic() - began, 1)}
-        return report.Report(result, about, protocol | spent, peaks, tuner.failed if tuner else None)
+        return report.Report(result, about, protocol | spent, peaks, tuner.failed if tuner else None, packages)
 
     def save(result: Result) -> None:
         try:
@@ -93,8 +97,10 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
         except OSError as error:  # what is still to be measured can be printed
             output.note(f"not written: {error}")
 
-    whole = found(run(plan, platform, output.note, tuner, peaks, save))
+    whole = found(run(plan, platform, output.note, tuner, peaks, save, rivals))
     _print(output, whole)
+    if not request.peers:
+        output.line(peers.WHERE)
     output.json(report.as_json(whole))
     if stem:
         try:

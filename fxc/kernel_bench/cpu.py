@@ -1,4 +1,4 @@
-"""What runs on a CPU: fxc's layers as its lowering chooses them, torch's own operators, ONNX Runtime and OpenVINO."""
+"""What runs on a CPU: fxc's layers as its lowering chooses them, and torch's own operators."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import linear
 
 from fxc.ir.program import Input, Program, Signature
-from fxc.kernel_bench import cpu_peers
 from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
 from fxc.lower import packed
@@ -27,33 +26,21 @@ _OPS = {
 }
 
 
-def contenders(schemes: tuple[str, ...], threads: int) -> list[Contender]:
+def contenders(schemes: tuple[str, ...]) -> list[Contender]:
     """The dense baselines and everything that computes one of `schemes`."""
     found = [
         Contender("torch float32", "float32", "dense", _float32, EXACT, torch.float32, holds=4),
         Contender("torch bf16", "bf16", "dense", _bf16, HALF, baseline=True),
         Contender("oneDNN bf16, prepacked", "bf16", "dense", _bf16_packed, HALF, baseline=True),
-        cpu_peers.openvino("OpenVINO bf16", "bf16", "dense", threads),
     ]
     for scheme in schemes:
         found += _ours(scheme)
         if scheme == "int8":
-            found += [
-                Contender("torch._int_mm + scale", scheme, "int8", _int_mm, INT8, holds=1),
-                cpu_peers.onnxruntime("ONNX Runtime DynamicQuantizeMatMul", scheme, "int8", threads),
-                cpu_peers.openvino("OpenVINO int8, static activations", scheme, "int8", threads, quantize=True),
-            ]
+            found.append(Contender("torch._int_mm + scale", scheme, "int8", _int_mm, INT8, holds=1))
         elif scheme == "int8_weight_only":
-            found += [
-                Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1),
-                cpu_peers.openvino("OpenVINO int8 weights", scheme, "int8", threads),
-            ]
+            found.append(Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1))
         elif scheme.startswith("int4"):
-            found += [
-                Contender("torch _weight_int4pack_mm_for_cpu", scheme, scheme, _int4pack, HALF, holds=0.6),
-                cpu_peers.onnxruntime("ONNX Runtime MatMulNBits, int8 activations", scheme, scheme, threads),
-                cpu_peers.openvino("OpenVINO int4 weights", scheme, scheme, threads),
-            ]
+            found.append(Contender("torch _weight_int4pack_mm_for_cpu", scheme, scheme, _int4pack, HALF, holds=0.6))
     return found
 
 

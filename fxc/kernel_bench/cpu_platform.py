@@ -41,7 +41,7 @@ class CpuPlatform:
         self.l2, self.l3 = cache_bytes(2), cache_bytes(3)
 
     def contenders(self, schemes: tuple[str, ...]) -> list[Contender]:
-        return cpu.contenders(schemes, self.threads)
+        return cpu.contenders(schemes)
 
     def copies(self, nbytes: float) -> int:
         """More than twice the L3 holds, where COPIES_BYTES are enough for that; else one, for all alike."""

@@ -1,4 +1,4 @@
-"""What runs on a GPU: fxc's Triton kernels, torch's own products, and gemlite and torchao where they are installed.
+"""What runs on a GPU: fxc's Triton kernels and torch's own products.
 
 A row "kernel only" leaves out the quantization of activations, which a norm or an activation before the layer can do on its
 way; the row without these words has it.
@@ -6,7 +6,6 @@ way; the row without these words has it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from fxc.kernel_bench.contender import FP8, HALF, INT8, OWN, Bind, Contender, int8pack, of_function
+from fxc.kernel_bench.contender import FP8, HALF, INT8, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
-from fxc_kernels import int4_linear
 from fxc_kernels.fp8_linear import quantize_rows as quantize_fp8
 
 FP8_CAPABILITY = 89
-# torch._int_mm takes more rows than 16, and _cslt_sparse_mm multiples of 8 or 16.
-LEAST_ROWS, SPARSE_ROWS = 32, 16
+# torch._int_mm takes more rows than 16.
+LEAST_ROWS = 32
 # Weights, made ready once -> what takes x and, as config=, a configuration or None for the kernel's own choice.
 Kernel = Callable[[Weights], Callable[..., Tensor]]
 
@@ -35,51 +33,32 @@ def contenders(schemes: tuple[str, ...], capability: int) -> list[Contender]:
 
 
 def _of_scheme(scheme: str, capability: int) -> list[Contender]:
-    no_fp8 = _no_fp8(capability)
+    absent = no_fp8(capability)
     made = [_ours(f"fxc {scheme}", scheme, capability)]
     if scheme == "int8":
         made += [
             Contender("fxc int8, kernel only", scheme, "int8", _scaled_only(torch.int8), INT8, x_size=1, ours=True, holds=1),
             Contender("torch._int_mm + scale", scheme, "int8", partial(_int_mm, False), INT8, holds=1),
             Contender("torch._int_mm + scale, kernel only", scheme, "int8", partial(_int_mm, True), INT8, x_size=1, holds=1),
-            _gemlite("gemlite int8", scheme, "int8", _gemlite_dynamic("A8W8_int8_dynamic"), OWN),
-            _torchao("torchao int8", scheme, "int8", "Int8DynamicActivationInt8WeightConfig", OWN),
         ]
     elif scheme == "fp8":
-        scaled = {"tolerance": FP8, "x_size": 1, "absent": no_fp8, "holds": 1}
+        scaled = {"tolerance": FP8, "x_size": 1, "absent": absent, "holds": 1}
         made += [
             Contender("fxc fp8, kernel only", scheme, "fp8", _scaled_only(torch.float8_e4m3fn), ours=True, **scaled),
             Contender("torch._scaled_mm row-wise, kernel only", scheme, "fp8", partial(_scaled_mm, True), **scaled),
-            Contender("torch._scaled_mm row-wise", scheme, "fp8", partial(_scaled_mm, False), FP8, absent=no_fp8, holds=1),
+            Contender("torch._scaled_mm row-wise", scheme, "fp8", partial(_scaled_mm, False), FP8, absent=absent, holds=1),
             Contender("torch._scaled_mm tensor-wise, kernel only", scheme, "fp8", _scaled_mm_tensor,
                       **scaled | {"tolerance": 2 * FP8}),
-            _gemlite("gemlite fp8", scheme, "fp8", _gemlite_dynamic("A8W8_fp8_dynamic"), OWN, no_fp8),
-            _torchao("torchao fp8", scheme, "fp8", "Float8DynamicActivationFloat8WeightConfig", OWN, no_fp8),
         ]  # fmt: skip
     elif scheme == "int8_weight_only":
-        made += [
-            Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1),
-            _gemlite("gemlite int8 weights", scheme, "int8", _gemlite_dynamic("A16W8"), OWN),
-            _torchao("torchao int8 weights", scheme, "int8", "Int8WeightOnlyConfig", OWN),
-        ]
+        made.append(Contender("torch _weight_int8pack_mm", scheme, "int8", int8pack, HALF, holds=1))
     elif scheme.startswith("int4"):
         zero = _ours(f"fxc {scheme} with zero points", scheme, capability, kind=f"{scheme}_zero")
-        made += [
-            zero,
-            Contender("torch _weight_int4pack_mm", scheme, scheme, _int4pack, HALF, holds=0.6),
-            _gemlite("gemlite int4", scheme, scheme, _gemlite_int4, 2 * HALF, holds=0.6),
-            _torchao("torchao int4", scheme, scheme, "Int4WeightOnlyConfig", OWN, group_size=group_of(scheme)),
-        ]
+        made += [zero, Contender("torch _weight_int4pack_mm", scheme, scheme, _int4pack, HALF, holds=0.6)]
     elif scheme == "sparse24":
-        made += [
-            _ours("fxc sparse24, made dense in registers", scheme, capability, _sparse24_decompressed),
-            Contender("cuSPARSELt", scheme, "sparse24", _cusparselt, HALF, absent=_no_cusparselt(), holds=1.2),
-        ]
+        made.append(_ours("fxc sparse24, made dense in registers", scheme, capability, _sparse24_decompressed))
     elif scheme == "int8_sparse24":
-        made += [
-            _ours("fxc int8_sparse24, made dense in registers", scheme, capability, _int8_sparse24_decompressed),
-            Contender("cuSPARSELt int8", scheme, "int8_sparse24", _cusparselt_int8, INT8, absent=_no_cusparselt(), holds=0.7),
-        ]
+        made.append(_ours("fxc int8_sparse24, made dense in registers", scheme, capability, _int8_sparse24_decompressed))
     return made
 
 
@@ -89,14 +68,15 @@ def _of_scheme(scheme: str, capability: int) -> list[Contender]:
 def _ours(name: str, scheme: str, capability: int, kernel: Kernel | None = None, *, kind: str = "") -> Contender:
     """The kernel as a model calls it."""
     made = kernel or kernel_of(scheme)
-    absent = _no_fp8(capability) if scheme == "fp8" else None
+    absent = no_fp8(capability) if scheme == "fp8" else None
     return Contender(
         name, scheme, kind or format_of(scheme), lambda weights: of_function(made(weights)), tolerance_of(scheme),
         ours=True, holds=1.2, absent=absent,
     )  # fmt: skip
 
 
-def _no_fp8(capability: int) -> str | None:
+def no_fp8(capability: int) -> str | None:
+    """Why a chip of this compute capability multiplies no float8; None where it does."""
     return None if capability >= FP8_CAPABILITY else f"compute capability {capability / 10:.1f} has no float8 products"
 
 
@@ -267,106 +247,3 @@ def _int4pack(weights: Weights) -> Bind:
     converted = torch.ops.aten._convert_weight_to_int4pack(swapped, 8)
     scale_and_zero = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
     return of_function(lambda x: torch.ops.aten._weight_int4pack_mm(x, converted, group, scale_and_zero))
-
-
-def _no_cusparselt() -> str | None:
-    if getattr(torch.backends, "cusparselt", None) is None or not torch.backends.cusparselt.is_available():
-        return "this build of torch has no cuSPARSELt"
-    return None
-
-
-def _sparse_mm(compressed: Tensor, padded: Tensor, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """x^T [K, M] -> (W x^T)^T [M, N], by the algorithm that is fastest for such an x."""
-    options = {"transpose_result": True} | ({} if dtype is None else {"out_dtype": dtype})
-    best = torch._cslt_sparse_mm_search(compressed, padded, **options)
-    return lambda x: torch._cslt_sparse_mm(compressed, x, alg_id=best, **options)
-
-
-def _padded(x: Tensor) -> Tensor:
-    return pad(x, (0, 0, 0, -x.shape[0] % SPARSE_ROWS))
-
-
-def _cusparselt(weights: Weights) -> Bind:
-    compressed = torch._cslt_compress(weights.dense().bfloat16())
-
-    def bind(x: Tensor):
-        product = _sparse_mm(compressed, _padded(x).t(), None)
-        return lambda: product(_padded(x).t())[: x.shape[0]]
-
-    return bind
-
-
-def _cusparselt_int8(weights: Weights) -> Bind:
-    from fxc_kernels.sparse24_linear import unpack
-
-    compressed, scale = torch._cslt_compress(unpack(weights.parts[0], weights.parts[1])), weights.parts[2]
-
-    def bind(x: Tensor):
-        product = _sparse_mm(compressed, _padded(quantize_symmetric(x)[0]).t(), torch.int32)
-
-        def call() -> Tensor:
-            q, row_scale = quantize_symmetric(x)
-            return (product(_padded(q).t())[: x.shape[0]] * scale * row_scale).to(x.dtype)
-
-        return call
-
-    return bind
-
-
-# ----------------------------------------------------------------------------------------------------------------- others'
-
-
-def _gemlite(
-    name: str, scheme: str, kind: str, build: Callable[[Weights], Bind], tolerance: float, absent: str | None = None,
-    holds: float = 1.0,
-) -> Contender:  # fmt: skip
-    return Contender(name, scheme, kind, build, tolerance, needs=("gemlite",), absent=absent, holds=holds)
-
-
-def _gemlite_dynamic(helper: str) -> Callable[[Weights], Bind]:
-    """It quantizes a float weight itself."""
-
-    def build(weights: Weights) -> Bind:
-        from gemlite import helper as helpers
-
-        return of_function(getattr(helpers, helper)(device=str(weights.device)).from_weights(weights.dense().bfloat16()))
-
-    return build
-
-
-def _gemlite_int4(weights: Weights) -> Bind:
-    from gemlite import helper as helpers
-
-    qweight, scale = weights.parts[:2]
-    zeros = torch.full_like(scale, int4_linear.MIDDLE)
-    layer = helpers.A16Wn(device=str(weights.device)).from_weights(
-        int4_linear.unpack(qweight), scale, zeros, 4, group_of(weights.format), None
-    )
-    return of_function(layer)
-
-
-@functools.cache
-def _compiled_linear() -> Callable[[Tensor, Tensor], Tensor]:
-    """One for all weights and sizes, which it compiles anew only until it has a graph for any size."""
-
-    def product(x: Tensor, weight: Tensor) -> Tensor:
-        return linear(x, weight)
-
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(product, fullgraph=True)
-
-
-def _torchao(
-    name: str, scheme: str, kind: str, config: str, tolerance: float, absent: str | None = None, **options: int
-) -> Contender:
-    """It quantizes a float weight itself, and is compiled, as its documentation asks for."""
-
-    def build(weights: Weights) -> Bind:
-        import torchao.quantization
-
-        layer = torch.nn.Linear(weights.k, weights.n, bias=False, device="meta", dtype=torch.bfloat16)
-        layer.weight = torch.nn.Parameter(weights.dense().bfloat16(), requires_grad=False)
-        torchao.quantization.quantize_(layer, getattr(torchao.quantization, config)(**options))
-        return of_function(lambda x: _compiled_linear()(x, layer.weight))
-
-    return Contender(name, scheme, kind, build, tolerance, needs=("torchao",), absent=absent, holds=1)

@@ -18,7 +18,7 @@ from fxc.kernel_bench.run import Result, Row
 from fxc.kernel_bench.summary import Line, summarise
 from fxc.kernel_bench.tune import table as tuned_table
 
-PACKAGES = ("fxc", "torch", "triton", "onnxruntime", "openvino", "torchao", "gemlite")
+PACKAGES = ("fxc", "torch", "triton")
 COLUMNS = (
     "shape", "n", "k", "m", "regime", "scheme", "contender", "ours", "baseline", "state", "reason", "form", "copies", "error",
     "us", "p20", "p80", "speedup", "gbps", "tflops",
@@ -29,20 +29,21 @@ SUMMARY = ("regime", "scheme", "contender", ">cells", ">speed-up", ">worst", "wo
 @dataclass
 class Report:
     """One run. about: of the machine; protocol: how it was measured; peaks: (datasheet, measured), None for what there is not;
-    tuning: the configurations that were left out, and why, where some were tried."""
+    tuning: the configurations that were left out, and why, where some were tried; packages: those whose versions matter."""
 
     result: Result
     about: dict[str, Any]
     protocol: dict[str, Any]
     peaks: Sequence[Peaks | None]
     tuning: dict[str, str] | None = None
+    packages: Sequence[str] = PACKAGES
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """Everything there is to know of a run, numbers in six digits; infinities, which JSON does not have, become null."""
     return _short({
         "device": report.about,
-        "versions": versions(PACKAGES),
+        "versions": versions(report.packages),
         "protocol": report.protocol,
         "peaks": {name: asdict(each) if each else None for name, each in zip(("datasheet", "measured"), report.peaks)},
         "summary": [asdict(line) for line in summarise(report.result.rows)],
@@ -152,7 +153,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def as_markdown(report: Report, pictures: Sequence[str]) -> str:
-    present = ", ".join(f"{name} {version}" for name, version in versions(PACKAGES).items() if version)
+    present = ", ".join(f"{name} {version}" for name, version in versions(report.packages).items() if version)
     facts = ", ".join(f"{name}: {value}" for name, value in report.protocol.items() if value is not None)
     about = [report.about["timing"], report.about["weights"], peaks_text(report.peaks), telemetry_text(report.result)]
     lines = [
@@ -190,6 +191,6 @@ def write(stem: Path, report: Report, draw: bool = True) -> tuple[list[Path], st
         f"{stem.name}.md": as_markdown(report, [path.name for path in pictures]),
     }
     if report.tuning is not None:
-        table = tuned_table(report.result, report.about["chip"], versions(PACKAGES))
+        table = tuned_table(report.result, report.about["chip"], versions(report.packages))
         texts[f"{report.about['chip']}.json"] = json.dumps(table, indent=1) + "\n"
     return [*write_texts(stem.parent, texts), *pictures], missing

@@ -130,12 +130,12 @@ class Tuner(Protocol):
 
 def run(
     plan: Plan, platform: Platform, note: Callable[[str], None] = lambda text: None, tuner: Tuner | None = None,
-    peaks: Sequence[Peaks | None] = (), after: Callable[[Result], None] = lambda result: None,
+    peaks: Sequence[Peaks | None] = (), after: Callable[[Result], None] = lambda result: None, peers: Sequence[Contender] = (),
 ) -> Result:  # fmt: skip
     """Everything that `plan` asks for. note: is told what is being done; peaks: (datasheet, measured) of the platform; after:
-    is given what there is after each cell, in case that there is no end."""
+    is given what there is after each cell, in case that there is no end; peers: more contenders."""
     run = _Run(plan, platform, note, tuner, dict(zip(("datasheet", "measured"), peaks)))
-    run.run(after)
+    run.run(after, peers)
     return run.result
 
 
@@ -144,8 +144,10 @@ class _Run:
         self.plan, self.platform, self.note, self.tuner, self.peaks = plan, platform, note, tuner, peaks
         self.result = Result()
 
-    def run(self, after: Callable[[Result], None]) -> None:
-        candidates = self.platform.contenders(self.plan.schemes)
+    def run(self, after: Callable[[Result], None], peers: Sequence[Contender]) -> None:
+        given = [*self.platform.contenders(self.plan.schemes), *peers]
+        schemes = list(dict.fromkeys(each.scheme for each in given))
+        candidates = sorted(given, key=lambda each: schemes.index(each.scheme))
         self.result.absent = {each.name: why for each in candidates if (why := each.missing())}
         present = [each for each in candidates if each.name not in self.result.absent]
         for shape in self.plan.shapes:

@@ -25,5 +25,6 @@ def test_without_typer_and_rich_the_same_runs(tmp_path, capsys):
 
 def test_the_benchmark_is_the_command_with_a_place_for_a_full_runs_results():
     results = str(REPO / "benchmarks" / "results")
-    assert benchmark.arguments(["--threads", "2"]) == ["bench", "kernels", "--threads", "2", "--out", results]
+    with_peers = ["bench", "kernels", "--peers", "benchmarks.kernel_peers"]
+    assert benchmark.arguments(["--threads", "2"]) == [*with_peers, "--threads", "2", "--out", results]
     assert "--out" not in benchmark.arguments(["--m=1"]) and benchmark.arguments(["--out", "x"])[-1] == "x"

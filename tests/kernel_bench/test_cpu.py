@@ -11,7 +11,7 @@ from fxc.kernel_bench.weights import SCHEMES
 
 
 def test_every_layer_of_fxc_is_right_and_says_how_it_runs():
-    given = cpu.contenders(SCHEMES, threads=1)
+    given = cpu.contenders(SCHEMES)
     ours = [each for each in given if each.ours]
     result = run(plan(schemes=SCHEMES, rows=(1, 5)), Toy(ours, CpuClock(0.0, 0.0)))
     assert {row.scheme for row in result.rows} == set(SCHEMES) and len(result.rows) == 2 * len(ours)

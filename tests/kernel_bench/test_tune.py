@@ -29,8 +29,7 @@ def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kerne
     assert {row["scheme"] for row in ours} == set(SCHEMES) - {"int4_g32", "int4_g64"} and len(ours) == 38
     assert [(row["contender"], row["reason"]) for row in ours if row["state"] != "ok"] == []
     assert all(row["us"] == 10.0 and row["speedup"] == 1.0 and row["fraction"]["datasheet"] > 0 for row in ours)
-    absent = found["absent"]
-    assert "cuSPARSELt" in absent["cuSPARSELt"] and absent["gemlite int4"] == "not installed: gemlite"
+    assert found["absent"] == {}
     assert len(found["failed"]) == 2 * 7, "of two configurations, one cannot be compiled"
 
     from fxc_kernels.cuda import dispatch

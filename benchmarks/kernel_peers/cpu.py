@@ -18,6 +18,24 @@ PROTOBUF_BYTES = 2**31 - 2**20
 ACCURACY_INT8 = 4
 
 
+def contenders(schemes: tuple[str, ...], threads: int) -> list[Contender]:
+    found = [openvino("OpenVINO bf16", "bf16", "dense", threads)]
+    for scheme in schemes:
+        if scheme == "int8":
+            found += [
+                onnxruntime("ONNX Runtime DynamicQuantizeMatMul", scheme, "int8", threads),
+                openvino("OpenVINO int8, static activations", scheme, "int8", threads, quantize=True),
+            ]
+        elif scheme == "int8_weight_only":
+            found.append(openvino("OpenVINO int8 weights", scheme, "int8", threads))
+        elif scheme.startswith("int4"):
+            found += [
+                onnxruntime("ONNX Runtime MatMulNBits, int8 activations", scheme, scheme, threads),
+                openvino("OpenVINO int4 weights", scheme, scheme, threads),
+            ]
+    return found
+
+
 def onnxruntime(name: str, scheme: str, kind: str, threads: int) -> Contender:
     """float32 activations, which it quantizes itself: all at once for int8 weights, block by block for int4 ones. One copy,
     because each session has a thread pool that spins against the next one's."""
