@@ -14,6 +14,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Refusal, Removal
 from fxc.passes.instead import instead
 from fxc.passes.order import order
+from fxc.passes.patterns import check_patterns
 from fxc.verify.gates import Budget, judge
 
 
@@ -64,6 +65,8 @@ def run_passes(
     that changed nothing.
     """
     ordered = order(passes, program).passes
+    for each in ordered:
+        check_patterns(each.limited_to(), program, f"{each.name}:only")
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         _dump(program, dump_dir / "00-capture.fxc")

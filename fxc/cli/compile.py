@@ -22,6 +22,7 @@ from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.order import order
 from fxc.passes.prune.prune import Prune, with_drops
 from fxc.pipeline import Step
@@ -141,7 +142,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
     steps = report["passes"][len(captured.passes) :]
     told = report | {"passes": steps, "stages": worth}
-    compilation.show(output, told, before.numel(), disk, (before.nbytes(), after.nbytes()))
+    packed = FLOAT_WEIGHTS.broken(after) | DENSE_WEIGHTS.broken(after)
+    compilation.show(output, told, before.numel(), disk, (before.nbytes(), after.nbytes()), packed)
     if request.report:
         compilation.show_all(output, told, kinds)
     if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
@@ -150,7 +152,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         output.line(_how_to_measure(request.model, out, causal=before.metadata.get("kind") == "causal_lm"))
     if "plan.json" in model.files:
         # What else the pass was told is in the plan.
-        passes = ",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted)
+        passes = shlex.quote(",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted))
         plan = shlex.quote(str(out / "plan.json"))
         output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
     output.line(f"written to {out}")

@@ -8,7 +8,7 @@ from typing import Any
 from fxc.artifact import store
 from fxc.captured import capture_source
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
 from fxc.report import axes as coupled
@@ -100,7 +100,7 @@ def list_passes(output: Output) -> None:
 def _described(cls: type[Pass]) -> dict[str, Any]:
     options = [
         {"name": f.name, "default": str(f.default).lower() if f.type == "bool" else f.default, "values": str(f.type)}
-        for f in dataclasses.fields(cls)
+        for f in options_of(cls)
     ]
     return {
         "name": cls.name,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import fnmatch
 import re
 import typing
 from collections.abc import Callable, Iterable
@@ -18,18 +17,20 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fxc.errors import UsageError
-from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
+from fxc.passes.patterns import check_patterns, matches
 from fxc.progress import Track, untracked
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is true of a program or not. `check` returns None where it holds, else a counterexample in words."""
+    """Something that is true of a program or not. `check` returns None where it holds, else a counterexample in words.
+    broken: of a fact that holds layer by layer, the layers where it does not, each with the counterexample."""
 
     name: str
     check: Callable[[Program], str | None] = field(compare=False)
+    broken: Callable[[Program], dict[str, str]] | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -98,7 +99,7 @@ class Context:
 
     def skips(self, fqn: str) -> str | None:
         """The pattern that says to leave the module `fqn` alone, if one does."""
-        matching = [p for p in self.skip if _matches(p, fqn)]
+        matching = [p for p in self.skip if matches(p, fqn)]
         for pattern in matching:
             if fqn not in self.skipped[pattern]:
                 self.skipped[pattern].append(fqn)
@@ -106,34 +107,7 @@ class Context:
 
     def check_skip(self, program: Program) -> None:
         """Raises `UsageError` for a pattern that matches no module and no weight of `program`."""
-        names = {n: None for fqn in [*program.constants, *program.aliases] for n in _and_parents(fqn)}
-        names |= {n: None for node in program.graph.nodes for n in _and_parents(node.meta.get("fqn") or "")}
-        for pattern in self.skip:
-            if not any(_matches(pattern, name) for name in names):
-                wanted = pattern.removeprefix("re:").strip("*.^$")
-                layers = list(dict.fromkeys(layer_name(n) for n in names if not n.endswith(".bias")))
-                near = difflib.get_close_matches(wanted, layers, n=3, cutoff=0.4) or layers[:3]
-                raise UsageError(
-                    f"the pattern {pattern!r} matches no layer of the model",
-                    where="skip",
-                    hint=f"there are, for instance, {', '.join(near)}; 'fxc inspect' lists all",
-                )
-
-
-def _and_parents(fqn: str) -> list[str]:
-    parts = fqn.split(".") if fqn else []
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-
-
-def _matches(pattern: str, fqn: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], fqn) is not None
-        except re.error as error:
-            raise UsageError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
-    # From a dot on, so that "*.lm_head" is also the one of a model that has it at the top.
-    globs = (pattern, f".{pattern}", f"*.{pattern}")
-    return any(fnmatch.fnmatchcase(f".{name}", glob) for name in _and_parents(fqn) for glob in globs)
+        check_patterns(self.skip, program, "skip")
 
 
 @dataclass(frozen=True)
@@ -163,6 +137,15 @@ class Pass:
         """Rewrite `program` in place."""
         raise NotImplementedError
 
+    def limited_to(self) -> tuple[str, ...]:
+        """Patterns of the layers that the pass is for; () where it is for all."""
+        return ()
+
+    def covers(self, layer: str) -> bool:
+        """Whether the pass is for this layer, among others. Facts that hold layer by layer are needed and broken there only."""
+        patterns = self.limited_to()
+        return not patterns or any(matches(pattern, layer) for pattern in patterns)
+
     def uses_data(self) -> bool:
         """Whether the pass, with its options, learns from `Context.samples`."""
         return False
@@ -179,17 +162,39 @@ class Pass:
         """The pass as it is written in `--passes`, with the options that are not at their defaults."""
         options = [
             f":{f.name}={_print_option(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)
+            for f in options_of(type(self))
             if getattr(self, f.name) != f.default
         ]
         return self.name + "".join(options)
 
 
+def options_of(cls: type[Pass]) -> list[dataclasses.Field]:
+    """The options of a pass, those that it shares with others last."""
+    return sorted(dataclasses.fields(cls), key=lambda f: f.kw_only)
+
+
+# A value, or one of several patterns in it, may stand in quotes, and a quote in it twice.
+_QUOTED = re.compile(r"""(?<=[=;])(?:'(?:[^']|'')*'|"(?:[^"]|"")*")(?=[:;,]|\Z)""")
+# Between two options, and not within a regular expression, where a colon is one unless an option's name follows it.
+_OPTION = re.compile(r":((?:[^:]|(?<=[=;]re):(?:[^:]|:(?!\w+=))*)*)")
+
+
 def parse_passes(spec: str | Iterable[str | Pass]) -> list[Pass]:
-    """The passes in "int8:mode=weight_only,prune:heads=0.25". Raises `UsageError` for a name, an option or a value that
-    does not exist, with what there is."""
-    items = [s for s in spec.split(",") if s.strip()] if isinstance(spec, str) else list(spec)
+    """The passes in "int8:mode=weight_only,prune:heads=0.25". A value that has a comma in it stands in quotes, as in
+    int4:only='re:mlp,up'. Raises `UsageError` for a name, an option or a value that does not exist, with what there is."""
+    items = [s for s in _split(spec) if s.strip()] if isinstance(spec, str) else list(spec)
     return [item if isinstance(item, Pass) else _parse_pass(item.strip()) for item in items]
+
+
+def _masked(text: str) -> str:
+    """`text` with another character in the place of each one in quotes."""
+    return _QUOTED.sub(lambda quoted: "x" * len(quoted[0]), text)
+
+
+def _split(spec: str) -> list[str]:
+    """What stands between commas that are not in quotes."""
+    ends = [i for i, each in enumerate(_masked(spec)) if each == ","]
+    return [spec[i:j] for i, j in zip([0, *(end + 1 for end in ends)], [*ends, len(spec)], strict=True)]
 
 
 def check_data_is_given(passes: Iterable[Pass], is_given: bool) -> None:
@@ -201,11 +206,13 @@ def check_data_is_given(passes: Iterable[Pass], is_given: bool) -> None:
 
 
 def _parse_pass(text: str) -> Pass:
-    name, *options = text.split(":")
+    masked = _masked(text)
+    name = masked.partition(":")[0]
+    options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)
     if cls is None:
         raise UsageError(f"there is no pass {name!r}", hint=f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in options_of(cls)}
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for option in options:
@@ -213,7 +220,7 @@ def _parse_pass(text: str) -> Pass:
         if key not in fields or not equals:
             known = ", ".join(fields) or "none"
             raise UsageError(f"the pass {name} has no option {option!r}", hint=f"its options: {known}")
-        values[key] = _parse_option(f"{name}:{key}", types[key], value)
+        values[key] = _parse_option(f"{name}:{key}", types[key], _unquoted(value))
     return cls(**values)
 
 
@@ -234,7 +241,19 @@ def _parse_option(where: str, kind: Any, value: str) -> Any:
 
 
 def _print_option(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    is_plain = not re.search("[,'\"]", text) and _OPTION.fullmatch(f":={text}")
+    return text if is_plain else "'" + text.replace("'", "''") + "'"
+
+
+def _unquoted(value: str) -> str:
+    def inside(quoted: re.Match) -> str:
+        mark = quoted[0][0]
+        return quoted[0][1:-1].replace(mark * 2, mark)
+
+    return _QUOTED.sub(inside, f"={value}")[1:]
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

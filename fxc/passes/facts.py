@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxc.ir.names import parts_of
+from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Fact
 
@@ -73,21 +73,21 @@ def packed_weight(node: fx.Node) -> str | None:
     return parts.get("qweight") or parts.get("values")
 
 
-def _has_quantized_weight(program: Program) -> str | None:
-    fqn = next((fqn for node in program.graph.nodes if (fqn := parts_of(node).get("qweight"))), None)
-    return f"{fqn} is a quantized weight" if fqn else None
+def _of_layers(name: str, part: str, said: str) -> Fact:
+    """No layer's weight is packed with a part of this kind; said: what such a weight is."""
 
+    def broken(program: Program) -> dict[str, str]:
+        packed = {node: packed_weight(node) for node in program.graph.nodes if part in parts_of(node)}
+        return {layer_of(node, fqn): f"{fqn} is a {said} weight" for node, fqn in packed.items()}
 
-def _has_sparse_weight(program: Program) -> str | None:
-    fqn = next((packed_weight(node) for node in program.graph.nodes if "meta" in parts_of(node)), None)
-    return f"{fqn} is a 2:4 sparse weight" if fqn else None
+    return Fact(name, lambda program: next(iter(broken(program).values()), None), broken)
 
 
 CANONICAL = Fact("canonical", _not_canonical)
 """A product with a constant matrix, other uses of which do not stand in the way (`factor`), is an `aten.linear`."""
 
-FLOAT_WEIGHTS = Fact("float_weights", _has_quantized_weight)
+FLOAT_WEIGHTS = _of_layers("float_weights", "qweight", "quantized")
 """The numbers of every weight are still the model's floating-point ones, so that it can be pruned or quantized."""
 
-DENSE_WEIGHTS = Fact("dense_weights", _has_sparse_weight)
+DENSE_WEIGHTS = _of_layers("dense_weights", "meta", "2:4 sparse")
 """No weight is packed as 2:4, which leaves numbers out: every weight that is not quantized has its own shape."""

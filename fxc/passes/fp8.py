@@ -31,6 +31,7 @@ class Fp8(PackLinears):
     """Round the weights of linear layers to fp8 (e4m3), with one scale for each output channel.
 
     mode: "dynamic" rounds activations too, each token by its own range, as the layer runs; "weight_only" keeps them.
+    only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in fp8:only=*.mlp,int8.
     """
 
     mode: Literal["dynamic", "weight_only"] = "dynamic"

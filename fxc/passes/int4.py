@@ -33,6 +33,7 @@ class Int4(PackLinears):
 
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
     the middle of the range; false adds a zero point to each group, for weights that lie on one side.
+    only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
     group: int = 128

@@ -32,6 +32,7 @@ class Int8(PackLinears):
 
     mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
+    only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
     mode: Literal["dynamic", "weight_only"] = "dynamic"

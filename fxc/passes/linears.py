@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result
-from fxc.passes.facts import arguments
+from fxc.passes.facts import arguments, packed_weight
 from fxc.schemes import ops
 
 LINEAR = torch.ops.aten.linear.default
@@ -50,6 +50,9 @@ class PackLinears(Pass):
     """Base of the passes that replace the float weights of linear layers by packed ones."""
 
     is_policy: ClassVar[bool] = True
+    only: str = field(default="", kw_only=True)
+    """Patterns of the layers to pack, separated by ";", globs or "re:..." regular expressions; all where there is none."""
+
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
     """The operators it looks at. The second argument of each is the weight, which ends in rows of K numbers."""
 
@@ -65,17 +68,19 @@ class PackLinears(Pass):
         """Why this pass has no form for `node` and its weight, with what to do, or None."""
         return None
 
+    def limited_to(self) -> tuple[str, ...]:
+        return tuple(pattern for each in self.only.split(";") if (pattern := each.strip()))
+
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         packed: dict[str, dict[str, str]] = {}
         told: set[str | None] = set()
         for node in list(program.graph.nodes):
-            if node.target not in self.layers:
+            if node.target not in self.layers and packed_weight(node) is None:
                 continue
             fqn = _name(node)
-            if reason := (context.skips(fqn) and f"skipped by the pattern {context.skips(fqn)}") or self._refusal(
-                program, node
-            ):
+            pattern = context.skips(fqn) if self.covers(fqn) else None
+            if reason := f"skipped by the pattern {pattern}" if pattern else self._refusal(program, node):
                 weight = node.args[1].target if node.args[1].op == "get_attr" else None
                 nbytes = 0 if weight is None or weight in told else _nbytes(program.constants[weight])
                 told.add(weight)
@@ -115,6 +120,10 @@ class PackLinears(Pass):
         return f"{kind} ({operator}), and {self.name} packs the weights of linear layers"
 
     def _refusal(self, program: Program, node: fx.Node) -> str | None:
+        if not self.covers(_name(node)):
+            return f"outside of only={self.only}"
+        if node.target not in self.layers:
+            return f"already {node.meta.get('by') or 'packed'}"
         weight = node.args[1]
         if weight.op != "get_attr":
             return "its weight is computed while the model runs"

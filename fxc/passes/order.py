@@ -1,7 +1,9 @@
 """The order of passes, from the facts that they need, give and break.
 
-A giver of a fact runs before those who need it and after those who owe it, and who breaks a fact after all who need it. A pass
-that is needed or owed and not asked for is added when exactly one pass gives what is missing and needs no options to do so.
+A giver of a fact runs before those who need it and after those who owe it, and who breaks a fact after all who need it. Two
+that each break what the other needs, layer by layer, can both run where one is limited to some layers (`only=`): it runs
+first, and the other takes the rest. A pass that is needed or owed and not asked for is added when exactly one pass gives what
+is missing and needs no options to do so.
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
     give what a pass needs; it names the passes and the fact.
     """
     passes = _complete(list(asked))
-    names = [p.name for p in passes]
-    for name in names:
-        if names.count(name) > 1:
+    for_all = [p.name for p in passes if not p.limited_to()]
+    for name in for_all:
+        if for_all.count(name) > 1:
             raise UsageError(f"the pass {name} is given twice", hint="give it once, with all of its options")
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
@@ -50,7 +52,11 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
             for fact in sorted(first.owes & second.gives, key=str):
                 _because(graph, i, j, f"{first.name} owes {fact}, which {second.name} gives")
             for fact in sorted(first.needs & second.breaks, key=str):
-                _because(graph, i, j, f"{first.name} needs {fact}, which {second.name} breaks")
+                if not _share(first, second):
+                    _because(graph, i, j, f"{first.name} needs {fact}, which {second.name} breaks")
+                elif not second.limited_to():
+                    what = ", ".join(first.limited_to())
+                    _because(graph, i, j, f"{first.name} is for {what} alone, and {second.name} takes the rest")
     _check_givers(passes, program)
     try:
         # Ties keep the order in which the user wrote the passes.
@@ -66,6 +72,13 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
         said += [r for j in graph.predecessors(i) for r in graph.edges[j, i]["reasons"]]
         reasons.append(said)
     return Ordered([passes[i] for i in indices], reasons)
+
+
+def _share(first: Pass, second: Pass) -> bool:
+    """Whether one of the two is limited to some layers, and each breaks, layer by layer, what the other needs."""
+    is_limited = first.limited_to() or second.limited_to()
+    each_breaks = (first.needs & second.breaks, second.needs & first.breaks)
+    return bool(is_limited) and all(facts and all(fact.broken for fact in facts) for facts in each_breaks)
 
 
 def _because(graph: nx.DiGraph, i: int, j: int, reason: str) -> None:
@@ -94,7 +107,7 @@ def _complete(passes: list[Pass]) -> list[Pass]:
 def _check_givers(passes: list[Pass], program: Program | None) -> None:
     for wanted in passes:
         for fact in sorted(wanted.needs, key=str):
-            if not any(fact in p.gives for p in passes) and (why := _missing(fact, program)):
+            if not any(fact in p.gives for p in passes) and (why := _missing(fact, wanted, program)):
                 raise UsageError(
                     f"the pass {wanted.name} needs {fact}, which no pass gives",
                     why=why,
@@ -102,8 +115,10 @@ def _check_givers(passes: list[Pass], program: Program | None) -> None:
                 )
 
 
-def _missing(fact: Fact, program: Program | None) -> str | None:
-    """Why `fact` does not hold at the start."""
+def _missing(fact: Fact, wanted: Pass, program: Program | None) -> str | None:
+    """Why `fact` does not hold at the start of what `wanted` is for."""
+    if program is not None and fact.broken:
+        return next((why for layer, why in fact.broken(program).items() if wanted.covers(layer)), None)
     if program is not None:
         return fact.check(program)
     return None if fact in _AT_FIRST else f"{fact} does not hold of a captured model"

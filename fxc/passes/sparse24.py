@@ -29,7 +29,10 @@ from fxc.schemes import sparse24 as scheme
 @dataclass(frozen=True)
 class Sparse24(PackLinears):
     """Set to zero, of every four neighbours along a row of a linear layer's weight, the two that are smaller in magnitude,
-    and store the others with their places. With int8 the numbers that are left are quantized."""
+    and store the others with their places. With int8 the numbers that are left are quantized.
+
+    only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparse24:only=*.mlp,int8.
+    """
 
     name: ClassVar[str] = "sparse24"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 from fxc.analysis.groups import NAMES
@@ -18,9 +19,10 @@ def show(
     parameters: int,
     disk: tuple[int, int],
     memory: tuple[int, int],
+    packed: Collection[str],
 ) -> None:
     """Print the report of a compilation in short: what it is worth, pass by pass. parameters: those of the model as captured;
-    disk, memory: bytes (before, after)."""
+    disk, memory: bytes (before, after); packed: the layers whose weights are packed in the end."""
     pairs = (("size on disk", disk), ("weights", memory))
     output.line("; ".join(f"{name} {size(a)} -> {size(b)} ({ratio(b, a)})" for name, (a, b) in pairs))
     if losses := report.get("perplexity"):
@@ -45,7 +47,7 @@ def show(
         for note in step.get("notes", ()):
             output.line(f"{step['name']}: {note}")
     if any(p["covered_bytes"] for p in report["passes"]):
-        output.line(coverage_text(report))
+        output.line(coverage_text(report, packed))
 
 
 def _unmeasured(passes: list[dict[str, Any]], parameters: int, nbytes: int) -> list[dict[str, Any]]:
@@ -96,8 +98,8 @@ def change_text(relative: float, error: float | None) -> str:
     return f"{relative:+.3%}" + (f" ± {error:.3%} (standard error)" if error is not None else "")
 
 
-def coverage_text(report: dict[str, Any]) -> str:
-    refused = sum(len(p["refusals"]) for p in report["passes"])
+def coverage_text(report: dict[str, Any], packed: Collection[str]) -> str:
+    refused = len({r["fqn"] for p in report["passes"] for r in p["refusals"]} - set(packed))
     left = f"{refused} layer{'s' * (refused != 1)} left alone, --report says why" if refused else "no layer was left alone"
     return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {left}"
 

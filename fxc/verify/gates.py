@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxc.errors import VerificationFailed
 from fxc.ir.check import check
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass, Result
+from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.interface import Interface
 from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run, widened
@@ -93,9 +93,19 @@ def _facts(step: Pass, before: Program, after: Program) -> None:
     for fact in sorted(step.gives, key=str):
         if why := fact.check(after):
             raise _fail(step, "facts", f"it promises {fact}, and {why}")
-    for fact in sorted(step.needs - step.breaks, key=str):
-        if why := fact.check(after):
-            raise _fail(step, "facts", f"it says that it keeps {fact}, and {why}")
+    for fact in sorted(step.needs | step.breaks, key=str):
+        for layer, why in _newly_broken(fact, before, after).items():
+            if fact not in step.breaks:
+                raise _fail(step, "facts", f"it says that it keeps {fact}, and {why}", layer)
+            if layer and not step.covers(layer):
+                raise _fail(step, "facts", f"it is for {', '.join(step.limited_to())} alone, and {why}", layer)
+
+
+def _newly_broken(fact: Fact, before: Program, after: Program) -> dict[str | None, str]:
+    """The layers where `fact` holds no longer, None for a fact of the whole program, and why."""
+    if fact.broken is None:
+        return {None: why} if (why := fact.check(after)) else {}
+    return {layer: why for layer, why in fact.broken(after).items() if layer not in fact.broken(before)}
 
 
 def _finite(step: Pass, before: Program, after: Program) -> str:
