@@ -131,6 +131,24 @@ def test_every_package_is_listed_for_installation():
     assert [folder for folder in lacking if folder.is_relative_to(REPO / "fxc")] == []
 
 
+TESTS = sorted((REPO / "tests").rglob("*.py"))
+
+
+def test_tests_lie_as_what_they_test():
+    """tests/<room> is a folder of fxc/, or the tests of kernels/, of benchmarks/, and of whole models."""
+    folders = {path.parent.relative_to(REPO / "tests") for path in TESTS} - {Path("."), Path("helpers")}
+    others = {Path("kernels"), Path("benchmarks"), Path("models")}
+    assert [str(folder) for folder in sorted(folders - others) if not (REPO / "fxc" / folder).is_dir()] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_files_of_tests_are_short_and_import_no_other(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500, "split it by what it tests"
+    others = [name for name in imports_of(text, path.stem) if name.startswith(("test_", "tests", "conftest"))]
+    assert others == [], "what tests share is in tests/helpers"
+
+
 MACHINE = re.compile(
     r"(?<![\w.:/~-])/(?:root|work|home|Users|opt|mnt)/[\w.]"  # absolute paths of one machine
     r"|(?:--|_)(?:extra-)?index[-_]url|--find[-]links|pythonhosted[.]org|arti[f]actory|//(?:localhost|127[.]0)",

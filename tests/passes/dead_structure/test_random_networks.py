@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from random_networks import LENGTH, Network, elements, networks
+from random_networks import LENGTH, Network, networks
+from structures import elements
 
 import fxc
 from fxc.analysis.known import known_values
