@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from fxc.artifact import companions, config_json, store
 from fxc.errors import CaptureFailed, UsageError
 from fxc.frontend.capture import capture
+from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
 from fxc.neutral import one_at_a_time
 from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
@@ -121,7 +122,7 @@ def _check_whole(model: nn.Module, program: Program, part: str | None, example_i
             unread[name] = tensor.numel() * tensor.element_size()
     total = _nbytes(model)
     buffers = sum(t.numel() * t.element_size() for name, t in model.named_buffers() if name not in names)
-    given = part is not None or example_inputs is not None or program.metadata.get("kind") != "causal_lm"
+    given = part is not None or example_inputs is not None or not is_causal_lm(program)
     if sum(unread.values()) > _NEGLIGIBLE * total and not given:
         largest = Counter()
         for name, nbytes in unread.items():

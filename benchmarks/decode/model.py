@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxc.frontend.capture import capture
+from fxc.ir.cache import empty_cache
 from fxc.ir.program import Program
 from fxc.runtime.generate import CompiledCausalLM
 from fxc.runtime.static_cache import CudaGraphs, StaticDecoder, run_directly, static_decoder
@@ -96,8 +97,7 @@ class Variant:
 
     def prompt(self, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
         """(the next tokens [B, 1], keys and values) after a random prompt. Never compiled: only the steps after it count."""
-        types = [n.meta["val"] for n in self.model.program.placeholders[3:]]
-        past = [torch.empty(batch, t.shape[1], 0, t.shape[3], dtype=t.dtype, device=self.device) for t in types]
+        past = empty_cache(self.model.program, batch, self.device)
         with torch.no_grad():
             logits, *present = self.eager(*self.inputs(batch, length), *past)
             return logits[:, -1:].argmax(-1), present

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxc.data.samples import causal_lm_sample, samples
+from fxc.data.decoder import decoder_sample
+from fxc.data.samples import samples
+from fxc.ir.cache import as_past, is_causal_lm, is_past, is_present
 from fxc.ir.program import Program
 from fxc.verify.compare import in_float64, relative_error, run
 
@@ -24,12 +26,11 @@ def exactness(masked: Program, sliced: Program) -> tuple[float, int]:
         raise ValueError("it has no form in float64")
     programs = [named(each) for each in wide]
     kept: dict[str, Tensor] = {}
-    if masked.metadata.get("kind") == "causal_lm":
-        given = dict(zip((i.name for i in masked.signature.inputs), causal_lm_sample(masked, 2, 7, 0), strict=True))
+    if is_causal_lm(masked):
+        given = dict(zip((i.name for i in masked.signature.inputs), decoder_sample(masked, 2, 7, 0), strict=True))
         sizes = {n.target: n.meta["val"].shape for n in sliced.placeholders}
         outputs = programs[0](given), programs[1](fitted(given, sliced, {}, sizes))
-        present = [name for name in outputs[1] if name.startswith("present.")]
-        kept = {name.removeprefix("present."): survivors(*(o[name] for o in outputs)) for name in present}
+        kept = {as_past(name): survivors(*(o[name] for o in outputs)) for name in outputs[1] if is_present(name)}
     worst, count = 0.0, 0
     for number, tensors in enumerate(samples(masked)):
         given = dict(zip((i.name for i in masked.signature.inputs), tensors, strict=True))
@@ -40,9 +41,9 @@ def exactness(masked: Program, sliced: Program) -> tuple[float, int]:
                 raise
             continue  # a size that the model itself does not take
         found = programs[1](fitted(given, sliced, kept))
-        if lost := [name for name in expected.keys() - found.keys() if not name.startswith("present.")]:
+        if lost := [name for name in expected.keys() - found.keys() if not is_present(name)]:
             raise ValueError(f"the sliced model has lost the outputs {', '.join(lost)}")
-        expected = {name: chosen(name, tensor, "present.", kept) for name, tensor in expected.items()}
+        expected = {name: chosen(as_past(name), tensor, kept) for name, tensor in expected.items()}
         worst = max(worst, relative_error(list(found.values()), [expected[name] for name in found]))
         count += 1
     return worst, count
@@ -68,18 +69,17 @@ def named(program: Program) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return call
 
 
-def chosen(name: str, tensor: Tensor, prefix: str, kept: dict[str, Tensor]) -> Tensor:
+def chosen(name: str, tensor: Tensor, kept: dict[str, Tensor]) -> Tensor:
     """`tensor`, of a cache only the heads that are `kept`."""
-    heads = kept.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
-    return tensor if heads is None else tensor[:, heads]
+    return tensor[:, kept[name]] if name in kept else tensor
 
 
 def fitted(given: dict[str, Tensor], program: Program, kept: dict[str, Tensor], empty: Any = None) -> dict[str, Tensor]:
     """The inputs of `program` out of those of a program whose cache has more heads. empty: the cache is, so that any heads
     do."""
-    fit = {i.name: chosen(i.name, given[i.name], "past.", kept) for i in program.signature.inputs}
+    fit = {i.name: chosen(i.name, given[i.name], kept) for i in program.signature.inputs}
     if empty is not None:
         for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
-            if declared.name.startswith("past."):
+            if is_past(declared.name):
                 fit[declared.name] = fit[declared.name][:, : node.meta["val"].shape[1]]
     return fit

@@ -16,7 +16,7 @@ from benchmarks.text import calibration_texts, texts
 from benchmarks.timing import Call
 from benchmarks.workloads import CONTEXT, PYLM, Decoder, Encoder
 from fxc.captured import Captured, capture_source
-from fxc.data.samples import causal_lm_sample
+from fxc.data.decoder import decoder_sample
 from fxc.ir.binding import bind
 from fxc.ir.program import Program
 from fxc.measure import evaluate
@@ -118,7 +118,7 @@ class PyLM(Subject):
         return Call(lambda _: model(input_ids=ids, use_cache=True).logits)
 
     def inputs(self, program: Program, size: str) -> list[Tensor]:
-        return causal_lm_sample(program, 1, *((PREFILL, 0) if size == "prefill" else (1, CONTEXT)))
+        return decoder_sample(program, 1, *((PREFILL, 0) if size == "prefill" else (1, CONTEXT)))
 
     def rate(self, model: CompiledModel) -> float:
         return evaluate.perplexity(model, self.tokens, limit=self.windows).value

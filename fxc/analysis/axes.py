@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from fxc.analysis.axis import Atom, Axis, Product, atoms, pin, resolve
 from fxc.analysis.dims import Axes, Link, fresh, join, pinned_for
 from fxc.analysis.operators import operator_of
+from fxc.ir.cache import cache_pairs
 from fxc.ir.call import Call
 from fxc.ir.program import Program
 
@@ -63,19 +63,6 @@ def _pin_square(axis: Axis) -> None:
         its = Counter(atom for factor in axis.factors for atom in set(atoms(factor)))
         for atom in (a for a, count in its.items() if count > 1):
             pin(atom, "it is multiplied by itself")
-
-
-def cache_pairs(program: Program) -> dict[str, tuple[int, int]]:
-    """Of a decoder's key and value cache: name without its first part -> (index of the input, index of the output). What a
-    call returns there is what the next one is given."""
-    if program.metadata.get("kind") != "causal_lm":
-        return {}
-    outputs = {name.partition(".")[2]: i for i, name in enumerate(program.signature.outputs) if re.match(r"present\.", name)}
-    return {
-        rest: (i, outputs[rest])
-        for i, declared in enumerate(program.signature.inputs)
-        if (rest := declared.name.partition(".")[2]) in outputs and declared.name.startswith("past.")
-    }
 
 
 def _pin_interface(axes: Axes) -> None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxc.analysis.axes import cache_pairs
 from fxc.analysis.constants import Known, State
 from fxc.analysis.operators import operator_of
+from fxc.ir.cache import cache_pairs
 from fxc.ir.call import Call
 from fxc.ir.program import Program
 

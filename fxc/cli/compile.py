@@ -19,6 +19,7 @@ from fxc.cli.stages import Stages
 from fxc.compiler import compile_captured
 from fxc.data.calibration import check_data
 from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
@@ -149,7 +150,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
         output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
     if scored is None:
-        output.line(_how_to_measure(request.model, out, causal=before.metadata.get("kind") == "causal_lm"))
+        output.line(_how_to_measure(request.model, out, causal=is_causal_lm(before)))
     if "plan.json" in model.files:
         # What else the pass was told is in the plan.
         passes = shlex.quote(",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted))
@@ -216,7 +217,7 @@ def _on_step(
 
 def _scored(captured: Captured, text: str) -> torch.Tensor:
     """The tokens of the evaluation text, by the source's tokenizer."""
-    if captured.program.metadata.get("kind") != "causal_lm":
+    if not is_causal_lm(captured.program):
         raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
     return quality.encode(quality.tokenizer_of(captured.folder), text)
 

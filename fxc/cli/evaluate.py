@@ -11,6 +11,7 @@ import fxc
 from fxc.captured import capture_source
 from fxc.cli.sources import read_text
 from fxc.errors import UsageError
+from fxc.ir.cache import is_causal_lm
 from fxc.measure import evaluate as quality
 from fxc.report.compilation import change_text
 from fxc.report.console import Output
@@ -83,7 +84,7 @@ def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str
 
 def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dict[str, Any]:
     (model, folder), (original, other) = (_as_program(request, source, output) for source in (request.model, request.against))
-    causal = original.program.metadata.get("kind") == "causal_lm"
+    causal = is_causal_lm(original.program)
     tokenizer = quality.tokenizer_of(other or folder) if text is not None else None
     inputs, of = quality.inputs_for(original.program, tokenizer, text, request.window, request.windows)
     found = quality.agreement(model, original, inputs, track=lambda items: output.track(items, "comparing outputs"))

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from fxc.data.decoder import decoder_inputs
+from fxc.data.tables import table_size
 from fxc.errors import UsageError, first_line
 from fxc.ir.binding import bind
+from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
-from fxc.measure.evaluate import decoder_inputs, tokenizer_of
+from fxc.measure.evaluate import tokenizer_of
 from fxc.progress import Track, untracked
 from fxc.safety import listed, read_json
 
@@ -35,8 +38,6 @@ _NOT_TEXT = {
     **dict.fromkeys(_IMAGES, "name the folder that the images are in"),
 }
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# Operators that keep the values of integers.
-_KEEPING = frozenset({"view", "reshape", "unsqueeze", "expand", "clone", "contiguous", "slice", "select", "to", "_to_copy"})
 
 
 def calibration_samples(
@@ -121,7 +122,7 @@ class _Reader:
 
     @cached_property
     def causal(self) -> bool:
-        return self.program.metadata.get("kind") == "causal_lm"
+        return is_causal_lm(self.program)
 
     @cached_property
     def longest(self) -> int | None:
@@ -132,7 +133,7 @@ class _Reader:
     @cached_property
     def tables(self) -> dict[str, int]:
         """Input -> the size of the smallest table that its integers index."""
-        found = {n: _table(node) for n, node in zip(self.names, self.program.placeholders, strict=True)}
+        found = {n: table_size(node) for n, node in zip(self.names, self.program.placeholders, strict=True)}
         return {name: size for name, size in found.items() if size is not None}
 
     # ---------------------------------------------------------------------------------------------------- any inputs
@@ -204,22 +205,19 @@ class _Reader:
         ids = given.get("input_ids")
         if isinstance(ids, Tensor) and ids.ndim != 2:
             raise UsageError(f"input_ids has {ids.ndim} dimensions and must have 2", hint="give [batch, tokens]")
-        if not isinstance(ids, Tensor) or any(name.startswith("past.") for name in given):
+        if not isinstance(ids, Tensor) or any(is_past(name) for name in given):
             if len(args) > 0 and "input_ids" not in given:
                 raise UsageError("the input input_ids is missing", hint="give a dict of the inputs by name")
             return given  # as it is: complete, or with a fault that binding names
-        filled = dict(zip(self.names, decoder_inputs(self.program, ids), strict=True))
         mask = given.get("attention_mask")
-        if isinstance(mask, Tensor):
-            if mask.shape != ids.shape:
-                raise UsageError(f"attention_mask is {list(mask.shape)} and must be {list(ids.shape)}, as input_ids")
-            if self.program.metadata.get("positions") == "mask":
-                filled["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return filled | given
+        if isinstance(mask, Tensor) and mask.shape != ids.shape:
+            raise UsageError(f"attention_mask is {list(mask.shape)} and must be {list(ids.shape)}, as input_ids")
+        filled = decoder_inputs(self.program, ids, mask if isinstance(mask, Tensor) else None)
+        return dict(zip(self.names, filled, strict=True)) | given
 
     def _check(self, flat: list[Tensor]) -> None:
         for name, tensor in zip(self.names, flat, strict=True):
-            if tensor.numel() == 0 and not name.startswith("past."):
+            if tensor.numel() == 0 and not is_past(name):
                 raise UsageError(f"{name} is empty: {list(tensor.shape)}", hint="leave samples without content out")
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise UsageError(f"{name} holds NaN", hint="repair or leave out the sample")
@@ -479,21 +477,6 @@ def _is_numbers(value: Any) -> bool:
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     return isinstance(value, (int, float)) or value == []
-
-
-def _table(node: fx.Node) -> int | None:
-    """The size of the smallest table that the integers of `node` index, as far as that is easily seen."""
-    if node.meta["val"].dtype.is_floating_point:
-        return None
-    sizes, waiting = [], [node]
-    while waiting:
-        current = waiting.pop()
-        for user in current.users:
-            if user.target is torch.ops.aten.embedding.default and user.args[1] is current:
-                sizes.append(user.args[0].meta["val"].shape[0])
-            elif user.op == "call_function" and getattr(user.target, "__name__", "").partition(".")[0] in _KEEPING:
-                waiting.append(user)
-    return min(sizes, default=None)
 
 
 def _pillow() -> Any:

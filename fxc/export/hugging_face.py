@@ -22,6 +22,7 @@ from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.configuration import Fit, describe, difference, weight
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.capture import tolerance
+from fxc.ir.cache import cache_types, is_causal_lm
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
@@ -176,10 +177,9 @@ def _in_float32(program: Program) -> Program:
 
 def _as_function(model: nn.Module, program: Program, inputs: list[Tensor]) -> nn.Module:
     """The model as a function of the program's flat inputs."""
-    kind = program.metadata.get("kind")
-    if kind == "causal_lm":
-        return WithCache(model, (len(inputs) - 3) // 2)
-    if kind == "encoder":
+    if is_causal_lm(program):
+        return WithCache(model, len(cache_types(program)) // 2)
+    if program.metadata.get("kind") == "encoder":
         return next(calls_of(model, None)).module
     call = program.signature.call
     args = tuple(unflatten(a, inputs) for a in call["args"])

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxc.data.decoder import random_inputs
 from fxc.errors import CaptureFailed, UsageError, first_line
 from fxc.frontend.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, owned, resized, runs
 from fxc.frontend.hf_cache import cache_of, tensors_of
 from fxc.frontend.images import image_size
+from fxc.ir.cache import KIND, input_names, output_names
 from fxc.ir.structure import flatten, unflatten
 
 _SAMPLES = 4000  # a quarter of a second: more than a first convolution spans
@@ -42,6 +44,10 @@ class Call:
     asked: frozenset[Axis] = frozenset()
     may_fix: bool = False
 
+    @property
+    def has_cache(self) -> bool:
+        return self.kind == KIND
+
 
 def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Iterator[Call]:
     """The ways to trace `model`, that with the most sizes free first."""
@@ -59,7 +65,7 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) 
             why="its forward takes no past_key_values",
             hint="to compile it for one forward pass, without generate(), give example_inputs={'input_ids': ids}",
         )
-    elif not _is_causal_lm(model):
+    elif not _takes_cache(model):
         yield from _calls_without_cache(model, dynamic_shapes)
     elif dynamic_shapes is not None:
         raise UsageError(
@@ -70,7 +76,7 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) 
         yield _call_with_cache(model)
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
+def _takes_cache(model: nn.Module) -> bool:
     return (
         hasattr(model, "generate")
         and model.can_generate()
@@ -82,7 +88,7 @@ def _is_causal_lm(model: nn.Module) -> bool:
 
 def _generates_without_cache(model: nn.Module) -> bool:
     writes = hasattr(model, "generate") and model.can_generate() and not model.config.is_encoder_decoder
-    return writes and model.main_input_name == "input_ids" and not _is_causal_lm(model)
+    return writes and model.main_input_name == "input_ids" and not _takes_cache(model)
 
 
 class _Flat(nn.Module):
@@ -112,8 +118,8 @@ class WithCache(nn.Module):
         super().__init__()
         self.m = model
         self.layers = layers
-        self.result: Any = None
-        self.names = ["logits", *(f"present.{i}.{part}" for i in range(layers) for part in ("key", "value"))]
+        self.names = output_names(layers)
+        self.result = {"dict": {name: i for i, name in enumerate(self.names)}}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> list[Tensor]:
         output = self.m(
@@ -143,27 +149,19 @@ def _call_with_cache(model: nn.Module) -> Call:
     config = model.config.get_text_config(decoder=True)
     device = next(model.parameters()).device
     past_shapes = _cache_shapes(model)
+    cache = [(heads, width, model.dtype) for heads, width in past_shapes]
 
     def example(batch: int, new: int, past: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(batch * 10_007 + new * 101 + past)
-        ids = torch.randint(0, config.vocab_size, (batch, new), generator=generator)
-        mask = torch.ones(batch, past + new, dtype=torch.int64)
-        if batch > 1 and past + new > 2:
-            mask[0, : (past + new) // 3] = 0  # a left-padded row
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        dtype = model.dtype
-        cache = [torch.randn(batch, heads, past, width, generator=generator).to(dtype) for heads, width in past_shapes]
-        return [t.to(device) for t in (ids, mask, positions, *cache)]
+        return [t.to(device) for t in random_inputs(config.vocab_size, cache, batch, new, past)]
 
-    names = ["input_ids", "attention_mask", "position_ids"]
-    names += [f"past.{i}.{part}" for i in range(len(past_shapes) // 2) for part in ("key", "value")]
+    layers = len(past_shapes) // 2
+    names = input_names(layers)
     inputs = owned(dict(zip(names, example(2, 7, 9), strict=True)))
     sizes = ((2, 7, 9), (1, 1, 12), (3, 6, 5), (1, 11, 0), (2, 35, 3))
     others = [] if device.type == "meta" else [example(*each) for each in sizes]
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(names)}}
     stacks = [[i for i, s in enumerate(past_shapes) if s == shape] for shape in dict.fromkeys(past_shapes)]
-    module = WithCache(model, len(past_shapes) // 2)
-    return Call(module, inputs, {}, {}, others, structure, "causal_lm", stacks)
+    return Call(WithCache(model, layers), inputs, {}, {}, others, structure, KIND, stacks)
 
 
 def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:

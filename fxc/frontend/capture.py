@@ -28,6 +28,7 @@ from fxc.frontend.calls import AUTO, Call, WithStackedCache, calls_of
 from fxc.frontend.fold import folded
 from fxc.frontend.legalize import legalize
 from fxc.frontend.rotary import functional_rotary
+from fxc.ir.cache import empty_cache, is_past, positions_of
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
@@ -77,7 +78,7 @@ def _freest(model: nn.Module, calls: Iterator[Call], check: bool) -> Program:
             _check_asked(program, call)
             if check and not program.is_on_meta:
                 taken = compare(program, call)
-                if call.kind == "causal_lm":
+                if call.has_cache:
                     program.metadata["positions"] = _default_positions(model, program, call)
                 else:
                     keep_examples(program, taken)
@@ -184,10 +185,8 @@ def _export(model: nn.Module, call: Call) -> Program:
     signature = Signature(
         [Input(n, call.defaults.get(n)) for n in names], list(call.module.names), call.call, call.module.result
     )
-    if call.kind == "causal_lm":
-        signature.result = {"dict": {n: i for i, n in enumerate(call.module.names)}}
     metadata = {"class": type(model).__name__, "kind": call.kind, "parameters": _parameter_names(model)}
-    if call.kind != "causal_lm" and (defaults := _defaults(model, call)):
+    if not call.has_cache and (defaults := _defaults(model, call)):
         metadata["defaults"] = defaults
     program = Program(graph, store, aliases, signature, metadata)
     _retype(program)
@@ -270,9 +269,10 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 def _trace(call: Call) -> torch.export.ExportedProgram:
     args = list(call.inputs.values())
     if call.stacks:
-        rows, past = args[:3], args[3:]
+        past = [t for name, t in call.inputs.items() if is_past(name)]
+        rows = args[: -len(past)]
         stacked = tuple(torch.stack([past[i] for i in stack]) for stack in call.stacks)
-        dynamic = ({0: AUTO, 1: AUTO},) * 3 + (({1: AUTO, 3: AUTO},) * len(stacked),)
+        dynamic = ({0: AUTO, 1: AUTO},) * len(rows) + (({1: AUTO, 3: AUTO},) * len(stacked),)
         module = WithStackedCache(call.module.m, call.stacks)
         return torch.export.export(module, (*rows, *stacked), dynamic_shapes=dynamic, strict=False)
     dynamic = (tuple(call.dynamic[n] for n in call.inputs),)  # one entry for all of a variadic forward's arguments
@@ -281,7 +281,7 @@ def _trace(call: Call) -> torch.export.ExportedProgram:
 
 def _unstack(graph: fx.Graph, stacks: list[list[int]]) -> None:
     """Give the graph a placeholder for each tensor of the cache in place of the stacked ones."""
-    stacked = graph.find_nodes(op="placeholder")[3:]
+    stacked = graph.find_nodes(op="placeholder")[-len(stacks) :]
     placeholders: dict[int, fx.Node] = {}
     mode = fake_mode_of(graph)
     for stack, whole in zip(stacks, stacked, strict=True):
@@ -500,15 +500,15 @@ def _is_random(node: fx.Node) -> bool:
 
 def _default_positions(model: nn.Module, program: Program, call: Call) -> str:
     """What the model takes for the positions when it is not told: "arange" counts every column, "mask" those before padding."""
-    ids, _, _, *past = call.other_sizes[0]
-    past = [t[:, :, :0] for t in past]
+    ids = call.other_sizes[0][0]
+    past = empty_cache(program, len(ids), ids.device)
     mask = torch.ones_like(ids)
     mask[0, : ids.shape[1] // 3] = 0
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     errors = {}
     for name, positions in (
         ("arange", torch.arange(ids.shape[1]).expand(len(ids), -1)),
-        ("mask", (mask.cumsum(-1) - 1).clamp(min=0)),
+        ("mask", positions_of(mask, ids.shape[1])),
     ):
         found = program.module()(ids, mask, positions, *past)[0]
         errors[name] = relative_difference(found[mask.bool()], expected[mask.bool()])

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fxc.compiler import load
-from fxc.data.samples import samples
+from fxc.data.samples import has_length, sample_of_size
 from fxc.errors import UsageError
 from fxc.frontend.capture import capture
+from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.runtime.model import compiled_model
@@ -36,7 +37,7 @@ class Contender:
 
     @property
     def is_causal(self) -> bool:
-        return self.program.metadata.get("kind") == "causal_lm"
+        return is_causal_lm(self.program)
 
 
 @dataclass
@@ -107,12 +108,12 @@ def race(
     first = entries[0]
     for entry in entries[1:]:
         # A pruned decoder may have a smaller cache, or none in some layers.
-        a, b = ([i.name for i in e.program.signature.inputs if not i.name.startswith("past.")] for e in (first, entry))
+        a, b = ([i.name for i in e.program.signature.inputs if not is_past(i.name)] for e in (first, entry))
         if a != b:
             raise UsageError(f"{entry.name} and {first.name} do not take the same inputs", why=f"{b} and {a}")
     if min([*batches, *lengths, new, rounds]) < 1:
         raise UsageError("sizes, tokens and rounds must be at least 1")
-    sequences = any(_is_sequence(p.meta["val"]) for p in first.program.placeholders)
+    sequences = any(has_length(p.meta["val"]) for p in first.program.placeholders)
     rows, calls = [], []
     for batch in batches:
         for seq in lengths if sequences else [None]:
@@ -133,29 +134,12 @@ def race(
 
 
 def _inputs(entry: Contender, batch: int, seq: int | None, new: int, device: str | None) -> list[Tensor]:
-    """Flat inputs of the wanted size, the program's samples cut or repeated along their dynamic dimensions."""
     config = getattr(entry.model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     total = (seq or 0) + (new if entry.is_causal else 0)
     if longest and total > longest:
         raise UsageError(f"{entry.name} takes at most {longest} tokens, not {total}", hint="--seq N, --new N")
-    tensors = []
-    for node, tensor in zip(entry.program.placeholders, samples(entry.program)[0], strict=True):
-        declared_as = node.meta["val"]
-        for dimension, declared in enumerate(declared_as.shape):
-            is_sequence = dimension > 0 and _is_sequence(declared_as)
-            if not isinstance(declared, int) and (dimension == 0 or is_sequence):
-                size = seq if is_sequence else batch
-                tensor = tensor.index_select(dimension, torch.arange(size) % max(tensor.shape[dimension], 1))
-        tensors.append(tensor.to(device or "cpu"))
-        if entry.is_causal:
-            break
-    return tensors
-
-
-def _is_sequence(tensor: Tensor) -> bool:
-    """Whether the dimensions after the first are lengths: of tokens and masks, and not of images and features."""
-    return not tensor.is_floating_point() and any(not isinstance(n, int) for n in tensor.shape[1:])
+    return [tensor.to(device or "cpu") for tensor in sample_of_size(entry.program, batch, seq)]
 
 
 def _now(tensor: Tensor) -> float:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from fxc.artifact.companions import VOCABULARIES
+from fxc.data.decoder import decoder_inputs, for_both
 from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.binding import bind
+from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.names import layer_of, weight_of
 from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
@@ -166,15 +168,6 @@ class Agreement:
     layers: list[LayerError] = field(default_factory=list)
 
 
-def decoder_inputs(program: Program, ids: Tensor) -> list[Tensor]:
-    """The inputs of a causal language model for the tokens `ids` [B, S] with nothing before them."""
-    batch, length = ids.shape
-    positions = torch.arange(length).expand(batch, -1)
-    cache = [n.meta["val"] for n in program.placeholders[3:]]
-    past = [torch.empty(batch, t.shape[1], 0, t.shape[3], dtype=t.dtype) for t in cache]
-    return [ids, torch.ones(batch, length, dtype=torch.int64), positions, *past]
-
-
 def sentence_inputs(program: Program, tokenizer: Any, sentence: str) -> list[Tensor]:
     """The inputs of an encoder for one sentence."""
     longest = min(getattr(tokenizer, "model_max_length", 512), 512)
@@ -190,7 +183,7 @@ def inputs_for(
     encoder, made-up numbers where there is no text."""
     if text is None:
         return samples(program), "made-up inputs"
-    if program.metadata.get("kind") == "causal_lm":
+    if is_causal_lm(program):
         cut = windows(encode(tokenizer, text), window, 1, limit)
         if not cut:
             raise UsageError("the text is too short")
@@ -203,19 +196,6 @@ def inputs_for(
     return [sentence_inputs(program, tokenizer, line) for line in lines], f"{len(lines)} lines of text"
 
 
-def _is_cache(name: str) -> bool:
-    return name.startswith("past.")
-
-
-def for_both(tensors: list[Tensor], program: Program, original: Program) -> tuple[list[Tensor], list[Tensor]]:
-    """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
-    a past."""
-    caches = [[tuple(n.meta["val"].shape[1::2]) for n in p.placeholders[3:]] for p in (program, original)]
-    if original.metadata.get("kind") != "causal_lm" or caches[0] == caches[1]:
-        return tensors, tensors
-    return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])
-
-
 def agreement(
     model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], *, track: Track = iter
 ) -> dict[str, float]:
@@ -226,14 +206,14 @@ def agreement(
     from the original's; otherwise cosine_mean and cosine_min over the samples, a sequence taken as the mean of its
     positions, and, where the output is logits over classes, same_label.
     """
-    a, b = ([i.name for i in m.program.signature.inputs if not _is_cache(i.name)] for m in (model, original))
+    a, b = ([i.name for i in m.program.signature.inputs if not is_past(i.name)] for m in (model, original))
     if a != b:
         raise UsageError("the two were not made from the same model", why=f"the inputs are {a} and {b}")
     program = original.program
     index = next((i for i, n in enumerate(program.results) if n.meta["val"].dtype.is_floating_point), None)
     if index is None:
         raise UsageError("the model has no floating-point output to compare")
-    causal = program.metadata.get("kind") == "causal_lm"
+    causal = is_causal_lm(program)
     difference = magnitude = 0.0
     values: defaultdict[str, list[Tensor]] = defaultdict(list)
     for tensors in track(inputs):

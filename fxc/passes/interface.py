@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fxc.ir.cache import as_past
 from fxc.ir.program import Program
 
 
 @dataclass
 class Interface:
     """kept: name of an input -> dimension -> which of the indices that it had before are left; dropped: inputs that are gone.
-    The output that a cache input comes from (`past.*` from `present.*`) is cut and dropped with it."""
+    The output that a cache input comes from is cut and dropped with it."""
 
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -35,8 +36,7 @@ class Interface:
 
     def outputs(self, before: Program, tensors: Sequence[Any]) -> list[Any]:
         """Outputs of the program before, as the one after should give them."""
-        names = ["past." + n.removeprefix("present.") if n.startswith("present.") else n for n in before.signature.outputs]
-        return self._cut(names, tensors)
+        return self._cut([as_past(name) for name in before.signature.outputs], tensors)
 
     def _cut(self, names: list[str], tensors: Sequence[Any]) -> list[Any]:
         result = []

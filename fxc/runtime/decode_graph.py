@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from fxc.errors import UsageError
+from fxc.ir.cache import as_past, is_past
 from fxc.ir.program import Signature
 
 _aten = torch.ops.aten
@@ -54,7 +55,7 @@ def decode_graph(lowered: fx.GraphModule, signature: Signature) -> fx.GraphModul
     for node in lowered.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
     names = dict(zip(graph.find_nodes(op="placeholder"), (i.name for i in signature.inputs), strict=True))
-    past = [node for node, name in names.items() if name.startswith("past.")]
+    past = [node for node, name in names.items() if is_past(name)]
     if not past:
         raise _refusal("it has no cache", None)
     with graph.inserting_before(past[0]):
@@ -104,14 +105,14 @@ def _check_results(graph: fx.Graph, names: dict[fx.Node, str], signature: Signat
             continue
         if node.target is _aten.to.dtype and node.args[1] == node.args[0].meta.get("dtype"):
             node = node.args[0]
-        writes = node.target is _aten.index_copy_.default and names[node.args[0]] == name.replace("present.", "past.", 1)
+        writes = node.target is _aten.index_copy_.default and names[node.args[0]] == as_past(name)
         if not writes:
             raise _refusal(f"its result {name} is not its cache with the new entries", node)
 
 
 def _check_no_part_is_taken(graph: fx.Graph, names: dict[fx.Node, str]) -> None:
     """Refuse what takes some columns of the cache or of the mask by their distance from the end: buffers end elsewhere."""
-    sizes = [node.meta["val"].shape[2] for node, name in names.items() if name.startswith("past.")]
+    sizes = [node.meta["val"].shape[2] for node, name in names.items() if is_past(name)]
     sizes += [node.meta["val"].shape[1] for node, name in names.items() if name == "attention_mask"]
     symbols = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
     columns = {_text(user.meta["val"].shape[2]) for node in names for user in node.users if _appends(user, node)}
@@ -151,7 +152,7 @@ def _sizes(graph: fx.Graph, names: dict[fx.Node, str]) -> dict[fx.Node, str]:
     for node in graph.find_nodes(op="call_function", target=_SIZE):
         tensor, dim = node.args
         name = names.get(tensor, "")
-        if name.startswith("past.") and dim == 2:
+        if is_past(name) and dim == 2:
             found[node] = "past"
         elif (name == "attention_mask" and dim == 1) or (tensor.target is _aten.index_copy_.default and dim in (2, -2)):
             found[node] = "columns"

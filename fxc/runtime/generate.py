@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
+from fxc.ir.cache import default_positions, empty_cache
 from fxc.runtime.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
@@ -29,10 +30,9 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         super().__init__(*args, **kwargs)
         if self.config is None:
             raise UsageError("a causal language model needs its Hugging Face configuration")
-        self._positions = self.program.metadata.get("positions", "arange")
-        if self._positions not in ("arange", "mask"):
+        if (positions := self.program.metadata.get("positions", "arange")) not in ("arange", "mask"):
             raise InputRefused(
-                f"the program counts positions by {self._positions!r}, which this version of fxc does not know",
+                f"the program counts positions by {positions!r}, which this version of fxc does not know",
                 hint="compile the model again",
             )
         self.generation_config = generation_config_of(self.config, self.files)
@@ -106,10 +106,8 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
                 hint="one column for each token of the past and of input_ids",
             )
         attention_mask = attention_mask.to(torch.int64)
-        if position_ids is None and self._positions == "mask":
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, length:]
-        elif position_ids is None:
-            position_ids = torch.arange(length, length + new, device=input_ids.device)
+        if position_ids is None:
+            position_ids = default_positions(self.program, attention_mask, new)
         position_ids = position_ids.expand(batch, -1)
         decodes = isinstance(past_key_values, SlotCache) and new == 1 and length > 0
         if decodes:
@@ -152,8 +150,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             check_is_dynamic(cache)
             if tensors := tensors_of(cache):
                 return tensors
-        types = [n.meta["val"] for n in self.program.placeholders[3:]]
-        return [torch.empty(batch, t.shape[1], 0, t.shape[3], dtype=t.dtype, device=self.device) for t in types]
+        return empty_cache(self.program, batch, self.device)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any

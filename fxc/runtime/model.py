@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxc.artifact import config_json, store
 from fxc.errors import UsageError
 from fxc.ir.binding import bind
+from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -252,7 +253,7 @@ def _unpickled(text: str, constants: dict[str, Tensor], report: dict, config: An
 
 def compiled_model(program: Program, report: dict[str, Any], **options: Any) -> CompiledModel:
     """A `CompiledModel` of the kind that the program is: with `generate()` for a causal language model."""
-    if program.metadata.get("kind") == "causal_lm":
+    if is_causal_lm(program):
         from fxc.runtime.generate import CompiledCausalLM
 
         return CompiledCausalLM(program, report, **options)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from fxc.errors import FxcError, ResourceError, UsageError, first_line
+from fxc.ir.cache import cache_types
 from fxc.ir.program import Program
 from fxc.lower.inductor import CompiledGraph
 from fxc.runtime.decode_graph import decode_graph
@@ -123,7 +124,7 @@ class StaticDecoder:
         if capacity < 2:
             raise UsageError(f"a static cache of {capacity} slots holds nothing", hint="capacity=128")
         self.module = step
-        self.types = [n.meta["val"] for n in program.placeholders[3:]]
+        self.types = cache_types(program)
         self.device = device
         self.capacity = capacity
         self.record = record
@@ -300,7 +301,7 @@ def static_decoder(
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
     if compiled:
         rows, rows_and_slots = frozenset({0}), frozenset({0, 1})
-        buffers = [frozenset({0, 2})] * len(program.placeholders[3:])
+        buffers = [frozenset({0, 2})] * len(cache_types(program))
         step = CompiledGraph(step, [rows, rows_and_slots, rows, frozenset(), *buffers], lowered.freezing)
     return StaticDecoder(step, program, device, capacity, record)
 
@@ -308,7 +309,7 @@ def static_decoder(
 def check_step(whole: nn.Module, step: nn.Module, program: Program, device: torch.device) -> None:
     """Run one token through the program and through the step, with a row padded on the left and unused slots full of large
     numbers, and raise `UsageError` unless logits and cache are the same up to rounding."""
-    types = [n.meta["val"] for n in program.placeholders[3:]]
+    types = cache_types(program)
     batch, past, slots = 3, 9, 16
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(batch, past + 1, dtype=torch.int64)

@@ -11,6 +11,7 @@ import torch
 import fxc
 from fxc.captured import capture_source
 from fxc.compiler import compile_captured
+from fxc.data.decoder import decoder_inputs
 from fxc.data.samples import samples
 from fxc.ir import print_program
 from fxc.measure import evaluate
@@ -39,7 +40,7 @@ def after(source, passes: str):
 def portable(program):
     """The program by its operators' own definitions, as `evaluate.perplexity` calls a model."""
     module = program.module()
-    return lambda input_ids, use_cache: SimpleNamespace(logits=module(*evaluate.decoder_inputs(program, input_ids))[0])
+    return lambda input_ids, use_cache: SimpleNamespace(logits=module(*decoder_inputs(program, input_ids))[0])
 
 
 @pytest.mark.parametrize("spec", FORMATS)

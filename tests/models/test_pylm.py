@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import fxc
 from fxc.cli.app import app
+from fxc.data.decoder import decoder_inputs
 from fxc.measure import evaluate
 from fxc.source.load import load_source
 
@@ -40,7 +41,7 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
     module = compiled.program.module()
 
     def unlowered(input_ids, use_cache):
-        return SimpleNamespace(logits=module(*evaluate.decoder_inputs(compiled.program, input_ids))[0])
+        return SimpleNamespace(logits=module(*decoder_inputs(compiled.program, input_ids))[0])
 
     portable = evaluate.perplexity(unlowered, tokens, limit=WINDOWS)
     assert abs(portable.value / original.value - 1) < 0.01

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxc.analysis.axes import cache_pairs
 from fxc.analysis.constants import Known
+from fxc.ir.cache import cache_pairs
 from fxc.ir.edit import constant, free_name, sweep, type_of
 from fxc.ir.program import Program
 
@@ -74,13 +74,13 @@ def drop_dead_cache(program: Program) -> list[str]:
     cached = {o for _, o in pairs.values()}
     needed = _needed([r for o, r in enumerate(results) if o not in cached])
     layers: dict[str, list[str]] = {}
-    for rest in pairs:
-        layers.setdefault(rest.rpartition(".")[0], []).append(rest)
-    dead = [rest for its in layers.values() if not any(placeholders[pairs[r][0]] in needed for r in its) for rest in its]
-    if len(dead) == len(pairs) or not _measure_elsewhere(program, pasts & needed, {placeholders[pairs[r][0]] for r in dead}):
+    for name in pairs:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    dead = [name for its in layers.values() if not any(placeholders[pairs[n][0]] in needed for n in its) for name in its]
+    if len(dead) == len(pairs) or not _measure_elsewhere(program, pasts & needed, {placeholders[pairs[n][0]] for n in dead}):
         return []
     if dead:
-        inputs, outputs = {pairs[r][0] for r in dead}, {pairs[r][1] for r in dead}
+        inputs, outputs = {pairs[n][0] for n in dead}, {pairs[n][1] for n in dead}
         program.graph.output_node().args = (tuple(r for o, r in enumerate(results) if o not in outputs),)
         names = [program.signature.inputs[i].name for i in sorted(inputs)]
         sweep(program)

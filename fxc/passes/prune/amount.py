@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxc.analysis.groups import NAMES, Group
 from fxc.errors import UsageError, first_line
+from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.prune.scores import by_unit, scores, with_masks
@@ -69,7 +70,7 @@ def choose(
         criterion, found = "l2", scores(program, candidates, "l2")
     choice.unscored = [g for g in candidates if g not in found]
     last, units_at = amounts(found, ranked(program, found, by_gradient=criterion == "taylor"))
-    by_loss = given and program.metadata.get("kind") == "causal_lm"
+    by_loss = given and is_causal_lm(program)
     judge = Judge(program, list(found), judging, by_loss=by_loss, limit=context.limit, tried=context.tried)
     costs: dict[int, float] = {}
 
@@ -255,7 +256,7 @@ def judged_outputs(program: Program) -> dict[int, int | None]:
     others: dict[int, int | None] = {}
     for index, (name, node) in enumerate(zip(program.signature.outputs, program.results, strict=True)):
         value = node.meta["val"]
-        if not value.is_floating_point() or name.startswith("present."):
+        if not value.is_floating_point() or is_present(name):
             continue
         # Of pictures the classes come second.
         dim = 1 if value.ndim == 4 else -1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxc.ir.cache import is_present
 from fxc.ir.edit import insert, replace, sweep, type_of
 from fxc.ir.observe import values_at
 from fxc.ir.program import Program
@@ -91,7 +92,7 @@ def _within(node: fx.Node, scope: str) -> bool:
 
 
 def _cache_outputs(program: Program) -> set[fx.Node]:
-    return {r for name, r in zip(program.signature.outputs, program.results) if name.startswith("present.")}
+    return {r for name, r in zip(program.signature.outputs, program.results) if is_present(name)}
 
 
 def take_out(program: Program, block: Block) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.analysis.groups import Group, WeightedSite
+from fxc.ir.cache import is_causal_lm
 from fxc.ir.observe import observe
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
@@ -180,7 +181,7 @@ def with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dict
 
 def _loss(program: Program, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     names = program.signature.outputs
-    if program.metadata.get("kind") == "causal_lm":
+    if is_causal_lm(program):
         logits, ids = outputs[names.index("logits")], inputs[0]
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,8 @@ from removal import EXACT, canonical, difference, shapes, sliced
 from torch import nn
 
 import fxc.passes
-from fxc.data.samples import causal_lm_sample, samples
+from fxc.data.decoder import decoder_sample
+from fxc.data.samples import samples
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Result, parse_passes
 from fxc.passes.prune.prune import Prune
@@ -168,7 +169,7 @@ def again(monkeypatch):
 def test_a_policy_after_removal_learns_from_its_data(again, second):
     """Samples with a filled cache, which loses a layer and heads before the second policy reads them."""
     program = canonical(*build("qwen2"))
-    data = [causal_lm_sample(program, batch, new=6, past=past) for batch, past in ((1, 3), (2, 0), (2, 5), (1, 2))]
+    data = [decoder_sample(program, batch, new=6, past=past) for batch, past in ((1, 3), (2, 0), (2, 5), (1, 2))]
     first = "prune:heads=0.5:uniform=true" + ("" if "layers" in second else ":layers=0.5")
     options = {"budget": 9.0, "layer_budget": 9.0}
     _, steps = run_passes(program, parse_passes(f"{first},dead_structure,{second}"), Context(samples=data), **options)

@@ -12,7 +12,7 @@ from removal import canonical, with_forward
 from torch import Tensor, nn
 
 from fxc.analysis.groups import groups
-from fxc.data.samples import causal_lm_sample
+from fxc.data.decoder import decoder_inputs
 from fxc.ir.program import Program
 from fxc.passes.prune.scores import CRITERIA, mask_gradients, scores
 
@@ -123,7 +123,7 @@ def test_the_heads_of_a_language_model_are_scored_by_the_loss_of_the_next_token(
     program = canonical(model)
     its = [g for g in groups(program) if g.kind == "head"]
     ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(2))
-    inputs = [causal_lm_sample(program, 1, 9, 0, ids=row[None]) for row in ids]
+    inputs = [decoder_inputs(program, row[None]) for row in ids]
     found = mask_gradients(program, its, inputs)
     for sample, row in enumerate(ids):
         model.zero_grad()

@@ -1,0 +1,84 @@
+"""Inputs of a causal language model: tokens, their mask and positions, and a cache (see `fxc.ir.cache`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxc.data.tables import bound_of
+from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, is_causal_lm, positions_of
+from fxc.ir.program import Program
+
+
+def decoder_inputs(program: Program, ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    """For the tokens `ids` [B, N] with nothing before them; mask: [B, N], of ones where it is left out."""
+    batch, new = ids.shape
+    if mask is None:
+        mask = torch.ones(batch, new, dtype=torch.int64)
+    return [ids, mask, default_positions(program, mask, new), *empty_cache(program, batch)]
+
+
+def next_inputs(program: Program, outputs: Sequence[Tensor], ids: Tensor, mask: Tensor, positions: Tensor) -> list[Tensor]:
+    """For the tokens `ids` [B, N] after those of a call that returned `outputs`; mask: [B, P + N], positions: [B, N]."""
+    return [ids, mask, positions, *(outputs[o] for _, o in cache_pairs(program).values())]
+
+
+def random_inputs(
+    vocabulary: int, cache: Sequence[tuple[int, int, torch.dtype]], batch: int, new: int, past: int
+) -> list[Tensor]:
+    """For `new` random tokens below `vocabulary` after a random cache of `past`; the same for the same sizes. The first of
+    several rows is padded on the left, by a third. cache: heads, width and dtype of each of its tensors."""
+    generator = torch.Generator().manual_seed(batch * 10_007 + new * 101 + past)
+    ids = torch.randint(0, vocabulary, (batch, new), generator=generator)
+    mask = torch.ones(batch, past + new, dtype=torch.int64)
+    if batch > 1:
+        mask[0, : (past + new) // 3] = 0
+    filled = [torch.randn(batch, heads, past, width, generator=generator).to(dtype) for heads, width, dtype in cache]
+    return [ids, mask, positions_of(mask, new), *filled]
+
+
+def decoder_sample(program: Program, batch: int, new: int, past: int) -> list[Tensor]:
+    """`random_inputs` for a program."""
+    cache = [(t.shape[1], t.shape[3], t.dtype) for t in cache_types(program)]
+    return random_inputs(bound_of(program.placeholders[0]), cache, batch, new, past)
+
+
+def decoder_sample_after_itself(program: Program, batch: int, new: int, past: int) -> list[Tensor]:
+    """The same after a cache that the program itself has filled: what is always zero there is zero in it."""
+    ids, mask, positions, *cache = decoder_sample(program, batch, new, past)
+    if past == 0 or program.is_on_meta:
+        return [ids, mask, positions, *cache]
+    before = decoder_sample(program, batch, past, 0)
+    before[1:3] = mask[:, :past], positions_of(mask[:, :past], past)
+    with torch.no_grad():
+        outputs = program.module()(*before)
+    return next_inputs(program, outputs, ids, mask, positions)
+
+
+def written(program: Program, rows: int, length: int) -> Tensor:
+    """Texts that the program writes, token by token from one at random: [rows, length] int64."""
+    generator = torch.Generator().manual_seed(4321)
+    module, logits = program.module(), program.signature.outputs.index("logits")
+    texts = torch.randint(0, bound_of(program.placeholders[0]), (rows, 1), generator=generator)
+    inputs = decoder_inputs(program, texts)
+    with torch.no_grad():
+        while texts.shape[1] < length:
+            outputs = module(*inputs)
+            likely = outputs[logits][:, -1].float().softmax(-1)
+            # Of numbers that are not finite nothing can be drawn, and what they do is found elsewhere.
+            new = torch.multinomial(likely.nan_to_num(0.0).clamp(min=1e-30), 1, generator=generator)
+            texts = torch.cat([texts, new], 1)
+            mask = torch.ones_like(texts)
+            inputs = next_inputs(program, outputs, new, mask, positions_of(mask, 1))
+    return texts
+
+
+def for_both(tensors: list[Tensor], program: Program, original: Program) -> tuple[list[Tensor], list[Tensor]]:
+    """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
+    a past."""
+    caches = [[tuple(t.shape[1::2]) for t in cache_types(each)] for each in (program, original)]
+    if not is_causal_lm(original) or caches[0] == caches[1]:
+        return tensors, tensors
+    return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])
