@@ -17,6 +17,8 @@ from fxc_kernels.no_gradient import operator
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# The CUDA devices that have such products: 8.9 and newer.
+FP8_CAPABILITY = 89
 # A row whose largest magnitude is not above this counts as all zero: below it, 1/scale would overflow float32.
 ZERO_ROW = 1e-30
 

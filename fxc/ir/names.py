@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import fx
 
 from fxc.ir.call import Call
 from fxc.ir.program import Program
 
-# What fxc's operators call the constants that stand for a weight.
-_PARTS = ("qweight", "values", "meta", "scale", "zero")
-# What comes between a layer and a part where the layer has something of the part's name already.
-_BETWEEN = re.compile(r"\.(?:int8|int4|fp8|sparse24)(?:_\d+)?\Z")
+# Format -> its operators, each with its arguments that stand for a weight. The formats are in fxc.schemes, and say so here.
+_FORMATS: dict[str, dict[object, tuple[str, ...]]] = {}
+_NUMBER = re.compile(r"_\d+\Z")
+
+
+def register_format(name: str, operators: Iterable[object], parts: tuple[str, ...]) -> None:
+    """A format: its name comes between a layer and a part where the layer has something of the part's name already."""
+    _FORMATS[name] = dict.fromkeys(operators, parts)
+
+
+def unregister_format(name: str) -> None:
+    del _FORMATS[name]
 
 
 def layer_name(fqn: str) -> str:
@@ -25,7 +34,8 @@ def layer_of(reader: fx.Node, constant: str) -> str:
     of mlp.up.qweight or mlp.up.int8_2.values where that is what it is to the operator."""
     if constant not in parts_of(reader).values():
         return layer_name(constant)
-    return _BETWEEN.sub("", constant.rpartition(".")[0])
+    layer = constant.rpartition(".")[0]
+    return layer.rpartition(".")[0] if is_ambiguous(layer) else layer
 
 
 def weight_of(program: Program, reader: fx.Node) -> str | None:
@@ -35,14 +45,14 @@ def weight_of(program: Program, reader: fx.Node) -> str | None:
 
 
 def parts_of(node: fx.Node) -> dict[str, str]:
-    """The constants that stand for the weight of `node`, a call of one of fxc's operators, by what they are to it: qweight or
-    values, meta, scale, zero. {} for any other node."""
-    if getattr(node.target, "namespace", "") != "fxc":
-        return {}
-    given = {part: Call(node).get(part) for part in _PARTS}
+    """The constants that stand for the weight of `node`, a call of a format's operator, by what they are to it: qweight, scale,
+    ... {} for any other node."""
+    parts = next((operators[node.target] for operators in _FORMATS.values() if node.target in operators), ())
+    given = {part: Call(node).get(part) for part in parts}
     return {part: a.target for part, a in given.items() if isinstance(a, fx.Node) and a.op == "get_attr"}
 
 
 def is_ambiguous(layer: str) -> bool:
     """Whether the name of this layer ends like what comes between a layer and a part."""
-    return _BETWEEN.search(layer) is not None
+    before, _, last = layer.rpartition(".")
+    return bool(before) and _NUMBER.sub("", last) in _FORMATS

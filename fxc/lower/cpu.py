@@ -9,10 +9,13 @@ from torch import Tensor, fx, nn
 
 from fxc.errors import UsageError
 from fxc.ir.names import layer_name, layer_of
-from fxc.lower import choose, formats, packed, traced
+from fxc.lower import choose, packed, traced
 from fxc.lower.choose import Timing
 from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
+from fxc.schemes import int4, int8, int8_sparse24
+from fxc.schemes.scheme import LINEAR as _LINEAR
+from fxc.schemes.scheme import products_for, scheme_of
 from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
 # A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
@@ -20,10 +23,9 @@ SMALL_LAYER = 1 << 21
 # int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
 INT4_AS_INT8 = 0.02
 
-_INT8 = formats.INT8
-_WEIGHT_ONLY = formats.INT8_WEIGHT_ONLY
+_INT8 = int8.LINEAR
+_WEIGHT_ONLY = int8.WEIGHT_ONLY
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_LINEAR = torch.ops.aten.linear.default
 _ACTIVATIONS = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default)
 
 Measure = Callable[[int, int, torch.dtype], Timing]
@@ -88,7 +90,7 @@ class _Lowering:
     # groups
 
     def _groups(self) -> list[Group]:
-        return find_groups(self.graph, self.attributes, (_INT8, _WEIGHT_ONLY, *formats.NAMES))
+        return find_groups(self.graph, self.attributes, products_for(_LINEAR))
 
     def _lower_group(self, index: int, group: Group) -> None:
         dtype = group.dtype
@@ -111,15 +113,14 @@ class _Lowering:
     def _decide(self, group: Group, dtype: torch.dtype) -> tuple[str, int, str]:
         """(form, limit, reason). int8 is used above `limit` rows, and as weight-only up to `limit` rows."""
         rows, columns = sum(group.sizes), group.columns
-        kind = formats.NAMES.get(group.target)
-        if kind is not None and group.target is not formats.INT4:
-            return "dequantized", 0, f"dequantized: no CPU kernel for {kind}"
+        if group.target not in (_INT8, _WEIGHT_ONLY, int4.LINEAR):
+            return "dequantized", 0, f"dequantized: no CPU kernel for {scheme_of(group.target).label}"
         if not packed.int8_is_exact():
             return "dequantized", 0, "dequantized: int8 products saturate on this CPU, which has no VNNI"
         if dtype not in (torch.float32, torch.bfloat16):
             return "dequantized", 0, f"dequantized: no int8 product takes {dtype} to {dtype} on a CPU"
         keeps_activations, rounding = group.target is not _INT8, ""
-        if group.target is formats.INT4:
+        if group.target is int4.LINEAR:
             more = self._rounded(group)[2]
             if not more <= INT4_AS_INT8:
                 return "dequantized", 0, f"dequantized: as int8 the error of int4 would be {more:.1%} larger, by steps"
@@ -148,7 +149,7 @@ class _Lowering:
 
     def _int8_weight(self, group: Group) -> tuple[Tensor, Tensor]:
         """(int8 [N, K], scale [N]) of the group's layers: their own, or int4 ones rounded once more."""
-        if group.target is formats.INT4:
+        if group.target is int4.LINEAR:
             return self._rounded(group)[:2]
         return group.argument(1), group.argument(2)
 
@@ -215,7 +216,7 @@ class _Lowering:
 
     def _expand_sparse_int8(self) -> None:
         """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here."""
-        for node in self.graph.find_nodes(op="call_function", target=formats.INT8_SPARSE24):
+        for node in self.graph.find_nodes(op="call_function", target=int8_sparse24.LINEAR):
             x, qweight, meta, scale, bias = node.args
             name = layer_of(node, qweight.target)
             if name not in self.expanded:

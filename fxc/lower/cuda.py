@@ -16,26 +16,21 @@ from torch import Tensor, fx, nn
 from fxc.errors import UsageError
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
-from fxc.lower import formats
 from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
 from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
 from fxc.lower.inductor import CompiledGraph
+from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24
+from fxc.schemes.scheme import Product, product_of
 from fxc_kernels.cuda import dispatch, int4_linear
 from fxc_kernels.cuda.interleaved import interleave
-from fxc_kernels.cuda.scaled_mm import FP8_CAPABILITY
 from fxc_kernels.cuda.sparse24_prepacked import prepack
 from fxc_kernels.int8_linear import INT32_COLUMNS
 
 _OPS = torch.ops.fxc_cuda
-_SCHEMES = {
-    formats.INT8: "int8",
-    formats.INT8_WEIGHT_ONLY: "int8_weight_only",
-    formats.FP8: "fp8",
-    formats.FP8_WEIGHT_ONLY: "fp8_weight_only",
-    formats.INT4: "int4",
-    formats.SPARSE24: "sparse24",
-    formats.INT8_SPARSE24: "int8_sparse24",
-}
+# The operators that have a kernel.
+_OPERATORS = (
+    int8.LINEAR, int8.WEIGHT_ONLY, fp8.LINEAR, fp8.WEIGHT_ONLY, int4.LINEAR, sparse24.LINEAR, int8_sparse24.LINEAR,
+)  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -73,7 +68,7 @@ class _Lowering:
         self.report: list[LayerChoice] = []
 
     def run(self, backend: str) -> tuple[nn.Module, list[LayerChoice]]:
-        for index, group in enumerate(find_groups(self.graph, self.attributes, _SCHEMES)):
+        for index, group in enumerate(find_groups(self.graph, self.attributes, _OPERATORS)):
             self._lower_group(f"lowered.group{index}", group)
         fuse_norms(self.graph)
         if backend == "eager":  # Inductor fuses these itself, with what is around them
@@ -90,10 +85,9 @@ class _Lowering:
         return module, self.report
 
     def _lower_group(self, name: str, group: Group) -> None:
-        scheme = _SCHEMES[group.target]
-        if scheme == "int4":
-            scheme = f"int4_g{group.arguments[0][5]}"
-        why_not = self._why_not(group, scheme)
+        product = product_of(group.target)
+        scheme = product.name.format(**product.arguments(group.arguments[0]))
+        why_not = self._why_not(group, product)
         if why_not:
             self.report += group.choices("unchanged", why_not)
             return
@@ -137,19 +131,15 @@ class _Lowering:
         for node in (pair.result, activated, *group.nodes):
             self.graph.erase_node(node)
 
-    def _why_not(self, group: Group, scheme: str) -> str | None:
+    def _why_not(self, group: Group, product: Product) -> str | None:
         """Why no kernel takes this group. Raises UsageError where the chip has no such product at all."""
-        if scheme == "fp8" and self.capability < FP8_CAPABILITY:
-            raise UsageError(
-                f"this chip has no float8 products: compute capability {self.capability / 10:.1f}, and they need 8.9",
-                where=group.names[0],
-                hint="compile with fp8:mode=weight_only, which runs on any chip, or with int8",
-            )
+        if why_not := product.why_not(self.capability):
+            raise UsageError(why_not, where=group.names[0], hint=product.instead)
         if group.is_empty:
             return "the weight is empty"
         if group.dtype not in _DTYPES:
             return f"no kernel takes {group.dtype}"
-        if "int8" in scheme and scheme != "int8_weight_only" and group.columns > INT32_COLUMNS:
+        if product.activations is torch.int8 and group.columns > INT32_COLUMNS:
             return f"a row of {group.columns} does not fit the kernel"
         return None
 
@@ -177,33 +167,33 @@ class _Lowering:
         on_device = lambda position: _to(constants(position), self.device)  # noqa: E731
         target, call = group.target, self.graph.call_function
         bias = self._constant(name, "bias", bias)
-        if target in (formats.INT8_WEIGHT_ONLY, formats.FP8_WEIGHT_ONLY):
+        if target in (int8.WEIGHT_ONLY, fp8.WEIGHT_ONLY):
             weight = self._constant(name, "qweight", on_device(1))
             scale = self._constant(name, "scale", on_device(2))
             return call(_OPS.weight_only_linear.default, (group.x, weight, scale, bias, activation))
-        if target is formats.INT4:
+        if target is int4.LINEAR:
             group_size = group.arguments[0][5]
             weight = self._constant(name, "packed", int4_linear.prepack(on_device(1), group_size))
             scale, zero = (self._constant(name, what, on_device(at)) for what, at in (("scale", 2), ("zero", 3)))
             return call(_OPS.int4_linear.default, (group.x, weight, scale, zero, bias, group_size, activation))
-        if target is formats.FP8:
+        if target is fp8.LINEAR:
             weight = self._constant(name, "qweight", on_device(1))
             scale = self._constant(name, "scale", on_device(2))
             rows = self._quantized(group.x, _OPS.quantize_fp8.default, 2)
             return call(_OPS.fp8_mm.default, (*rows, weight, scale, bias, group.dtype, activation))
-        if target is formats.SPARSE24 and group.dtype == torch.float32:
+        if target is sparse24.LINEAR and group.dtype == torch.float32:
             values, meta = (self._constant(name, what, on_device(at)) for what, at in (("values", 1), ("meta", 2)))
             return call(_OPS.sparse24_linear_float32.default, (group.x, values, meta, bias, activation))
         outputs = sum(group.sizes)
-        if target is formats.SPARSE24:
+        if target is sparse24.LINEAR:
             weight = self._prepacked(name, on_device(1), on_device(2))
             return call(_OPS.sparse24_linear.default, (group.x, *weight, outputs, bias, activation))
         qweight = on_device(1)
         column_sum = self._constant(name, "column_sum", qweight.sum(dim=1, dtype=torch.int32))
-        scale = self._constant(name, "scale", on_device(2 if target is formats.INT8 else 3))
+        scale = self._constant(name, "scale", on_device(2 if target is int8.LINEAR else 3))
         rows = self._quantized(group.x, _OPS.quantize_int8.default, 3)
         rest = (scale, column_sum, bias, group.dtype, activation)
-        if target is formats.INT8:
+        if target is int8.LINEAR:
             return call(_OPS.int8_mm.default, (*rows, self._constant(name, "qweight", qweight), *rest))
         return call(_OPS.int8_sparse24_mm.default, (*rows, *self._prepacked(name, qweight, on_device(2)), outputs, *rest))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxc.ir.names import layer_of
-from fxc.lower import formats
+from fxc.schemes.scheme import product_of, scheme_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Group:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weights of all of them as numbers, [N, K]."""
-        return together([formats.dense_weight(self.target, args, dtype) for args in self.arguments])
+        scheme, product = scheme_of(self.target), product_of(self.target)
+        return together([scheme.dense(product.arguments(args)).to(dtype) for args in self.arguments])
 
     def choices(self, op: str, reason: str) -> list[LayerChoice]:
         if len(self.nodes) > 1:
@@ -81,10 +82,14 @@ def find_groups(
             continue
         if not all(a.op == "get_attr" for a in node.args[1:] if isinstance(a, fx.Node)):
             continue  # a bias that is computed: the operator itself can run that
-        # One kernel reads int4 weights of one layout.
-        layout = (node.args[3] is None, node.args[5]) if node.target is formats.INT4 else None
-        found.setdefault((node.args[0], node.target, layout), []).append(node)
+        found.setdefault((node.args[0], node.target, _layout(node)), []).append(node)
     return [_group(attributes, target, nodes) for (_, target, _), nodes in found.items()]
+
+
+def _layout(node: fx.Node) -> tuple:
+    """One kernel reads weights with the same parts and numbers, as the size of int4's groups."""
+    given = product_of(node.target).arguments(node.args)
+    return tuple(isinstance(a, fx.Node) or a for name, a in given.items() if name != "bias")
 
 
 def _group(attributes: Mapping[str, Tensor | nn.Module], target: object, nodes: list[fx.Node]) -> Group:
@@ -93,7 +98,7 @@ def _group(attributes: Mapping[str, Tensor | nn.Module], target: object, nodes: 
         for node in nodes
     ]
     sizes = [args[1].shape[0] for args in arguments]
-    biases = [formats.bias_of(target, args) for args in arguments]
+    biases = [product_of(target).arguments(args).get("bias") for args in arguments]
     bias = None
     if any(b is not None for b in biases):
         bias = torch.cat([torch.zeros(size) if b is None else b.float() for b, size in zip(biases, sizes)])

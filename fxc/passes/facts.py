@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 from torch._ops import OpOverload
@@ -9,6 +11,7 @@ from torch._ops import OpOverload
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Fact
+from fxc.schemes.scheme import Scheme, scheme_of
 
 aten = torch.ops.aten
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
@@ -68,17 +71,17 @@ def arguments(node: fx.Node) -> dict[str, object]:
 
 
 def packed_weight(node: fx.Node) -> str | None:
-    """The FQN of the packed weight that `node` multiplies by, if it is one of fxc's operators that do."""
-    parts = parts_of(node)
-    return parts.get("qweight") or parts.get("values")
+    """The FQN of the packed weight that `node` multiplies by, if it is one of a format's operators."""
+    scheme = scheme_of(node.target)
+    return scheme and parts_of(node).get(scheme.numbers)
 
 
-def _of_layers(name: str, part: str, said: str) -> Fact:
-    """No layer's weight is packed with a part of this kind; said: what such a weight is."""
+def _of_layers(name: str, is_so: Callable[[Scheme], bool], said: str) -> Fact:
+    """No layer's weight is packed in a format that is so; said: what such a weight is."""
 
     def broken(program: Program) -> dict[str, str]:
-        packed = {node: packed_weight(node) for node in program.graph.nodes if part in parts_of(node)}
-        return {layer_of(node, fqn): f"{fqn} is a {said} weight" for node, fqn in packed.items()}
+        packed = {node: packed_weight(node) for node in program.graph.nodes if (s := scheme_of(node.target)) and is_so(s)}
+        return {layer_of(node, fqn): f"{fqn} is a {said} weight" for node, fqn in packed.items() if fqn}
 
     return Fact(name, lambda program: next(iter(broken(program).values()), None), broken)
 
@@ -86,8 +89,8 @@ def _of_layers(name: str, part: str, said: str) -> Fact:
 CANONICAL = Fact("canonical", _not_canonical)
 """A product with a constant matrix, other uses of which do not stand in the way (`factor`), is an `aten.linear`."""
 
-FLOAT_WEIGHTS = _of_layers("float_weights", "qweight", "quantized")
+FLOAT_WEIGHTS = _of_layers("float_weights", lambda scheme: scheme.is_quantized, "quantized")
 """The numbers of every weight are still the model's floating-point ones, so that it can be pruned or quantized."""
 
-DENSE_WEIGHTS = _of_layers("dense_weights", "meta", "2:4 sparse")
+DENSE_WEIGHTS = _of_layers("dense_weights", lambda scheme: scheme.is_sparse, "2:4 sparse")
 """No weight is packed as 2:4, which leaves numbers out: every weight that is not quantized has its own shape."""

@@ -1,7 +1,7 @@
-"""Weight formats, one file each: pack, unpack, and the operator that reads it."""
+"""Weight formats, one file each. Every module of this package that registers a `Scheme` adds its format by being here."""
 
-import fxc_kernels.fp8_linear
-import fxc_kernels.grouped_linear
-import fxc_kernels.int4_linear
-import fxc_kernels.int8_linear
-import fxc_kernels.sparse24_linear  # noqa: F401 - importing a kernel registers its operators
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from fxc.schemes.checks import check_weight
-from fxc_kernels.fp8_linear import FP8, dequantize, round_to_fp8, row_scales
+from fxc.schemes.scheme import Product, Scheme, register
+from fxc_kernels.fp8_linear import FP8, FP8_CAPABILITY, dequantize, round_to_fp8, row_scales
 
-__all__ = ["dequantize", "pack", "quantize_weight", "unpack"]
+__all__ = ["LINEAR", "SCHEME", "WEIGHT_ONLY", "dequantize", "pack", "quantize_weight", "unpack"]
+
+LINEAR = torch.ops.fxc.fp8_linear.default
+WEIGHT_ONLY = torch.ops.fxc.fp8_weight_only_linear.default
 
 
 def pack(values: Tensor) -> Tensor:
@@ -45,3 +49,31 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = weight.detach().float()
     scale = row_scales(values)
     return round_to_fp8(values / scale), scale.squeeze(1)
+
+
+def _why_not(capability: int) -> str | None:
+    if capability >= FP8_CAPABILITY:
+        return None
+    return f"this chip has no float8 products: compute capability {capability / 10:.1f}, and they need {FP8_CAPABILITY / 10}"
+
+
+SCHEME = register(
+    Scheme(
+        name="fp8",
+        label="fp8",
+        parts={"qweight": None, "scale": "scales"},
+        products=(
+            Product(
+                LINEAR,
+                "fp8",
+                "fp8 linear",
+                activations=FP8,
+                why_not=_why_not,
+                instead="compile with fp8:mode=weight_only, which runs on any chip, or with int8",
+            ),
+            Product(WEIGHT_ONLY, "fp8_weight_only", "fp8 linear"),
+        ),
+        quantize=quantize_weight,
+        dequantize=dequantize,
+    )
+)

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from fxc.errors import InputRefused
 from fxc.schemes.checks import check_weight
+from fxc.schemes.scheme import Product, Scheme, register
 from fxc_kernels.int4_linear import BITS, GROUPS, LARGEST, MIDDLE, dequantize, unpack
 
-__all__ = ["GROUPS", "dequantize", "pack", "quantize_weight", "unpack"]
+__all__ = ["GROUPS", "LINEAR", "SCHEME", "dequantize", "pack", "quantize_weight", "unpack"]
+
+LINEAR = torch.ops.fxc.int4_weight_only_linear.default
 
 # A group whose range is not above this counts as all zero: below it, 1/scale would overflow float32.
 ZERO_GROUP = 1e-30
@@ -91,3 +94,20 @@ def _rounded(values: Tensor, share: float, symmetric: bool, kept: torch.dtype) -
 def _scale(span: Tensor, scale: Tensor, kept: torch.dtype) -> Tensor:
     """`scale` as the dtype `kept` holds it, in float32; 1 where the group is zero."""
     return torch.where(span <= ZERO_GROUP, 1.0, scale).to(kept).float()
+
+
+def _dense(qweight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return dequantize(qweight, scale, zero, 2 * qweight.shape[1] // scale.shape[1])
+
+
+SCHEME = register(
+    Scheme(
+        name="int4",
+        label="int4",
+        parts={"qweight": None, "scale": "scales", "zero": "zero points"},
+        products=(Product(LINEAR, "int4_g{group}", "int4 linear"),),
+        quantize=quantize_weight,
+        dequantize=_dense,
+        options=("group", "symmetric"),
+    )
+)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from fxc.errors import InputRefused
+from fxc.schemes.ops import GROUPED_LINEAR
+from fxc.schemes.scheme import Product, Scheme, register
+from fxc_kernels import grouped_linear  # noqa: F401 - registers its operators
 from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
+
+LINEAR = torch.ops.fxc.int8_linear.default
+WEIGHT_ONLY = torch.ops.fxc.int8_weight_only_linear.default
+GROUPED = torch.ops.fxc.int8_grouped_linear.default
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +42,22 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scale[:, None]).round_().to(torch.int8), scale
 
 
-def dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """qweight int8 [N, K] times scale float32 [N], computed in float32, as `dtype` [N, K]."""
-    return (qweight.float() * scale[:, None]).to(dtype)
+def dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
+    """qweight int8 [N, K] times scale float32 [N], float32 [N, K]."""
+    return qweight.float() * scale[:, None]
+
+
+SCHEME = register(
+    Scheme(
+        name="int8",
+        label="int8",
+        parts={"qweight": None, "scale": "scales"},
+        products=(
+            Product(LINEAR, "int8", "int8 linear", activations=torch.int8),
+            Product(WEIGHT_ONLY, "int8_weight_only", "int8 linear"),
+            Product(GROUPED, "int8_grouped", "int8 experts", layer=GROUPED_LINEAR, activations=torch.int8),
+        ),
+        quantize=quantize_weight,
+        dequantize=dequantize,
+    )
+)

@@ -18,9 +18,3 @@ FP8_LINEAR = torch.ops.fxc.fp8_linear.default
 FP8_WEIGHT_ONLY_LINEAR = torch.ops.fxc.fp8_weight_only_linear.default
 SPARSE24_LINEAR = torch.ops.fxc.sparse24_linear.default
 INT8_SPARSE24_LINEAR = torch.ops.fxc.int8_sparse24_linear.default
-
-QUANTIZED = frozenset({
-    INT8_LINEAR, INT8_WEIGHT_ONLY_LINEAR, INT8_GROUPED_LINEAR, INT4_WEIGHT_ONLY_LINEAR, FP8_LINEAR, FP8_WEIGHT_ONLY_LINEAR,
-    INT8_SPARSE24_LINEAR,
-})  # fmt: skip
-"""Those whose weights are not floating-point numbers as the model has them: they do not compute in float64."""

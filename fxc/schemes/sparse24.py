@@ -20,9 +20,12 @@ from torch import Tensor
 
 from fxc.errors import InputRefused
 from fxc.schemes.checks import check_weight
+from fxc.schemes.scheme import Product, Scheme, register
 from fxc_kernels.sparse24_linear import BYTE, unpack, unpack_positions
 
-__all__ = ["BYTE", "mask_by_magnitude", "pack", "unpack", "unpack_positions"]
+__all__ = ["BYTE", "LINEAR", "SCHEME", "mask_by_magnitude", "pack", "unpack", "unpack_positions"]
+
+LINEAR = torch.ops.fxc.sparse24_linear.default
 
 
 def pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,3 +66,17 @@ def _check_rows(matrix: Tensor) -> None:
             "2:4 needs a matrix with rows of a multiple of 8",
             why=f"this one is {list(matrix.shape)}; groups are of four, and a byte holds the positions of two groups",
         )
+
+
+SCHEME = register(
+    Scheme(
+        name="sparse24",
+        label="2:4 sparse",
+        parts={"values": None, "meta": "2:4 places"},
+        products=(Product(LINEAR, "sparse24", "2:4 linear"),),
+        quantize=lambda weight: pack(mask_by_magnitude(weight)),
+        dequantize=unpack,
+        is_quantized=False,
+        is_sparse=True,
+    )
+)

@@ -12,7 +12,7 @@ from fxc.ir.infer import fake_constant, fake_mode_of, infer
 from fxc.ir.names import layer_of, weight_of
 from fxc.ir.observe import Watch, observe, values_at
 from fxc.ir.program import Program
-from fxc.schemes.ops import QUANTIZED
+from fxc.schemes.scheme import scheme_of
 
 _PROMOTED = {
     **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
@@ -30,7 +30,7 @@ def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def in_float64(program: Program, *, typed: bool = False) -> Program | None:
     """A copy that computes everything in float64, its casts promoted too; None when it would be too large or when one of
     its operators has no such form. typed: infer its types anew, so that passes can run on it."""
-    if any(node.target in QUANTIZED for node in program.graph.nodes):
+    if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
     if 8 * program.numel() > _FLOAT64_LIMIT:
         return None

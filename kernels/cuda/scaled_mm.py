@@ -33,10 +33,10 @@ from fxc_kernels.cuda.tile import (
     reduce_parts_kernel,
     swizzled_tile,
 )
+from fxc_kernels.fp8_linear import FP8_CAPABILITY
 
 # Up to this K, the sums of int8 products and their correction stay within int32 (fxc_kernels.int8_linear).
 INT32_COLUMNS = (2**31 - 1) // (255 * 128)
-FP8_CAPABILITY = 89
 SKINNY_ROWS = 64
 # Chosen from the literature for Hopper and Ampere, compiled without spills; not yet measured by this project.
 CONFIGS = {
