@@ -17,13 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, Form, PackLinears, bias_of
-from fxc.schemes import fp8 as scheme
-from fxc.schemes import ops
+from fxc.passes.linears import LINEAR, PackLinears
+from fxc.schemes import fp8
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,11 @@ class Fp8(PackLinears):
     name: ClassVar[str] = "fp8"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
+    scheme: ClassVar = fp8.SCHEME
     # Three bits of mantissa: a layer moves by about a twenty-fifth.
     limits: ClassVar[tuple[float, float]] = (0.3, 0.15)
 
-    def declines(self, node: fx.Node, weight: Tensor) -> str | None:
-        return "there is no fp8 form of the experts of a mixture: int8 has one" if node.target is GROUPED else None
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return dict(zip(("qweight", "scale"), scheme.quantize_weight(weight), strict=True))
-
-    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
-        operator = ops.FP8_LINEAR if self.mode == "dynamic" else ops.FP8_WEIGHT_ONLY_LINEAR
-        return operator, (node.args[0], parts["qweight"], parts["scale"], bias_of(node))
+    def operator(self, layer: OpOverload) -> OpOverload | None:
+        if layer is not LINEAR:
+            return None
+        return fp8.LINEAR if self.mode == "dynamic" else fp8.WEIGHT_ONLY

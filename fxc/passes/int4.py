@@ -22,9 +22,8 @@ from torch import Tensor, fx
 from fxc.errors import UsageError
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, Form, PackLinears, bias_of
-from fxc.schemes import int4 as scheme
-from fxc.schemes import ops
+from fxc.passes.linears import PackLinears
+from fxc.schemes import int4
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,21 @@ class Int4(PackLinears):
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
+    scheme: ClassVar = int4.SCHEME
     # A layer moves by about a tenth; what wrongly packed weights would do is far above both.
     limits: ClassVar[tuple[float, float]] = (0.5, 0.3)
 
     def __post_init__(self) -> None:
-        if self.group not in scheme.GROUPS:
-            sizes = ", ".join(map(str, scheme.GROUPS))
+        if self.group not in int4.GROUPS:
+            sizes = ", ".join(map(str, int4.GROUPS))
             raise UsageError(f"group={self.group} is not a size of groups", where="int4", hint=f"one of {sizes}")
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
-        if node.target is GROUPED:
-            return "there is no int4 form of the experts of a mixture: int8 has one"
+        if reason := super().declines(node, weight):
+            return reason
         columns = weight.shape[-1]
         if columns % self.group == 0:
             return None
-        fits = [group for group in scheme.GROUPS if columns % group == 0]
+        fits = [group for group in int4.GROUPS if columns % group == 0]
         what_to_do = f"use int4:group={fits[-1]}" if fits else "no size of groups does: leave it, or use int8"
         return f"group={self.group} does not divide its rows of {columns}: {what_to_do}"
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        qweight, scale, zero = scheme.quantize_weight(weight, self.group, self.symmetric)
-        return {"qweight": qweight, "scale": scale} | ({} if zero is None else {"zero": zero})
-
-    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
-        args = (node.args[0], parts["qweight"], parts["scale"], parts.get("zero"), bias_of(node), self.group)
-        return ops.INT4_WEIGHT_ONLY_LINEAR, args

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, LINEAR, SPARSE, Form, PackLinears, bias_of
-from fxc.schemes import int8 as scheme
-from fxc.schemes import ops
+from fxc.passes.linears import GROUPED, LINEAR, PackLinears
+from fxc.schemes import int8, int8_sparse24, sparse24
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,19 @@ class Int8(PackLinears):
     name: ClassVar[str] = "int8"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
-    layers: ClassVar = (LINEAR, GROUPED, SPARSE)
+    scheme: ClassVar = int8.SCHEME
+    layers: ClassVar = (LINEAR, GROUPED, sparse24.LINEAR)
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         if self.mode == "weight_only" and node.target is GROUPED:
             return "experts have no weight-only form: use mode=dynamic"
-        if self.mode == "weight_only" and node.target is SPARSE:
+        if self.mode == "weight_only" and node.target is sparse24.LINEAR:
             return "2:4 sparse layers have no weight-only form: use mode=dynamic"
         return None
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return dict(zip(("qweight", "scale"), scheme.quantize_weight(weight), strict=True))
-
-    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
-        x, qweight, scale = node.args[0], parts["qweight"], parts["scale"]
-        if node.target is GROUPED:
-            return ops.INT8_GROUPED_LINEAR, (x, qweight, scale, node.args[2])
-        if node.target is SPARSE:
-            return ops.INT8_SPARSE24_LINEAR, (x, qweight, node.args[2], scale, bias_of(node))
-        operator = ops.INT8_LINEAR if self.mode == "dynamic" else ops.INT8_WEIGHT_ONLY_LINEAR
-        return operator, (x, qweight, scale, bias_of(node))
+    def operator(self, layer: OpOverload) -> OpOverload:
+        if layer is sparse24.LINEAR:
+            return int8_sparse24.LINEAR
+        if layer is GROUPED:
+            return int8.GROUPED
+        return int8.LINEAR if self.mode == "dynamic" else int8.WEIGHT_ONLY

@@ -1,6 +1,6 @@
 """What the passes share that pack the weights of linear layers: which layers, why not, packing once, rewriting.
 
-A subclass says how a weight is packed (`pack`), which call reads the parts (`form`), and what else it declines (`declines`).
+A subclass says which format it packs to (`scheme`), by which of its operators (`operator`), and what else it declines.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -20,11 +20,9 @@ from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result
 from fxc.passes.facts import arguments, packed_weight
-from fxc.schemes import ops
+from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
+from fxc.schemes.scheme import LINEAR, Scheme, scheme_of
 
-LINEAR = torch.ops.aten.linear.default
-GROUPED = ops.GROUPED_LINEAR
-SPARSE = ops.SPARSE24_LINEAR
 MIN_OUTPUTS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,31 +39,28 @@ _KINDS = {
     "einsum": "multiplied by something else than a linear layer",
 }  # fmt: skip
 
-Form = tuple[OpOverload, tuple]
-"""An operator and its arguments."""
-
 
 @dataclass(frozen=True)
 class PackLinears(Pass):
-    """Base of the passes that replace the float weights of linear layers by packed ones."""
+    """Base of the passes that replace the float weights of linear layers by packed ones. Options that are called like those of
+    the format are given to it."""
 
     is_policy: ClassVar[bool] = True
+    scheme: ClassVar[Scheme]
     only: str = field(default="", kw_only=True)
     """Patterns of the layers to pack, separated by ";", globs or "re:..." regular expressions; all where there is none."""
 
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
     """The operators it looks at. The second argument of each is the weight, which ends in rows of K numbers."""
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """weight [N, K] -> the parts that stand for it, by the last part of their names; the first dimension of each is N."""
-        raise NotImplementedError
-
-    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
-        """What replaces `node`, when the parts of its weight are read as `parts`."""
-        raise NotImplementedError
+    def operator(self, layer: OpOverload) -> OpOverload | None:
+        """What stands for `layer`, one of `layers`, when its weight is packed; None where nothing does."""
+        return next((product.operator for product in self.scheme.products if product.layer is layer), None)
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         """Why this pass has no form for `node` and its weight, with what to do, or None."""
+        if self.operator(node.target) is None:
+            return f"there is no {self.scheme.label} form of the experts of a mixture: int8 has one"
         return None
 
     def limited_to(self) -> tuple[str, ...]:
@@ -88,12 +83,14 @@ class PackLinears(Pass):
                 continue
             weight = node.args[1].target
             if weight not in packed:
-                # What sparse24 packed it has counted.
-                result.covered_bytes += 0 if node.target is SPARSE else _nbytes(program.constants[weight])
+                # What is packed already was counted by the pass that packed it.
+                result.covered_bytes += 0 if scheme_of(node.target) else _nbytes(program.constants[weight])
                 packed[weight] = self._replace(program, weight, node)
             parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
-            target, args = self.form(node, parts)
-            call(program, target, args, replacing=node, by=self.name)
+            operator = self.operator(node.target)
+            given = {**arguments(node), **self._options(), **parts, "x": node.args[0]}
+            args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
+            call(program, operator, args, replacing=node, by=self.name)
             result.changed += 1
         sweep(program)
         for name, tensor in program.constants.items():
@@ -138,7 +135,7 @@ class PackLinears(Pass):
             return reason
         if tensor.shape[-2] < MIN_OUTPUTS:
             return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
-        if sum(map(_nbytes, self._planned(tensor).values())) >= _nbytes(tensor):
+        if sum(map(_nbytes, self.scheme.planned(tensor, **self._options()).values())) >= _nbytes(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
@@ -149,7 +146,10 @@ class PackLinears(Pass):
 
     def _replace(self, program: Program, weight: str, before: fx.Node) -> dict[str, str]:
         """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
-        parts = self._packed(program.constants[weight], weight)
+        try:
+            parts = self.scheme.pack(program.constants[weight], **self._options())
+        except InputRefused as error:
+            raise InputRefused(error.what, where=error.where or weight, why=error.why, hint=error.hint) from None
         base = _name(before)
         names = {part: self._free_name(program, weight, base, part) for part in parts}
         for part, name in names.items():
@@ -163,32 +163,14 @@ class PackLinears(Pass):
         prefixes = itertools.chain([] if is_ambiguous(base) else [base], [own], (f"{own}_{n}" for n in itertools.count(2)))
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
 
-    def _packed(self, weight: Tensor, fqn: str) -> dict[str, Tensor]:
-        """The parts of a weight [..., N, K]; on meta where the weight is."""
-        if weight.is_meta:
-            return self._planned(weight)
-        try:
-            parts = self.pack(weight.reshape(-1, weight.shape[-1]))
-        except InputRefused as error:
-            raise InputRefused(error.what, where=error.where or fqn, why=error.why, hint=error.hint) from None
-        return {part: t.reshape(*weight.shape[:-1], *t.shape[1:]) for part, t in parts.items()}
-
-    def _planned(self, weight: Tensor) -> dict[str, Tensor]:
-        """The parts of a weight [..., N, K] on meta, from those of a single row of zeros."""
-        parts = self.pack(torch.zeros(1, weight.shape[-1], dtype=weight.dtype))
-        lead = weight.shape[:-1]
-        return {part: torch.empty(*lead, *t.shape[1:], dtype=t.dtype, device="meta") for part, t in parts.items()}
+    def _options(self) -> dict[str, Any]:
+        return {option: getattr(self, option) for option in self.scheme.options}
 
 
 def _name(node: fx.Node) -> str:
     """What a user calls the layer."""
     weight = node.args[1]
     return layer_of(node, weight.target) if weight.op == "get_attr" else node.meta.get("fqn") or str(node)
-
-
-def bias_of(node: fx.Node) -> fx.Node | None:
-    """The bias of a linear layer."""
-    return arguments(node).get("bias")
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -21,9 +21,8 @@ from torch import Tensor, fx
 
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, Form, PackLinears, bias_of
-from fxc.schemes import ops
-from fxc.schemes import sparse24 as scheme
+from fxc.passes.linears import GROUPED, PackLinears
+from fxc.schemes import sparse24
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Sparse24(PackLinears):
     name: ClassVar[str] = "sparse24"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
+    scheme: ClassVar = sparse24.SCHEME
     # Half of the weights go, by magnitude alone: it is measured, reported, and limited only by --budget.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 
@@ -44,15 +44,9 @@ class Sparse24(PackLinears):
         if node.target is GROUPED:
             return "there is no 2:4 form of the experts of a mixture: int8 has a dense one"
         columns = weight.shape[-1]
-        if columns % scheme.BYTE == 0:
+        if columns % sparse24.BYTE == 0:
             return None
         rule = f"its rows of {columns} are not a multiple of 4, and 2:4 is of four neighbours"
         if columns % 4 == 0:
             rule = f"its rows of {columns} are not a multiple of 8, and a byte holds the places of two groups of four"
         return f"{rule}: leave it, or prune with round_to=8 where prune made the rows"
-
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return dict(zip(("values", "meta"), scheme.pack(scheme.mask_by_magnitude(weight)), strict=True))
-
-    def form(self, node: fx.Node, parts: dict[str, fx.Node]) -> Form:
-        return ops.SPARSE24_LINEAR, (node.args[0], parts["values"], parts["meta"], bias_of(node))
