@@ -13,7 +13,9 @@ WORKS = Version(triton.__version__) >= Version("3.7") or Version(numpy.__version
 needs_interpreter = pytest.mark.skipif(not WORKS, reason="this Triton's interpreter and this NumPy do not go together")
 
 
-def checks_of(script: Path) -> list[str]:
-    """The names of the script's functions check_NAME, which it runs by NAME."""
+def in_parts(script: Path, parts: int) -> list[list[str]]:
+    """The names of the script's functions check_NAME, which it runs by NAME, in some parts for as many processes: each of
+    those begins with importing torch and Triton."""
     functions = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return [node.name.removeprefix("check_") for node in functions if node.name.startswith("check_")]
+    names = [node.name.removeprefix("check_") for node in functions if node.name.startswith("check_")]
+    return [names[part::parts] for part in range(parts)]

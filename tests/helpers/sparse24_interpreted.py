@@ -1,4 +1,4 @@
-"""The kernels for prepacked 2:4 weights against their references, mma.sp emulated: python sparse24_interpreted.py NAME.
+"""The kernels for prepacked 2:4 weights against their references, mma.sp emulated: python sparse24_interpreted.py NAME...
 
 A script for the reason that triton_interpreted.py is one, whose tolerances hold here too. The kernel that runs is the
 shipped one, with its addresses, masks, loop and epilogue; only the instruction is mma_emulation.py's.
@@ -259,4 +259,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
     mma_emulation.install()
-    CHECKS[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        CHECKS[name]()

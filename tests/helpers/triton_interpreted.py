@@ -1,4 +1,4 @@
-"""Every Triton kernel against its reference in Triton's interpreter: python tests/helpers/triton_interpreted.py NAME.
+"""Every Triton kernel against its reference in Triton's interpreter: python tests/helpers/triton_interpreted.py NAME...
 
 A script, because the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, and for the whole process.
 Each check goes over odd shapes and dtypes, and then has to fail for a mutation of what the kernel was given.
@@ -432,4 +432,5 @@ if __name__ == "__main__":
     # NumPy warns of the NaN and Inf that some rows hold on purpose.
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
-    CHECKS[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        CHECKS[name]()

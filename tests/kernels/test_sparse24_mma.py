@@ -20,13 +20,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 triton_build = pytest.importorskip("benchmarks.triton_build", reason="no Triton on this platform")
 import triton  # noqa: E402
-from interpreter import checks_of, needs_interpreter  # noqa: E402
+from builds import each_once  # noqa: E402
+from interpreter import in_parts, needs_interpreter  # noqa: E402
 
 from fxc_kernels.cuda import sparse24_mma, sparse24_prepacked_linear  # noqa: E402
 from fxc_kernels.cuda.tile import Config, choose  # noqa: E402
 
 SCRIPT = REPO / "tests" / "helpers" / "sparse24_interpreted.py"
-CHECKS = checks_of(SCRIPT)
 # test_triton_kernels.py compiles the others too: float16 and products in parts, which differ in types and epilogue.
 SHIPPED = [
     (chip, build)
@@ -43,9 +43,9 @@ def weight(outputs, columns, dtype):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_kernels_follow_their_references(check):
-    done = subprocess.run([sys.executable, SCRIPT, check], capture_output=True, text=True)
+@pytest.mark.parametrize("checks", in_parts(SCRIPT, 2), ids=" ".join)
+def test_the_kernels_follow_their_references(checks):
+    done = subprocess.run([sys.executable, SCRIPT, *checks], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -141,7 +141,7 @@ def test_a_table_has_a_configuration_for_every_number_of_rows():
             sparse24_mma.check_config(choose(table, 90, rows))
 
 
-@pytest.mark.parametrize(("chip", "build"), SHIPPED, ids=[f"sm_{chip} {build.name}" for chip, build in SHIPPED])
+@pytest.mark.parametrize(("chip", "build"), each_once(SHIPPED))
 def test_the_machine_code_is_what_was_meant(chip, build, tmp_path):
     made = triton_build.compiled(build, chip)
     check_one_number_a_thread(made.asm["ttgir"], build.warps)

@@ -18,30 +18,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 triton_build = pytest.importorskip("benchmarks.triton_build", reason="no Triton on this platform")
-from interpreter import checks_of, needs_interpreter  # noqa: E402
+from builds import each_once  # noqa: E402
+from interpreter import in_parts, needs_interpreter  # noqa: E402
 
 from fxc_kernels.cuda import int4_linear, interleaved, scaled_mm, weight_only  # noqa: E402
 from fxc_kernels.cuda.tile import Config, choose, output_columns  # noqa: E402
 
 SCRIPT = REPO / "tests" / "helpers" / "triton_interpreted.py"
-CHECKS = checks_of(SCRIPT)
 SHIPPED = [(chip, build) for chip in (80, 90) for build in triton_build.builds(chip)]
 # sm_89 runs what sm_80 runs, and its own float8 products.
 FLOAT8 = [(89, build) for build in scaled_mm.builds(89) if build.name.startswith("fp8 ")]
 NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
-
-
 @needs_interpreter
-@pytest.mark.parametrize("check", CHECKS)
-def test_kernels_follow_their_references(check):
+@pytest.mark.parametrize("checks", in_parts(SCRIPT, 4), ids=" ".join)
+def test_kernels_follow_their_references(checks):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, check], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, SCRIPT, *checks], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("chip", "build"), SHIPPED + FLOAT8, ids=NAMES + [f"sm_89 {build.name}" for _, build in FLOAT8])
+@pytest.mark.parametrize(("chip", "build"), each_once(SHIPPED + FLOAT8))
 def test_a_shipped_configuration_compiles_well(chip, build):
     made = triton_build.compile_for(build, chip)
     assert made.spilled == 0
@@ -97,6 +95,7 @@ def _variants(build):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chip", "build"), REPRESENTATIVES, ids=KERNELS)
 def test_a_kernel_compiles_well_in_every_variant(chip, build):
     for name, variant in _variants(build).items():
@@ -106,6 +105,7 @@ def test_a_kernel_compiles_well_in_every_variant(chip, build):
         assert made.wide > 0 or name == "fp32", (name, made)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chip", "build"), OLDEST.values(), ids=[kernel.__name__ for kernel in OLDEST])
 def test_a_kernel_compiles_for_unaligned_and_smallest_sizes(chip, build):
     """Without alignment, numbers are loaded and stored one by one, and registers may spill. A size of 1 is a constant to
@@ -121,6 +121,7 @@ def test_a_kernel_compiles_for_unaligned_and_smallest_sizes(chip, build):
 TAILED = [build for chip, build in SHIPPED if chip == 90 and build.name.startswith("fp8 ") and "WHOLE_K" in build.arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", TAILED, ids=[build.name for build in TAILED])
 def test_float8_kernels_compile_with_a_tail_of_k(build):
     assert triton_build.compile_for(_changed(build, {"WHOLE_K": False}), 90).spilled == 0
