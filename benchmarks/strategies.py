@@ -22,6 +22,7 @@ from benchmarks import table
 from benchmarks.output import RESULTS, note, quiet, write
 from benchmarks.python_source import python_source
 from benchmarks.workloads import PYLM
+from fxc.data.text import encode, tokenizer_of
 from fxc.kernel_bench.files import slug
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench, evaluate
@@ -38,7 +39,7 @@ WINDOWS = 200
 
 def measure(strategies: tuple[str, ...], backend: str, windows: int, rounds: int) -> list[dict]:
     """One row for the model as it comes (transformers, eager), for it compiled and not compressed, and for each strategy."""
-    tokens = evaluate.encode(evaluate.tokenizer_of(PYLM), (PYLM / "heldout.txt").read_text(encoding="utf-8"))
+    tokens = encode(tokenizer_of(PYLM), (PYLM / "heldout.txt").read_text(encoding="utf-8"))
     names, entries, sizes = ["as it comes", "not compressed"], bench.contenders(str(PYLM), backend=backend), [on_disk(PYLM)] * 2
     if len(entries) == 1:
         names, sizes = names[:1], sizes[:1]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import fxc
+from fxc.data.text import encode, tokenizer_of
 from fxc.errors import FxcError, UsageError
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench, evaluate
@@ -39,7 +40,7 @@ def main(model: Path, out: Path, output: Output) -> None:
 
     original = load_source(str(model))
     text = (model / "heldout.txt").read_text(encoding="utf-8")
-    tokens = evaluate.encode(evaluate.tokenizer_of(model), text)
+    tokens = encode(tokenizer_of(model), text)
     losses = [
         evaluate.perplexity(m, tokens, limit=WINDOWS, track=lambda items, w=which: output.track(items, f"perplexity, {w}"))
         for m, which in ((original.model, "original"), (packed, "int8"))

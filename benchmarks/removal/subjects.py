@@ -17,6 +17,7 @@ from benchmarks.timing import Call
 from benchmarks.workloads import CONTEXT, PYLM, Decoder, Encoder
 from fxc.captured import Captured, capture_source
 from fxc.data.decoder import decoder_sample
+from fxc.data.text import encode, tokenizer_of
 from fxc.ir.binding import bind
 from fxc.ir.program import Program
 from fxc.measure import evaluate
@@ -104,7 +105,7 @@ class PyLM(Subject):
     @cached_property
     def tokens(self) -> Tensor:
         text = (PYLM / "heldout.txt").read_text(encoding="utf-8")
-        return evaluate.encode(evaluate.tokenizer_of(PYLM), text)
+        return encode(tokenizer_of(PYLM), text)
 
     def calibration(self, scratch: Path) -> Path:
         path = scratch / "python.txt"

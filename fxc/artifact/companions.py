@@ -9,14 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fxc.data.text import VOCABULARIES
 from fxc.errors import InputRefused, UsageError, first_line
 from fxc.safety import check_contained, check_json_size, read_json, safetensors_header
 
-# Without one of these transformers makes an empty tokenizer of some kinds.
-VOCABULARIES = (
-    "tokenizer.json", "tokenizer.model*", "vocab*.json", "vocab*.txt", "*_vocab.json", "spiece.model", "sentencepiece*.model",
-    "*.spm", "spm*.model", "*.tiktoken", "tekken.json", "*.tokenizer", "bpe.codes", "dict.txt",
-)  # fmt: skip
 TOKENIZER = (
     *VOCABULARIES, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "merges*.txt", "normalizer.json",
     "emoji.json", "byte_maps.json", "word_shape.json", "word_pronunciation.json", "chat_template*",

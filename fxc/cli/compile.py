@@ -18,6 +18,7 @@ from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compiler import compile_captured
 from fxc.data.calibration import check_data
+from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
@@ -219,7 +220,7 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     """The tokens of the evaluation text, by the source's tokenizer."""
     if not is_causal_lm(captured.program):
         raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
-    return quality.encode(quality.tokenizer_of(captured.folder), text)
+    return encode(tokenizer_of(captured.folder), text)
 
 
 def _measure(

@@ -10,6 +10,8 @@ from typing import Any
 import fxc
 from fxc.captured import capture_source
 from fxc.cli.sources import read_text
+from fxc.data.comparison import inputs_for
+from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm
 from fxc.measure import evaluate as quality
@@ -76,7 +78,7 @@ def _perplexity_of(request: EvalRequest, text: str, output: Output) -> dict[str,
 
 
 def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str, output: Output) -> quality.Perplexity:
-    tokens = quality.encode(quality.tokenizer_of(folder), text)
+    tokens = encode(tokenizer_of(folder), text)
     return quality.perplexity(
         model, tokens, request.window, limit=request.windows, track=lambda items: output.track(items, "perplexity")
     )
@@ -85,8 +87,8 @@ def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str
 def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dict[str, Any]:
     (model, folder), (original, other) = (_as_program(request, source, output) for source in (request.model, request.against))
     causal = is_causal_lm(original.program)
-    tokenizer = quality.tokenizer_of(other or folder) if text is not None else None
-    inputs, of = quality.inputs_for(original.program, tokenizer, text, request.window, request.windows)
+    tokenizer = tokenizer_of(other or folder) if text is not None else None
+    inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
     found = quality.agreement(model, original, inputs, track=lambda items: output.track(items, "comparing outputs"))
     with output.doing("comparing layers"):
         layers = quality.layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])

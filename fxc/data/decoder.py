@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxc.data.tables import bound_of
-from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, is_causal_lm, positions_of
+from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, positions_of
 from fxc.ir.program import Program
 
 
@@ -73,12 +73,3 @@ def written(program: Program, rows: int, length: int) -> Tensor:
             mask = torch.ones_like(texts)
             inputs = next_inputs(program, outputs, new, mask, positions_of(mask, 1))
     return texts
-
-
-def for_both(tensors: list[Tensor], program: Program, original: Program) -> tuple[list[Tensor], list[Tensor]]:
-    """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
-    a past."""
-    caches = [[tuple(t.shape[1::2]) for t in cache_types(each)] for each in (program, original)]
-    if not is_causal_lm(original) or caches[0] == caches[1]:
-        return tensors, tensors
-    return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])

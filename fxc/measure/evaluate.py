@@ -7,17 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxc.artifact.companions import VOCABULARIES
-from fxc.data.decoder import decoder_inputs, for_both
-from fxc.data.samples import samples
+from fxc.data.comparison import for_both
+from fxc.data.text import windows
 from fxc.errors import UsageError, VerificationFailed
-from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.names import layer_of, weight_of
 from fxc.ir.observe import observe, values_at
@@ -25,7 +22,6 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
 from fxc.runtime.model import CompiledModel
-from fxc.safety import read_json
 from fxc.verify.compare import relative_error
 
 # Batches are cut so that their logits have about this many numbers.
@@ -50,15 +46,6 @@ class Perplexity:
     window: int
     losses: list[float]
     counts: list[int]
-
-
-def windows(tokens: Tensor, window: int, rows: int = 1, limit: int | None = None) -> list[Tensor]:
-    """`tokens` [T] cut into windows that do not overlap, as batches [at most `rows`, window]; the shorter last one is a
-    batch of its own, unless it is a single token, of which nothing can be scored. limit: at most so many windows."""
-    cut = [w for w in tokens.split(window)[:limit] if len(w) > 1]
-    full = [w for w in cut if len(w) == window]
-    batches = [torch.stack(full[i : i + rows]) for i in range(0, len(full), rows)]
-    return batches + [w[None] for w in cut if len(w) < window]
 
 
 def perplexity(
@@ -113,39 +100,6 @@ def change(before: Perplexity, after: Perplexity) -> tuple[float, float | None]:
     return math.expm1(mean), error
 
 
-def tokenizer_of(folder: Any) -> Any:
-    """The tokenizer in a folder. Raises `UsageError` where there is none that transformers can read."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    if folder is None:
-        hint = "compile it with its tokenizer: fxc.optimize(model, tokenizer=...)"
-        raise UsageError("the model came without its tokenizer", hint=hint)
-    hint = "put its tokenizer into the folder, as tokenizer.save_pretrained(folder) does"
-    missing = UsageError("the model has no tokenizer", where=folder, hint=hint)
-    if not any(True for name in VOCABULARIES for _ in Path(folder).glob(name)):
-        raise missing
-    try:
-        kind = PreTrainedTokenizerFast if _declares_plain_tokenizer(Path(folder)) else AutoTokenizer
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        missing.why = str(error).strip().partition("\n")[0] or None
-        raise missing from error
-
-
-def _declares_plain_tokenizer(folder: Path) -> bool:
-    """Whether the folder says that its tokenizer.json is all there is to its tokenizer. For some kinds of model AutoTokenizer
-    goes by the kind instead and splits the text in another way than the model was trained with."""
-    path = folder / "tokenizer_config.json"
-    if not path.is_file() or not (folder / "tokenizer.json").is_file():
-        return False
-    return read_json(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """The tokens of a text, [T] int64, with whatever the tokenizer puts around one."""
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-
-
 # ------------------------------------------------------------------------------------------------------------ agreement
 
 
@@ -166,34 +120,6 @@ class Agreement:
     outputs: dict[str, float]
     inputs: str
     layers: list[LayerError] = field(default_factory=list)
-
-
-def sentence_inputs(program: Program, tokenizer: Any, sentence: str) -> list[Tensor]:
-    """The inputs of an encoder for one sentence."""
-    longest = min(getattr(tokenizer, "model_max_length", 512), 512)
-    made = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=longest)
-    names = {declared.name for declared in program.signature.inputs}
-    return bind(program, (), {k: v for k, v in made.items() if k in names})
-
-
-def inputs_for(
-    program: Program, tokenizer: Any, text: str | None, window: int, limit: int | None
-) -> tuple[list[list[Tensor]], str]:
-    """Sets of inputs to compare two programs on, and what they are: windows of the text for a decoder, its lines for an
-    encoder, made-up numbers where there is no text."""
-    if text is None:
-        return samples(program), "made-up inputs"
-    if is_causal_lm(program):
-        cut = windows(encode(tokenizer, text), window, 1, limit)
-        if not cut:
-            raise UsageError("the text is too short")
-        return [decoder_inputs(program, ids) for ids in cut], f"{len(cut)} windows of {window} tokens"
-    if not any(declared.name == "input_ids" for declared in program.signature.inputs):
-        raise UsageError("this model does not read text", hint="leave --text out: made-up inputs are used")
-    lines = [line.strip() for line in text.splitlines() if line.strip()][:limit]
-    if not lines:
-        raise UsageError("the text has no lines")
-    return [sentence_inputs(program, tokenizer, line) for line in lines], f"{len(lines)} lines of text"
 
 
 def agreement(

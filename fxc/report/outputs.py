@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fxc.artifact.companions import has_vocabulary
+from fxc.data.text import tokenizer_of
 from fxc.errors import InputRefused, UsageError
-from fxc.measure.evaluate import tokenizer_of
 from fxc.runtime.model import CompiledModel
 
 _BEST = 5

@@ -12,6 +12,7 @@ from tiny import byte_tokenizer
 import fxc
 from fxc.captured import Captured, capture_source
 from fxc.compiler import compile_captured
+from fxc.data.comparison import inputs_for
 from fxc.errors import UsageError, VerificationFailed
 from fxc.measure import bench, evaluate
 from fxc.passes.base import parse_passes
@@ -31,14 +32,6 @@ class Bigrams(torch.nn.Module):
     def forward(self, input_ids, use_cache=None):
         self.rows.append(len(input_ids))
         return SimpleNamespace(logits=self.table[input_ids])
-
-
-def test_windows_do_not_overlap_and_lose_only_a_single_token():
-    batches = evaluate.windows(torch.arange(21), 5, rows=3)
-    assert [b.shape for b in batches] == [(3, 5), (1, 5)]
-    assert torch.cat([b.flatten() for b in batches]).tolist() == list(range(20))
-    assert evaluate.windows(torch.arange(22), 5)[-1].tolist() == [[20, 21]]
-    assert len(evaluate.windows(torch.arange(100), 5, limit=3)) == 3
 
 
 def test_perplexity_is_that_of_every_token_but_a_windows_first():
@@ -84,7 +77,7 @@ def pair():
 
 def test_a_model_agrees_with_itself_and_less_with_its_int8_form(pair):
     original, packed = pair
-    inputs, _ = evaluate.inputs_for(original.program, byte_tokenizer(), "def f(x): return x + 1\n" * 4, 32, 2)
+    inputs, _ = inputs_for(original.program, byte_tokenizer(), "def f(x): return x + 1\n" * 4, 32, 2)
     assert [len(tensors) for tensors in inputs] == [len(original.program.placeholders)] * 2
     itself = evaluate.agreement(original, original, inputs)
     assert itself["relative_error"] == 0 and itself["next_token"] == 1 and itself["kl"] == pytest.approx(0, abs=1e-6)
@@ -94,7 +87,7 @@ def test_a_model_agrees_with_itself_and_less_with_its_int8_form(pair):
 
 def test_layers_are_paired_by_name_and_blamed_for_their_own_error(pair):
     original, packed = pair
-    inputs, _ = evaluate.inputs_for(original.program, byte_tokenizer(), "import os\n" * 8, 32, 1)
+    inputs, _ = inputs_for(original.program, byte_tokenizer(), "import os\n" * 8, 32, 1)
     layers = {each.name: each for each in evaluate.layer_agreement(packed.program, original.program, inputs)}
     kept, made = layers["model.layers.0.self_attn.o_proj"], layers["model.layers.0.mlp.down_proj"]
     assert kept.own == 0 and kept.accumulated > 0, "a layer that was left alone passes on errors and makes none"
@@ -126,7 +119,7 @@ def test_every_compressed_layer_is_compared_by_its_name(family, spec):
     assert len(packed) == step["changed"] > 5
     assert not experts & packed or spec.endswith("int8")
     assert experts <= packed or not spec.endswith("int8")
-    inputs, _ = evaluate.inputs_for(original, byte_tokenizer(), "import os\n" * 8, 32, 1)
+    inputs, _ = inputs_for(original, byte_tokenizer(), "import os\n" * 8, 32, 1)
     layers = {each.name: each for each in evaluate.layer_agreement(made.program, original, inputs)}
     assert {name for name, each in layers.items() if each.own > 0} == packed
     assert set(step["layer_errors"]) == packed
@@ -166,11 +159,11 @@ def test_layers_with_unlucky_names_are_compared_too(spec):
 def test_encoders_and_vision_models_are_compared_too(pair):
     model, _ = build("bert")
     original, packed = fxc.optimize(model, passes=""), fxc.optimize(model, passes="int8")
-    inputs, of = evaluate.inputs_for(original.program, byte_tokenizer(), "one line\n\nand another\n", 256, None)
+    inputs, of = inputs_for(original.program, byte_tokenizer(), "one line\n\nand another\n", 256, None)
     assert of == "2 lines of text"
     found = evaluate.agreement(packed, original, inputs)
     assert found["cosine_min"] > 0.99 and found["same_label"] == 1
-    inputs, of = evaluate.inputs_for(original.program, None, None, 256, None)
+    inputs, of = inputs_for(original.program, None, None, 256, None)
     assert of == "made-up inputs" and evaluate.agreement(original, original, inputs)["cosine_min"] == pytest.approx(1)
     with pytest.raises(UsageError, match="same model"):
         evaluate.agreement(packed, pair[0], inputs)

@@ -13,6 +13,7 @@ from fxc.captured import capture_source
 from fxc.compiler import compile_captured
 from fxc.data.decoder import decoder_inputs
 from fxc.data.samples import samples
+from fxc.data.text import encode, tokenizer_of
 from fxc.ir import print_program
 from fxc.measure import evaluate
 from fxc.passes.base import Context, parse_passes
@@ -28,7 +29,7 @@ WORSE = {"int4": 0.04, "fp8": 0.02, "sparse24": 0.9, "sparse24,int8": 0.9}
 @pytest.fixture(scope="module")
 def pylm(pylm_dir):
     source = after(capture_source(str(pylm_dir), check=False), "canonicalize")
-    tokens = evaluate.encode(evaluate.tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
+    tokens = encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
     return source, tokens, evaluate.perplexity(portable(source.program), tokens, limit=WINDOWS)
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import fxc
 from fxc.cli.app import app
 from fxc.data.decoder import decoder_inputs
+from fxc.data.text import encode, tokenizer_of
 from fxc.measure import evaluate
 from fxc.source.load import load_source
 
@@ -32,7 +33,7 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
     assert [(r["fqn"], "tied" in r["reason"]) for r in report["passes"][-1]["refusals"]] == [("model.embed_tokens", True)]
     compiled.save(tmp_path / "out")
 
-    tokens = evaluate.encode(evaluate.tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
+    tokens = encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
     original = evaluate.perplexity(load_source(str(pylm_dir)).model, tokens, limit=WINDOWS)
     small = evaluate.perplexity(compiled, tokens, limit=WINDOWS)
     assert original.value < 15, "the example is a trained model, and its tokenizer the one it was trained with"
@@ -68,7 +69,7 @@ def test_the_command_that_the_project_is_for(pylm_dir, tmp_path, monkeypatch):
     again = fxc.optimize("examples/pylm", passes="int8,prune:plan=pylm-int8-prune/plan.json")
     assert str(again.program) == str(model.program)
     assert all((t == model.program.constants[name]).all() for name, t in again.program.constants.items())
-    rise = _rise(model, pylm_dir, evaluate.encode(evaluate.tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text()))
+    rise = _rise(model, pylm_dir, encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text()))
     assert 0 < rise < 0.03, "judged on texts that the model wrote itself"
 
 
@@ -80,7 +81,7 @@ def test_prune_with_data_stays_within_its_budget_on_other_data(pylm_dir, tmp_pat
     assert "of the loss on 32 held-out calibration samples" in step["notes"][0]
     removed = sum(r["removed"] for r in step["removed"])
     assert 400 < removed < 1920 and all(2 * r["removed"] <= r["before"] for r in step["removed"])
-    tokens = evaluate.encode(evaluate.tokenizer_of(pylm_dir), text[len(text) // 2 :])
+    tokens = encode(tokenizer_of(pylm_dir), text[len(text) // 2 :])
     assert _rise(model, pylm_dir, tokens) == pytest.approx(0.02, abs=0.01)
 
 
