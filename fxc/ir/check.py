@@ -9,16 +9,19 @@ from fxc.ir.program import Program, is_name
 from fxc.ir.targets import refusal
 
 
-def check(program: Program) -> None:
+def check(program: Program, lowered: bool = False) -> None:
     """Raise `VerificationFailed`, naming the node, unless the program is well formed: the graph is acyclic and typed, calls
-    only admitted operators, reads only constants that exist and are used, and returns as many values as it says."""
-    problem = next(_problems(program), None)
+    only admitted operators, reads only constants that exist and are used, and returns as many values as it says.
+
+    lowered: it may call operators of a device too.
+    """
+    problem = next(_problems(program, lowered), None)
     if problem:
         where, what = problem
         raise VerificationFailed(what, where=where, why="the program breaks a structural rule of the IR")
 
 
-def _problems(program: Program):
+def _problems(program: Program, lowered: bool):
     program.graph.lint()
     read = set()
     for node in program.graph.nodes:
@@ -33,7 +36,7 @@ def _problems(program: Program):
                 )
             read.add(node.target)
         elif node.op == "call_function":
-            if reason := refusal(node.target):
+            if reason := refusal(node.target, lowered):
                 yield str(node), reason
         elif node.op not in ("placeholder", "output"):
             yield str(node), f"nodes of the kind {node.op} are not allowed"

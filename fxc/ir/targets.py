@@ -14,6 +14,8 @@ import torch
 from torch._ops import OpOverload
 
 NAMESPACES = ("aten", "fxc")
+# Operators of one device, which a lowered program calls and no text names.
+DEVICE_NAMESPACES = ("fxc_cpu", "fxc_cuda")
 # Reads a file, or memory that the text chooses, or returns memory that nobody wrote.
 FORBIDDEN = {"from_file", "as_strided", "as_strided_copy", "as_strided_scatter", "data"}
 # Operators of one backend or of packed, sparse and quantized tensors: some trust their arguments and crash on wrong ones.
@@ -48,10 +50,10 @@ _FUNCTIONS = {
 _NAMES = {f: name for name, f in _FUNCTIONS.items()}
 
 
-def refusal(target: object) -> str | None:
-    """Why `target` may not stand in a program, or None when it may."""
+def refusal(target: object, lowered: bool = False) -> str | None:
+    """Why `target` may not stand in a program, or in a lowered one, or None when it may."""
     if isinstance(target, OpOverload):
-        if target.namespace not in NAMESPACES:
+        if target.namespace not in (NAMESPACES + DEVICE_NAMESPACES if lowered else NAMESPACES):
             return f"operators of the namespace {target.namespace!r} are not allowed"
         short = target._schema.name.split("::")[1]
         is_private = short.startswith("_") and short not in PRIVATE

@@ -71,7 +71,7 @@ class Printer:
             f"call {json.dumps(signature.call)}",
             f"result {json.dumps(signature.result)}",
             *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items() if str(new).startswith("s")),
-            *(f"constant {_at(fqn)}: {tensor_type(t.dtype, t.shape)}" for fqn, t in sorted(program.constants.items())),
+            *(f"constant {_at(fqn)}: {_constant_type(t)}" for fqn, t in sorted(program.constants.items())),
             *(f"alias {_at(alias)} = {_at(fqn)}" for alias, fqn in sorted(program.aliases.items())),
         ]
         return "\n".join([*head, *body, f"return {results}"]) + "\n"
@@ -156,6 +156,12 @@ class Printer:
 
 def tensor_type(dtype: torch.dtype, shape: Any) -> str:
     return f"{DTYPE_NAMES[dtype]}[{', '.join(str(s) for s in shape)}]"
+
+
+def _constant_type(tensor: Tensor) -> str:
+    """Of a lowered program, oneDNN may have packed a constant as it likes. No text with such a one is read again."""
+    packed = " packed by oneDNN" if tensor.is_mkldnn else ""
+    return f"{tensor_type(tensor.dtype, tensor.shape)}{packed}"
 
 
 def _at(fqn: str) -> str:

@@ -5,24 +5,26 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fxc.ir.program import Input, Program, Signature
+from fxc.ir import parse_program
+from fxc.ir.text import DTYPE_NAMES, tensor_type
 from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
-from fxc.lower import packed
 from fxc.lower.cpu import lower_cpu
+from fxc.lower.runnable import runnable
 from fxc_kernels import int4_linear
+from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
 
-_INT4_OP = torch.ops.fxc.int4_weight_only_linear.default
+_INT4_OP = "int4_weight_only_linear"
 _OPS = {
-    "int8": torch.ops.fxc.int8_linear.default,
-    "int8_weight_only": torch.ops.fxc.int8_weight_only_linear.default,
-    "fp8": torch.ops.fxc.fp8_linear.default,
-    "fp8_weight_only": torch.ops.fxc.fp8_weight_only_linear.default,
-    "sparse24": torch.ops.fxc.sparse24_linear.default,
-    "int8_sparse24": torch.ops.fxc.int8_sparse24_linear.default,
+    "int8": "int8_linear",
+    "int8_weight_only": "int8_weight_only_linear",
+    "fp8": "fp8_linear",
+    "fp8_weight_only": "fp8_weight_only_linear",
+    "sparse24": "sparse24_linear",
+    "int8_sparse24": "int8_sparse24_linear",
 }
 
 
@@ -69,21 +71,37 @@ class _Lowered:
         return lambda: self.module(x)[0]
 
 
+_PROGRAM = """fxc program 1
+metadata {{}}
+call {{"args": [0], "kwargs": {{}}}}
+result 0
+symbol s0 = 2
+{constants}
+%0: {dtype}[s0, {k}] = input "x"
+%1: {dtype}[s0, {n}] = fxc.{operator}({arguments})
+return "y" %1
+"""
+
+
 def _lowered(scheme: str, dtype: torch.dtype, weights: Weights) -> Bind:
-    graph, constants = fx.Graph(), dict(zip(("layer.weight", "layer.second", "layer.third"), weights.parts))
-    x = graph.placeholder("x")
-    x.meta["val"] = torch.empty(1, weights.k, dtype=dtype, device="meta")
-    arguments = [x, *map(graph.get_attr, constants)]
-    if scheme.startswith("int4"):
-        product = graph.call_function(_INT4_OP, (*arguments, *[None] * (5 - len(arguments)), group_of(scheme)))
-    else:
-        product = graph.call_function(_OPS[scheme], (*arguments, None))
-    product.meta["val"] = torch.empty(1, weights.n, dtype=dtype, device="meta")
-    graph.output((product,))
     # 2:4 values and int4 scales have the dtype of the model that they belong to.
-    constants = {name: part.to(dtype) if part.dtype == torch.bfloat16 else part for name, part in constants.items()}
-    module, choices = lower_cpu(Program(graph, constants, {}, Signature([Input("x")], ["y"], None, None)))
-    return _Lowered(module, choices[0].op if choices else "as the program has it")
+    parts = [part.to(dtype) if part.dtype == torch.bfloat16 else part for part in weights.parts]
+    constants = dict(zip(("layer.weight", "layer.second", "layer.third"), parts))
+    arguments = ["%0", *(f"@{name}" for name in constants)]
+    if scheme.startswith("int4"):
+        operator = _INT4_OP
+        arguments += [*["None"] * (5 - len(arguments)), str(group_of(scheme))]
+    else:
+        operator = _OPS[scheme]
+        arguments.append("None")
+    program = parse_program(
+        _PROGRAM.format(
+            constants="\n".join(f"constant @{name}: {tensor_type(t.dtype, t.shape)}" for name, t in constants.items()),
+            dtype=DTYPE_NAMES[dtype], k=weights.k, n=weights.n, operator=operator, arguments=", ".join(arguments),
+        ), constants
+    )  # fmt: skip
+    lowered, choices = lower_cpu(program)
+    return _Lowered(runnable(lowered, "cpu", "eager"), choices[0].op if choices else "as the program has it")
 
 
 def _form(bind: Bind) -> str:
@@ -101,7 +119,8 @@ def _bf16(weights: Weights) -> Bind:
 
 
 def _bf16_packed(weights: Weights) -> Bind:
-    return of_function(packed.DenseLinear(weights.dense().bfloat16(), None))
+    weight = packed_where_it_helps(weights.dense().bfloat16())
+    return of_function(lambda x: dense_linear(x, weight, None))
 
 
 def _int_mm(weights: Weights) -> Bind:

@@ -15,8 +15,9 @@ from fxc.kernel_bench import cpu
 from fxc.kernel_bench.clock import CpuClock
 from fxc.kernel_bench.contender import Contender
 from fxc.kernel_bench.limits import Peaks
-from fxc.lower import packed
 from fxc.lower.remembered import cpu_name
+from fxc_kernels.cpu import int8_product
+from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
 
 # What copies of one weight may take in order to be more than the L3 holds.
 COPIES_BYTES = 256 * 2**20
@@ -112,15 +113,15 @@ def _float32(side: int) -> Callable[[], object]:
 
 def _bf16(side: int) -> Callable[[], object]:
     x = torch.randn(side, side).bfloat16()
-    dense = packed.DenseLinear(x, None)
-    return lambda: dense(x)
+    weight = packed_where_it_helps(x)
+    return lambda: dense_linear(x, weight, None)
 
 
 def _int8(side: int) -> Callable[[], object]:
     qweight = torch.randint(-127, 128, (side, side), dtype=torch.int8)
-    product, scale, zeros = packed.pack_int8(qweight), torch.ones(side), torch.zeros(side, dtype=torch.int64)
-    x = packed.to_uint8(qweight)
-    return lambda: packed.int8_product(x, product, scale, zeros)
+    product, scale, zeros = int8_product.pack_int8(qweight), torch.ones(side), torch.zeros(side, dtype=torch.int64)
+    x = int8_product.to_uint8(qweight)
+    return lambda: int8_product.int8_product(x, product, scale, zeros)
 
 
 _PRODUCTS = {"float32": _float32, "bf16": _bf16, "int8": _int8}

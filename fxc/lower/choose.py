@@ -1,4 +1,4 @@
-"""Which form of a linear layer is faster on this machine: measured once for each size and dtype, and remembered."""
+"""Which form of a linear layer is fastest on this machine: measured once for each size and dtype, and remembered."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from fxc.lower import remembered
-from fxc.lower.packed import DenseLinear, Int8Linear, SplitLinear, int8_product, to_uint8
+from fxc.lower.candidates import Candidate
 from fxc.lower.remembered import Timing
-from fxc_kernels.int8_linear import quantize_rows
 
-# One token, a few sequences decoding together, a prompt, a batch of them.
-ROWS = (1, 16, 128, 256)
-# SplitLinear doubles the rows: beside a bfloat16 product it wins for few.
-WEIGHT_ONLY_ROWS = (1, 8, 32, 128, 256)
-# int8 has to win by this factor: what it saves must be above the noise of the measurement.
+# A form has to win over float by this factor: what it saves must be above the noise of the measurement.
 MARGIN = 0.95
 # A layer that is kept in one form may be so much slower than in the other at a row count, where it is faster on the whole.
 SLOWEST = 0.85
-# Both forms run in turns, so that another process slows both down; the best of each counts.
+# A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
+SMALL_LAYER = 1 << 21
+# The forms run in turns, so that another process slows all of them down; the best of each counts.
 _SECONDS = 3e-3
 _ROUNDS = (6, 100)
 # Products that take long are steady: they get as many rounds as fit into this, and two at least.
 _LONG_SECONDS = 0.1
 # So much slower after one call each, a form has lost.
 _HOPELESS = 10
+
+Times = tuple[list[float], ...]
+"""Seconds of the calls of each form."""
+Pairs = dict[int, tuple[float, float]]
+"""rows -> (seconds in one form, seconds in float)"""
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -37,13 +40,14 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-def _race(first: Callable[[], object], second: Callable[[], object]) -> tuple[list[float], list[float]]:
+def _race(*forms: Callable[[], object]) -> Times:
     """Seconds of several calls of each, in turns."""
-    first(), second()
+    for run in forms:
+        run()
     start = time.perf_counter()
-    times: tuple[list[float], list[float]] = ([], [])
+    times: Times = tuple([] for _ in forms)
     for done in range(1, _ROUNDS[1] + 1):
-        for each, run in zip(times, (first, second), strict=True):
+        for each, run in zip(times, forms, strict=True):
             each.append(_seconds(run))
         spent = time.perf_counter() - start
         if _is_hopeless(times) or (done >= _ROUNDS[0] and spent > _SECONDS) or (done >= 2 and spent > _LONG_SECONDS):
@@ -51,112 +55,159 @@ def _race(first: Callable[[], object], second: Callable[[], object]) -> tuple[li
     return times
 
 
-def _is_hopeless(times: tuple[list[float], list[float]]) -> bool:
-    a, b = map(min, times)
-    return max(a, b) > _HOPELESS * min(a, b)
+def _is_hopeless(times: Times) -> bool:
+    """Whether all forms but one have lost."""
+    first, second = sorted(map(min, times))[:2]
+    return second > _HOPELESS * first
 
 
-def _is_steady(times: tuple[list[float], list[float]]) -> bool:
+def _is_steady(times: Times) -> bool:
     """Whether both halves of a race say the same of who won. What other processes do to the machine only ever adds, but it may
     add to all the calls of one form."""
     halves = [[min(each[half::2]) for each in times] for half in (0, 1) if len(times[0]) > 1]
-    return len({a <= MARGIN * b for a, b in halves}) <= 1
+    return len({tuple(a <= MARGIN * others[-1] for a in others[:-1]) for others in halves}) <= 1
 
 
 @functools.cache
 def measure(
-    out_features: int, in_features: int, dtype: torch.dtype, weight_only: bool, quantize: bool, threads: int
+    forms: tuple[Candidate, ...], out_features: int, in_features: int, dtype: torch.dtype, whole: bool, threads: int
 ) -> Timing:
-    """Time the int8 and the float form of one layer [N, K] for each count in ROWS (WEIGHT_ONLY_ROWS), or take what an earlier
+    """Time `forms` of one layer [N, K], the last of which is float, for each of their row counts, or take what an earlier
     process measured on a machine like this one (`fxc.lower.remembered`).
 
-    weight_only: the int8 form keeps the activations (SplitLinear) instead of quantizing them (Int8Linear).
-    quantize: count what surrounds the int8 product too (in eager it is calls of its own, a compiler fuses it).
+    whole: count what surrounds the int8 product too (in eager it is calls of its own, a compiler fuses it).
     threads: torch.get_num_threads(), since the answer depends on it.
     """
-    counts = WEIGHT_ONLY_ROWS if weight_only else ROWS
-    kind = ("weight-only" if weight_only else "int8") + (" whole" if quantize else " product")
-    layer = f"{kind} {str(dtype).removeprefix('torch.')} {out_features}x{in_features}"
+    counts = tuple(sorted({rows for each in forms for rows in each.rows}))
+    kinds = "+".join(each.kind for each in forms[:-1])
+    size = f"{str(dtype).removeprefix('torch.')} {out_features}x{in_features}"
+    layer = f"{kinds} {'whole' if whole else 'product'} {size}"
     known = remembered.recall(layer, threads)
-    if known is not None and tuple(known) == counts:
+    if known is not None and tuple(known) == counts and all(len(times) == len(forms) for times in known.values()):
         return known
-    timing, steady = compare(out_features, in_features, dtype, weight_only, quantize, counts)
+    timing, steady = compare(forms, out_features, in_features, dtype, whole, counts)
     if steady:
         remembered.keep(layer, threads, timing)
     return timing
 
 
 def compare(
-    out_features: int, in_features: int, dtype: torch.dtype, weight_only: bool, quantize: bool, counts: tuple[int, ...]
+    forms: tuple[Candidate, ...], out_features: int, in_features: int, dtype: torch.dtype, whole: bool, counts: tuple[int, ...]
 ) -> tuple[Timing, bool]:
     """What `measure` remembers, measured now for the row counts `counts`, and whether it can be relied on."""
     generator = torch.Generator().manual_seed(0)
     qweight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
-    scale = torch.full((out_features,), 1e-3)
-    layer = (SplitLinear if weight_only else Int8Linear)(qweight, scale, None)
-    dense = DenseLinear((qweight.float() * 1e-3).to(dtype), None)
+    layers = [each.trial(qweight, torch.full((out_features,), 1e-3), dtype) for each in forms]
     timing: Timing = {}
     steady = True
     for rows in counts:
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
-        q = to_uint8(quantize_rows(torch.cat([x, x]) if weight_only else x)[0])
-        product = functools.partial(int8_product, q, layer.packed, scale, layer.zero_point)
-        times = _race(functools.partial(layer, x) if quantize else product, functools.partial(dense, x))
-        timing[rows] = (min(times[0]), min(times[1]))
+        times = _race(*(layer(x, whole) for layer in layers))
+        timing[rows] = tuple(map(min, times))
         steady = steady and _is_steady(times)
-        if timing[rows][0] > _HOPELESS * timing[rows][1]:
+        if min(timing[rows][:-1]) > _HOPELESS * timing[rows][-1]:
             # Reference code, which more rows only make slower: nobody waits for that.
             timing |= {more: timing[rows] for more in counts if more > rows}
             break
     return timing, steady
 
 
-def compressed(out_features: int, in_features: int, dtype: torch.dtype) -> Timing:
+def compressed(forms: tuple[Candidate, ...], *layer: object) -> Timing:
     """Instead of `measure`, where the compressed form is wanted whatever its time: it never loses."""
-    return {rows: (1.0, float("inf")) for rows in WEIGHT_ONLY_ROWS}
+    return {rows: (*[1.0] * (len(forms) - 1), float("inf")) for rows in forms[0].rows}
 
 
-def reason(timing: Timing) -> str:
-    asked = all(as_float == float("inf") for _, as_float in timing.values())
-    return "asked for" if asked else f"measured: {describe(timing)}"
+@dataclass(frozen=True)
+class Choice:
+    """form: what the layer runs in, and in float on the other side of `limit` rows unless that is None; name: in reports;
+    reason: why."""
+
+    form: Candidate
+    limit: int | None
+    name: str
+    reason: str
 
 
-def describe(timing: Timing) -> str:
+def choose(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> Choice:
+    """Which of `forms`, the last of which is float, by what was measured. is_small: whether a layer may have a float copy
+    beside another form, which for a large one would take more memory than was saved."""
+    others = [_against_float(form, at, timing, is_small) for at, form in enumerate(forms[:-1])]
+    _, form, limit = max(others, key=lambda each: (each[1] is not None, each[0]))
+    described = describe(forms, timing)
+    if form is None:
+        names = ", ".join(dict.fromkeys(each.timed_as for each in forms[:-1]))
+        where = "" if is_small else ", on the whole or for many rows"
+        return Choice(forms[-1], None, forms[-1].name, f"{forms[-1].name}: {names} was slower{where} ({described})")
+    asked = all(times[-1] == float("inf") for times in timing.values())
+    reason = "asked for" if asked else f"measured: {described}"
+    if limit is None:
+        return Choice(form, None, form.name, reason)
+    here, there = ("above", "below") if form.wins_for == "many" else ("up to", "above")
+    return Choice(form, limit, f"{form.name} {here} M={limit}, {forms[-1].timed_as} {there}", reason)
+
+
+def _against_float(form: Candidate, at: int, timing: Timing, is_small: bool) -> tuple[float, Candidate | None, int | None]:
+    """(the mean gain over float, `form` or None where it is slower, up to or above how many rows float is used instead)."""
+    times: Pairs = {rows: (each[at], each[-1]) for rows, each in timing.items()}
+    if not is_small:
+        return (_gain(times, times), form, None) if wins_on_the_whole(times) else (1.0, None, None)
+    if form.wins_for == "many":
+        limit = dense_limit(times)
+        slower, always, used = limit is None, limit == 0, [rows for rows in times if limit is not None and rows > limit]
+    else:
+        limit = split_limit(times)
+        slower, always, used = limit == 0, limit is None, [rows for rows in times if limit is None or rows <= limit]
+    if slower:
+        return 1.0, None, None
+    return _gain(times, used), form, None if always else limit
+
+
+def _gain(times: Pairs, used: object) -> float:
+    """The geometric mean over all row counts, where the form runs the counts `used` and float the others."""
+    gains = [as_float / as_form if rows in used else 1.0 for rows, (as_form, as_float) in times.items()]
+    return math.prod(gains) ** (1 / len(gains))
+
+
+def describe(forms: tuple[Candidate, ...], timing: Timing) -> str:
     """ "M=1: int8 31 us, float 44 us; ..." """
-    return "; ".join(f"M={m}: int8 {a * 1e6:.0f} us, float {b * 1e6:.0f} us" for m, (a, b) in timing.items())
+    names = [each.timed_as for each in forms]
+    return "; ".join(
+        f"M={rows}: {', '.join(f'{name} {s * 1e6:.0f} us' for name, s in zip(names, times, strict=True))}"
+        for rows, times in timing.items()
+    )
 
 
-def int8_from(timing: Timing) -> int | None:
-    """The smallest row count from which int8 wins at every larger measured one; None when it loses at the largest."""
+def wins_from(times: Pairs) -> int | None:
+    """The smallest row count from which a form wins at every larger measured one; None when it loses at the largest."""
     first = None
-    for rows in sorted(timing, reverse=True):
-        as_int8, as_float = timing[rows]
-        if as_int8 > MARGIN * as_float:
+    for rows in sorted(times, reverse=True):
+        as_form, as_float = times[rows]
+        if as_form > MARGIN * as_float:
             break
         first = rows
     return first
 
 
-def dense_limit(timing: Timing) -> int | None:
+def dense_limit(times: Pairs) -> int | None:
     """Up to how many rows the float form is to be used: 0 for never, None for always."""
-    first = int8_from(timing)
+    first = wins_from(times)
     if first is None:
         return None
-    return max((rows for rows in timing if rows < first), default=0)
+    return max((rows for rows in times if rows < first), default=0)
 
 
-def wins_on_the_whole(timing: Timing) -> bool:
-    """Whether int8 is faster in the geometric mean over the measured row counts, and at none of them slower than SLOWEST."""
-    gains = [as_float / as_int8 for as_int8, as_float in timing.values()]
+def wins_on_the_whole(times: Pairs) -> bool:
+    """Whether a form is faster in the geometric mean over the measured row counts, and at none of them slower than SLOWEST."""
+    gains = [as_float / as_form for as_form, as_float in times.values()]
     return math.prod(gains) ** (1 / len(gains)) > 1 / MARGIN and min(gains) >= SLOWEST
 
 
-def split_limit(timing: Timing) -> int | None:
-    """Up to how many rows weight-only int8 wins: at every measured row count up to there; 0 for never, None for always."""
+def split_limit(times: Pairs) -> int | None:
+    """Up to how many rows a form wins: at every measured row count up to there; 0 for never, None for always."""
     limit = 0
-    for rows in sorted(timing):
-        as_int8, as_float = timing[rows]
-        if as_int8 > MARGIN * as_float:
+    for rows in sorted(times):
+        as_form, as_float = times[rows]
+        if as_form > MARGIN * as_float:
             return limit
         limit = rows
     return None

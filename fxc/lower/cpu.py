@@ -1,265 +1,103 @@
-"""Lowering for the CPU: a Program becomes a callable module that uses what this processor is fast at."""
+"""Lowering for the CPU: passes from a Program to one that calls what this processor is fast at, the operators fxc_cpu::*."""
+
+from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from fxc.errors import UsageError
+from fxc.ir import edit
+from fxc.ir.check import check
 from fxc.ir.names import layer_name, layer_of
-from fxc.lower import choose, packed, traced
-from fxc.lower.choose import Timing
-from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
-from fxc.lower.inductor import CompiledGraph
-from fxc.schemes import int4, int8, int8_sparse24
-from fxc.schemes.scheme import LINEAR as _LINEAR
-from fxc.schemes.scheme import products_for, scheme_of
+from fxc.ir.program import Program
+from fxc.lower import choose
+from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
+from fxc.lower.choose import Choice
+from fxc.lower.groups import Group, LayerChoice, find_groups, module_name, relax_views, replace
+from fxc.lower.remembered import Timing
+from fxc.schemes import int8, int8_sparse24
+from fxc.schemes.scheme import LINEAR, products_for, scheme_of
+from fxc_kernels.cpu import ops
+from fxc_kernels.cpu.packed_linear import pack_bfloat16
 from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
-# A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
-SMALL_LAYER = 1 << 21
-# int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
-INT4_AS_INT8 = 0.02
-
-_INT8 = int8.LINEAR
-_WEIGHT_ONLY = int8.WEIGHT_ONLY
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_ACTIVATIONS = (torch.ops.aten.gelu.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default)
+_GELU = torch.ops.aten.gelu.default
+_TO = torch.ops.aten.to.dtype
+_PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
 
-Measure = Callable[[int, int, torch.dtype], Timing]
+Measure = Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]
 
 
 def lower_cpu(
-    program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True
-) -> tuple[nn.Module, list[LayerChoice]]:
-    """Lower `program` (fxc.ir.Program, on the CPU) for `backend` "eager" or "inductor".
+    program: Program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True
+) -> tuple[Program, list[LayerChoice]]:
+    """Lower `program`, whose constants are on the CPU, for `backend` "eager" or "inductor".
 
-    Returns a module (flat input tensors positionally to a flat tuple of tensors) and a LayerChoice per rewritten node.
-    The program is not changed; constants that no rewritten layer uses are shared with it.
+    Returns the lowered program (`fxc.lower.runnable` makes it callable) and a LayerChoice per rewritten node. The given one is
+    not changed; constants that no rewritten layer uses are shared with it.
 
-    measure: (N, K, dtype) -> Timing, instead of timing the two forms of a layer on this machine; `choose.compressed` for
+    measure: (forms, N, K, dtype) -> Timing, instead of timing the forms of a layer on this machine; `choose.compressed` for
     the compressed form whatever its time.
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
     query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
     no bfloat16 instructions.
-    Raises UsageError for an unknown backend, a program on meta, or inductor without a C++ compiler.
+    Raises UsageError for an unknown backend or a program on meta.
     """
     if backend not in ("eager", "inductor"):
         raise UsageError(f"unknown CPU backend {backend!r}", hint="use eager or inductor")
-    if any(t.is_meta for t in program.constants.values()):
+    if program.is_on_meta:
         raise UsageError("a program without weights cannot run", where="lowering")
-    return _Lowering(program, backend, measure, bf16).run()
+    bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    program = program.copy()
+    expanded = sparse_int8_as_dense(program)
+    if bf16 and backend == "inductor":
+        attention_in_bfloat16(program)
+    report = lower_layers(program, backend, measure or _measured(backend), expanded)
+    if bf16 and backend == "eager":
+        report += pack_bfloat16_layers(program)
+    relax_views(program)
+    if backend == "inductor":
+        gelu_for_inductor(program)
+    edit.sweep(program)
+    check(program, lowered=True)
+    return program, report
 
 
-class _Lowering:
-    def __init__(self, program, backend: str, measure: Measure | None, bf16: bool) -> None:
-        self.graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        for node in program.graph.nodes:
-            mapping[node] = self.graph.node_copy(node, lambda n: mapping[n])
-        self.attributes: dict[str, Tensor | nn.Module] = dict(program.constants)
-        self.backend = backend
-        self.measure = measure
-        self.bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
-        self.report: list[LayerChoice] = []
-        self.expanded: set[str] = set()
-        self.rounded: tuple[Group, tuple[Tensor, Tensor, float]] | None = None
+def sparse_int8_as_dense(program: Program) -> set[str]:
+    """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here. Returns which."""
+    made: dict[str, fx.Node] = {}
+    layers = set()
+    for node in program.graph.find_nodes(op="call_function", target=int8_sparse24.LINEAR):
+        x, values, meta, scale, bias = node.args
+        layers.add(layer_of(node, values.target))
+        if values.target not in made:
+            dense = unpack_sparse24(program.constants[values.target], program.constants[meta.target])
+            fqn = edit.free_name(program, f"{values.target}_dense")
+            made[values.target] = edit.constant(program, fqn, dense, node)
+        edit.call(program, int8.LINEAR, (x, made[values.target], scale, bias), replacing=node, by="lower")
+    edit.sweep(program)
+    return layers
 
-    def run(self) -> tuple[nn.Module, list[LayerChoice]]:
-        self._expand_sparse_int8()
-        if self.bf16 and self.backend == "inductor":
-            self._attention_in_bfloat16()
-        for index, group in enumerate(self._groups()):
-            self._lower_group(index, group)
-        if self.backend == "eager":
-            self._pack_dense_layers()
-        relax_views(self.graph)
-        if self.backend == "inductor":
-            for node in self.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default):
-                node.target = traced.gelu
-        for node in self.graph.find_nodes(op="get_attr"):
-            if not node.users:
-                self.graph.erase_node(node)
-        module = module_of(self.graph, self.attributes, "LoweredForCpu")
-        if self.backend == "inductor":
-            return CompiledGraph(module, dynamic_dims(self.graph)), self.report
-        return module, self.report
 
-    # groups
-
-    def _groups(self) -> list[Group]:
-        return find_groups(self.graph, self.attributes, products_for(_LINEAR))
-
-    def _lower_group(self, index: int, group: Group) -> None:
-        dtype = group.dtype
-        if group.is_empty:
-            self._note(group, "unchanged", "the weight is empty")
-            return
-        form, limit, reason = self._decide(group, dtype)
-        name = f"lowered.group{index}"
-        make = self._eager if self.backend == "eager" else self._traced
-        with self.graph.inserting_before(group.nodes[0]):
-            out = make(name, group, dtype, form, limit)
-        replace(self.graph, group, out)
-        self._note(group, form, reason)
-
-    def _note(self, group: Group, op: str, reason: str) -> None:
-        for each in group.choices(op, reason):
-            expanded = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in self.expanded else ""
-            self.report.append(dataclasses.replace(each, reason=each.reason + expanded))
-
-    def _decide(self, group: Group, dtype: torch.dtype) -> tuple[str, int, str]:
-        """(form, limit, reason). int8 is used above `limit` rows, and as weight-only up to `limit` rows."""
-        rows, columns = sum(group.sizes), group.columns
-        if group.target not in (_INT8, _WEIGHT_ONLY, int4.LINEAR):
-            return "dequantized", 0, f"dequantized: no CPU kernel for {scheme_of(group.target).label}"
-        if not packed.int8_is_exact():
-            return "dequantized", 0, "dequantized: int8 products saturate on this CPU, which has no VNNI"
-        if dtype not in (torch.float32, torch.bfloat16):
-            return "dequantized", 0, f"dequantized: no int8 product takes {dtype} to {dtype} on a CPU"
-        keeps_activations, rounding = group.target is not _INT8, ""
-        if group.target is int4.LINEAR:
-            more = self._rounded(group)[2]
-            if not more <= INT4_AS_INT8:
-                return "dequantized", 0, f"dequantized: as int8 the error of int4 would be {more:.1%} larger, by steps"
-            rounding = f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger, by steps"
-        if self.measure is None:
-            # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
-            # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
-            whole = self.backend == "eager" or dtype != torch.float32
-            timing = choose.measure(rows, columns, dtype, keeps_activations, whole, torch.get_num_threads())
-        else:
-            timing = self.measure(rows, columns, dtype)
-        if rows * columns > SMALL_LAYER:
-            # A float copy for the row counts where int8 is slower would take more memory than was saved: one form for all.
-            if choose.wins_on_the_whole(timing):
-                return "int8", 0, choose.reason(timing) + rounding
-            return "dequantized", 0, f"dequantized: int8 was slower, on the whole or for many rows ({choose.describe(timing)})"
-        if keeps_activations:
-            limit = choose.split_limit(timing)
-            slower, always, mixed = limit == 0, limit is None, f"int8 up to M={limit}, float above"
-        else:
-            limit = choose.dense_limit(timing)
-            slower, always, mixed = limit is None, limit == 0, f"int8 above M={limit}, float below"
-        if slower:
-            return "dequantized", 0, f"dequantized: int8 was slower ({choose.describe(timing)})"
-        return "int8" if always else mixed, limit or 0, choose.reason(timing) + rounding
-
-    def _int8_weight(self, group: Group) -> tuple[Tensor, Tensor]:
-        """(int8 [N, K], scale [N]) of the group's layers: their own, or int4 ones rounded once more."""
-        if group.target is int4.LINEAR:
-            return self._rounded(group)[:2]
-        return group.argument(1), group.argument(2)
-
-    def _rounded(self, group: Group) -> tuple[Tensor, Tensor, float]:
-        if self.rounded is None or self.rounded[0] is not group:
-            self.rounded = group, packed.rounded_to_int8(group.dense(torch.float32), group.argument(2))
-        return self.rounded[1]
-
-    # forms
-
-    def _eager(self, name: str, group: Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
-        absorbs = group.target is _INT8 and form != "dequantized" and dtype == torch.float32
-        activation = self._absorb_activation(group) if absorbs else None
-        module = dense = None
-        if form != "int8":
-            module = dense = packed.DenseLinear(group.dense(dtype), group.bias, activation)
-        if form != "dequantized":
-            kind = packed.Int8Linear if group.target is _INT8 else packed.SplitLinear
-            module = kind(*self._int8_weight(group), group.bias, activation)
-            if dense is not None:
-                few, many = (dense, module) if group.target is _INT8 else (module, dense)
-                module = packed.ByRows(few, many, limit)
-        self.attributes[name] = module
-        return self.graph.call_module(name, (group.x,))
-
-    def _absorb_activation(self, group: Group) -> Callable[[Tensor], Tensor] | None:
-        """The activation that alone reads a layer's result; its node leaves the graph."""
-        if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
-            return None
-        (user,) = group.nodes[0].users
-        if user.target not in _ACTIVATIONS or len(user.args) != 1:
-            return None
-        activation = functools.partial(user.target, **user.kwargs)
-        user.replace_all_uses_with(group.nodes[0])
-        self.graph.erase_node(user)
-        return activation
-
-    def _traced(self, name: str, group: Group, dtype: torch.dtype, form: str, limit: int) -> fx.Node:
-        def constant(suffix: str, value: Tensor | None) -> fx.Node | None:
-            if value is None:
-                return None
-            self.attributes[f"{name}.{suffix}"] = value
-            return self.graph.get_attr(f"{name}.{suffix}")
-
-        bias = None if group.bias is None else group.bias.to(dtype if form == "dequantized" else torch.float32)
-        bias = constant("bias", bias)
-        weight = None
-        if form != "int8":
-            weight = constant("weight", group.dense(dtype))
-        if form == "dequantized":
-            return self.graph.call_function(_LINEAR, (group.x, weight, bias))
-        qweight, scale = self._int8_weight(group)
-        zero_point = constant("zero_point", torch.zeros(qweight.shape[0], dtype=torch.int32))
-        args = (group.x, constant("qweight", qweight), constant("scale", scale), zero_point, bias)
-        if group.target is not _INT8:
-            function = traced.split_linear if weight is None else traced.split_or_dense
-            return self.graph.call_function(function, args if weight is None else (*args, weight, limit))
-        args = (*args, constant("zero_point_term", packed.zero_point_term(qweight, scale)))
-        if weight is None:
-            return self.graph.call_function(traced.int8_linear, args)
-        return self.graph.call_function(traced.int8_or_dense, (*args, weight, limit))
-
-    # the rest of the graph
-
-    def _expand_sparse_int8(self) -> None:
-        """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here."""
-        for node in self.graph.find_nodes(op="call_function", target=int8_sparse24.LINEAR):
-            x, qweight, meta, scale, bias = node.args
-            name = layer_of(node, qweight.target)
-            if name not in self.expanded:
-                self.expanded.add(name)
-                self.attributes[qweight.target] = unpack_sparse24(self.attributes[qweight.target], self.attributes[meta.target])
-            node.target, node.args = _INT8, (x, qweight, scale, bias)
-
-    def _pack_dense_layers(self) -> None:
-        """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
-        for index, node in enumerate(self.graph.find_nodes(op="call_function", target=_LINEAR)):
-            weight = node.args[1]
-            value = self.attributes.get(weight.target) if weight.op == "get_attr" else None
-            if value is None or value.dtype != torch.bfloat16 or value.numel() == 0 or not self.bf16:
-                continue
-            bias = node.args[2] if len(node.args) > 2 else None
-            if bias is not None and bias.op != "get_attr":
-                continue
-            name = f"lowered.dense{index}"
-            self.attributes[name] = packed.DenseLinear(value, None if bias is None else self.attributes[bias.target])
-            with self.graph.inserting_before(node):
-                new = self.graph.call_module(name, (node.args[0],))
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            self.graph.erase_node(node)
-            self.report.append(LayerChoice(layer_name(weight.target), "bf16 packed", "kept in bfloat16", *value.shape))
-
-    def _attention_in_bfloat16(self) -> None:
-        """float32 attention computes in bfloat16 when its query and key are int8 results, whose error is larger."""
-        for node in self.graph.find_nodes(op="call_function", target=_ATTENTION):
-            query, key, value = node.args[:3]
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            fits = all(t.meta["val"].dtype == torch.float32 for t in (query, key, value))
-            if not fits or (mask is not None and mask.meta["val"].dtype != torch.bool):
-                continue
-            if not (_comes_from_int8(query) and _comes_from_int8(key)):
-                continue
-            with self.graph.inserting_before(node):
-                casts = [self.graph.call_function(torch.ops.aten.to.dtype, (t, torch.bfloat16)) for t in node.args[:3]]
-            node.args = (*casts, *node.args[3:])
-            with self.graph.inserting_after(node):
-                back = self.graph.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
-            back.meta = dict(node.meta)
-            node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+def attention_in_bfloat16(program: Program) -> None:
+    """float32 attention computes in bfloat16 when its query and key are int8 results, whose error is larger."""
+    for node in program.graph.find_nodes(op="call_function", target=_ATTENTION):
+        query, key, value = node.args[:3]
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        fits = all(t.meta["val"].dtype == torch.float32 for t in (query, key, value))
+        if not fits or (mask is not None and mask.meta["val"].dtype != torch.bool):
+            continue
+        if not (_comes_from_int8(query) and _comes_from_int8(key)):
+            continue
+        place = {"before": node, "by": "lower", "fqn": node.meta.get("fqn", "")}
+        casts = [edit.insert(program, _TO, (t, torch.bfloat16), **place) for t in (query, key, value)]
+        mixed = edit.insert(program, _ATTENTION, (*casts, *node.args[3:]), kwargs=node.kwargs, **place)
+        edit.call(program, _TO, (mixed, torch.float32), replacing=node, by="lower")
+    edit.sweep(program)
 
 
 def _comes_from_int8(node: fx.Node) -> bool:
@@ -270,10 +108,101 @@ def _comes_from_int8(node: fx.Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if current.target is _INT8:
+        if current.target is int8.LINEAR:
             found = True
-        elif current.target in (_LINEAR, _WEIGHT_ONLY):
+        elif current.target in (LINEAR, int8.WEIGHT_ONLY):
             return False
         else:
             stack.extend(current.all_input_nodes)
     return found
+
+
+def lower_layers(program: Program, backend: str, measure: Measure, expanded: Collection[str] = ()) -> list[LayerChoice]:
+    """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
+    2:4 sparse ones that were made dense."""
+    report = []
+    for group in find_groups(program, products_for(LINEAR)):
+        if group.is_empty:
+            name, reason = "unchanged", "the weight is empty"
+        else:
+            choice = _choose(group, measure)
+            _write(program, group, choice, backend)
+            name, reason = choice.name, choice.reason
+        for each in group.choices(name, reason):
+            sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
+            report.append(dataclasses.replace(each, reason=each.reason + sparse))
+    return report
+
+
+def _measured(backend: str) -> Measure:
+    def measure(forms: tuple[Candidate, ...], rows: int, columns: int, dtype: torch.dtype) -> Timing:
+        # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
+        # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
+        whole = backend == "eager" or dtype != torch.float32
+        return choose.measure(forms, rows, columns, dtype, whole, torch.get_num_threads())
+
+    return measure
+
+
+def _choose(group: Group, measure: Measure) -> Choice:
+    """The form of the group's layers, and why."""
+    forms = candidates(group)
+    refused = {each: each.why_not(group) for each in forms}
+    able = tuple(each for each in forms if refused[each] is None)
+    if len(able) == 1:
+        why_not = [reason for reason in refused.values() if reason] or [f"no CPU kernel for {scheme_of(group.target).label}"]
+        return Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
+    rows, columns = sum(group.sizes), group.columns
+    choice = choose.choose(able, measure(able, rows, columns, group.dtype), rows * columns <= choose.SMALL_LAYER)
+    return dataclasses.replace(choice, reason=choice.reason + choice.form.note(group))
+
+
+def _write(program: Program, group: Group, choice: Choice, backend: str) -> None:
+    """Put the chosen form in the place of the group's layers."""
+    packed = backend == "eager"
+    name = module_name(program, group.names[0])
+    activation = None
+    if packed and choice.form.absorbs and group.dtype == torch.float32:
+        activation = _activation_after(group)
+    place = CpuPlace(program, group.nodes[0], name, packed, activation[0] if activation else "none")
+    dense = None if choice.limit is None else float_weight(group, packed)
+    out = choice.form.make(place, group, dense, choice.limit or 0)
+    if activation:
+        edit.replace(activation[1], out)
+        edit.sweep(program)
+    else:
+        replace(program, group, out)
+
+
+def _activation_after(group: Group) -> tuple[str, fx.Node] | None:
+    """The activation that alone reads a layer's result, and its node."""
+    if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
+        return None
+    (user,) = group.nodes[0].users
+    if len(user.args) != 1:
+        return None
+    if user.target is _GELU:
+        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
+    return (_PLAIN_ACTIVATIONS[user.target], user) if user.target in _PLAIN_ACTIVATIONS else None
+
+
+def pack_bfloat16_layers(program: Program) -> list[LayerChoice]:
+    """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
+    report = []
+    for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        value = program.constants.get(weight.target) if weight.op == "get_attr" else None
+        if value is None or value.dtype != torch.bfloat16 or value.numel() == 0:
+            continue
+        if bias is not None and bias.op != "get_attr":
+            continue
+        layer = layer_name(weight.target)
+        packed = edit.constant(program, f"{module_name(program, layer)}.weight", pack_bfloat16(value), node)
+        edit.call(program, ops.DENSE_LINEAR, (node.args[0], packed, bias), replacing=node, by="lower")
+        report.append(LayerChoice(layer, "bf16 packed", "kept in bfloat16", *value.shape))
+    return report
+
+
+def gelu_for_inductor(program: Program) -> None:
+    for node in program.graph.find_nodes(op="call_function", target=_GELU):
+        edit.call(program, ops.GELU, node.args, kwargs=node.kwargs, replacing=node, by="lower")

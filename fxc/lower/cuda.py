@@ -1,4 +1,4 @@
-"""Lowering for CUDA: a Program becomes a callable module whose compressed layers run fxc's Triton kernels.
+"""Lowering for CUDA: passes from a Program to one whose compressed layers call fxc's Triton kernels, the operators fxc_cuda::*.
 
 Layers that read the same activation become one product with one quantization of it; activations, silu(gate) * up, and RMSNorm
 with the residual sum before it move into the kernels. Nothing is timed here: which layers stay dense, and which configuration a
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxc.errors import UsageError
+from fxc.ir import edit
+from fxc.ir.check import check
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
-from fxc.lower.cuda_fusion import activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
-from fxc.lower.groups import Group, LayerChoice, dynamic_dims, find_groups, module_of, relax_views, replace
-from fxc.lower.inductor import CompiledGraph
+from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
+from fxc.lower.groups import Group, LayerChoice, Place, find_groups, module_name, relax_views, replace
 from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import Product, product_of
 from fxc_kernels.cuda import dispatch, int4_linear
@@ -41,193 +44,195 @@ def lower_cuda(
     *,
     compressed: bool = False,
     capability: int | None = None,
-) -> tuple[nn.Module, list[LayerChoice]]:
+) -> tuple[Program, list[LayerChoice]]:
     """Lower `program` for `device` and `backend` "eager" or "inductor".
 
-    Returns a module (flat input tensors positionally to a flat tuple of tensors) and a LayerChoice for each compressed layer.
+    Returns the lowered program, with the constants of its products on the device (`fxc.lower.runnable` makes it callable), and
+    a LayerChoice for each compressed layer. The given program is not changed.
     compressed: keep layers compressed where a table says that the dense product is faster.
     capability: the chip's, as 90 for an H100 or H200; by default the device's. On the CPU, where operators compute their own
     definitions, a graph can be lowered for any chip.
 
     Raises UsageError for a layer whose format the chip has no product for.
     """
-    return _Lowering(program, torch.device(device), compressed, capability).run(backend)
+    if program.is_on_meta:
+        raise UsageError("a program without weights cannot run", where="lowering")
+    device = torch.device(device)
+    capability = capability or dispatch.capability_of(torch.empty(0, device=device))
+    program = program.copy()
+    report = lower_layers(program, Chip(device, dispatch.chip_of(device), capability), compressed)
+    fuse_norms(program)
+    if backend == "eager":  # Inductor fuses these itself, with what is around them
+        fuse_float_norms(program)
+        fuse_rope(program)
+    relax_views(program)
+    edit.sweep(program)
+    check(program, lowered=True)
+    return program, report + _unchanged(program, {each.fqn for each in report})
 
 
-class _Lowering:
-    def __init__(self, program: Program, device: torch.device, compressed: bool, capability: int | None) -> None:
-        if program.is_on_meta:
-            raise UsageError("a program without weights cannot run", where="lowering")
-        self.graph = program.graph_on(device)
-        self.device = device
-        self.chip = dispatch.chip_of(device)
-        self.capability = capability or dispatch.capability_of(torch.empty(0, device=device))
-        self.compressed = compressed
-        self.attributes: dict[str, Tensor] = dict(program.constants)
-        self.quantized: dict[tuple[fx.Node, object], list[fx.Node]] = {}
-        self.report: list[LayerChoice] = []
+@dataclass(frozen=True)
+class Chip:
+    """name: as its table of measurements is called; capability: 90 for 9.0."""
 
-    def run(self, backend: str) -> tuple[nn.Module, list[LayerChoice]]:
-        for index, group in enumerate(find_groups(self.graph, self.attributes, _OPERATORS)):
-            self._lower_group(f"lowered.group{index}", group)
-        fuse_norms(self.graph)
-        if backend == "eager":  # Inductor fuses these itself, with what is around them
-            fuse_float_norms(self.graph)
-            fuse_rope(self.graph)
-        relax_views(self.graph)
-        self.graph.eliminate_dead_code()
-        self._note_the_rest()
-        used = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        on_device = {name: self.attributes[name].to(self.device) for name in sorted(used)}
-        module = module_of(self.graph, on_device, "LoweredForCuda")
-        if backend == "inductor":
-            return CompiledGraph(module, dynamic_dims(self.graph), freezing=False), self.report
-        return module, self.report
+    device: torch.device
+    name: str
+    capability: int
 
-    def _lower_group(self, name: str, group: Group) -> None:
-        product = product_of(group.target)
-        scheme = product.name.format(**product.arguments(group.arguments[0]))
-        why_not = self._why_not(group, product)
-        if why_not:
-            self.report += group.choices("unchanged", why_not)
-            return
-        dense, reason = self._dense(group, scheme)
-        if dense:
-            with self.graph.inserting_before(group.nodes[0]):
-                weight = self._constant(name, "weight", group.dense(group.dtype))
-                bias = self._constant(name, "bias", None if group.bias is None else group.bias.to(group.dtype))
-                out = self.graph.call_function(torch.ops.aten.linear.default, (group.x, weight, bias))
-            replace(self.graph, group, out)
-            self.report += group.choices("dequantized", reason)
-            return
-        self.report += group.choices(f"triton {scheme}", reason)
-        pair = gated_pair(group)
-        if pair is not None:
-            self._lower_pair(name, group, pair)
-            return
-        activation = None
-        if len(group.nodes) == 1 and (activation := activation_after(group.nodes[0])):
-            activation[1].replace_all_uses_with(group.nodes[0])
-            self.graph.erase_node(activation[1])
-        with self.graph.inserting_before(group.nodes[0]):
-            out = self._product(name, group, group.argument, group.bias, activation[0] if activation else "none")
-        replace(self.graph, group, out)
 
-    def _lower_pair(self, name: str, group: Group, pair) -> None:
-        def alternating(position: int) -> Tensor | None:
-            both = [group.arguments[at][position] for at in (pair.gate, pair.up)]
-            return None if both[0] is None else interleave(*both)
+@dataclass(frozen=True)
+class _Place(Place):
+    """quantized: what was quantized already, by what: the parts, for whoever reads it too."""
 
-        bias = None
-        if group.bias is not None:
-            halves = group.bias.split(group.sizes)
-            bias = interleave(halves[pair.gate], halves[pair.up])
-        with self.graph.inserting_before(group.nodes[0]):
-            out = self._product(name, group, alternating, bias, "silu_mul")
-        out.meta = dict(pair.result.meta)
-        pair.result.replace_all_uses_with(out)
-        # Back to front: what reads goes before what it reads.
-        (activated,) = group.nodes[pair.gate].users
-        for node in (pair.result, activated, *group.nodes):
-            self.graph.erase_node(node)
+    device: torch.device
+    quantized: dict[tuple[fx.Node, object], list[fx.Node]] = field(repr=False)
 
-    def _why_not(self, group: Group, product: Product) -> str | None:
-        """Why no kernel takes this group. Raises UsageError where the chip has no such product at all."""
-        if why_not := product.why_not(self.capability):
-            raise UsageError(why_not, where=group.names[0], hint=product.instead)
-        if group.is_empty:
-            return "the weight is empty"
-        if group.dtype not in _DTYPES:
-            return f"no kernel takes {group.dtype}"
-        if product.activations is torch.int8 and group.columns > INT32_COLUMNS:
-            return f"a row of {group.columns} does not fit the kernel"
-        return None
+    def constant(self, part: str, value: Tensor | None) -> fx.Node | None:
+        return super().constant(part, _to(value, self.device))
 
-    def _dense(self, group: Group, scheme: str) -> tuple[bool, str]:
-        """(whether the dense product is to be used, why)."""
-        outputs = sum(group.sizes)
-        try:
-            entries = dispatch.measured(self.chip, scheme, outputs, group.columns)
-        except ValueError as error:
-            raise UsageError("the measurements of this chip cannot be read", where=self.chip, why=error) from error
-        if not entries or group.dtype == torch.float32:
-            what = "in float32" if entries else f"at {outputs} x {group.columns}"
-            return False, f"{self.chip} was not measured {what}: a rule of thumb"
-        ratios = {rows: each.dense_us / each.us for rows, each in sorted(entries.items())}
-        described = ", ".join(f"M={rows}: {ratio:.2f}x" for rows, ratio in ratios.items())
-        mean = math.prod(ratios.values()) ** (1 / len(ratios))
-        if mean < 1 and not self.compressed:
-            return True, f"slower than dense on {self.chip} ({described})"
-        return False, f"measured on {self.chip} against dense ({described})"
-
-    # forms
-
-    def _product(self, name: str, group: Group, constants, bias: Tensor | None, activation: str) -> fx.Node:
-        """One product of the group. constants: position among the operator's arguments -> the tensor of all layers."""
-        on_device = lambda position: _to(constants(position), self.device)  # noqa: E731
-        target, call = group.target, self.graph.call_function
-        bias = self._constant(name, "bias", bias)
-        if target in (int8.WEIGHT_ONLY, fp8.WEIGHT_ONLY):
-            weight = self._constant(name, "qweight", on_device(1))
-            scale = self._constant(name, "scale", on_device(2))
-            return call(_OPS.weight_only_linear.default, (group.x, weight, scale, bias, activation))
-        if target is int4.LINEAR:
-            group_size = group.arguments[0][5]
-            weight = self._constant(name, "packed", int4_linear.prepack(on_device(1), group_size))
-            scale, zero = (self._constant(name, what, on_device(at)) for what, at in (("scale", 2), ("zero", 3)))
-            return call(_OPS.int4_linear.default, (group.x, weight, scale, zero, bias, group_size, activation))
-        if target is fp8.LINEAR:
-            weight = self._constant(name, "qweight", on_device(1))
-            scale = self._constant(name, "scale", on_device(2))
-            rows = self._quantized(group.x, _OPS.quantize_fp8.default, 2)
-            return call(_OPS.fp8_mm.default, (*rows, weight, scale, bias, group.dtype, activation))
-        if target is sparse24.LINEAR and group.dtype == torch.float32:
-            values, meta = (self._constant(name, what, on_device(at)) for what, at in (("values", 1), ("meta", 2)))
-            return call(_OPS.sparse24_linear_float32.default, (group.x, values, meta, bias, activation))
-        outputs = sum(group.sizes)
-        if target is sparse24.LINEAR:
-            weight = self._prepacked(name, on_device(1), on_device(2))
-            return call(_OPS.sparse24_linear.default, (group.x, *weight, outputs, bias, activation))
-        qweight = on_device(1)
-        column_sum = self._constant(name, "column_sum", qweight.sum(dim=1, dtype=torch.int32))
-        scale = self._constant(name, "scale", on_device(2 if target is int8.LINEAR else 3))
-        rows = self._quantized(group.x, _OPS.quantize_int8.default, 3)
-        rest = (scale, column_sum, bias, group.dtype, activation)
-        if target is int8.LINEAR:
-            return call(_OPS.int8_mm.default, (*rows, self._constant(name, "qweight", qweight), *rest))
-        return call(_OPS.int8_sparse24_mm.default, (*rows, *self._prepacked(name, qweight, on_device(2)), outputs, *rest))
-
-    def _prepacked(self, name: str, values: Tensor, meta: Tensor) -> tuple[fx.Node, fx.Node]:
-        weight = prepack(values, meta)
-        return self._constant(name, "values", weight.values), self._constant(name, "meta", weight.meta)
-
-    def _constant(self, name: str, suffix: str, value: Tensor | None) -> fx.Node | None:
-        if value is None:
-            return None
-        self.attributes[f"{name}.{suffix}"] = value.to(self.device)
-        return self.graph.get_attr(f"{name}.{suffix}")
-
-    def _quantized(self, x: fx.Node, target: object, count: int) -> list[fx.Node]:
-        """The parts of x quantized by `target`: once, right after x, whoever else reads it."""
+    def quantize(self, group: Group, target: object, count: int) -> list[fx.Node]:
+        """The parts of what the group reads, quantized by `target`: once, right after it, whoever else reads it."""
+        x = group.x
         if (x, target) not in self.quantized:
-            with self.graph.inserting_after(_last_of_inputs(x)):
-                made = self.graph.call_function(target, (x,))
-            parts, last = [], made
-            for at in range(count):
-                with self.graph.inserting_after(last):
-                    last = self.graph.call_function(operator.getitem, (made, at))
-                parts.append(last)
+            at = {"before": _last_of_inputs(x).next, "by": "lower", "fqn": x.meta.get("fqn", "")}
+            made = edit.insert(self.program, target, (x,), **at)
+            parts = [edit.insert(self.program, operator.getitem, (made, part), **at) for part in range(count)]
             self.quantized[x, target] = parts
         return self.quantized[x, target]
 
-    def _note_the_rest(self) -> None:
-        """Say which of fxc's operators still run by their own definition."""
-        for node in self.graph.nodes:
-            if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxc":
-                name = next((layer_of(node, a.target) for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
-                if name not in {each.fqn for each in self.report}:
-                    sizes = node.meta["val"].shape[-1], node.args[0].meta["val"].shape[-1]
-                    self.report.append(LayerChoice(name, "unchanged", f"{node.target} has no kernel for CUDA", *sizes))
+
+def lower_layers(program: Program, chip: Chip, compressed: bool) -> list[LayerChoice]:
+    """Layers with packed weights run in the kernel for their format, those that read one activation as one, with the activation
+    behind them; in floats where a table says that this is faster, unless `compressed`."""
+    report: list[LayerChoice] = []
+    quantized: dict[tuple[fx.Node, object], list[fx.Node]] = {}
+    for group in find_groups(program, _OPERATORS):
+        product = product_of(group.target)
+        scheme = product.name.format(**product.arguments(group.arguments[0]))
+        if why_not := _why_not(group, product, chip):
+            report += group.choices("unchanged", why_not)
+            continue
+        place = _Place(program, group.nodes[0], module_name(program, group.names[0]), chip.device, quantized)
+        is_dense, reason = _is_dense(group, scheme, chip, compressed)
+        if is_dense:
+            weight = place.constant("weight", group.dense(group.dtype))
+            bias = place.constant("bias", None if group.bias is None else group.bias.to(group.dtype))
+            replace(program, group, place.call(torch.ops.aten.linear.default, (group.x, weight, bias), group))
+            report += group.choices("dequantized", reason)
+            continue
+        report += group.choices(f"triton {scheme}", reason)
+        if pair := gated_pair(group):
+            edit.replace(pair.result, _pair_product(place, group, pair))
+            edit.sweep(program)
+            continue
+        activation = activation_after(group.nodes[0]) if len(group.nodes) == 1 else None
+        out = _product(place, group, group.argument, group.bias, activation[0] if activation else "none")
+        if activation:
+            edit.replace(activation[1], out)
+            edit.sweep(program)
+        else:
+            replace(program, group, out)
+    return report
+
+
+def _pair_product(place: _Place, group: Group, pair: GatedPair) -> fx.Node:
+    """silu(gate) * up as one product, its weight with rows of both in turns."""
+
+    def alternating(position: int) -> Tensor | None:
+        both = [group.arguments[at][position] for at in (pair.gate, pair.up)]
+        return None if both[0] is None else interleave(*both)
+
+    bias = None
+    if group.bias is not None:
+        halves = group.bias.split(group.sizes)
+        bias = interleave(halves[pair.gate], halves[pair.up])
+    return _product(place, group, alternating, bias, "silu_mul")
+
+
+def _why_not(group: Group, product: Product, chip: Chip) -> str | None:
+    """Why no kernel takes this group. Raises UsageError where the chip has no such product at all."""
+    if why_not := product.why_not(chip.capability):
+        raise UsageError(why_not, where=group.names[0], hint=product.instead)
+    if group.is_empty:
+        return "the weight is empty"
+    if group.dtype not in _DTYPES:
+        return f"no kernel takes {group.dtype}"
+    if product.activations is torch.int8 and group.columns > INT32_COLUMNS:
+        return f"a row of {group.columns} does not fit the kernel"
+    return None
+
+
+def _is_dense(group: Group, scheme: str, chip: Chip, compressed: bool) -> tuple[bool, str]:
+    """(whether the dense product is to be used, why)."""
+    outputs = sum(group.sizes)
+    try:
+        entries = dispatch.measured(chip.name, scheme, outputs, group.columns)
+    except ValueError as error:
+        raise UsageError("the measurements of this chip cannot be read", where=chip.name, why=error) from error
+    if not entries or group.dtype == torch.float32:
+        what = "in float32" if entries else f"at {outputs} x {group.columns}"
+        return False, f"{chip.name} was not measured {what}: a rule of thumb"
+    ratios = {rows: each.dense_us / each.us for rows, each in sorted(entries.items())}
+    described = ", ".join(f"M={rows}: {ratio:.2f}x" for rows, ratio in ratios.items())
+    mean = math.prod(ratios.values()) ** (1 / len(ratios))
+    if mean < 1 and not compressed:
+        return True, f"slower than dense on {chip.name} ({described})"
+    return False, f"measured on {chip.name} against dense ({described})"
+
+
+def _product(
+    place: _Place, group: Group, constants: Callable[[int], Tensor | None], bias: Tensor | None, activation: str
+) -> fx.Node:
+    """One product of the group. constants: position among the operator's arguments -> the tensor of all layers."""
+    on_device = lambda position: _to(constants(position), place.device)  # noqa: E731
+    target, constant = group.target, place.constant
+    call = lambda operator, args: place.call(operator, args, group)  # noqa: E731
+    bias = constant("bias", bias)
+    if target in (int8.WEIGHT_ONLY, fp8.WEIGHT_ONLY):
+        weight, scale = constant("qweight", on_device(1)), constant("scale", on_device(2))
+        return call(_OPS.weight_only_linear.default, (group.x, weight, scale, bias, activation))
+    if target is int4.LINEAR:
+        group_size = group.arguments[0][5]
+        weight = constant("packed", int4_linear.prepack(on_device(1), group_size))
+        scale, zero = (constant(what, on_device(at)) for what, at in (("scale", 2), ("zero", 3)))
+        return call(_OPS.int4_linear.default, (group.x, weight, scale, zero, bias, group_size, activation))
+    if target is fp8.LINEAR:
+        weight, scale = constant("qweight", on_device(1)), constant("scale", on_device(2))
+        rows = place.quantize(group, _OPS.quantize_fp8.default, 2)
+        return call(_OPS.fp8_mm.default, (*rows, weight, scale, bias, group.dtype, activation))
+    if target is sparse24.LINEAR and group.dtype == torch.float32:
+        values, meta = (constant(what, on_device(at)) for what, at in (("values", 1), ("meta", 2)))
+        return call(_OPS.sparse24_linear_float32.default, (group.x, values, meta, bias, activation))
+    outputs = sum(group.sizes)
+    if target is sparse24.LINEAR:
+        weight = _prepacked(place, on_device(1), on_device(2))
+        return call(_OPS.sparse24_linear.default, (group.x, *weight, outputs, bias, activation))
+    qweight = on_device(1)
+    column_sum = constant("column_sum", qweight.sum(dim=1, dtype=torch.int32))
+    scale = constant("scale", on_device(2 if target is int8.LINEAR else 3))
+    rows = place.quantize(group, _OPS.quantize_int8.default, 3)
+    rest = (scale, column_sum, bias, group.dtype, activation)
+    if target is int8.LINEAR:
+        return call(_OPS.int8_mm.default, (*rows, constant("qweight", qweight), *rest))
+    return call(_OPS.int8_sparse24_mm.default, (*rows, *_prepacked(place, qweight, on_device(2)), outputs, *rest))
+
+
+def _prepacked(place: _Place, values: Tensor, meta: Tensor) -> tuple[fx.Node, fx.Node]:
+    weight = prepack(values, meta)
+    return place.constant("values", weight.values), place.constant("meta", weight.meta)
+
+
+def _unchanged(program: Program, known: set[str]) -> list[LayerChoice]:
+    """Which of fxc's operators still run by their own definition."""
+    report = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxc":
+            name = next((layer_of(node, a.target) for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
+            if name not in known:
+                known.add(name)
+                sizes = node.meta["val"].shape[-1], node.args[0].meta["val"].shape[-1]
+                report.append(LayerChoice(name, "unchanged", f"{node.target} has no kernel for CUDA", *sizes))
+    return report
 
 
 def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:

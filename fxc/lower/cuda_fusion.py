@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxc.ir import edit
+from fxc.ir.program import Program
 from fxc.lower.groups import Group
 from fxc_kernels.cuda import ops as cuda_ops  # noqa: F401  registers the operators
 from fxc_kernels.cuda.quantize_rows import KEPT
@@ -118,69 +120,62 @@ def _is_plain_sum(node: fx.Node) -> bool:
     return all(isinstance(t, Tensor) for t in types) and len({(str(t.dtype), *map(str, t.shape)) for t in types}) == 1
 
 
-def fuse_norms(graph: fx.Graph) -> int:
+def fuse_norms(program: Program) -> int:
     """Quantizations of an RMSNorm that nothing else reads become one operator with it, and with the residual sum in front of
     it. Returns how many there were."""
     count = 0
     for target, (plain, with_sum, sum_at) in _NORMS.items():
-        for node in graph.find_nodes(op="call_function", target=target):
+        for node in program.graph.find_nodes(op="call_function", target=target):
             norm = match_rms_norm(node.args[0])
             if norm is not None and len(node.args[0].users) == 1:
-                node.replace_all_uses_with(_insert_norm(graph, norm, node.args[0], plain, with_sum, sum_at)[0])
-                graph.erase_node(node)
+                fused, _ = _insert_norm(program, norm, node.args[0], plain, with_sum, sum_at)
+                for part in list(node.users):
+                    edit.call(program, operator.getitem, (fused, part.args[1]), replacing=part, by="lower")
                 count += 1
+    edit.sweep(program)
     return count
 
 
-def fuse_float_norms(graph: fx.Graph) -> int:
+def fuse_float_norms(program: Program) -> int:
     """RMSNorms whose result stays a float become one operator each, with the residual sum in front of them."""
     count = 0
-    for node in graph.find_nodes(op="call_function", target=_MUL):
+    for node in program.graph.find_nodes(op="call_function", target=_MUL):
         norm = match_rms_norm(node)
         if norm is None:
             continue
-        fused, has_sum = _insert_norm(graph, norm, node, _OPS.rms_norm.default, _OPS.add_rms_norm.default, 1)
+        fused, has_sum = _insert_norm(program, norm, node, _OPS.rms_norm.default, _OPS.add_rms_norm.default, 1)
         if has_sum:
-            with graph.inserting_after(fused):
-                fused = graph.call_function(operator.getitem, (fused, 0))
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
+            edit.call(program, operator.getitem, (fused, 0), replacing=node, by="lower")
+        else:
+            edit.replace(node, fused)
         count += 1
+    edit.sweep(program)
     return count
 
 
-def _insert_norm(graph: fx.Graph, norm: RmsNorm, place: fx.Node, plain, with_sum, sum_at: int) -> tuple[fx.Node, bool]:
+def _insert_norm(program: Program, norm: RmsNorm, place: fx.Node, plain, with_sum, sum_at: int) -> tuple[fx.Node, bool]:
     """(a call of `plain` after `place`, or of `with_sum` where the sum is that the norm is of; whether it is the latter). What
     read that sum reads the call's."""
     total = norm.source
     is_sum = _is_plain_sum(total)
-    with graph.inserting_after(total if is_sum else place):
-        weight = graph.get_attr(norm.weight.target)
-    with graph.inserting_after(weight):
-        if not is_sum:
-            return graph.call_function(plain, (total, weight, norm.eps)), False
-        fused = graph.call_function(with_sum, (*total.args, weight, norm.eps))
-    with graph.inserting_after(fused):
-        again = graph.call_function(operator.getitem, (fused, sum_at))
-    again.meta = dict(total.meta)
-    total.replace_all_uses_with(again)
+    at = {"before": (total if is_sum else place).next, "by": "lower", "fqn": place.meta.get("fqn", "")}
+    weight = edit.read(program, norm.weight.target, at["before"])
+    if not is_sum:
+        return edit.insert(program, plain, (total, weight, norm.eps), **at), False
+    fused = edit.insert(program, with_sum, (*total.args, weight, norm.eps), **at)
+    edit.replace(total, edit.insert(program, operator.getitem, (fused, sum_at), **at))
     return fused, True
 
 
-def fuse_rope(graph: fx.Graph) -> int:
+def fuse_rope(program: Program) -> int:
     """x * cos + rotate_half(x) * sin becomes one operator."""
     count = 0
-    for node in graph.find_nodes(op="call_function", target=_ADD):
+    for node in program.graph.find_nodes(op="call_function", target=_ADD):
         arguments = _match_rope(node)
-        if arguments is None:
-            continue
-        with graph.inserting_after(node):
-            fused = graph.call_function(_OPS.rope.default, arguments)
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
-        count += 1
+        if arguments is not None:
+            edit.call(program, _OPS.rope.default, arguments, replacing=node, by="lower")
+            count += 1
+    edit.sweep(program)
     return count
 
 

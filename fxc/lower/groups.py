@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from fxc.ir import edit
 from fxc.ir.names import layer_of
+from fxc.ir.program import Program
 from fxc.schemes.scheme import product_of, scheme_of
 
 
@@ -27,7 +30,8 @@ class LayerChoice:
 class Group:
     """Layers of one operator and format that read the same activation: one product serves all of them.
 
-    arguments: of each node, constants as tensors; bias: of all of them together, float32; sizes: the outputs of each.
+    arguments: of each node, constants as tensors; bias: of all of them together, float32; sizes: the outputs of each; kept:
+    what was made of their weights and is needed again.
     """
 
     target: object
@@ -37,6 +41,7 @@ class Group:
     sizes: list[int]
     columns: int
     names: list[str]
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def x(self) -> fx.Node:
@@ -65,6 +70,21 @@ class Group:
         return [LayerChoice(name, op, reason, size, self.columns) for name, size in zip(self.names, self.sizes)]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where lowering writes what runs a group: before the node `before`, over constants in the module `name`."""
+
+    program: Program
+    before: fx.Node
+    name: str
+
+    def constant(self, part: str, value: Tensor | None) -> fx.Node | None:
+        return None if value is None else edit.constant(self.program, f"{self.name}.{part}", value, self.before)
+
+    def call(self, target: object, args: tuple, group: Group) -> fx.Node:
+        return edit.insert(self.program, target, args, before=self.before, by="lower", fqn=", ".join(group.names))
+
+
 def together(tensors: list[Tensor | None]) -> Tensor | None:
     """The tensors one after the other; None for layers that have none."""
     if tensors[0] is None:
@@ -72,18 +92,16 @@ def together(tensors: list[Tensor | None]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def find_groups(
-    graph: fx.Graph, attributes: Mapping[str, Tensor | nn.Module], targets: Collection[object]
-) -> list[Group]:
-    """The calls of `targets` in `graph`, whose constants are `attributes`."""
+def find_groups(program: Program, targets: Collection[object]) -> list[Group]:
+    """The calls of `targets` whose other arguments are constants."""
     found: dict[tuple, list[fx.Node]] = {}
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in targets:
             continue
         if not all(a.op == "get_attr" for a in node.args[1:] if isinstance(a, fx.Node)):
             continue  # a bias that is computed: the operator itself can run that
         found.setdefault((node.args[0], node.target, _layout(node)), []).append(node)
-    return [_group(attributes, target, nodes) for (_, target, _), nodes in found.items()]
+    return [_group(program, target, nodes) for (_, target, _), nodes in found.items()]
 
 
 def _layout(node: fx.Node) -> tuple:
@@ -92,9 +110,9 @@ def _layout(node: fx.Node) -> tuple:
     return tuple(isinstance(a, fx.Node) or a for name, a in given.items() if name != "bias")
 
 
-def _group(attributes: Mapping[str, Tensor | nn.Module], target: object, nodes: list[fx.Node]) -> Group:
+def _group(program: Program, target: object, nodes: list[fx.Node]) -> Group:
     arguments = [
-        tuple(attributes[a.target] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
+        tuple(program.constants[a.target] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
         for node in nodes
     ]
     sizes = [args[1].shape[0] for args in arguments]
@@ -106,40 +124,27 @@ def _group(attributes: Mapping[str, Tensor | nn.Module], target: object, nodes: 
     return Group(target, nodes, arguments, bias, sizes, nodes[0].args[0].meta["val"].shape[-1], names)
 
 
-def replace(graph: fx.Graph, group: Group, out: fx.Node) -> None:
+def replace(program: Program, group: Group, out: fx.Node) -> None:
     """`out`, which is in the graph before the group's nodes, is their results one after the other."""
-    parts = [out]
+    parts, first = [out], group.nodes[0]
     if len(group.nodes) > 1:
         starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
-        with graph.inserting_before(group.nodes[0]):
-            parts = [graph.call_function(torch.narrow, (out, -1, start, size)) for start, size in zip(starts, group.sizes)]
+        parts = [
+            edit.insert(program, torch.ops.aten.narrow.default, (out, -1, start, size), before=first, by="lower", fqn=name)
+            for start, size, name in zip(starts, group.sizes, group.names)
+        ]
     for node, part in zip(group.nodes, parts):
-        part.meta = dict(node.meta)
-        node.replace_all_uses_with(part)
-        graph.erase_node(node)
+        edit.replace(node, part)
+    edit.sweep(program)
 
 
-def relax_views(graph: fx.Graph) -> None:
+def relax_views(program: Program) -> None:
     """Slices of one product are not contiguous, so what was a view may have to copy."""
     for target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-        for node in graph.find_nodes(op="call_function", target=target):
+        for node in program.graph.find_nodes(op="call_function", target=target):
             node.target = torch.ops.aten.reshape.default
 
 
-def module_of(graph: fx.Graph, attributes: Mapping[str, Tensor | nn.Module], class_name: str) -> fx.GraphModule:
-    """`graph` with those of its `attributes` that it uses, runnable."""
-    root = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            root[node.target] = attributes[node.target]
-        elif node.op == "get_attr":
-            # Under a name of their own, constants cannot collide with what a GraphModule has besides.
-            value, node.target = attributes[node.target], f"constants.{node.target}"
-            root[node.target] = value
-    return fx.GraphModule(root, graph, class_name=class_name).eval().requires_grad_(False)
-
-
-def dynamic_dims(graph: fx.Graph) -> list[frozenset[int]]:
-    """Of each input, the dimensions whose size may change between calls."""
-    shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
-    return [frozenset(d for d, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]
+def module_name(program: Program, layer: str) -> str:
+    """Where constants go that lowering makes for `layer`."""
+    return edit.free_name(program, f"lowered.{layer}" if layer else "lowered.layer")

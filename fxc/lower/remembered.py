@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-Timing = dict[int, tuple[float, float]]
-"""rows -> (seconds as int8, seconds as float)"""
+Timing = dict[int, tuple[float, ...]]
+"""rows -> seconds of each form, the last of which is float"""
 
 
 def folder() -> Path | None:
@@ -58,10 +58,10 @@ def recall(layer: str, threads: int) -> Timing | None:
     if not isinstance(found, dict) or not found:
         return None
     try:
-        timing = {int(rows): (float(a), float(b)) for rows, (a, b) in found.items()}
+        timing = {int(rows): tuple(map(float, times)) for rows, times in found.items()}
     except (TypeError, ValueError):
         return None
-    return timing if all(0 < s < math.inf for pair in timing.values() for s in pair) else None
+    return timing if all(0 < s < math.inf for times in timing.values() for s in times) else None
 
 
 def keep(layer: str, threads: int, timing: Timing) -> None:

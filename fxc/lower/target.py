@@ -10,6 +10,7 @@ from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.groups import LayerChoice
+from fxc.lower.runnable import runnable
 
 BACKENDS = ("eager", "inductor")
 
@@ -47,11 +48,13 @@ def lower(
     """
     check_target(device, backend)
     if device.type == "cpu":
-        return lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
+        lowered, layers = lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
+        return runnable(lowered, device, backend), layers
     try:
         from fxc.lower.cuda import lower_cuda
     except ImportError as error:
         raise UsageError(
             "compressed layers need Triton on CUDA, which is not installed", why=error, hint="pip install triton"
         ) from error
-    return lower_cuda(program, device, backend, compressed=keep_compressed)
+    lowered, layers = lower_cuda(program, device, backend, compressed=keep_compressed)
+    return runnable(lowered, device, backend), layers

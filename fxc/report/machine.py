@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from fxc.errors import UsageError
-from fxc.lower import choose, packed
+from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
+from fxc_kernels.cpu import int8_product
 
 PACKAGES = (
     "torch",
@@ -85,7 +86,7 @@ def _processor() -> list[Finding]:
 def _int8_path(onednn: bool) -> Finding:
     if not onednn:
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch")
-    if not packed.int8_is_exact():
+    if not int8_product.int8_is_exact():
         why = "tried: its int8 products saturate, because it has no VNNI; files are smaller, speed is that of the float model"
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, why)
     int8, bf16 = _product_seconds()
@@ -96,7 +97,8 @@ def _int8_path(onednn: bool) -> Finding:
 
 def _product_seconds() -> tuple[float, float]:
     """Seconds of an int8 and of a bfloat16 product on this machine."""
-    ((int8, bf16),) = choose.compare(1024, 1024, torch.bfloat16, False, False, (64,))[0].values()
+    forms = candidates.INT8, candidates.FLOAT
+    ((int8, bf16),) = choose.compare(forms, 1024, 1024, torch.bfloat16, False, (64,))[0].values()
     return int8, bf16
 
 

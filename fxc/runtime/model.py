@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxc.artifact import config_json, store
 from fxc.errors import UsageError
@@ -84,8 +85,8 @@ class CompiledModel(nn.Module):
         """Set the lowered module, if another thread has not done so meanwhile."""
         if self._lowered is not None:
             return
-        # What is kept has to serve calls outside inference mode too, whoever makes the first one.
-        with torch.no_grad():
+        # What is kept has to serve calls outside inference mode and outside of what may trace the first one.
+        with torch.no_grad(), _disable_current_modes():
             lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
         # Not a submodule: its packed weights are no part of the model's state.
         object.__setattr__(self, "_lowered", lowered)

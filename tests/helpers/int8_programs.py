@@ -3,7 +3,8 @@
 import torch
 from torch import fx, nn
 
-from fxc.ir import Input, Program, Signature
+from fxc.ir import Input, Program, Signature, edit
+from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.schemes.int8 import quantize_weight
 
 
@@ -32,7 +33,12 @@ def program_of(model: nn.Module, x: torch.Tensor, op: str = "int8_linear", skip:
             env[node] = graph.node_copy(node, lambda n: env[n])
         if node in env:
             env[node].meta = dict(node.meta)
-    return Program(graph, constants, {}, Signature([Input("x")], [], None, None))
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["val"] = fake_constant(fake_mode_of(graph), constants[node.target])
+    outputs = [f"out{i}" for i in range(len(graph.output_node().args[0]))]
+    program = Program(graph, constants, {}, Signature([Input("x")], outputs, None, None))
+    edit.sweep(program)
+    return program
 
 
 def timing(as_int8, as_float=1.0):

@@ -10,10 +10,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 import mma_emulation
 import torch
 from families import build
+from lowered import for_cuda
 
 from fxc import optimize
 from fxc.data.samples import samples
-from fxc.lower.cuda import lower_cuda
 
 # Of the result's norm. Left out: fp8, because the interpreter's conversion to it is at fault (triton_interpreted.py).
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def check(passes: str, dtype: torch.dtype) -> None:
     model, inputs = build("qwen2")
     program = optimize(model.to(dtype), inputs, passes=passes, verify=False, budget=9, layer_budget=9).program
-    module, _ = lower_cuda(program, "cpu")
+    module, _ = for_cuda(program)
     for inputs in samples(program)[:1]:
         for got, expected in zip(module(*inputs), program.module()(*inputs), strict=True):
             error = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-6)

@@ -13,14 +13,14 @@ os.environ["FXC_CACHE"] = "off"
 
 import torch
 from int8_programs import int8_wins, program_of
+from lowered import on_cpu
 
-from fxc.lower import packed, traced
-from fxc.lower.cpu import lower_cpu
 from fxc_kernels import int8_linear as op
+from fxc_kernels.cpu import int8_linear, int8_product, ops
 
 torch.set_num_threads(1)
 if "force" in sys.argv:
-    packed.int8_is_exact = op.int_mm_is_exact = lambda: True
+    int8_product.int8_is_exact = op.int_mm_is_exact = lambda: True
 
 
 def extremes(rows: int, columns: int):
@@ -36,8 +36,9 @@ def compiled_forms(name: str, x, qweight, scale, bias):
     """What Inductor is given, run as it stands."""
     zero = torch.zeros(len(qweight), dtype=torch.int64)
     if name == "int8_linear":
-        return [traced.int8_linear(x, qweight, scale, zero, bias, packed.zero_point_term(qweight, scale))]
-    return [traced.split_linear(x, qweight, scale, zero, bias)]
+        term = int8_linear.zero_point_term(qweight, scale)
+        return [ops.INT8_LINEAR(x, qweight, scale, zero, term, bias)]
+    return [ops.SPLIT_LINEAR(x, qweight, scale, zero, bias)]
 
 
 for name in ("int8_linear", "int8_weight_only_linear"):
@@ -51,9 +52,9 @@ for name in ("int8_linear", "int8_weight_only_linear"):
         expected = reference(x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
         assert abs(expected.abs().max() - 127 * 2048) < 2
         operator = program.module()(x[:, None])[0][:, 0]
-        lowered, report = lower_cpu(program, "eager", measure=int8_wins)
+        lowered, report = on_cpu(program, "eager", measure=int8_wins)
         forms = [operator, lowered(x[:, None])[0][:, 0]]
-        if packed.int8_is_exact():
+        if int8_product.int8_is_exact():
             forms += compiled_forms(name, x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
         for found in forms:
             error = (found - expected).abs().max() / expected.abs().max()

@@ -18,12 +18,11 @@ from torch import nn
 triton = pytest.importorskip("triton", reason="no Triton on this platform")
 
 from interpreter import needs_interpreter  # noqa: E402
+from lowered import for_cuda, on_cpu  # noqa: E402
 
 from fxc import optimize  # noqa: E402
 from fxc.data.samples import samples  # noqa: E402
 from fxc.errors import UsageError  # noqa: E402
-from fxc.lower.cpu import lower_cpu  # noqa: E402
-from fxc.lower.cuda import lower_cuda  # noqa: E402
 from fxc.schemes import sparse24  # noqa: E402
 from fxc_kernels.cuda import dispatch  # noqa: E402
 from fxc_kernels.cuda import ops as cuda_ops  # noqa: E402
@@ -70,7 +69,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "dtype", "passes"), CASES, ids=[f"{family} {passes}" for family, _, passes in CASES])
 def test_lowered_graphs_compute_the_program(family, dtype, passes):
     program = compiled(family, passes, dtype)
-    module, report = lower_cuda(program, "cpu", capability=90)
+    module, report = for_cuda(program, capability=90)
     assert errors(module, program) < TOLERANCE[dtype]
     assert not any("fxc::" in str(node.target) or str(node.target).startswith("fxc.") for node in module.graph.nodes)
     assert report and all(each.op.startswith("triton ") for each in report)
@@ -78,7 +77,7 @@ def test_lowered_graphs_compute_the_program(family, dtype, passes):
 
 
 def test_a_decoder_layer_is_four_products_and_its_norms_quantize():
-    module, report = lower_cuda(compiled("qwen2", "int8"), "cpu", capability=90)
+    module, report = for_cuda(compiled("qwen2", "int8"), capability=90)
     # Two layers of qkv, o, gate and up, down, and the head.
     assert calls(module) == Counter(int8_mm=9, rms_norm_int8=1, add_rms_norm_int8=4, quantize_int8=4, rope=4)
     activations = Counter(node.args[-1] for node in module.graph.nodes if str(node.target) == "fxc_cuda.int8_mm.default")
@@ -91,7 +90,7 @@ def test_a_decoder_layer_is_four_products_and_its_norms_quantize():
 
 def test_weight_only_decoders_have_their_norms_and_rotations_fused():
     program = compiled("qwen3", "int4:group=32")
-    module, _ = lower_cuda(program, "cpu")
+    module, _ = for_cuda(program)
     # Of each layer two norms of the residual stream and two of queries and keys.
     assert calls(module) == Counter(int4_linear=9, rms_norm=5, add_rms_norm=4, rope=4)
     assert errors(module, program) < 2e-4
@@ -114,14 +113,14 @@ def test_only_rotations_become_rotations():
     given = (torch.randn(shape), torch.randn(shape), torch.randn(table), torch.randn(table))
     free = dict.fromkeys(('x', 'y', 'cos', 'sin'), (0, 2))  # the width of a head is a number, as where weights make it
     program = optimize(Turned(), given, passes="", verify=False, dynamic_shapes=free).program
-    module, _ = lower_cuda(program, "cpu")
+    module, _ = for_cuda(program)
     assert calls(module) == Counter(rope=1)
     assert errors(module, program) < 1e-6
 
 
 def test_a_double_is_not_turned_in_float32():
     given = tuple(torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (3, 3, 1, 1))
-    module, _ = lower_cuda(optimize(Turned(), given, passes="", verify=False).program, "cpu")
+    module, _ = for_cuda(optimize(Turned(), given, passes="", verify=False).program)
     assert not calls(module)
 
 
@@ -130,7 +129,7 @@ def test_layers_may_be_called_what_a_graph_module_has(name):
     model = nn.Sequential()
     model.add_module(name, nn.Linear(32, 24))
     program = program_of(model, torch.randn(3, 32), passes="")
-    for module, _ in (lower_cuda(program, "cpu"), lower_cpu(program)):
+    for module, _ in (for_cuda(program), on_cpu(program)):
         assert errors(module, program) < 1e-6
 
 
@@ -160,7 +159,7 @@ class Shared(nn.Module):
 
 def test_what_others_read_stays_in_the_graph():
     program = program_of(Shared(), torch.randn(3, 32))
-    module, _ = lower_cuda(program, "cpu")
+    module, _ = for_cuda(program)
     # The norm stays a float, as one operator; gate is read twice, so only the product is shared.
     assert calls(module) == Counter(rms_norm=1, quantize_int8=1, int8_mm=1)
     assert errors(module, program) < 2e-4
@@ -182,7 +181,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("passes", ["int8", "fp8", "fp8:mode=weight_only"])
 def test_activations_move_into_products(passes):
     program = program_of(Mixed(), torch.randn(5, 32), passes)
-    module, _ = lower_cuda(program, "cpu", capability=89)
+    module, _ = for_cuda(program, capability=89)
     products = [node.args[-1] for node in module.graph.nodes if str(node.target).endswith(("_mm.default", "linear.default"))]
     assert products == ["gelu_tanh", "silu_mul", "none"]
     assert errors(module, program) < 2e-4
@@ -190,13 +189,13 @@ def test_activations_move_into_products(passes):
 
 def test_the_same_graph_compiles():
     program = compiled("qwen2", "int8")
-    module, _ = lower_cuda(program, "cpu", "inductor", capability=90)
+    module, _ = for_cuda(program, "inductor", capability=90)
     assert errors(module, program) < 2e-4
 
 
 def test_torch_compile_takes_a_lowered_graph_whole():
     program = program_of(Mixed(), torch.randn(5, 32))
-    module, _ = lower_cuda(program, "cpu", capability=90)
+    module, _ = for_cuda(program, capability=90)
     whole = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows in (5, 1, 9):
         x = torch.randn(rows, 32)
@@ -206,10 +205,10 @@ def test_torch_compile_takes_a_lowered_graph_whole():
 def test_float8_products_are_refused_where_the_chip_has_none():
     program = compiled("bert", "fp8")
     with pytest.raises(UsageError) as refused:
-        lower_cuda(program, "cpu", capability=80)
+        for_cuda(program, capability=80)
     assert "compute capability 8.0" in str(refused.value) and "attention" in str(refused.value.where)
     assert "fp8:mode=weight_only" in refused.value.hint
-    lower_cuda(compiled("bert", "fp8:mode=weight_only"), "cpu", capability=80)
+    for_cuda(compiled("bert", "fp8:mode=weight_only"), capability=80)
 
 
 def entries(*measured):
@@ -237,14 +236,14 @@ def table(tmp_path, monkeypatch):
 def test_a_layer_that_was_measured_to_be_slower_stays_dense(table):
     table(("int8", 128, 64, 1, None, 30.0, 10.0), ("int8", 128, 64, 16, None, 20.0, 25.0))
     program = compiled("bert", "int8", torch.bfloat16)
-    module, report = lower_cuda(program, "cpu")
+    module, report = for_cuda(program)
     slow = [each for each in report if (each.out_features, each.in_features) == (128, 64)]
     assert {each.op for each in slow} == {"dequantized"} and all("M=1: 0.33x, M=16: 1.25x" in each.reason for each in slow)
     assert {each.op for each in report} == {"dequantized", "triton int8"}
     assert errors(module, program) < 0.1  # the dense product does not quantize what it reads
-    _, report = lower_cuda(program, "cpu", compressed=True)
+    _, report = for_cuda(program, compressed=True)
     assert {each.op for each in report} == {"triton int8"}
-    _, report = lower_cuda(compiled("bert", "int8"), "cpu")
+    _, report = for_cuda(compiled("bert", "int8"))
     assert {each.op for each in report} == {"triton int8"} and any("not measured in float32" in each.reason for each in report)
 
 
@@ -289,7 +288,7 @@ def test_the_table_chooses_the_configuration(table):
 def test_a_table_that_no_kernel_can_follow_is_refused(table, entry, says):
     table(entry)
     with pytest.raises(UsageError, match="cannot be read") as caught:
-        lower_cuda(program_of(nn.Linear(32, 24), torch.randn(3, 32)), "cpu")
+        for_cuda(program_of(nn.Linear(32, 24), torch.randn(3, 32)))
     assert says in str(caught.value.why) and "cpu.json" in str(caught.value.why)
 
 

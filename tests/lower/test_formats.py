@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from formats import SPECS, compiled, normal
+from lowered import on_cpu
 from torch import nn
 
 import fxc
-from fxc.lower.cpu import lower_cpu
-from fxc.lower.packed import rounded_to_int8
+from fxc.lower.candidates import rounded_to_int8
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 from fxc.report.lowering import describe
@@ -40,7 +40,7 @@ LIKE = {"fp8": "fp8:mode=weight_only"}
 def test_lowered_layers_compute_what_the_operators_say(spec, dtype):
     program, _ = compiled(spec, dtype)
     expected, _ = compiled(LIKE.get(spec, spec), dtype)
-    lowered, report = lower_cpu(program, "eager", measure=timing(0.1), bf16=dtype == torch.bfloat16)
+    lowered, report = on_cpu(program, "eager", measure=timing(0.1), bf16=dtype == torch.bfloat16)
     assert {c.fqn for c in report} >= {"q", "k", "v", "up", "down"}
     assert "one product with q, k, v" in report[0].reason
     assert [n.target for n in lowered.graph.nodes if getattr(n.target, "namespace", "") == "fxc"] == []
@@ -66,7 +66,7 @@ def test_lowered_layers_compute_what_the_operators_say(spec, dtype):
 @pytest.mark.parametrize("as_int8", [0.1, 2.0])
 def test_under_inductor_too(as_int8):
     program, _ = compiled("int4:group=32")
-    lowered, report = lower_cpu(program, "inductor", measure=timing(as_int8), bf16=False)
+    lowered, report = on_cpu(program, "inductor", measure=timing(as_int8), bf16=False)
     assert {choice.op for choice in report} == {"int8" if as_int8 < 1 else "dequantized"}
     x = normal(3, 5, 64, seed=7)
     close(lowered(x), program.module()(x), 1e-2 if as_int8 < 1 else 1e-4)
@@ -74,9 +74,9 @@ def test_under_inductor_too(as_int8):
 
 def test_int4_is_measured_and_left_where_it_is_slower():
     program, _ = compiled("int4:group=32", torch.bfloat16)
-    _, report = lower_cpu(program, "eager", measure=timing(2.0))
+    _, report = on_cpu(program, "eager", measure=timing(2.0))
     assert {c.op for c in report} <= {"dequantized", "bf16 packed"} and "int8 was slower" in report[0].reason
-    _, report = lower_cpu(program, "eager")
+    _, report = on_cpu(program, "eager")
     assert "M=1: int8" in report[0].reason and "M=128: int8" in report[0].reason
 
 
@@ -103,7 +103,7 @@ def test_int4_rows_with_outliers_are_not_rounded_again():
 
     program = fxc.capture(Spiky(), (normal(3, 256),))
     program, _ = run_passes(program, parse_passes("int4:group=32"), Context())
-    lowered, report = lower_cpu(program, "eager", measure=timing(0.1))
+    lowered, report = on_cpu(program, "eager", measure=timing(0.1))
     x = normal(3, 256, seed=9)
     assert report[0].op == "dequantized" and "as int8 the error of int4 would be" in report[0].reason
     close(lowered(x), program.module()(x), 1e-4)
@@ -122,4 +122,4 @@ def test_a_bias_that_is_computed_runs_by_the_operator():
     for spec in SPECS:
         after, _ = run_passes(program, parse_passes(spec), Context())
         x = normal(3, 5, 64, seed=9)
-        close(lower_cpu(after)[0](x), after.module()(x), 1e-3)
+        close(on_cpu(after)[0](x), after.module()(x), 1e-3)

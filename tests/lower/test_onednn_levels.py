@@ -9,8 +9,8 @@ import torch
 from repo import REPO
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxc.lower import packed
 from fxc_kernels import int8_exact, int8_linear
+from fxc_kernels.cpu import int8_product
 
 LEVELS = ("all", "AVX512_CORE_VNNI", "AVX512_CORE", "AVX2_VNNI", "AVX2")
 
@@ -75,10 +75,10 @@ def test_no_product_of_the_example_runs_reference_code():
 
 def test_the_probe_is_not_misled_by_what_surrounds_it():
     """It may be asked for first while a program is traced, or under another default device."""
-    right = packed.int8_is_exact.__wrapped__(), int8_linear.int_mm_is_exact.__wrapped__()
+    right = int8_product.int8_is_exact.__wrapped__(), int8_linear.int_mm_is_exact.__wrapped__()
     for surroundings in (FakeTensorMode(), torch.device("meta"), torch.inference_mode()):
         with surroundings:
-            assert (packed.int8_is_exact.__wrapped__(), int8_linear.int_mm_is_exact.__wrapped__()) == right
+            assert (int8_product.int8_is_exact.__wrapped__(), int8_linear.int_mm_is_exact.__wrapped__()) == right
 
 
 def test_one_wrong_row_count_is_noticed():

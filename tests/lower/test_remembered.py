@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from fxc.lower import choose, packed, remembered
+from fxc.lower import choose, remembered
+from fxc.lower.candidates import FLOAT, INT8
+from fxc_kernels.cpu import int8_product
 
 TIMING = {1: (1e-3, 2e-3), 16: (1e-3, 4e-3)}
 
@@ -58,17 +60,17 @@ def test_a_level_of_instructions_is_a_machine_of_its_own(monkeypatch):
 
 def test_a_layer_is_measured_once_for_all_processes(folder, monkeypatch):
     monkeypatch.setattr(choose, "_is_steady", lambda times: True)
-    first = choose.measure(24, 16, torch.float32, False, True, 1)
+    first = choose.measure((INT8, FLOAT), 24, 16, torch.float32, True, 1)
     choose.measure.cache_clear()  # as in another process
     monkeypatch.setattr(choose, "compare", lambda *size: pytest.fail("measured again"))
-    assert choose.measure(24, 16, torch.float32, False, True, 1) == first
+    assert choose.measure((INT8, FLOAT), 24, 16, torch.float32, True, 1) == first
     (path,) = folder.iterdir()
     assert json.loads(path.read_text())["layers"].keys() == {"int8 whole float32 24x16"}
 
 
 def test_what_two_halves_of_a_race_disagree_on_is_not_kept(folder, monkeypatch):
     monkeypatch.setattr(choose, "_is_steady", lambda times: False)
-    choose.measure(24, 16, torch.float32, False, True, 1)
+    choose.measure((INT8, FLOAT), 24, 16, torch.float32, True, 1)
     assert not list(folder.iterdir())
 
 
@@ -86,8 +88,7 @@ def test_a_form_ten_times_slower_has_lost_at_once(monkeypatch):
             torch.ones(64, 64) @ torch.ones(64, 64)
         return torch.zeros(len(q), len(scale))
 
-    monkeypatch.setattr(choose, "int8_product", slow)
-    monkeypatch.setattr(packed, "int8_product", slow)
-    timing, _ = choose.compare(24, 16, torch.float32, False, False, choose.ROWS)
+    monkeypatch.setattr(int8_product, "int8_product", slow)
+    timing, _ = choose.compare((INT8, FLOAT), 24, 16, torch.float32, False, INT8.rows)
     assert set(calls) == {1} and len(calls) == 2, "one call to warm up, one that decided"
-    assert len(set(timing.values())) == 1 and tuple(timing) == choose.ROWS
+    assert len(set(timing.values())) == 1 and tuple(timing) == INT8.rows

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import Mlp, _causal, build
+from lowered import for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxc
@@ -99,9 +100,7 @@ def test_of_compressed_models(passes, device):
     model = fxc.optimize(_causal("Qwen2Config", num_hidden_layers=4).eval(), passes=passes, verify=False)
     if device == "cuda":
         pytest.importorskip("triton")
-        from fxc.lower.cuda import lower_cuda
-
-        object.__setattr__(model, "_lowered", lower_cuda(model.program, "cpu", capability=90)[0])
+        object.__setattr__(model, "_lowered", for_cuda(model.program, capability=90)[0])
     given = arguments(5, 12)
     expected = generate(model, False, given)[1]
     torch.testing.assert_close(generate(model, True, given)[1], expected, rtol=0.02, atol=0.02 * expected.abs().max().item())

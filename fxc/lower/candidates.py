@@ -1,0 +1,197 @@
+"""The forms in which a CPU can run a layer with packed weights. A further form is one more entry of CANDIDATES."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxc.lower.groups import Group, Place
+from fxc.schemes import int4, int8
+from fxc_kernels.cpu import int8_linear, int8_product
+from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR
+from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
+from fxc_kernels.cpu.split_linear import symmetric_scales
+from fxc_kernels.int8_linear import quantize_rows
+
+# int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
+INT4_AS_INT8 = 0.02
+
+Trial = Callable[[Tensor, bool], Callable[[], object]]
+"""(x [M, K], whether what surrounds the product counts too) -> the call to be timed."""
+
+
+@dataclass(frozen=True)
+class CpuPlace(Place):
+    """packed: weights as oneDNN has them, or as they are stored, for Inductor, whose freezing packs them; activation: what is
+    applied to the result, "none" or one of `fxc_kernels.cpu.rows.ACTIVATIONS`, for a candidate that absorbs one."""
+
+    packed: bool = True
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of the layers of a group.
+
+    name: in reports; timed_as: in measurements; kind: what these are remembered under; targets: the operators whose layers it
+    runs; rows: the row counts at which it is timed; wins_for: "many" rows or "few", where it may be faster than float is;
+    why_not: why it cannot run a group, None where it can; note: what a report says besides; trial: (int8 [N, K], scale [N],
+    dtype) -> a layer to be timed; make: writes the layer into a program, with the weight in floats too for the row counts on
+    the other side of `limit` unless `dense` is None; absorbs: whether it takes the activation behind it.
+    """
+
+    name: str
+    timed_as: str
+    kind: str
+    targets: tuple[object, ...]
+    rows: tuple[int, ...]
+    wins_for: str
+    why_not: Callable[[Group], str | None]
+    note: Callable[[Group], str]
+    trial: Callable[[Tensor, Tensor, torch.dtype], Trial]
+    make: Callable[[CpuPlace, Group, Tensor | None, int], fx.Node]
+    absorbs: bool = False
+
+
+def candidates(group: Group) -> tuple[Candidate, ...]:
+    """The forms that the layers of `group` may have, whether this machine runs them or not. The last is float, which all do."""
+    return (*(each for each in CANDIDATES if group.target in each.targets), FLOAT)
+
+
+def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """float32 int4 weight [N, K], its scales [N, groups] -> (int8 [N, K], scale float32 [N], by what factor the error of int4
+    grows, minus 1, judged by steps: rounding errors are as large as they are). Each group counts alike, however small its
+    weights, because what they meet may be large; so weights of very different groups are judged worse than they are."""
+    scale = symmetric_scales(weight)
+    ratio = (scale / int4_scale.float().abs())[(weight != 0).any(dim=1)]
+    more = (1 + ratio.square().sum() / max(ratio.numel(), 1)).sqrt() - 1
+    return (weight / scale).round_().to(torch.int8), scale.flatten(), more.item()
+
+
+# Int8 products
+
+
+def _why_no_int8(group: Group) -> str | None:
+    if not int8_product.int8_is_exact():
+        return "int8 products saturate on this CPU, which has no VNNI"
+    if group.dtype not in (torch.float32, torch.bfloat16):
+        return f"no int8 product takes {group.dtype} to {group.dtype} on a CPU"
+    if group.target is int4.LINEAR and not (more := _int8_weight(group)[2]) <= INT4_AS_INT8:
+        return f"as int8 the error of int4 would be {more:.1%} larger, by steps"
+    return None
+
+
+def _rounding(group: Group) -> str:
+    if group.target is not int4.LINEAR:
+        return ""
+    more = _int8_weight(group)[2]
+    return f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger, by steps"
+
+
+def _int8_weight(group: Group) -> tuple[Tensor, Tensor, float]:
+    """(int8 [N, K], scale [N], by how much the error grows) of the group's layers: their own, or int4 ones rounded again."""
+    if "int8" not in group.kept:
+        is_int4 = group.target is int4.LINEAR
+        scale = group.argument(2)
+        group.kept["int8"] = rounded_to_int8(group.dense(torch.float32), scale) if is_int4 else (group.argument(1), scale, 0.0)
+    return group.kept["int8"]
+
+
+def _int8_trial(weight_only: bool, qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
+    weight, zero_point = int8_product.pack_int8(qweight), torch.zeros(len(scale), dtype=torch.int32)
+    term = () if weight_only else (int8_linear.zero_point_term(qweight, scale),)
+    operator = SPLIT_LINEAR if weight_only else INT8_LINEAR
+
+    def call_on(x: Tensor, whole: bool) -> Callable[[], object]:
+        if whole:
+            return functools.partial(operator, x, weight, scale, zero_point, *term, None)
+        q = int8_product.to_uint8(quantize_rows(torch.cat([x, x]) if weight_only else x)[0])
+        return functools.partial(int8_product.int8_product, q, weight, scale, zero_point)
+
+    return call_on
+
+
+def _make_int8(operator: object, place: CpuPlace, group: Group, dense: Tensor | None, limit: int) -> fx.Node:
+    qweight, scale, _ = _int8_weight(group)
+    weight = place.constant("weight", int8_product.pack_int8(qweight) if place.packed else qweight)
+    args = [group.x, weight, place.constant("scale", scale)]
+    args.append(place.constant("zero_point", torch.zeros(len(scale), dtype=torch.int32)))
+    if operator is INT8_LINEAR:
+        args.append(place.constant("zero_point_term", int8_linear.zero_point_term(qweight, scale)))
+    args.append(place.constant("bias", group.bias))
+    if dense is not None:
+        args += [place.activation, place.constant("dense", dense), limit]
+    elif place.activation != "none":
+        args.append(place.activation)
+    return place.call(operator, tuple(args), group)
+
+
+# Float
+
+
+def _float_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
+    weight = packed_where_it_helps((qweight.float() * scale[:, None]).to(dtype))
+    return lambda x, whole: functools.partial(dense_linear, x, weight, None)
+
+
+def float_weight(group: Group, packed: bool) -> Tensor:
+    """The weights of the group's layers [N, K] in the dtype that they are used in."""
+    weight = group.dense(group.dtype)
+    return packed_where_it_helps(weight) if packed else weight
+
+
+def _make_float(place: CpuPlace, group: Group, dense: Tensor | None, limit: int) -> fx.Node:
+    bias = None if group.bias is None else group.bias.to(group.dtype)
+    weight = float_weight(group, place.packed)
+    target = DENSE_LINEAR if weight.is_mkldnn else torch.ops.aten.linear.default
+    return place.call(target, (group.x, place.constant("weight", weight), place.constant("bias", bias)), group)
+
+
+INT8 = Candidate(
+    name="int8",
+    timed_as="int8",
+    kind="int8",
+    targets=(int8.LINEAR,),
+    rows=(1, 16, 128, 256),  # one token, a few sequences decoding together, a prompt, a batch of them
+    wins_for="many",
+    why_not=_why_no_int8,
+    note=_rounding,
+    trial=functools.partial(_int8_trial, False),
+    make=functools.partial(_make_int8, INT8_LINEAR),
+    absorbs=True,
+)
+"""Activations quantized as they come."""
+
+SPLIT = Candidate(
+    name="int8",
+    timed_as="int8",
+    kind="weight-only",
+    targets=(int8.WEIGHT_ONLY, int4.LINEAR),
+    rows=(1, 8, 32, 128, 256),  # twice as many in the product: beside a bfloat16 one it wins for few
+    wins_for="few",
+    why_not=_why_no_int8,
+    note=_rounding,
+    trial=functools.partial(_int8_trial, True),
+    make=functools.partial(_make_int8, SPLIT_LINEAR),
+)
+"""Activations kept, as two int8 products."""
+
+CANDIDATES = (INT8, SPLIT)
+
+FLOAT = Candidate(
+    name="dequantized",
+    timed_as="float",
+    kind="float",
+    targets=(),
+    rows=(),
+    wins_for="many",
+    why_not=lambda group: None,
+    note=lambda group: "",
+    trial=_float_trial,
+    make=_make_float,
+)
+"""The weights as numbers, once."""

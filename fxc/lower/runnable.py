@@ -1,0 +1,33 @@
+"""From a lowered program to what runs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from fxc.ir.program import Program
+from fxc.lower.inductor import CompiledGraph
+from fxc_kernels.cpu.ops import COMPILED
+
+
+def runnable(program: Program, device: torch.device | str, backend: str) -> nn.Module:
+    """A module (flat input tensors positionally to a flat tuple of tensors) that runs the lowered `program` on `device`, with
+    Inductor for `backend` "inductor". It shares the program's constants where they are on the device already.
+
+    Raises `UsageError` for inductor without a C++ compiler.
+    """
+    device = torch.device(device)
+    module = program.module(device)
+    if backend != "inductor":
+        return module
+    for node in module.graph.nodes:
+        if node.target in COMPILED:
+            node.target = COMPILED[node.target]
+    module.recompile()
+    return CompiledGraph(module, dynamic_dims(module.graph), freezing=device.type == "cpu")
+
+
+def dynamic_dims(graph: fx.Graph) -> list[frozenset[int]]:
+    """Of each input, the dimensions whose size may change between calls."""
+    shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
+    return [frozenset(d for d, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]

@@ -1,0 +1,82 @@
+"""What lowering for the CPU puts into a graph: the operators fxc_cpu::*, over weights that oneDNN packs.
+
+Run one by one they take weights that are packed already, go through the rows in blocks and finish each in place. For Inductor
+they are the functions of COMPILED, which it traces into, fuses with what is around them, and whose weights freezing packs.
+
+x is [..., K] and the result [..., N] in x's dtype; weight is int8 [N, K], or what `pack_int8` made of it; scale float32 [N] and
+zero_point zeros [N] are the weight's; bias [N] or None. dense: the weight in x's dtype, used instead where there are up to
+`limit` rows (of int8_linear) or more than that (of split_linear), or None. activation: "none" or one of `rows.ACTIVATIONS`, on
+the float32 result.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxc_kernels.cpu.gelu import gelu
+from fxc_kernels.cpu.int8_linear import int8_linear, int8_linear_compiled
+from fxc_kernels.cpu.packed_linear import dense_linear
+from fxc_kernels.cpu.split_linear import split_linear, split_linear_compiled
+
+
+def _define(name: str, schema: str, eager: Callable, compiled: Callable, fake: Callable) -> torch._ops.OpOverload:
+    # Not torch.library.custom_op, and no rule for gradients: either costs 20 us a call, which small layers feel, and lowered
+    # graphs run without gradients.
+    torch.library.define(name, schema)
+    torch.library.impl(name, "default", eager)
+    torch.library.register_fake(name, fake)
+    namespace, _, short = name.partition("::")
+    found = getattr(getattr(torch.ops, namespace), short).default
+    COMPILED[found] = compiled
+    return found
+
+
+COMPILED: dict[torch._ops.OpOverload, Callable] = {}
+"""Operator -> the function that takes its place in a graph for Inductor."""
+
+
+def _by_layout(packed: Callable, stored: Callable) -> Callable:
+    return lambda x, weight, *rest: (packed if weight.is_mkldnn else stored)(x, weight, *rest)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
+
+
+_END = "Tensor? bias, str activation='none', Tensor? dense=None, int limit=0) -> Tensor"
+INT8_LINEAR = _define(
+    "fxc_cpu::int8_linear",
+    f"(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor zero_point_term, {_END}",
+    _by_layout(int8_linear, int8_linear_compiled),
+    int8_linear_compiled,
+    _fake_linear,
+)
+"""fxc::int8_linear. zero_point_term: what `int8_linear.zero_point_term` gives, float32 [1, N]."""
+
+SPLIT_LINEAR = _define(
+    "fxc_cpu::split_linear",
+    f"(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, {_END}",
+    _by_layout(split_linear, split_linear_compiled),
+    split_linear_compiled,
+    _fake_linear,
+)
+"""fxc::int8_weight_only_linear."""
+
+DENSE_LINEAR = _define(
+    "fxc_cpu::dense_linear",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    dense_linear,
+    dense_linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+"""aten::linear over a weight that `pack_bfloat16` may have packed."""
+
+GELU = _define(
+    "fxc_cpu::gelu",
+    '(Tensor x, *, str approximate="none") -> Tensor',
+    gelu,
+    gelu,
+    lambda x, approximate="none": x.new_empty(x.shape),
+)
+"""aten::gelu, for a compiler."""
