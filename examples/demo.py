@@ -46,7 +46,7 @@ def main(model: Path, out: Path, output: Output) -> None:
         for m, which in ((original.model, "original"), (packed, "int8"))
     ]
 
-    report, first, last = packed.report, rows[0], rows[-1]
+    first, last = rows[0], rows[-1]
     disk = sizes.on_disk(model), sizes.on_disk(out)
     memory = entries[0].nbytes, packed.program.nbytes()
     table = [
@@ -59,7 +59,7 @@ def main(model: Path, out: Path, output: Output) -> None:
         table.append((what, f"{before:.2f}", f"{after:.2f}", ratio(after, before)))
     output.table("int8", ["", ">before", ">after", ">ratio"], table)
     output.line(f"perplexity: {compilation.change_text(*evaluate.change(*losses))}, {losses[0].tokens:,} held-out tokens")
-    output.line(compilation.coverage_text(report))
+    output.line(compilation.coverage_text(packed.record))
     output.line(f"timed: before as {first.contender.how}, after as {last.contender.how}, on the CPU, batch 1")
     for row in rows[1:-1]:
         output.line(

@@ -14,6 +14,7 @@ from torch import nn
 from fxc.artifact import companions, config_json, store
 from fxc.artifact.staging import check_writable
 from fxc.captured import Captured, capture_source, own_constants
+from fxc.compilation import Compilation, Configuration, Step
 from fxc.data.calibration import calibration_samples, check_data
 from fxc.errors import UsageError
 from fxc.export.configuration import describe_config, difference
@@ -22,7 +23,7 @@ from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
 from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.pipeline import Step, run_passes
+from fxc.pipeline import run_passes
 from fxc.progress import Track, untracked
 from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.source.load import as_dtype
@@ -164,18 +165,19 @@ def compile_captured(
     )
     if captured.borrowed:
         own_constants(program, before)
-    report = {
-        "source": captured.source,
-        "dtype": str(dtype).removeprefix("torch."),
-        "skip": list(context.skip),
-        "skipped": context.skipped,
-        "bytes_before": captured.nbytes,
-        "bytes_after": program.nbytes(),
-        "parameters_before": before.numel(),
-        "parameters_after": program.numel(),
-        "coverage": _coverage(before, steps),
-        "passes": [*captured.passes, *(s.as_json() for s in steps)],
-    }
+    record = Compilation(
+        source=captured.source,
+        dtype=str(dtype).removeprefix("torch."),
+        skip=list(context.skip),
+        skipped=context.skipped,
+        bytes_before=captured.nbytes,
+        bytes_after=program.nbytes(),
+        parameters_before=before.numel(),
+        parameters_after=program.numel(),
+        coverage=_coverage(before, steps),
+        earlier=captured.passes,
+        passes=steps,
+    )
     files, changes = captured.files, {}
     if config is not captured.config and (changes := difference(captured.config, config)):
         files = files | {"config.json": config_json.encode(config, program.metadata["class"])}
@@ -183,10 +185,10 @@ def compile_captured(
         drops = parse_passes(plan)[0].drop.split(";")
         files = files | {"plan.json": (json.dumps({"drop": drops}, indent=0) + "\n").encode()}
     if changes or why_not:
-        report["configuration"] = {"changes": changes, "not_exportable": why_not}
+        record.configuration = Configuration(changes, why_not)
     return compiled_model(
         program,
-        report,
+        record,
         config=config,
         files=files,
         source=captured.folder,

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from fxc.compilation import Step
 from fxc.data.samples import drawn, samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass, Refusal, Removal
+from fxc.passes.base import Context, Pass
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
 from fxc.verify.gates import Budget, judge
-
-
-@dataclass
-class Step:
-    """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
-    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN; repeat: the pass that makes the same
-    decisions again, of one that chose by itself."""
-
-    name: str
-    changed: int
-    seconds: float
-    bytes_before: int
-    bytes_after: int
-    parameters_before: int
-    parameters_after: int
-    covered_bytes: int
-    refusals: list[Refusal] = field(default_factory=list)
-    removed: list[Removal] = field(default_factory=list)
-    gates: dict[str, str] = field(default_factory=dict)
-    layer_errors: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    repeat: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def run_passes(

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,18 +15,17 @@ from fxc.artifact.staging import check_target, check_writable
 from fxc.captured import Captured, capture_source
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
+from fxc.compilation import Step
 from fxc.compiler import compile_captured
 from fxc.data.calibration import check_data
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
-from fxc.measure import evaluate as quality
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.order import order
 from fxc.passes.prune.prune import Prune, with_drops
-from fxc.pipeline import Step
 from fxc.recipe import Recipe, read_recipe
 from fxc.report import compilation, outputs, sizes
 from fxc.report.console import Output, size
@@ -122,34 +120,27 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             on_step=_on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered}),
             track=output.track,
         )
-    report = model.report
-    covered, least = report["coverage"], request.min_coverage
-    if covered < least:
+    record = model.record
+    if record.coverage < request.min_coverage:
         raise VerificationFailed(
-            f"only {covered:.1%} of the weight bytes were rewritten, and --min-coverage is {least:.1%}",
+            f"only {record.coverage:.1%} of the weight bytes were rewritten, and --min-coverage is {request.min_coverage:.1%}",
             where=request.model,
-            why=compilation.why_so_little(report),
+            why=compilation.why_so_little(record),
             hint="nothing was written; 'fxc inspect' shows where the bytes are",
         )
-    is_measured = request.measure or scored is not None
-    worth = _measure(report, stages, scored, request.device, output, request.measure) if is_measured else []
+    if request.measure or scored is not None:
+        record.stages, record.perplexity = stages.measure(scored, request.device, output, request.measure)
     with output.doing(f"writing {out}", elsewhere=False):
         model.save(out, overwrite=request.overwrite, source=source)
 
     before, after = captured.program, model.program
-    disk = (
-        (sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes),
-        sizes.on_disk(out),
-    )
-    kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
-    steps = report["passes"][len(captured.passes) :]
-    told = report | {"passes": steps, "stages": worth}
+    was = sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes
     packed = FLOAT_WEIGHTS.broken(after) | DENSE_WEIGHTS.broken(after)
-    compilation.show(output, told, before.numel(), disk, (before.nbytes(), after.nbytes()), packed)
+    compilation.show(output, record, (was, sizes.on_disk(out)), (before.nbytes(), after.nbytes()), packed)
     if request.report:
-        compilation.show_all(output, told, kinds)
-    if any(p.is_policy and p.shrinks for p in ordered) and report["coverage"] < compilation.LOW_COVERAGE:
-        output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(report)}")
+        compilation.show_all(output, record, (sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)))
+    if any(p.is_policy and p.shrinks for p in ordered) and record.coverage < compilation.LOW_COVERAGE:
+        output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(record)}")
     if scored is None:
         output.line(_how_to_measure(request.model, out, causal=is_causal_lm(before)))
     if "plan.json" in model.files:
@@ -159,7 +150,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
     output.line(f"written to {out}")
     output.line(outputs.how_to_run(model, out))
-    output.json(compilation.as_json(report | {"stages": worth}, str(out)))
+    output.json(compilation.as_json(record, str(out)))
 
 
 def default_out(model: str, passes: Sequence[Pass]) -> Path:
@@ -221,19 +212,3 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     if not is_causal_lm(captured.program):
         raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
     return encode(tokenizer_of(captured.folder), text)
-
-
-def _measure(
-    report: dict[str, Any], stages: Stages, tokens: torch.Tensor | None, device: str | None, output: Output, timed: bool
-) -> list[dict[str, Any]]:
-    """What each pass was worth; the report gets the change of perplexity."""
-    rows = stages.measure(tokens, device, output, timed)
-    measured = [row["perplexity"] for row in rows if "perplexity" in row]
-    if measured:
-        before, after = measured[0], measured[-1]
-        relative, error = quality.change(before, after)
-        report["perplexity"] = {
-            "before": before.value, "after": after.value, "change": relative, "standard_error": error,
-            "tokens": before.tokens, "window": before.window,
-        }  # fmt: skip
-    return [row | ({"perplexity": row["perplexity"].value} if "perplexity" in row else {}) for row in rows]

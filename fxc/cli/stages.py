@@ -5,15 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from fxc.captured import Captured
+from fxc.compilation import PerplexityChange, Stage, Step
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
 from fxc.measure.bench import Contender, race
-from fxc.pipeline import Step
 from fxc.report.console import Output
 from fxc.runtime.model import compiled_model
 
@@ -34,10 +33,10 @@ class Stages:
 
     def measure(
         self, tokens: torch.Tensor | None, device: str | None, output: Output, timed: bool = True
-    ) -> list[dict[str, Any]]:
-        """One row for the model as captured and for each program, with bytes, parameters, if `timed` milliseconds (median; by
-        phase) where one call is not too slow, and with `tokens` [T] the perplexity. A pass that may not change what the program
-        computes keeps the perplexity of the one before."""
+    ) -> tuple[list[Stage], PerplexityChange | None]:
+        """The model as captured and each program: bytes, parameters, if `timed` milliseconds where one call is not too slow,
+        and with `tokens` [T] the perplexity, and how that changed from the first to the last. A pass that may not change what
+        the program computes keeps the perplexity of the one before."""
         named = [("as captured", self.captured.program, True), *self.programs]
         entries = []
         for name, program, _ in named:
@@ -46,20 +45,25 @@ class Stages:
                 program, {}, config=self.captured.config, files=self.captured.files, device=device, keep_compressed=not timed
             )
             entries.append(Contender(name, "fxc eager", model, program, program.nbytes()))
-        rows = [{"name": name, "bytes": p.nbytes(), "parameters": p.numel()} for name, p, _ in named]
+        stages = [Stage(name, p.nbytes(), p.numel()) for name, p, _ in named]
         if timed:
-            self._time(rows, entries, device, output)
-        if tokens is not None:
-            before = None
-            for row, entry, (name, _, is_policy) in zip(rows, entries, named, strict=True):
-                if before is None or is_policy:
-                    before = quality.perplexity(
+            self._time(stages, entries, device, output)
+        if tokens is None:
+            return stages, None
+        measured: list[quality.Perplexity] = []
+        for stage, entry, (name, _, is_policy) in zip(stages, entries, named, strict=True):
+            if not measured or is_policy:
+                measured.append(
+                    quality.perplexity(
                         entry.model, tokens, track=lambda items, name=name: output.track(items, f"perplexity {name}")
                     )
-                row["perplexity"] = before
-        return rows
+                )
+            stage.perplexity = measured[-1].value
+        before, after = measured[0], measured[-1]
+        change, error = quality.change(before, after)
+        return stages, PerplexityChange(before.value, after.value, change, error, before.tokens, before.window)
 
-    def _time(self, rows: list[dict[str, Any]], entries: list[Contender], device: str | None, output: Output) -> None:
+    def _time(self, stages: list[Stage], entries: list[Contender], device: str | None, output: Output) -> None:
         with output.doing("timing the model after each pass"):
             spent = _one_call(entries[0], device)
             if spent > _TOO_SLOW:
@@ -67,9 +71,9 @@ class Stages:
                 return
             longest = getattr(self.captured.config, "max_position_embeddings", None) or _LENGTH + _NEW
             length = max(1, min(_LENGTH, longest - _NEW))
-            for row, raced in zip(rows, race(entries, [1], [length], new=_NEW, rounds=_ROUNDS, device=device)):
-                row["milliseconds"] = {phase: statistics.median(ms) for phase, ms in raced.milliseconds.items()}
-                row["tokens"] = length if raced.seq else None
+            for stage, raced in zip(stages, race(entries, [1], [length], new=_NEW, rounds=_ROUNDS, device=device)):
+                stage.milliseconds = {phase: statistics.median(ms) for phase, ms in raced.milliseconds.items()}
+                stage.tokens = length if raced.seq else None
 
 
 def _one_call(entry: Contender, device: str | None) -> float:

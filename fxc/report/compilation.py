@@ -7,6 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 from fxc.analysis.groups import NAMES
+from fxc.compilation import Compilation, Stage, Step
+from fxc.passes.base import Removal
 from fxc.report.console import Output, ratio, size
 
 LOW_COVERAGE = 0.5
@@ -14,60 +16,55 @@ _WORST = 5
 
 
 def show(
-    output: Output,
-    report: dict[str, Any],
-    parameters: int,
-    disk: tuple[int, int],
-    memory: tuple[int, int],
-    packed: Collection[str],
+    output: Output, record: Compilation, disk: tuple[int, int], memory: tuple[int, int], packed: Collection[str]
 ) -> None:
-    """Print the report of a compilation in short: what it is worth, pass by pass. parameters: those of the model as captured;
-    disk, memory: bytes (before, after); packed: the layers whose weights are packed in the end."""
+    """Print the report of a compilation in short: what it is worth, pass by pass. disk, memory: bytes (before, after); packed:
+    the layers whose weights are packed in the end."""
     pairs = (("size on disk", disk), ("weights", memory))
     output.line("; ".join(f"{name} {size(a)} -> {size(b)} ({ratio(b, a)})" for name, (a, b) in pairs))
-    if losses := report.get("perplexity"):
-        change = change_text(losses["change"], losses["standard_error"])
-        output.line(f"perplexity {losses['before']:.3f} -> {losses['after']:.3f}, {change}")
-    stages = report["stages"] or _unmeasured(report["passes"], parameters, memory[0])
-    phases = list(dict.fromkeys(phase for s in stages for phase in s.get("milliseconds", {})))
-    has_perplexity = any("perplexity" in s for s in stages)
-    changed = {p["name"]: f"{p['changed']:,}" for p in report["passes"]}
+    if losses := record.perplexity:
+        change = change_text(losses.change, losses.standard_error)
+        output.line(f"perplexity {losses.before:.3f} -> {losses.after:.3f}, {change}")
+    stages = record.stages or _unmeasured(record, memory[0])
+    phases = list(dict.fromkeys(phase for s in stages for phase in s.milliseconds or ()))
+    has_perplexity = any(s.perplexity is not None for s in stages)
+    changed = {p.name: f"{p.changed:,}" for p in record.passes}
     header = ["after", ">changed", ">parameters", ">weights", *(f">{p}, ms" for p in phases)]
     rows = [
         (
-            s["name"], changed.get(s["name"], ""), f"{s['parameters']:,}", size(s["bytes"]),
-            *(f"{s['milliseconds'][p]:.2f}" for p in phases), *([f"{s['perplexity']:.3f}"] if has_perplexity else []),
+            s.name, changed.get(s.name, ""), f"{s.parameters:,}", size(s.bytes),
+            *(f"{s.milliseconds[p]:.2f}" for p in phases), *([f"{s.perplexity:.3f}"] if has_perplexity else []),
         )
         for s in stages
     ]  # fmt: skip
     output.table("pass by pass", [*header, *([">perplexity"] if has_perplexity else [])], rows)
-    if gone := _gone(report):
+    if gone := _gone(record):
         output.line(f"removed: {gone}")
-    for step in report["passes"]:
-        for note in step.get("notes", ()):
-            output.line(f"{step['name']}: {note}")
-    if any(p["covered_bytes"] for p in report["passes"]):
-        output.line(coverage_text(report, packed))
+    for step in record.passes:
+        for note in step.notes:
+            output.line(f"{step.name}: {note}")
+    if any(p.covered_bytes for p in record.passes):
+        output.line(coverage_text(record, packed))
 
 
-def _unmeasured(passes: list[dict[str, Any]], parameters: int, nbytes: int) -> list[dict[str, Any]]:
-    """The stages, where nothing was measured of them."""
-    first = {"name": "as captured", "parameters": parameters, "bytes": nbytes}
-    done = [p for p in passes if p["changed"]]
-    return [first, *({"name": p["name"], "parameters": p["parameters_after"], "bytes": p["bytes_after"]} for p in done)]
+def _unmeasured(record: Compilation, nbytes: int) -> list[Stage]:
+    """The stages, where nothing was measured of them. nbytes: of the model as captured."""
+    done = [p for p in record.passes if p.changed]
+    first = Stage("as captured", nbytes, record.parameters_before)
+    return [first, *(Stage(p.name, p.bytes_after, p.parameters_after) for p in done)]
 
 
-def _gone(report: dict[str, Any]) -> str:
+def _gone(record: Compilation) -> str:
     """ "12 of 96 heads, 662 of 3,840 ffn channels" """
     totals: dict[str, list[int]] = {}
-    for each in _removed(report):
-        of_kind = totals.setdefault(each["kind"], [0, 0])
-        of_kind[0] += each["removed"]
-        of_kind[1] += each["before"]
+    for each in _removed(record):
+        of_kind = totals.setdefault(each.kind, [0, 0])
+        of_kind[0] += each.removed
+        of_kind[1] += each.before
     return ", ".join(f"{n:,} of {of:,} {NAMES.get(kind, kind)}s" for kind, (n, of) in totals.items())
 
 
-def show_all(output: Output, report: dict[str, Any], kinds: tuple[dict[str, int], dict[str, int]]) -> None:
+def show_all(output: Output, record: Compilation, kinds: tuple[dict[str, int], dict[str, int]]) -> None:
     """Print the tables behind the short report. kinds: bytes by kind (before, after)."""
     names = sorted({*kinds[0], *kinds[1]}, key=lambda name: -max(kinds[0].get(name, 0), kinds[1].get(name, 0)))
     output.table(
@@ -75,21 +72,19 @@ def show_all(output: Output, report: dict[str, Any], kinds: tuple[dict[str, int]
         ["kind", ">before", ">after"],
         [(k, *(size(s[k]) if k in s else "-" for s in kinds)) for k in names],
     )
-    removed = [(r["scope"] or "the model", r["kind"], r["before"], r["before"] - r["removed"]) for r in _removed(report)]
+    removed = [(r.scope or "the model", r.kind, r.before, r.before - r.removed) for r in _removed(record)]
     output.table("removed", ["module", "kind", ">before", ">after"], removed)
-    passes = [
-        (p["name"], f"{p['seconds']:.2f}", _gates(p["gates"]), p["gates"].get("meaning", "not run")) for p in report["passes"]
-    ]
+    passes = [(p.name, f"{p.seconds:.2f}", _gates(p.gates), p.gates.get("meaning", "not run")) for p in record.passes]
     output.table("passes", ["pass", ">seconds", "gates", "meaning"], passes)
-    skipped = [row for p in report["passes"] for row in _refusals(p)]
+    skipped = [row for p in record.passes for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
-    errors = sorted(((e, f) for p in report["passes"] for f, e in p["layer_errors"].items()), reverse=True)[:_WORST]
+    errors = sorted(((e, f) for p in record.passes for f, e in p.layer_errors.items()), reverse=True)[:_WORST]
     output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
 
 
-def _removed(report: dict[str, Any]) -> list[dict[str, Any]]:
+def _removed(record: Compilation) -> list[Removal]:
     """The units that went; of what was first masked and then removed the removal counts."""
-    told = {(r["scope"], r["kind"]): r for p in report["passes"] for r in p.get("removed", [])}
+    told = {(r.scope, r.kind): r for p in record.passes for r in p.removed}
     return list(told.values())
 
 
@@ -98,25 +93,27 @@ def change_text(relative: float, error: float | None) -> str:
     return f"{relative:+.3%}" + (f" ± {error:.3%} (standard error)" if error is not None else "")
 
 
-def coverage_text(report: dict[str, Any], packed: Collection[str]) -> str:
-    refused = len({r["fqn"] for p in report["passes"] for r in p["refusals"]} - set(packed))
+def coverage_text(record: Compilation, packed: Collection[str] = ()) -> str:
+    refused = len({r.fqn for p in record.passes for r in p.refusals} - set(packed))
     left = f"{refused} layer{'s' * (refused != 1)} left alone, --report says why" if refused else "no layer was left alone"
-    return f"coverage: {report['coverage']:.1%} of the weight bytes were rewritten; {left}"
+    return f"coverage: {record.coverage:.1%} of the weight bytes were rewritten; {left}"
 
 
-def why_so_little(report: dict[str, Any]) -> str:
+def why_so_little(record: Compilation) -> str:
     """The reasons for which layers were left alone, or that there were few layers to rewrite."""
-    rows = [row for p in report["passes"] for row in _refusals(p)]
+    rows = [row for p in record.passes for row in _refusals(p)]
     named = "; ".join(f"{count} layers: {reason} ({which})" for _, count, _, reason, which in rows[:5])
     return named or "most of the bytes are not in layers that the passes rewrite"
 
 
-def as_json(report: dict[str, Any], out: str) -> dict[str, Any]:
+def as_json(record: Compilation, out: str) -> dict[str, Any]:
     """The object of `fxc compile --json`; its passes begin with those that an artifact went through before, without times."""
+    report = record.as_json()
     keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
     gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
-    extra = {key: report[key] for key in ("perplexity", "stages") if key in report}
-    return {key: report[key] for key in keys} | {"gates": gates, "out": out} | extra
+    perplexity = {key: report[key] for key in ("perplexity",) if key in report}
+    stages = [stage.as_json() for stage in record.stages]
+    return {key: report[key] for key in keys} | {"gates": gates, "out": out} | perplexity | {"stages": stages}
 
 
 def _gates(gates: dict[str, str]) -> str:
@@ -126,16 +123,16 @@ def _gates(gates: dict[str, str]) -> str:
     return f"{passed} of {len(gates)} ok"
 
 
-def _refusals(step: dict[str, Any]) -> list[tuple[str, int, str, str, str]]:
+def _refusals(step: Step) -> list[tuple[str, int, str, str, str]]:
     """One row for each reason, with the first few layers that it holds for."""
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
     nbytes: defaultdict[str, int] = defaultdict(int)
-    for refusal in step["refusals"]:
-        nbytes[refusal["reason"]] += refusal.get("bytes", 0)
-        by_reason[refusal["reason"]].append(refusal["fqn"])
+    for refusal in step.refusals:
+        nbytes[refusal.reason] += refusal.bytes
+        by_reason[refusal.reason].append(refusal.fqn)
     rows = []
     for reason, fqns in by_reason.items():
         more = f" and {len(fqns) - 3} more" if len(fqns) > 3 else ""
         weights = size(nbytes[reason]) if nbytes[reason] else "-"
-        rows.append((step["name"], len(fqns), weights, reason, ", ".join(fqns[:3]) + more))
+        rows.append((step.name, len(fqns), weights, reason, ", ".join(fqns[:3]) + more))
     return rows

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxc.artifact import config_json, store
+from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
@@ -35,9 +36,10 @@ _OTHER_WEIGHTS = "load the weights into the original and compile that; save() an
 class CompiledModel(nn.Module):
     """A compiled model. Calling it takes the original's arguments and returns the original's output class.
 
-    program: the portable program. report: what the compiler did, as JSON. config: the Hugging Face configuration, if the
-    original had one. files: what a saved artifact has besides program and weights. source: the folder the model came from,
-    which is never written to. keep_compressed: run layers compressed also where their float form was measured to be faster.
+    program: the portable program. record: what the compiler did, or an artifact's report of it. config: the Hugging Face
+    configuration, if the original had one. files: what a saved artifact has besides program and weights. source: the folder
+    the model came from, which is never written to. keep_compressed: run layers compressed also where their float form was
+    measured to be faster.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
     its weights are constants of the program, which `state_dict()` gives. It runs under `torch.no_grad()`: inputs may require
     gradients, outputs have none, and the program itself (`program.module()`) refuses a backward pass. It can be pickled, and
@@ -47,7 +49,7 @@ class CompiledModel(nn.Module):
     def __init__(
         self,
         program: Program,
-        report: dict[str, Any],
+        record: Compilation | dict[str, Any],
         *,
         config: Any = None,
         files: Mapping[str, Path | bytes] | None = None,
@@ -58,7 +60,7 @@ class CompiledModel(nn.Module):
     ):
         super().__init__()
         self.program = program
-        self.report = report
+        self.record = record
         self.config = config
         self.files = dict(files or {})
         self.source = source
@@ -69,6 +71,11 @@ class CompiledModel(nn.Module):
         self._lowered: nn.Module | None = None
         self.layers: list[Any] = []
         self.eval()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the compiler did, as JSON: see `fxc.compilation`."""
+        return self.record.as_json() if isinstance(self.record, Compilation) else self.record
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +119,7 @@ class CompiledModel(nn.Module):
         files = {name: f if isinstance(f, bytes) else Path(f).read_bytes() for name, f in self.files.items()}
         options = {"device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed}
         program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
-        return _unpickled, (*program, self.report, self.config, files, options)
+        return _unpickled, (*program, self.record, self.config, files, options)
 
     def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
@@ -207,7 +214,7 @@ class CompiledModel(nn.Module):
         store.save(
             self.program,
             Path(directory),
-            manifest={"report": _lasting(self.report)},
+            manifest={"report": lasting(self.report)},
             extra_files=config_json.marked(self.files),
             overwrite=overwrite,
             source=Path(source) if source is not None else None,
@@ -239,23 +246,18 @@ def check_is_not_traced() -> None:
         raise UsageError(_TRACED, hint=_TRACE_ORIGINAL)
 
 
-def _lasting(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without the times that passes took: equal inputs have to give equal files."""
-    if "passes" not in report:
-        return report
-    return report | {"passes": [{k: v for k, v in p.items() if k != "seconds"} for p in report["passes"]]}
-
-
 @one_at_a_time
-def _unpickled(text: str, constants: dict[str, Tensor], report: dict, config: Any, files: dict, options: dict) -> CompiledModel:
+def _unpickled(
+    text: str, constants: dict[str, Tensor], record: Any, config: Any, files: dict, options: dict
+) -> CompiledModel:
     check_target(options["device"], options["backend"])
-    return compiled_model(parse_program(text, constants), report, config=config, files=files, **options)
+    return compiled_model(parse_program(text, constants), record, config=config, files=files, **options)
 
 
-def compiled_model(program: Program, report: dict[str, Any], **options: Any) -> CompiledModel:
+def compiled_model(program: Program, record: Compilation | dict[str, Any], **options: Any) -> CompiledModel:
     """A `CompiledModel` of the kind that the program is: with `generate()` for a causal language model."""
     if is_causal_lm(program):
         from fxc.runtime.generate import CompiledCausalLM
 
-        return CompiledCausalLM(program, report, **options)
-    return CompiledModel(program, report, **options)
+        return CompiledCausalLM(program, record, **options)
+    return CompiledModel(program, record, **options)

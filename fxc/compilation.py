@@ -1,0 +1,111 @@
+"""What a compilation did, as a record. Its JSON is the report that users read and that an artifact keeps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fxc.passes.base import Refusal, Removal
+
+
+@dataclass
+class Step:
+    """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
+    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN; repeat: the pass that makes the same
+    decisions again, of one that chose by itself."""
+
+    name: str
+    changed: int
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    covered_bytes: int
+    refusals: list[Refusal] = field(default_factory=list)
+    removed: list[Removal] = field(default_factory=list)
+    gates: dict[str, str] = field(default_factory=dict)
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    repeat: str | None = None
+
+
+@dataclass
+class Stage:
+    """What the program was worth after a pass. bytes, parameters: of its constants; milliseconds: of one call, by phase, the
+    median, where it was timed; tokens: the length that it was timed at, of a program that takes tokens."""
+
+    name: str
+    bytes: int
+    parameters: int
+    milliseconds: dict[str, float] | None = None
+    tokens: int | None = None
+    perplexity: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        untimed = {"milliseconds", "tokens"} if self.milliseconds is None else set()
+        unscored = {"perplexity"} if self.perplexity is None else set()
+        return {name: value for name, value in asdict(self).items() if name not in untimed | unscored}
+
+
+@dataclass
+class PerplexityChange:
+    """The perplexity of a language model before and after, over the same `tokens` tokens in windows of `window`. change is
+    relative, and so is its standard_error, where there are windows enough to know it."""
+
+    before: float
+    after: float
+    change: float
+    standard_error: float | None
+    tokens: int
+    window: int
+
+
+@dataclass
+class Configuration:
+    """What removal makes of a Hugging Face configuration. changes: dotted field -> (before, after); not_exportable: why no
+    configuration says what is left."""
+
+    changes: dict[str, tuple[Any, Any]]
+    not_exportable: str | None
+
+
+@dataclass
+class Compilation:
+    """What one compilation did.
+
+    source: what was compiled, as JSON. dtype, skip: as given; skipped: what each pattern of skip was applied to. bytes_before:
+    of the weights as they came; bytes_after, parameters: of the program's constants. coverage: of the bytes that were there
+    when the first pass came that rewrites weights, the share that was rewritten. earlier: the passes that an artifact went
+    through before, as its report says; passes: those of this compilation. perplexity, stages: where they were measured; stages
+    are of one machine, and no artifact keeps them.
+    """
+
+    source: dict[str, Any]
+    dtype: str
+    skip: list[str]
+    skipped: dict[str, list[str]]
+    bytes_before: int
+    bytes_after: int
+    parameters_before: int
+    parameters_after: int
+    coverage: float
+    earlier: list[dict[str, Any]]
+    passes: list[Step]
+    configuration: Configuration | None = None
+    perplexity: PerplexityChange | None = None
+    stages: list[Stage] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report: `passes` are all that the model went through; what was not measured or did not change is left out."""
+        content = asdict(self)
+        del content["stages"]
+        content["passes"] = content.pop("earlier") + content["passes"]
+        return {name: value for name, value in content.items() if value is not None}
+
+
+def lasting(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without the times that passes took: equal inputs have to give equal files."""
+    if "passes" not in report:
+        return report
+    return report | {"passes": [{k: v for k, v in p.items() if k != "seconds"} for p in report["passes"]]}
