@@ -40,7 +40,7 @@ WINDOWS = 200
 def measure(strategies: tuple[str, ...], backend: str, windows: int, rounds: int) -> list[dict]:
     """One row for the model as it comes (transformers, eager), for it compiled and not compressed, and for each strategy."""
     tokens = encode(tokenizer_of(PYLM), (PYLM / "heldout.txt").read_text(encoding="utf-8"))
-    names, entries, sizes = ["as it comes", "not compressed"], bench.contenders(str(PYLM), backend=backend), [on_disk(PYLM)] * 2
+    names, entries, sizes = ["as it comes", "not compressed"], bench.entries_of(str(PYLM), backend=backend), [on_disk(PYLM)] * 2
     if len(entries) == 1:
         names, sizes = names[:1], sizes[:1]
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,7 +51,7 @@ def measure(strategies: tuple[str, ...], backend: str, windows: int, rounds: int
             made = fxc.optimize(PYLM, passes=passes, calib=calibration if "taylor" in passes else None)
             out = Path(scratch) / str(index)
             made.save(out)
-            entries += bench.contenders(str(out), backend=backend)
+            entries += bench.entries_of(str(out), backend=backend)
             names.append(passes)
             sizes.append(on_disk(out))
         note("timing")

@@ -35,7 +35,7 @@ def main(model: Path, out: Path, output: Output) -> None:
 
     backend = best_backend()
     with output.doing(f"timing on the CPU, backend {backend}"):
-        entries = [*bench.contenders(str(model), backend=backend), *bench.contenders(str(out), backend=backend)]
+        entries = [*bench.entries_of(str(model), backend=backend), *bench.entries_of(str(out), backend=backend)]
         rows = bench.race(entries, [1], [128], new=32, rounds=5)
 
     original = load_source(str(model))
@@ -60,12 +60,12 @@ def main(model: Path, out: Path, output: Output) -> None:
     output.table("int8", ["", ">before", ">after", ">ratio"], table)
     output.line(f"perplexity: {compilation.change_text(*evaluate.change(*losses))}, {losses[0].tokens:,} held-out tokens")
     output.line(compilation.coverage_text(packed.record))
-    output.line(f"timed: before as {first.contender.how}, after as {last.contender.how}, on the CPU, batch 1")
+    output.line(f"timed: before as {first.entry.how}, after as {last.entry.how}, on the CPU, batch 1")
     for row in rows[1:-1]:
         output.line(
-            f"for comparison, {row.contender.how}: prefill {row.median('prefill'):.2f} ms, decode {row.median('decode'):.2f} ms"
+            f"for comparison, {row.entry.how}: prefill {row.median('prefill'):.2f} ms, decode {row.median('decode'):.2f} ms"
         )
-    for line in describe(last.contender.model):
+    for line in describe(last.entry.model):
         output.line(line)
 
     output.line(f"\nwritten to {out}; a fresh process loads it and continues {PROMPT!r}:\n")

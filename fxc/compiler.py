@@ -17,7 +17,7 @@ from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Compilation, Configuration, Step
 from fxc.data.calibration import calibration_samples, check_data
 from fxc.errors import UsageError
-from fxc.export.configuration import describe_config, difference
+from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
@@ -179,7 +179,7 @@ def compile_captured(
         passes=steps,
     )
     files, changes = captured.files, {}
-    if config is not captured.config and (changes := difference(captured.config, config)):
+    if config is not captured.config and (changes := changed_fields(captured.config, config)):
         files = files | {"config.json": config_json.encode(config, program.metadata["class"])}
     if plan := next((s.repeat for s in steps if s.repeat), None):
         drops = parse_passes(plan)[0].drop.split(";")

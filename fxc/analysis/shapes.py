@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-Group = tuple[list[int], list[int]]
+Regrouped = tuple[list[int], list[int]]
 
 
-def regroup(before: Sequence[Any], after: Sequence[Any]) -> list[Group]:
+def regroup(before: Sequence[Any], after: Sequence[Any]) -> list[Regrouped]:
     """Groups (dimensions of `before`, dimensions of `after`) whose sizes multiply to the same, in row-major order and as
     small as can be. Dimensions of size 1 are in none. Sizes are integers or symbols; what cannot be told apart because of
     symbols is one group."""
     ins = [i for i, s in enumerate(before) if not _is_one(s)]
     outs = [i for i, s in enumerate(after) if not _is_one(s)]
-    left: list[Group] = []
-    right: list[Group] = []
+    left: list[Regrouped] = []
+    right: list[Regrouped] = []
     while ins and outs and _same(before[ins[0]], after[outs[0]]):
         left.append(([ins.pop(0)], [outs.pop(0)]))
     while ins and outs and (group := _last_group(ins, outs, before, after)):
@@ -24,7 +24,7 @@ def regroup(before: Sequence[Any], after: Sequence[Any]) -> list[Group]:
     return left + ([(ins, outs)] if ins or outs else []) + right
 
 
-def _last_group(ins: list[int], outs: list[int], before: Sequence[Any], after: Sequence[Any]) -> Group | None:
+def _last_group(ins: list[int], outs: list[int], before: Sequence[Any], after: Sequence[Any]) -> Regrouped | None:
     """The smallest group at the end, or None where a symbol stands in its way."""
     if _same(before[ins[-1]], after[outs[-1]]):
         return [ins[-1]], [outs[-1]]

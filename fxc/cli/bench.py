@@ -28,7 +28,7 @@ def bench_models(
     entries = []
     for source in models:
         with output.doing(f"loading {source}"):
-            entries += bench.contenders(
+            entries += bench.entries_of(
                 source, backend=backend, device=device, dtype="auto" if kind_of(source) == "artifact" else dtype,
                 static_cache=static_cache, keep_compressed=keep_compressed,
             )  # fmt: skip
@@ -40,7 +40,7 @@ def bench_models(
         medians = {phase: row.median(phase) for phase in row.milliseconds}
         speedups = {phase: row.speedup(phase, baseline) for phase in row.milliseconds}
         results.append(
-            {"name": row.contender.name, "how": row.contender.how, "bytes": row.contender.nbytes, "batch": row.batch,
+            {"name": row.entry.name, "how": row.entry.how, "bytes": row.entry.nbytes, "batch": row.batch,
              "seq": row.seq, "milliseconds": medians, "speedup": speedups, "rounds": row.milliseconds}
         )  # fmt: skip
     phases = list(rows[0].milliseconds)

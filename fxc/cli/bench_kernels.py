@@ -15,7 +15,7 @@ import torch
 from fxc.errors import ResourceError, UsageError, VerificationFailed
 from fxc.kernel_bench import peers, report
 from fxc.kernel_bench.files import slug
-from fxc.kernel_bench.run import Plan, Platform, Result, run
+from fxc.kernel_bench.run import Platform, Result, Sweep, run
 from fxc.kernel_bench.shapes import Shape, parse_shapes
 from fxc.kernel_bench.summary import headlines, summarise
 from fxc.kernel_bench.weights import ALIASES, SCHEMES, unfit
@@ -76,14 +76,14 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     rivals = peers.load(request.peers, schemes, platform) if request.peers else []
     packages = (*report.PACKAGES, *dict.fromkeys(name for each in rivals for name in each.needs))
     deadline = began + request.seconds if request.seconds else None
-    plan = Plan(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
+    sweep = Sweep(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
     about = platform.about()
     with output.doing("measuring what this machine can"):
         left = inf if deadline is None else max(deadline - time.monotonic(), 0.0)
         peaks = (platform.datasheet(), platform.measured_peaks(PEAKS_SHARE * left))
     output.note(report.peaks_text(peaks))
-    tuner = _tuner(platform, plan, output) if request.tune else None
-    protocol = {"rounds": plan.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}
+    tuner = _tuner(platform, sweep, output) if request.tune else None
+    protocol = {"rounds": sweep.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}
     stem = request.out / f"kernels-{slug(about['name'])}" if request.out else None
 
     def found(result: Result) -> report.Report:
@@ -97,7 +97,7 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
         except OSError as error:  # what is still to be measured can be printed
             output.note(f"not written: {error}")
 
-    whole = found(run(plan, platform, output.note, tuner, peaks, save, rivals))
+    whole = found(run(sweep, platform, output.note, tuner, peaks, save, rivals))
     _print(output, whole)
     if not request.peers:
         output.line(peers.WHERE)
@@ -174,15 +174,15 @@ def platform_of(kind: str, device: str | None) -> Platform:
     return CudaPlatform(torch.device("cuda", torch.cuda.current_device() if index is None else index))
 
 
-def _tuner(platform: Platform, plan: Plan, output: Output):
+def _tuner(platform: Platform, sweep: Sweep, output: Output):
     from fxc.kernel_bench import tune
 
     now, until = time.monotonic(), None
-    if plan.deadline is not None:
-        until = now + COMPILING_SHARE * (plan.deadline - now)
+    if sweep.deadline is not None:
+        until = now + COMPILING_SHARE * (sweep.deadline - now)
     with output.doing("compiling configurations"):
-        compiled = tune.precompile(plan.schemes, plan.shapes, plan.rows, platform.capability, output.note, until)
-    return tune.Choices(platform, platform.capability, plan.schemes, output.note, plan.deadline, compiled=compiled)
+        compiled = tune.precompile(sweep.schemes, sweep.shapes, sweep.rows, platform.capability, output.note, until)
+    return tune.Choices(platform, platform.capability, sweep.schemes, output.note, sweep.deadline, compiled=compiled)
 
 
 def _print(output: Output, whole: report.Report) -> None:

@@ -14,7 +14,7 @@ from fxc.passes.order import order
 from fxc.report import axes as coupled
 from fxc.report import machine, sizes
 from fxc.report.console import Output, size
-from fxc.report.difference import difference
+from fxc.report.difference import unified_diff
 from fxc.source.load import kind_of
 
 _LARGEST_LAYERS = 15
@@ -63,7 +63,7 @@ def inspect_model(
 
 def diff_models(output: Output, a: str, b: str, trust_remote_code: bool) -> None:
     before, after = (_program(output, source, None, trust_remote_code)[0] for source in (a, b))
-    text = difference(str(before), str(after), (a, b))
+    text = unified_diff(str(before), str(after), (a, b))
     kinds = sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)
     output.block(text.rstrip("\n") if text else "the programs are the same")
     names = dict.fromkeys([*kinds[0], *kinds[1]])

@@ -12,7 +12,7 @@ from fxc.captured import Captured
 from fxc.compilation import PerplexityChange, Stage, Step
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
-from fxc.measure.bench import Contender, race
+from fxc.measure.bench import Entry, race
 from fxc.report.console import Output
 from fxc.runtime.model import compiled_model
 
@@ -44,7 +44,7 @@ class Stages:
             model = compiled_model(
                 program, {}, config=self.captured.config, files=self.captured.files, device=device, keep_compressed=not timed
             )
-            entries.append(Contender(name, "fxc eager", model, program, program.nbytes()))
+            entries.append(Entry(name, "fxc eager", model, program, program.nbytes()))
         stages = [Stage(name, p.nbytes(), p.numel()) for name, p, _ in named]
         if timed:
             self._time(stages, entries, device, output)
@@ -63,7 +63,7 @@ class Stages:
         change, error = quality.change(before, after)
         return stages, PerplexityChange(before.value, after.value, change, error, before.tokens, before.window)
 
-    def _time(self, stages: list[Stage], entries: list[Contender], device: str | None, output: Output) -> None:
+    def _time(self, stages: list[Stage], entries: list[Entry], device: str | None, output: Output) -> None:
         with output.doing("timing the model after each pass"):
             spent = _one_call(entries[0], device)
             if spent > _TOO_SLOW:
@@ -76,7 +76,7 @@ class Stages:
                 stage.tokens = length if raced.seq else None
 
 
-def _one_call(entry: Contender, device: str | None) -> float:
+def _one_call(entry: Entry, device: str | None) -> float:
     began = time.perf_counter()
     race([entry], [1], [1], new=1, rounds=1, device=device)
     return (time.perf_counter() - began) / 5

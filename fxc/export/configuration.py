@@ -295,7 +295,7 @@ def _changed(config: Any, change: Change) -> Any:
     return type(config).from_dict(values)
 
 
-def difference(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+def changed_fields(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted field -> (value before, value after) of what two configurations say differently."""
     found = {}
     ours = {path: inner.to_dict() for path, inner in _sections(before)}

@@ -19,7 +19,7 @@ from fxc.artifact.companions import write
 from fxc.artifact.staging import check_target, staged
 from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
-from fxc.export.configuration import Fit, describe, difference, weight
+from fxc.export.configuration import Fit, changed_fields, describe, weight
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.capture import tolerance
 from fxc.ir.cache import cache_types, is_causal_lm
@@ -89,7 +89,7 @@ def export(
         write(companions, place)
         _check_written(place, folder, fit, program, dtype)
     zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
-    return Exported(folder, fit.config, difference(config, fit.config), zeros)
+    return Exported(folder, fit.config, changed_fields(config, fit.config), zeros)
 
 
 def _foreign(out: Path, companions: Mapping[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxc.data.decoder import random_inputs
 from fxc.errors import CaptureFailed, UsageError, first_line
-from fxc.frontend.dimensions import Axis, Group, asked_of, batch_of, checked_free, found_free, owned, resized, runs
+from fxc.frontend.dimensions import Axis, FreeSize, asked_of, batch_of, checked_free, found_free, owned, resized, runs
 from fxc.frontend.hf_cache import cache_of, tensors_of
 from fxc.frontend.images import image_size
 from fxc.ir.cache import KIND, input_names, output_names
@@ -235,7 +235,7 @@ def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call
     yield Call(module, first, dynamic, defaults, others, structure, "encoder", asked=wanted)
 
 
-def _grown(inputs: dict[str, Tensor], groups: list[Group], step: int, batch: int = 0) -> list[Tensor]:
+def _grown(inputs: dict[str, Tensor], groups: list[FreeSize], step: int, batch: int = 0) -> list[Tensor]:
     """`inputs` with the axes of `groups` grown by their first or second step and the batch by `batch`."""
     by = {axis: group.steps[step] for group in groups for axis in group.axes}
     size = batch_of(inputs)
@@ -368,7 +368,7 @@ def _by_freedom(
     }
     said = checked_free(module, inputs, {(n, d) for n, d in wanted if d > 0 or inputs[n].shape[0] != batch_of(inputs)})
     free = found_free(module, inputs, tokens, decided | (set() if has_batch else {(n, 0) for n in inputs}))
-    few = [Group(group.axes & tokens, group.steps) for group in free if group.axes & tokens]
+    few = [FreeSize(group.axes & tokens, group.steps) for group in free if group.axes & tokens]
     many = 2 * batch_of(inputs) if has_batch else 0
     for groups in [free, few] if free != few else [free]:
         all_of = [*said, *groups]

@@ -18,7 +18,7 @@ Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Group:
+class FreeSize:
     """Axes of one size that vary together, and by how much they were seen, or are to be tried, to grow."""
 
     axes: frozenset[Axis]
@@ -42,7 +42,7 @@ def resized(inputs: Mapping[str, Tensor], by: Mapping[Axis, int]) -> dict[str, T
     return made
 
 
-def found_free(run: Run, inputs: Mapping[str, Tensor], known: set[Axis], fixed: set[Axis]) -> list[Group]:
+def found_free(run: Run, inputs: Mapping[str, Tensor], known: set[Axis], fixed: set[Axis]) -> list[FreeSize]:
     """Groups of axes beyond the first that the model takes at other sizes: those of one size together, else one by one.
     known: axes of tokens, which are taken to vary without a trial; fixed: axes that are not to be tried."""
     batch = batch_of(inputs)
@@ -56,16 +56,16 @@ def found_free(run: Run, inputs: Mapping[str, Tensor], known: set[Axis], fixed: 
         tokens = frozenset(same) & known
         steps = _steps(size, bool(tokens))
         if tokens == set(same) or _runs(run, inputs, same, steps[0]):
-            groups.append(Group(frozenset(same), steps))
+            groups.append(FreeSize(frozenset(same), steps))
             continue
         if tokens:
-            groups.append(Group(tokens, steps))
+            groups.append(FreeSize(tokens, steps))
         alone = [axis for axis in same if axis not in tokens] if len(same) > 1 else []
-        groups += [Group(frozenset({axis}), steps) for axis in alone if _runs(run, inputs, [axis], steps[0])]
+        groups += [FreeSize(frozenset({axis}), steps) for axis in alone if _runs(run, inputs, [axis], steps[0])]
     return groups
 
 
-def checked_free(run: Run, inputs: Mapping[str, Tensor], asked: set[Axis]) -> list[Group]:
+def checked_free(run: Run, inputs: Mapping[str, Tensor], asked: set[Axis]) -> list[FreeSize]:
     """Groups of the axes that the caller asks to vary. Raises `CaptureFailed` where the model runs at no other size of one."""
     by_size: dict[int, list[Axis]] = {}
     for n, d in sorted(asked):
@@ -74,7 +74,7 @@ def checked_free(run: Run, inputs: Mapping[str, Tensor], asked: set[Axis]) -> li
     for size, same in by_size.items():
         steps = _steps(size, False)
         if _runs(run, inputs, same, steps[0]):
-            groups.append(Group(frozenset(same), steps))
+            groups.append(FreeSize(frozenset(same), steps))
             continue
         for name, dimension in same:
             grown = resized(inputs, {(name, dimension): steps[0]})
@@ -86,7 +86,7 @@ def checked_free(run: Run, inputs: Mapping[str, Tensor], asked: set[Axis]) -> li
                     why=first_line(error),
                     hint="leave it out, or name with it the dimensions of other inputs that must be equal",
                 ) from error
-            groups.append(Group(frozenset({(name, dimension)}), steps))
+            groups.append(FreeSize(frozenset({(name, dimension)}), steps))
     return groups
 
 

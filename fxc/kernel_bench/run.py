@@ -103,7 +103,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sweep:
     """schemes: as in `weights.SCHEMES`; rows: numbers of rows (tokens); deadline: of time.monotonic(), after which no new
     cell is begun."""
 
@@ -129,28 +129,28 @@ class Tuner(Protocol):
 
 
 def run(
-    plan: Plan, platform: Platform, note: Callable[[str], None] = lambda text: None, tuner: Tuner | None = None,
+    sweep: Sweep, platform: Platform, note: Callable[[str], None] = lambda text: None, tuner: Tuner | None = None,
     peaks: Sequence[Peaks | None] = (), after: Callable[[Result], None] = lambda result: None, peers: Sequence[Contender] = (),
 ) -> Result:  # fmt: skip
-    """Everything that `plan` asks for. note: is told what is being done; peaks: (datasheet, measured) of the platform; after:
+    """Everything that `sweep` asks for. note: is told what is being done; peaks: (datasheet, measured) of the platform; after:
     is given what there is after each cell, in case that there is no end; peers: more contenders."""
-    run = _Run(plan, platform, note, tuner, dict(zip(("datasheet", "measured"), peaks)))
+    run = _Run(sweep, platform, note, tuner, dict(zip(("datasheet", "measured"), peaks)))
     run.run(after, peers)
     return run.result
 
 
 class _Run:
-    def __init__(self, plan: Plan, platform: Platform, note: Callable[[str], None], tuner: Tuner | None, peaks: dict):
-        self.plan, self.platform, self.note, self.tuner, self.peaks = plan, platform, note, tuner, peaks
+    def __init__(self, sweep: Sweep, platform: Platform, note: Callable[[str], None], tuner: Tuner | None, peaks: dict):
+        self.sweep, self.platform, self.note, self.tuner, self.peaks = sweep, platform, note, tuner, peaks
         self.result = Result()
 
     def run(self, after: Callable[[Result], None], peers: Sequence[Contender]) -> None:
-        given = [*self.platform.contenders(self.plan.schemes), *peers]
+        given = [*self.platform.contenders(self.sweep.schemes), *peers]
         schemes = list(dict.fromkeys(each.scheme for each in given))
         candidates = sorted(given, key=lambda each: schemes.index(each.scheme))
         self.result.absent = {each.name: why for each in candidates if (why := each.missing())}
         present = [each for each in candidates if each.name not in self.result.absent]
-        for shape in self.plan.shapes:
+        for shape in self.sweep.shapes:
             try:
                 self._shape(shape, present, after)
             except Exception as error:  # what one shape asks too much for, another may not
@@ -158,7 +158,7 @@ class _Run:
             gc.collect()
 
     def _late(self) -> bool:
-        return self.plan.deadline is not None and time.monotonic() > self.plan.deadline
+        return self.sweep.deadline is not None and time.monotonic() > self.sweep.deadline
 
     def _skip(self, what: object, reason: str) -> None:
         self.result.skipped.append(Skipped(str(what), reason))
@@ -167,7 +167,7 @@ class _Run:
     def _shape(self, shape: Shape, present: list[Contender], after: Callable[[Result], None]) -> None:
         if self._late():
             return self._skip(shape, SPENT)
-        for scheme in self.plan.schemes:
+        for scheme in self.sweep.schemes:
             if reason := unfit(scheme, shape):
                 self._skip(shape, reason)
         fitting = [each for each in present if each.scheme in ("float32", "bf16") or not unfit(each.scheme, shape)]
@@ -177,7 +177,7 @@ class _Run:
         self.note(f"{shape}: building {len(fitting)} contenders")
         held = {kind: weights.make(kind, shape, self.platform.device) for kind in dict.fromkeys(c.kind for c in fitting)}
         entrants = [built for each in fitting if (built := self._build(shape, each, held[each.kind]))]
-        for m in self.plan.rows:
+        for m in self.sweep.rows:
             if self._late():
                 self._skip(f"{shape} M={m}", SPENT)
                 continue
@@ -193,7 +193,7 @@ class _Run:
 
     def _memory(self, shape: Shape, present: list[Contender]) -> float:
         """Bytes of all copies, of the weights that they are made from, and of what the largest call has besides."""
-        count, m = shape.n * shape.k, max(self.plan.rows)
+        count, m = shape.n * shape.k, max(self.sweep.rows)
         kinds = {each.kind for each in present}
         copies = sum(each.holds * self._copies(each, shape) for each in present)
         return count * (copies + 4 * ("dense" in kinds) + len(kinds) + 8) + 12.0 * m * (shape.n + shape.k)
@@ -222,8 +222,8 @@ class _Run:
                 if calls is not None:
                     prepared[row.contender] = calls
             references.clear()
-            self.note(f"{shape} M={m}: timing {len(prepared)} contenders over {self.plan.rounds} rounds")
-            race = self.platform.clock.race(prepared, self.plan.rounds)
+            self.note(f"{shape} M={m}: timing {len(prepared)} contenders over {self.sweep.rounds} rounds")
+            race = self.platform.clock.race(prepared, self.sweep.rounds)
         self.result.telemetry += [asdict(each) | {"n": shape.n, "k": shape.k, "m": m} for each in race.telemetry]
         rows = [row for row, _ in made]
         for row, each in made:

@@ -26,7 +26,7 @@ _CALLS = 3
 
 
 @dataclass(frozen=True)
-class Contender:
+class Entry:
     """A model to time. how: what runs it, in words; program: from which its inputs follow; nbytes: of its weights."""
 
     name: str
@@ -42,10 +42,10 @@ class Contender:
 
 @dataclass
 class Row:
-    """One contender at one size. milliseconds: phase ("prefill", "decode" for a token, or "forward") -> one number for
+    """One entry at one size. milliseconds: phase ("prefill", "decode" for a token, or "forward") -> one number for
     each round."""
 
-    contender: Contender
+    entry: Entry
     batch: int
     seq: int | None
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Row:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
-def contenders(
+def entries_of(
     source: str,
     *,
     backend: str = "eager",
@@ -67,7 +67,7 @@ def contenders(
     dtype: str = "auto",
     static_cache: bool = False,
     keep_compressed: bool = False,
-) -> list[Contender]:
+) -> list[Entry]:
     """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and,
     with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it.
 
@@ -79,19 +79,19 @@ def contenders(
             source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed
         )
         how = f"fxc {backend}" + ", static cache" * static_cache + ", kept compressed" * keep_compressed
-        return [Contender(name, how, model, model.program, model.program.nbytes())]
+        return [Entry(name, how, model, model.program, model.program.nbytes())]
     loaded = load_source(source, dtype=dtype, device=device)
     program = capture(loaded.model, loaded.example_inputs, check=False)
-    found = [Contender(name, "torch eager", loaded.model, program, program.nbytes())]
+    found = [Entry(name, "torch eager", loaded.model, program, program.nbytes())]
     if backend != "eager":
         config = getattr(loaded.model, "config", None)
         plain = compiled_model(program, {}, config=config, device=device, backend=backend)
-        found.append(Contender(name, f"fxc {backend}, not compressed", plain, program, program.nbytes()))
+        found.append(Entry(name, f"fxc {backend}, not compressed", plain, program, program.nbytes()))
     return found
 
 
 def race(
-    entries: Sequence[Contender],
+    entries: Sequence[Entry],
     batches: Sequence[int],
     lengths: Sequence[int],
     *,
@@ -100,9 +100,9 @@ def race(
     device: str | None = None,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> list[Row]:
-    """Time every contender at every size: in each round each is called in turn, every other round in reverse.
+    """Time every entry at every size: in each round each is called in turn, every other round in reverse.
 
-    new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the contenders do
+    new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
     not take the same inputs or the sizes are not ones that a model takes.
     """
     first = entries[0]
@@ -133,7 +133,7 @@ def race(
     return rows
 
 
-def _inputs(entry: Contender, batch: int, seq: int | None, new: int, device: str | None) -> list[Tensor]:
+def _inputs(entry: Entry, batch: int, seq: int | None, new: int, device: str | None) -> list[Tensor]:
     config = getattr(entry.model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     total = (seq or 0) + (new if entry.is_causal else 0)
@@ -148,7 +148,7 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-def _forward(entry: Contender, tensors: list[Tensor]) -> Callable[[], dict[str, float]]:
+def _forward(entry: Entry, tensors: list[Tensor]) -> Callable[[], dict[str, float]]:
     structure = entry.program.signature.call
     args = [unflatten(a, tensors) for a in structure["args"]]
     kwargs = {k: unflatten(a, tensors) for k, a in structure["kwargs"].items()}
@@ -164,8 +164,8 @@ def _forward(entry: Contender, tensors: list[Tensor]) -> Callable[[], dict[str, 
     return once
 
 
-def _decoder(entry: Contender, ids: Tensor, new: int) -> Callable[[], dict[str, float]]:
-    """Prefill of the prompt, and the mean over `new` tokens decoded after it: the same tokens for every contender."""
+def _decoder(entry: Entry, ids: Tensor, new: int) -> Callable[[], dict[str, float]]:
+    """Prefill of the prompt, and the mean over `new` tokens decoded after it: the same tokens for every entry."""
     batch, length = ids.shape
     mask = torch.ones(batch, length + new, dtype=torch.int64, device=ids.device)
 

@@ -14,7 +14,7 @@ _VALUE = re.compile(r"%\d+")
 _CONTEXT = 2
 
 
-def difference(before: str, after: str, names: tuple[str, str], context: int = _CONTEXT) -> str:
+def unified_diff(before: str, after: str, names: tuple[str, str], context: int = _CONTEXT) -> str:
     """A unified diff of two program texts, values numbered as in `before`, those only in `after` as %+0, %+1, ...; "" when
     the programs are the same but for numbers."""
     a, b = before.splitlines(), after.splitlines()

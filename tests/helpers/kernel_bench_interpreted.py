@@ -19,7 +19,7 @@ import torch
 
 from fxc.kernel_bench import cuda, limits, tune
 from fxc.kernel_bench.clock import GraphClock, Telemetry
-from fxc.kernel_bench.run import Plan, run
+from fxc.kernel_bench.run import Sweep, run
 from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import SCHEMES
 from fxc_kernels.cuda.tile import Config
@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
     schemes = tuple(scheme for scheme in SCHEMES if scheme not in ("int4_g32", "int4_g64"))
     tuner = tune.Choices(platform, 90, schemes, candidates=few)
     peaks = (limits.datasheet("nvidia-h200"), None)
-    result = run(Plan((shape,), schemes, rows, rounds=2), platform, tuner=tuner, peaks=peaks)
+    result = run(Sweep((shape,), schemes, rows, rounds=2), platform, tuner=tuner, peaks=peaks)
     table = tune.table(result, platform.name, {"triton": "3.6.0"})
     (folder / "nvidia-h200.json").write_text(json.dumps(table))
     print(json.dumps({"rows": [asdict(row) for row in result.rows], "absent": result.absent, "failed": tuner.failed,

@@ -4,7 +4,7 @@ import torch
 
 from fxc.kernel_bench import clock
 from fxc.kernel_bench.contender import EXACT, Contender, of_function
-from fxc.kernel_bench.run import Plan
+from fxc.kernel_bench.run import Sweep
 from fxc.kernel_bench.shapes import Shape
 
 TINY = Shape("tiny", 64, 256)
@@ -53,5 +53,5 @@ def dense(name="dense", change=lambda out: out, **options) -> Contender:
     return Contender(name, build=build, **settings)
 
 
-def plan(**options) -> Plan:
-    return Plan(**{"shapes": (TINY,), "schemes": ("int8",), "rows": (3,), "rounds": 2} | options)
+def sweep(**options) -> Sweep:
+    return Sweep(**{"shapes": (TINY,), "schemes": ("int8",), "rows": (3,), "rounds": 2} | options)

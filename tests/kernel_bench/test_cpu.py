@@ -2,7 +2,7 @@
 
 import time
 
-from toy_bench import Toy, plan
+from toy_bench import Toy, sweep
 
 from fxc.kernel_bench import cpu, cpu_platform
 from fxc.kernel_bench.clock import CpuClock
@@ -13,7 +13,7 @@ from fxc.kernel_bench.weights import SCHEMES
 def test_every_layer_of_fxc_is_right_and_says_how_it_runs():
     given = cpu.contenders(SCHEMES)
     ours = [each for each in given if each.ours]
-    result = run(plan(schemes=SCHEMES, rows=(1, 5)), Toy(ours, CpuClock(0.0, 0.0)))
+    result = run(sweep(schemes=SCHEMES, rows=(1, 5)), Toy(ours, CpuClock(0.0, 0.0)))
     assert {row.scheme for row in result.rows} == set(SCHEMES) and len(result.rows) == 2 * len(ours)
     assert [(row.contender, row.reason) for row in result.rows if row.state != "ok"] == []
     forms = {row.scheme: row.form for row in result.rows}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from toy_bench import Fixed, Toy, dense, plan
+from toy_bench import Fixed, Toy, dense, sweep
 
 from fxc.kernel_bench import report
 from fxc.kernel_bench.limits import Peaks, moved_bytes
@@ -32,7 +32,7 @@ def poke(out, value):
 )
 def test_what_is_wrong_is_named_and_not_timed(change, why):
     platform = Toy([dense(), dense("other", change)])
-    result = run(plan(), platform)
+    result = run(sweep(), platform)
     right, wrong = result.rows
     assert platform.clock.raced == [["dense"]] and right.state == "ok" and right.us == 10.0
     assert wrong.state in ("wrong", "failed") and why.replace("\\", "") in wrong.reason and wrong.us is None
@@ -46,7 +46,7 @@ def test_who_is_absent_or_cannot_be_built_has_a_reason():
 
     gone = dense("gone", needs=("no_such_module",))
     old = dense("old", absent="the chip is too old")
-    result = run(plan(), Toy([dense(), gone, old, replace(dense("broken"), build=broken)]))
+    result = run(sweep(), Toy([dense(), gone, old, replace(dense("broken"), build=broken)]))
     assert result.absent == {"gone": "not installed: no_such_module", "old": "the chip is too old"}
     assert [row.contender for row in result.rows] == ["dense"]
     assert [(each.what, each.reason) for each in result.skipped] == [
@@ -59,7 +59,7 @@ def test_speed_ups_are_over_the_fastest_dense_bfloat16_and_paired_by_round():
     baselines = [dense(name, baseline=True) for name in ("slow", "fast")]
     given = [dense("float"), *baselines, dense("ours", scheme="int8")]
     peaks = (None, Peaks("measured", bandwidth=1e9, float32=1e9, int8=1e15))
-    rows = {row.contender: row for row in run(plan(), Toy(given, Fixed(times)), peaks=peaks).rows}
+    rows = {row.contender: row for row in run(sweep(), Toy(given, Fixed(times)), peaks=peaks).rows}
     assert [rows[name].speedup for name in ("slow", "fast", "ours")] == [0.5, 1.0, 3.0]
     assert rows["slow"].us == 60.0 and rows["slow"].p20 == pytest.approx(48.0) and rows["slow"].p80 == pytest.approx(72.0)
     ours = rows["ours"]
@@ -70,16 +70,16 @@ def test_speed_ups_are_over_the_fastest_dense_bfloat16_and_paired_by_round():
 
 
 def test_what_does_not_fit_the_memory_or_the_time_is_skipped_by_name():
-    tight = run(plan(), Toy([dense()], memory=1000))
+    tight = run(sweep(), Toy([dense()], memory=1000))
     assert tight.rows == [] and "GB of memory" in tight.skipped[0].reason
-    late = run(plan(deadline=0.0), Toy([dense()]))
+    late = run(sweep(deadline=0.0), Toy([dense()]))
     assert late.rows == [] and "time" in late.skipped[0].reason
-    odd = run(plan(shapes=(Shape("odd", 64, 100),), schemes=("int4_g128",)), Toy([dense(), dense("int4", scheme="int4_g128")]))
+    odd = run(sweep(shapes=(Shape("odd", 64, 100),), schemes=("int4_g128",)), Toy([dense(), dense("int4", scheme="int4_g128")]))
     assert [row.contender for row in odd.rows] == ["dense"] and "multiple of 128" in odd.skipped[0].reason
 
 
 def test_a_discarded_race_gives_no_times():
-    (row,) = run(plan(), Toy([dense()], Fixed(discarded="the clock drifted"))).rows
+    (row,) = run(sweep(), Toy([dense()], Fixed(discarded="the clock drifted"))).rows
     assert (row.state, row.reason, row.us) == ("discarded", "the clock drifted", None)
     assert row.rounds == [10.0, 10.0] and row.speedup is None
 
@@ -93,6 +93,6 @@ def test_results_are_there_after_each_cell_and_a_fault_costs_only_its_own():
             return super().race(prepared, rounds, watch)
 
     seen = []
-    result = run(plan(rows=(1, 2, 3)), Toy([dense()], Flaky()), after=lambda result: seen.append(len(result.rows)))
+    result = run(sweep(rows=(1, 2, 3)), Toy([dense()], Flaky()), after=lambda result: seen.append(len(result.rows)))
     assert seen == [1, 1, 2] and [row.m for row in result.rows] == [1, 3]
     assert [(each.what, each.reason) for each in result.skipped] == [("tiny 64 x 256 M=2", "RuntimeError: the device is gone")]

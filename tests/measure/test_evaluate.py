@@ -17,7 +17,7 @@ from fxc.errors import UsageError, VerificationFailed
 from fxc.measure import bench, evaluate
 from fxc.passes.base import parse_passes
 from fxc.report import sizes
-from fxc.report.difference import difference
+from fxc.report.difference import unified_diff
 
 
 class Bigrams(torch.nn.Module):
@@ -169,11 +169,11 @@ def test_encoders_and_vision_models_are_compared_too(pair):
         evaluate.agreement(packed, pair[0], inputs)
 
 
-def test_bench_times_every_phase_of_every_contender(pair):
+def test_bench_times_every_phase_of_every_entry(pair):
     original, packed = pair
-    entries = [bench.Contender(n, "here", m, m.program, m.program.nbytes()) for n, m in (("a", original), ("b", packed))]
+    entries = [bench.Entry(n, "here", m, m.program, m.program.nbytes()) for n, m in (("a", original), ("b", packed))]
     rows = bench.race(entries, [1, 2], [4], new=2, rounds=2)
-    assert [(r.contender.name, r.batch, r.seq) for r in rows] == [("a", 1, 4), ("b", 1, 4), ("a", 2, 4), ("b", 2, 4)]
+    assert [(r.entry.name, r.batch, r.seq) for r in rows] == [("a", 1, 4), ("b", 1, 4), ("a", 2, 4), ("b", 2, 4)]
     assert all(len(r.milliseconds[p]) == 2 and min(r.milliseconds[p]) > 0 for r in rows for p in ("prefill", "decode"))
     assert rows[0].speedup("decode", rows[0]) == 1
     with pytest.raises(UsageError, match="at most 256"):
@@ -183,9 +183,9 @@ def test_bench_times_every_phase_of_every_contender(pair):
 def test_a_difference_ignores_numbers_and_sees_rewiring():
     before = "%0: f32[2] = input\n%1: f32[2] = aten.neg(%0)\n%2: f32[2] = aten.abs(%1)\nreturn %2"
     longer = "%0: f32[2] = input\n%1: f32[2] = aten.exp(%0)\n%2: f32[2] = aten.neg(%0)\n%3: f32[2] = aten.abs(%2)\nreturn %3"
-    assert difference(before, before, ("a", "b")) == ""
-    changed = [line for line in difference(before, longer, ("a", "b")).splitlines()[2:] if line[0] in "+-"]
+    assert unified_diff(before, before, ("a", "b")) == ""
+    changed = [line for line in unified_diff(before, longer, ("a", "b")).splitlines()[2:] if line[0] in "+-"]
     assert changed == ["+%+0: f32[2] = aten.exp(%0)"]
     rewired = before.replace("aten.abs(%1)", "aten.abs(%0)")
-    changed = [line for line in difference(before, rewired, ("a", "b")).splitlines()[2:] if line[0] in "+-"]
+    changed = [line for line in unified_diff(before, rewired, ("a", "b")).splitlines()[2:] if line[0] in "+-"]
     assert changed == ["-%2: f32[2] = aten.abs(%1)", "+%2: f32[2] = aten.abs(%0)"]
