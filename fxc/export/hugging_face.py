@@ -27,6 +27,7 @@ from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.safety import check_relative_name, listed
+from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
 from fxc.verify.compare import relative_error, run
 
@@ -72,10 +73,11 @@ def export(
         check_target(folder, source, lambda _: None)
     check_target(folder, None, may_replace)
     if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
+        formats = sorted({scheme.label for node in program.graph.nodes if (scheme := scheme_of(node.target))})
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint="compile without int8, int4, fp8 and sparse24 and export that; fxc.load reads the artifact as it is",
+            hint=f"compile without {' and '.join(formats)} weights and export that; fxc.load reads the artifact as it is",
         )
     if program.is_on_meta:
         raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")

@@ -21,7 +21,7 @@ from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
-from fxc.schemes.scheme import LINEAR, Scheme, scheme_of
+from fxc.schemes.scheme import LINEAR, Scheme, products_for, scheme_of
 
 MIN_OUTPUTS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,8 @@ class PackLinears(Pass):
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         """Why this pass has no form for `node` and its weight, with what to do, or None."""
         if self.operator(node.target) is None:
-            return f"there is no {self.scheme.label} form of the experts of a mixture: int8 has one"
+            others = " and ".join(scheme_of(operator).name for operator in products_for(node.target))
+            return f"there is no {self.scheme.label} form of the experts of a mixture: {others} has one"
         return None
 
     def limited_to(self) -> tuple[str, ...]:

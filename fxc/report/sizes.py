@@ -11,23 +11,16 @@ from torch import fx
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
-from fxc.passes.facts import arguments
+from fxc.schemes.scheme import product_of, scheme_of
 
-# Operator -> what its weight is called here. Others with a weight are named by the operator itself.
+# Operator -> what its weight is called here. What packed weights are called their formats say.
 _KINDS = {
     "aten.embedding": "embedding",
     "aten.linear": "linear", "aten.addmm": "linear", "aten.mm": "linear", "aten.matmul": "linear",
     "fxc.grouped_linear": "experts", "fxc.grouped_mm": "experts", "aten._grouped_mm": "experts",
-    "fxc.int8_linear": "int8 linear", "fxc.int8_weight_only_linear": "int8 linear",
-    "fxc.int8_grouped_linear": "int8 experts",
-    "fxc.int4_weight_only_linear": "int4 linear",
-    "fxc.fp8_linear": "fp8 linear", "fxc.fp8_weight_only_linear": "fp8 linear",
-    "fxc.sparse24_linear": "2:4 linear", "fxc.int8_sparse24_linear": "int8 2:4 linear",
     "aten.layer_norm": "norm", "aten.batch_norm": "norm", "aten.group_norm": "norm",
     "aten._native_batch_norm_legit_no_training": "norm", "aten.rms_norm": "norm",
 }  # fmt: skip
-# Argument of fxc's operators -> what it is called here.
-_PARTS = {"zero": "zero points", "meta": "2:4 places"}
 
 
 @dataclass(frozen=True)
@@ -44,15 +37,14 @@ class Layer:
 def kinds_of(program: Program) -> dict[str, str]:
     """FQN of each constant -> its kind: embedding, linear, int8 linear, scale, norm, bias, convolution, ..."""
     readers: defaultdict[str, set[str]] = defaultdict(set)
+    packed: dict[str, str] = {}
     for node in program.graph.nodes:
         for argument in node.all_input_nodes if node.op == "call_function" else ():
             if argument.op == "get_attr":
                 readers[argument.target].add(_kind_of_operator(node))
-        if getattr(node.target, "namespace", "") == "fxc":
-            for name, argument in arguments(node).items():
-                if name in _PARTS and isinstance(argument, fx.Node) and argument.op == "get_attr":
-                    readers[argument.target] = {_PARTS[name]}
-    return {fqn: _kind(program, fqn, readers[fqn]) for fqn in program.constants}
+        for part, fqn in parts_of(node).items():
+            packed[fqn] = scheme_of(node.target).parts[part] or product_of(node.target).kind
+    return {fqn: packed.get(fqn) or _kind(program, fqn, readers[fqn]) for fqn in program.constants}
 
 
 def _kind_of_operator(node: fx.Node) -> str:
@@ -63,10 +55,6 @@ def _kind_of_operator(node: fx.Node) -> str:
 def _kind(program: Program, fqn: str, readers: set[str]) -> str:
     if {"embedding", "linear"} <= readers:
         return "embedding, tied to a linear"
-    if fqn.endswith(".scale"):
-        return "scales"
-    if readers & set(_PARTS.values()):
-        return min(readers)
     if program.constants[fqn].ndim < 2:
         return "norm" if "norm" in readers or "norm" in fqn.lower() else "bias and other vectors"
     return min(readers, default="other", key=lambda kind: (kind == "other", kind))

@@ -23,6 +23,7 @@ from fxc.ir.program import Program
 from fxc.lower.inductor import CompiledGraph
 from fxc.runtime.decode_graph import decode_graph
 from fxc.schemes import ops
+from fxc.schemes.scheme import products_for
 
 # Slots of the smallest buffers.
 CAPACITY = 128
@@ -33,7 +34,7 @@ IDLE_STEPS = 8
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 # Operators that wait for numbers from the device.
-_COUNTED_BY_THE_HOST = (ops.GROUPED_MM, ops.GROUPED_LINEAR, ops.INT8_GROUPED_LINEAR)
+_COUNTED_BY_THE_HOST = (ops.GROUPED_MM, ops.GROUPED_LINEAR, *products_for(ops.GROUPED_LINEAR))
 
 # Makes of a function without arguments one that does the same to the same tensors and returns the same tensor.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]

@@ -6,7 +6,6 @@ from torch import Tensor
 from fxc.errors import InputRefused
 from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import Product, Scheme, register
-from fxc_kernels import grouped_linear  # noqa: F401 - registers its operators
 from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
 
 LINEAR = torch.ops.fxc.int8_linear.default

@@ -7,7 +7,7 @@ import torch
 from formats import DTYPES, normal
 from torch import Tensor
 
-from fxc.schemes import fp8, int4, ops, sparse24
+from fxc.schemes import fp8, int4, int8_sparse24, sparse24
 from fxc.schemes.int8 import quantize_weight
 from fxc_kernels.fp8_linear import fp8_linear_reference, quantize_rows
 
@@ -31,12 +31,12 @@ def call_of(name: str, lead: tuple[int, ...], dtype: torch.dtype, bias: bool = T
 
 
 OPS = {
-    "int4": ops.INT4_WEIGHT_ONLY_LINEAR,
-    "int4 asymmetric": ops.INT4_WEIGHT_ONLY_LINEAR,
-    "fp8": ops.FP8_LINEAR,
-    "fp8 weight-only": ops.FP8_WEIGHT_ONLY_LINEAR,
-    "sparse24": ops.SPARSE24_LINEAR,
-    "int8 sparse24": ops.INT8_SPARSE24_LINEAR,
+    "int4": int4.LINEAR,
+    "int4 asymmetric": int4.LINEAR,
+    "fp8": fp8.LINEAR,
+    "fp8 weight-only": fp8.WEIGHT_ONLY,
+    "sparse24": sparse24.LINEAR,
+    "int8 sparse24": int8_sparse24.LINEAR,
 }
 
 
@@ -139,6 +139,6 @@ def test_fp8_rows_of_zeros_and_of_what_is_not_finite():
 def test_without_columns_the_bias_is_left():
     bias = normal(3)
     qweight, scale = fp8.quantize_weight(torch.empty(3, 0))
-    assert torch.equal(ops.FP8_LINEAR(torch.empty(2, 0), qweight, scale, bias), bias.expand(2, 3))
+    assert torch.equal(fp8.LINEAR(torch.empty(2, 0), qweight, scale, bias), bias.expand(2, 3))
     empty = torch.empty(3, 0, dtype=torch.uint8)
-    assert torch.equal(ops.SPARSE24_LINEAR(torch.empty(2, 0), torch.empty(3, 0), empty, bias), bias.expand(2, 3))
+    assert torch.equal(sparse24.LINEAR(torch.empty(2, 0), torch.empty(3, 0), empty, bias), bias.expand(2, 3))

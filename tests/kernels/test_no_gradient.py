@@ -6,7 +6,8 @@ from torch import nn
 from torch._ops import OpOverload
 
 import fxc
-from fxc.schemes import fp8, int4, int8, ops, sparse24
+from fxc.schemes import fp8, int4, int8, int8_sparse24, ops, sparse24
+from fxc.schemes.scheme import SCHEMES
 
 N, K = 32, 64
 SPECS = [
@@ -26,14 +27,14 @@ def arguments() -> dict[OpOverload, tuple]:
     offsets = torch.tensor([3, 5], dtype=torch.int32)
     experts = torch.stack([weight, weight])
     return {
-        ops.INT8_LINEAR: (q, scale, None),
-        ops.INT8_WEIGHT_ONLY_LINEAR: (q, scale, None),
-        ops.INT8_GROUPED_LINEAR: (torch.stack([q, q]), torch.stack([scale, scale]), offsets),
-        ops.INT4_WEIGHT_ONLY_LINEAR: (q4, scale4, None, None, 32),
-        ops.FP8_LINEAR: (q8, scale8, None),
-        ops.FP8_WEIGHT_ONLY_LINEAR: (q8, scale8, None),
-        ops.SPARSE24_LINEAR: (values, meta, None),
-        ops.INT8_SPARSE24_LINEAR: (sparse_q, meta, sparse_scale, None),
+        int8.LINEAR: (q, scale, None),
+        int8.WEIGHT_ONLY: (q, scale, None),
+        int8.GROUPED: (torch.stack([q, q]), torch.stack([scale, scale]), offsets),
+        int4.LINEAR: (q4, scale4, None, None, 32),
+        fp8.LINEAR: (q8, scale8, None),
+        fp8.WEIGHT_ONLY: (q8, scale8, None),
+        sparse24.LINEAR: (values, meta, None),
+        int8_sparse24.LINEAR: (sparse_q, meta, sparse_scale, None),
         ops.GROUPED_MM: (experts.transpose(1, 2), offsets),
     }
 
@@ -51,8 +52,8 @@ def test_an_operator_runs_and_refuses_in_the_backward_pass(op):
 
 
 def test_no_operator_is_forgotten():
-    every = {op for op in vars(ops).values() if isinstance(op, OpOverload)}
-    assert every - set(ARGUMENTS) == {ops.GROUPED_LINEAR}, "which has a true one"
+    every = {product.operator for scheme in SCHEMES.values() for product in scheme.products}
+    assert {ops.GROUPED_MM, *every} == set(ARGUMENTS), "ops.GROUPED_LINEAR has a true one"
 
 
 @pytest.mark.parametrize("spec", SPECS)
