@@ -250,14 +250,23 @@ def inspect(
     text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,
     axes: Annotated[bool, typer.Option("--axes", help="Show which weights share an axis, and what may be pruned.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List everything, not only the largest.")] = False,
+    lowered: Annotated[
+        bool,
+        typer.Option("--lowered", help="Print the program as --device runs it with --backend; for cuda also without a GPU."),
+    ] = False,
+    device: Device = None,
+    backend: Backend = "eager",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: operators, bytes by kind and by layer, its program."""
-    from fxc.cli.show import inspect_model
+    from fxc.cli.show import inspect_lowered, inspect_model
 
     with _output(as_json) as output:
+        if lowered:
+            inspect_lowered(output, model, device, backend, revision, trust_remote_code)
+            return
         inspect_model(output, model, text, axes, every, revision, trust_remote_code)
 
 

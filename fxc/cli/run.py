@@ -23,7 +23,7 @@ def run_model(
     with output.doing(f"loading {out}"):
         model = fxc.load(out, device=device, backend=backend)
     model.lower()
-    for line in describe(model):
+    for line in describe(model.layers):
         output.note(line)
     if prompt is not None:
         made = outputs.generate(model, out, prompt, new)
@@ -37,4 +37,4 @@ def run_model(
         else:
             first = ", ".join(f"{value:.4f}" for value in made["first"])
             output.line(f"{made['of']}: {made['size']} numbers, norm {made['norm']:.4f}, the first: {first}")
-    output.json(made | {"lowering": forms(model)})
+    output.json(made | {"lowering": forms(model.layers)})

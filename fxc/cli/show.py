@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from fxc.artifact import store
 from fxc.captured import capture_source
 from fxc.ir.program import Program
+from fxc.lower.target import check_target, preview
 from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
 from fxc.report import axes as coupled
-from fxc.report import machine, sizes
+from fxc.report import lowering, machine, sizes
 from fxc.report.console import Output, size
 from fxc.report.difference import unified_diff
 from fxc.source.load import kind_of
@@ -59,6 +62,20 @@ def inspect_model(
         }
         | ({"text": str(program)} if text else {})
     )
+
+
+def inspect_lowered(
+    output: Output, source: str, device: str | None, backend: str, revision: str | None, trust_remote_code: bool
+) -> None:
+    check_target(device, backend, needs_gpu=False)
+    on = torch.device(device or "cpu")
+    program, _ = _program(output, source, revision, trust_remote_code)
+    with output.doing(f"lowering for {on}"):
+        lowered, layers = preview(program, on, backend)
+    output.block(str(lowered).rstrip("\n"))
+    for line in lowering.describe(layers):
+        output.line(line)
+    output.json({"text": str(lowered), "layers": [dataclasses.asdict(layer) for layer in layers]})
 
 
 def diff_models(output: Output, a: str, b: str, trust_remote_code: bool) -> None:

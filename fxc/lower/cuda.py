@@ -47,7 +47,7 @@ def lower_cuda(
 ) -> tuple[Program, list[LayerChoice]]:
     """Lower `program` for `device` and `backend` "eager" or "inductor".
 
-    Returns the lowered program, with the constants of its products on the device (`fxc.lower.runnable` makes it callable), and
+    Returns the lowered program, with its constants on the device (`fxc.lower.runnable` makes it callable), and
     a LayerChoice for each compressed layer. The given program is not changed.
     compressed: keep layers compressed where a table says that the dense product is faster.
     capability: the chip's, as 90 for an H100 or H200; by default the device's. On the CPU, where operators compute their own
@@ -67,6 +67,7 @@ def lower_cuda(
         fuse_rope(program)
     relax_views(program)
     edit.sweep(program)
+    program.constants = {name: tensor.to(device) for name, tensor in program.constants.items()}
     check(program, lowered=True)
     return program, report + _unchanged(program, {each.fqn for each in report})
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.groups import LayerChoice
-from fxc.lower.runnable import runnable
 
 BACKENDS = ("eager", "inductor")
+NEWEST = 90
+"""The compute capability that a preview for CUDA is made for: 9.0, of an H100 or H200."""
 
 
-def check_target(device: torch.device | str | None, backend: str | None) -> None:
-    """Raise `UsageError` for a backend or a device that does not exist, or not on this machine. None: the default of each."""
+def check_target(device: torch.device | str | None, backend: str | None, needs_gpu: bool = True) -> None:
+    """Raise `UsageError` for a backend or a device that does not exist, or not on this machine. None: the default of each.
+
+    needs_gpu: whether a CUDA device has to be there."""
     if backend is not None and not (isinstance(backend, str) and backend in BACKENDS):
         raise UsageError(f"there is no backend {backend!r:.100}", hint=f"one of {', '.join(BACKENDS)}")
     try:
@@ -32,6 +36,8 @@ def check_target(device: torch.device | str | None, backend: str | None) -> None
             raise UsageError(f"there is no device {device!r}", hint="use device=cpu")
         return
     if not torch.cuda.is_available():
+        if not needs_gpu:
+            return
         raise UsageError("this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu")
     if (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"there is no device {device!r}", hint=f"this machine has {torch.cuda.device_count()}")
@@ -39,22 +45,34 @@ def check_target(device: torch.device | str | None, backend: str | None) -> None
 
 def lower(
     program: Program, device: torch.device, backend: str, keep_compressed: bool = False
-) -> tuple[nn.Module, list[LayerChoice]]:
-    """A module (flat input tensors positionally to a flat tuple of tensors) that runs `program` on `device`, and what was
-    chosen for each compressed layer.
+) -> tuple[Program, list[LayerChoice]]:
+    """`program` as `device` runs it, for `fxc.lower.runnable`, and what was chosen for each compressed layer.
 
     keep_compressed: run layers compressed also where their float form was measured to be faster.
     Raises `UsageError` for a backend or a device that does not exist, and for a format that the device has no product for.
     """
     check_target(device, backend)
     if device.type == "cpu":
-        lowered, layers = lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
-        return runnable(lowered, device, backend), layers
+        return lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
+    return _lower_cuda(program, device, backend, compressed=keep_compressed)
+
+
+def preview(program: Program, device: torch.device, backend: str) -> tuple[Program, list[LayerChoice]]:
+    """`lower`, to be read: for CUDA where this machine has no GPU too, as a chip of NEWEST that was not measured would run it.
+
+    Raises `UsageError` as `lower` does, but for the GPU.
+    """
+    check_target(device, backend, needs_gpu=False)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return _lower_cuda(program, torch.device("cpu"), backend, capability=NEWEST)
+    return lower(program, device, backend)
+
+
+def _lower_cuda(program: Program, device: torch.device, backend: str, **options: Any) -> tuple[Program, list[LayerChoice]]:
     try:
         from fxc.lower.cuda import lower_cuda
     except ImportError as error:
         raise UsageError(
             "compressed layers need Triton on CUDA, which is not installed", why=error, hint="pip install triton"
         ) from error
-    lowered, layers = lower_cuda(program, device, backend, compressed=keep_compressed)
-    return runnable(lowered, device, backend), layers
+    return lower_cuda(program, device, backend, **options)

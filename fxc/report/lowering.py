@@ -1,25 +1,26 @@
-"""How the layers of a loaded model run on this machine, and why."""
+"""How the layers of a lowered model run on this machine, and why."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from fxc.runtime.model import CompiledModel
-
-
-def forms(model: CompiledModel) -> dict[str, int]:
-    """Form -> how many layers were lowered to it; empty before the model is lowered."""
-    return dict(sorted(Counter(choice.op for choice in model.layers).items()))
+from fxc.lower.groups import LayerChoice
 
 
-def describe(model: CompiledModel) -> list[str]:
-    """A line on the forms, and one for each reason why layers are not run as they are stored."""
-    counts = forms(model)
+def forms(layers: Sequence[LayerChoice]) -> dict[str, int]:
+    """Form -> how many layers were lowered to it."""
+    return dict(sorted(Counter(choice.op for choice in layers).items()))
+
+
+def describe(layers: Sequence[LayerChoice]) -> list[str]:
+    """A line on the forms, and one for each reason why layers are not run as they are stored; nothing for no layers."""
+    counts = forms(layers)
     if not counts:
         return []
     lines = ["layers: " + ", ".join(f"{count} {form}" for form, count in counts.items())]
     reasons: dict[str, str] = {}
-    for choice in model.layers:
+    for choice in layers:
         if choice.op == "dequantized":
             # The measured times differ from layer to layer, and what shares a product: one example stands for all.
             reasons.setdefault(choice.reason.partition(" (")[0].partition("; ")[0], f"{choice.reason}, as {choice.fqn}")

@@ -19,6 +19,7 @@ from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
+from fxc.lower.runnable import runnable
 from fxc.lower.target import check_target, lower
 from fxc.neutral import one_at_a_time
 from fxc.safety import listed
@@ -95,8 +96,9 @@ class CompiledModel(nn.Module):
         # What is kept has to serve calls outside inference mode and outside of what may trace the first one.
         with torch.no_grad(), _disable_current_modes():
             lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
+            module = runnable(lowered, self._device, self.backend)
         # Not a submodule: its packed weights are no part of the model's state.
-        object.__setattr__(self, "_lowered", lowered)
+        object.__setattr__(self, "_lowered", module)
 
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""

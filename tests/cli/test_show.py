@@ -1,5 +1,6 @@
 """`fxc inspect`, `diff`, `passes` and `doctor`: what they show."""
 
+import pytest
 import torch
 from command import fxc, fxc_json
 
@@ -13,6 +14,23 @@ def test_inspect_shows_bytes_that_add_up_and_the_program(folder):
     text = fxc("inspect", folder / "qwen2-int8", "--text").stdout
     assert text == (folder / "qwen2-int8" / "program.fxc").read_text()
     assert "linear" in fxc_json("inspect", folder / "bert")["bytes_by_kind"]
+
+
+def test_inspect_shows_what_runs_on_a_device(folder):
+    text = fxc("inspect", folder / "qwen2-int8", "--lowered").stdout
+    assert "fxc.int8_linear(" not in text and "symbol s0 = " in text and "  # model.layers.0.mlp.down_proj (lower)" in text
+    assert "\nlayers: " in text
+    assert "there is no backend" in fxc("inspect", folder / "qwen2-int8", "--lowered", "--backend", "tvm", code=2).stderr
+
+
+def test_inspect_shows_what_would_run_on_a_gpu(folder):
+    pytest.importorskip("triton", reason="no Triton on this platform")
+    cuda = fxc_json("inspect", folder / "qwen2-int8", "--lowered", "--device", "cuda")
+    assert cuda["text"].count("= fxc_cuda.int8_mm(") == 9 and '"silu_mul")' in cuda["text"]
+    assert {each["op"] for each in cuda["layers"]} == {"triton int8"} and len(cuda["layers"]) == 15
+    assert "fxc_cuda.rope(" in cuda["text"]
+    fused = fxc_json("inspect", folder / "qwen2-int8", "--lowered", "--device", "cuda", "--backend", "inductor")
+    assert "fxc_cuda.rope(" not in fused["text"]
 
 
 def test_diff_shows_the_rewrite(folder):
