@@ -2,7 +2,7 @@
 arXiv 2301.00774).
 
 The sweep of GPTQ, in the order of the columns, but numbers become zero instead of rounded. When the turn of a group of m
-columns (or of a block) comes, it is as the columns before it have left it, and those numbers go that cost least,
+columns (or of 32) comes, it is as the columns before it have left it, and those numbers go that cost least,
 w^2 / U[k, k]^2. To quantize as well, give the mask to `gptq(keep=...)` with the weight as it was: one solve makes up for both.
 """
 
@@ -17,6 +17,9 @@ from fxc.calibrate.levels import checked, lost
 from fxc.calibrate.masks import Pruned, keep_n_of_m, keep_share
 from fxc.errors import InputRefused
 
+# Without a pattern, what goes is chosen for so many columns at a time: the fewer, the more of the errors is known by then.
+CHOSEN = 32
+
 
 def sparsegpt(
     weight: Tensor,
@@ -29,12 +32,12 @@ def sparsegpt(
 ) -> Pruned:
     """Prune `weight` [N, K] for a layer whose input has `hessian` [K, K] = 2/n X^T X.
 
-    pattern: (n, m), n of m columns side by side stay in each row; None: of each block of columns, over all rows, the share
+    pattern: (n, m), n of m columns side by side stay in each row; None: of each 32 columns, over all rows, the share
     `sparsity` goes. damp as in `gptq`. Where no input reached the layer, the smallest numbers go.
     Raises InputRefused when m does not divide K or the block, for what is no weight, or statistics that are not finite.
     """
     values = checked(weight, hessian)
-    step = block if pattern is None else pattern[1]
+    step = min(block, CHOSEN) if pattern is None else pattern[1]
     if block % step:
         raise InputRefused(f"blocks of {block} columns do not hold groups of {step} whole")
     if pattern is not None and values.shape[1] % step:

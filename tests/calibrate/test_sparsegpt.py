@@ -90,8 +90,8 @@ def test_dead_channels_go_before_others(pattern):
 
 @pytest.mark.parametrize("pattern", [(2, 4), None])
 def test_a_layer_that_nothing_reached_is_pruned_by_magnitude(pattern):
-    weight, _ = layer()
-    made = sparsegpt(weight, torch.zeros(64, 64), pattern)
+    weight, _ = layer(columns=32)
+    made = sparsegpt(weight, torch.zeros(32, 32), pattern)
     keep = keep_n_of_m(weight.abs()) if pattern else keep_share(weight.abs(), 0.5, by_row=False)
     assert torch.equal(made.weight, weight * keep) and made.error == 0
 
