@@ -1,15 +1,18 @@
 """The errors a user can meet, each with what happened, where, why and what to do next.
 
-The text has three lines at most, the last two only when there is something to say:
+The text has three lines, the last two only when there is something to say:
 
     error[FXC-E3]: /models/x/model.safetensors: the file is truncated
     why: its header describes 4096 bytes and it has 4000
     try: download the file again
 
+and after the first, where the fault is in a program, the lines of its text around the place.
+
 The number after FXC-E is the exit code of the command line. This module imports nothing of fxc.
 """
 
 import re
+from collections.abc import Iterable
 
 # C0 and C1 controls, line and paragraph separators, and the bidirectional marks that can reorder a line on screen.
 _UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -36,17 +39,27 @@ def printable_lines(text: object) -> str:
 class FxcError(Exception):
     """Base of everything fxc raises on purpose.
 
-    what: the fault in one phrase; where: file, layer (FQN), node or option; why: the evidence; hint: the next step.
+    what: the fault in one phrase; where: file, layer (FQN), node or option; why: the evidence; hint: the next step; excerpt:
+    lines of a program's text (`fxc.ir.text.excerpt`).
     """
 
     exit_code = 1
 
-    def __init__(self, what: object, *, where: object = None, why: object = None, hint: object = None) -> None:
+    def __init__(
+        self,
+        what: object,
+        *,
+        where: object = None,
+        why: object = None,
+        hint: object = None,
+        excerpt: Iterable[str] = (),
+    ) -> None:
         super().__init__(what)
         self.what = printable(what)
         self.where = None if where is None else printable(where)
         self.why = None if why is None else printable(why)
         self.hint = None if hint is None else printable(hint)
+        self.excerpt = [printable_lines(line) for line in excerpt]
 
     @property
     def code(self) -> str:
@@ -54,24 +67,28 @@ class FxcError(Exception):
 
     def __str__(self) -> str:
         lines = [f"error[{self.code}]: {self.where}: {self.what}" if self.where else f"error[{self.code}]: {self.what}"]
+        lines += self.excerpt
         if self.why:
             lines.append(f"why: {self.why}")
         if self.hint:
             lines.append(f"try: {self.hint}")
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, str | None]:
-        """What `--json` prints of it."""
+    def as_json(self) -> dict[str, str | list[str] | None]:
+        """What `--json` prints of it; "excerpt" only where there is one."""
         kind = type(self).__name__
-        return {"code": self.code, "kind": kind, "what": self.what, "where": self.where, "why": self.why, "hint": self.hint}
+        told = {"code": self.code, "kind": kind, "what": self.what, "where": self.where, "why": self.why, "hint": self.hint}
+        return told | ({"excerpt": self.excerpt} if self.excerpt else {})
 
     def __reduce__(self) -> tuple:
         # Exception's own form loses the keywords, and errors do cross processes (pytest-xdist, torchrun).
-        return _rebuild, (type(self), self.what, self.where, self.why, self.hint)
+        return _rebuild, (type(self), self.what, self.where, self.why, self.hint, self.excerpt)
 
 
-def _rebuild(kind: type[FxcError], what: str, where: str | None, why: str | None, hint: str | None) -> FxcError:
-    return kind(what, where=where, why=why, hint=hint)
+def _rebuild(
+    kind: type[FxcError], what: str, where: str | None, why: str | None, hint: str | None, excerpt: list[str]
+) -> FxcError:
+    return kind(what, where=where, why=why, hint=hint, excerpt=excerpt)
 
 
 class UsageError(FxcError):

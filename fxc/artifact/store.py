@@ -257,7 +257,8 @@ def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:
         line = (error.where or "").removeprefix("program text, ")
         raise InputRefused(error.what, where=f"{file}, {line}", why=error.why, hint=error.hint) from None
     except VerificationFailed as error:
-        raise InputRefused(error.what, where=f"{file}, {error.where}", why=error.why, hint=DAMAGED) from None
+        where = f"{file}, {error.where}"
+        raise InputRefused(error.what, where=where, why=error.why, hint=DAMAGED, excerpt=error.excerpt) from None
     lines, again = text.split("\n"), print_program(program).split("\n")
     if lines != again:
         number = next((i for i, (a, b) in enumerate(zip(lines, again)) if a != b), min(len(lines), len(again)) - 1)

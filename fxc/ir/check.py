@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+
+from torch import Tensor, fx
 
 from fxc.errors import VerificationFailed
 from fxc.ir.program import Program, is_name
 from fxc.ir.targets import refusal
+from fxc.ir.text import excerpt
 
 
 def check(program: Program, lowered: bool = False) -> None:
@@ -18,30 +21,42 @@ def check(program: Program, lowered: bool = False) -> None:
     problem = next(_problems(program, lowered), None)
     if problem:
         where, what = problem
-        raise VerificationFailed(what, where=where, why="the program breaks a structural rule of the IR")
+        shown = excerpt(program, where)
+        raise VerificationFailed(
+            what,
+            where=where.target if getattr(where, "op", None) == "get_attr" else where,
+            why="the program breaks a structural rule of the IR",
+            excerpt=shown,
+        )
 
 
-def _problems(program: Program, lowered: bool):
+def _problems(program: Program, lowered: bool) -> Iterator[tuple[fx.Node | str, str]]:
+    """Each with where it is: a node, the name of a constant, or a part of the signature."""
+    computed: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if late := [each for each in node.all_input_nodes if each not in computed]:
+            yield node, f"it reads {late[0]}, which is not computed before it"
+        computed.add(node)
     program.graph.lint()
     read = set()
     for node in program.graph.nodes:
+        if node.op != "output" and node.meta.get("val") is None:
+            yield node, "the node has no type"
         if node.op == "get_attr":
             tensor = program.constants.get(node.target)
             if tensor is None:
-                yield node.target, "the graph reads a constant that is not in the store"
+                yield next(iter(node.users), node), f"the graph reads the constant {node.target}, which is not in the store"
             elif (tensor.shape, tensor.dtype) != (tuple(node.meta["val"].shape), node.meta["val"].dtype):
                 yield (
-                    node.target,
+                    node,
                     f"the constant is {tensor.dtype}{list(tensor.shape)}, the graph says {node.meta['val']}",
                 )
             read.add(node.target)
         elif node.op == "call_function":
             if reason := refusal(node.target, lowered):
-                yield str(node), reason
+                yield node, reason
         elif node.op not in ("placeholder", "output"):
-            yield str(node), f"nodes of the kind {node.op} are not allowed"
-        if node.op != "output" and node.meta.get("val") is None:
-            yield str(node), "the node has no type"
+            yield node, f"nodes of the kind {node.op} are not allowed"
     for fqn in program.constants.keys() - read:
         yield fqn, "the constant is in the store and nothing reads it"
     for fqn in program.constants:

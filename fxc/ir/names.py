@@ -41,7 +41,13 @@ def layer_of(reader: fx.Node, constant: str) -> str:
 def weight_of(program: Program, reader: fx.Node) -> str | None:
     """The first constant of at least two dimensions among the arguments of `reader`."""
     read = (a.target for a in reader.args if isinstance(a, fx.Node) and a.op == "get_attr")
-    return next((fqn for fqn in read if program.constants[fqn].ndim >= 2), None)
+    return next((fqn for fqn in read if fqn in program.constants and program.constants[fqn].ndim >= 2), None)
+
+
+def layer_at(program: Program, node: fx.Node) -> str:
+    """The layer that `node` is: by the weight that it reads, else the module that it came from, else its own name."""
+    weight = weight_of(program, node)
+    return layer_of(node, weight) if weight else node.meta.get("fqn") or node.name
 
 
 def parts_of(node: fx.Node) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 Watch = Callable[[Any], Any]
@@ -15,8 +16,10 @@ class _Observer(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, watches: Mapping[str, Watch]):
         super().__init__(module)
         self.watches = watches
+        self.at: str | None = None
 
     def run_node(self, node: fx.Node) -> Any:
+        self.at = node.name
         value = super().run_node(node)
         watch = self.watches.get(node.name)
         if watch is None:
@@ -32,6 +35,17 @@ def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watches: Mapping[s
     that of an ordinary run and of what the watches keep. Gradients, dtypes and devices are as in an ordinary call.
     """
     return _Observer(module, watches).run(*inputs)
+
+
+def stops_at(module: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
+    """The name of the node at which `module` breaks off on these inputs; None where it runs to its end."""
+    observer = _Observer(module, {})
+    try:
+        with torch.no_grad():
+            observer.run(*inputs)
+    except Exception:  # whatever an operator raises
+        return observer.at
+    return None
 
 
 def values_at(module: fx.GraphModule, inputs: Sequence[Tensor], names: Collection[str]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
 
@@ -45,11 +46,37 @@ FORMATS = {
 }  # fmt: skip
 _FORMAT_NAMES = {f: name for name, f in FORMATS.items()}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]+\Z")
+# Of an excerpt: so many lines on either side, none longer.
+_AROUND, _LONGEST = 2, 240
 
 
 def print_program(program: Program) -> str:
     """The text of `program`."""
-    return Printer(program).text()
+    return "\n".join(line for _, line in Printer(program).lines()) + "\n"
+
+
+def excerpt(program: Program, at: fx.Node | str) -> list[str]:
+    """The line of a node, a constant or the first call of a layer, marked, with up to two lines before and after, long ones
+    cut; [] where there is no such line. A program that has no text, because something is wrong with it, is shown as torch.fx
+    prints it."""
+    try:
+        lines = [(of, line) for of, line in Printer(program).lines() if of is not None]
+    except Exception:  # whatever is wrong with it is being told of already
+        lines = [(node, str(node.format_node())) for node in program.graph.nodes]
+    if isinstance(at, str) and at not in program.constants and at not in program.aliases:
+        calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        at = next((node for node in calls if layer_at(program, node) == at), at)
+    place = next((i for i, (of, _) in enumerate(lines) if _named(of) == _named(at)), None)
+    if place is None:
+        return []
+    first = max(0, place - _AROUND)
+    near = [line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for _, line in lines[first : place + _AROUND + 1]]
+    return [f"{'>' if first + i == place else ' '} {line}" for i, line in enumerate(near)]
+
+
+def _named(of: fx.Node | str) -> fx.Node | str:
+    """The name of the constant that a node reads, if it does that."""
+    return of.target if isinstance(of, fx.Node) and of.op == "get_attr" else of
 
 
 class Printer:
@@ -58,9 +85,10 @@ class Printer:
         self.names: dict[fx.Node, str] = {}
         self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
 
-    def text(self) -> str:
+    def lines(self) -> list[tuple[fx.Node | str | None, str]]:
+        """Each line, and the node, or the name of the constant or alias, that it is of, if it is of one."""
         program = self.program
-        body = [self.line(node) for node in self.number()]
+        body = [(node, self.line(node)) for node in self.number()]
         signature = program.signature
         results = ", ".join(
             f"{json.dumps(name)} {self.names[node]}" for name, node in zip(signature.outputs, program.results, strict=True)
@@ -71,10 +99,13 @@ class Printer:
             f"call {json.dumps(signature.call)}",
             f"result {json.dumps(signature.result)}",
             *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items() if str(new).startswith("s")),
-            *(f"constant {_at(fqn)}: {_constant_type(t)}" for fqn, t in sorted(program.constants.items())),
-            *(f"alias {_at(alias)} = {_at(fqn)}" for alias, fqn in sorted(program.aliases.items())),
         ]
-        return "\n".join([*head, *body, f"return {results}"]) + "\n"
+        constants = [
+            *((fqn, f"constant {_at(fqn)}: {_constant_type(t)}") for fqn, t in sorted(program.constants.items())),
+            *((alias, f"alias {_at(alias)} = {_at(fqn)}") for alias, fqn in sorted(program.aliases.items())),
+        ]
+        end = program.graph.output_node(), f"return {results}"
+        return [*((None, line) for line in head), *constants, *body, end]
 
     def number(self) -> list[fx.Node]:
         lines = []

@@ -25,12 +25,16 @@ from fxc.progress import Track, untracked
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that is true of a program or not. `check` returns None where it holds, else a counterexample in words.
-    broken: of a fact that holds layer by layer, the layers where it does not, each with the counterexample."""
+    """Something that is true of a program or not. broken: where it is not, each with the counterexample in words: by the layer
+    of a fact that holds layer by layer (`by_layer`), by the name of a node or constant of another."""
 
     name: str
-    check: Callable[[Program], str | None] = field(compare=False)
-    broken: Callable[[Program], dict[str, str]] | None = field(default=None, compare=False)
+    broken: Callable[[Program], dict[str, str]] = field(compare=False)
+    by_layer: bool = False
+
+    def check(self, program: Program) -> str | None:
+        """None where it holds, else a counterexample."""
+        return next(iter(self.broken(program).values()), None)
 
     def __str__(self) -> str:
         return self.name

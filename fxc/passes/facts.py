@@ -55,12 +55,13 @@ def _multiplies_by(user: fx.Node, fqn: str) -> bool:
     return user.target in SECOND_OPERAND and reads == [SECOND_OPERAND[user.target]]
 
 
-def _not_canonical(program: Program) -> str | None:
+def _not_canonical(program: Program) -> dict[str, str]:
+    found = {}
     for node in program.graph.nodes:
         if (matrix := factor(program, node)) is not None:
             fqn = matrix.target if matrix.op == "get_attr" else matrix.args[0].target
-            return f"{node} multiplies by the constant {fqn} and is not a linear"
-    return None
+            found[node.name] = f"{node} multiplies by the constant {fqn} and is not a linear"
+    return found
 
 
 def arguments(node: fx.Node) -> dict[str, object]:
@@ -83,7 +84,7 @@ def _of_layers(name: str, is_so: Callable[[Scheme], bool], said: str) -> Fact:
         packed = {node: packed_weight(node) for node in program.graph.nodes if (s := scheme_of(node.target)) and is_so(s)}
         return {layer_of(node, fqn): f"{fqn} is a {said} weight" for node, fqn in packed.items() if fqn}
 
-    return Fact(name, lambda program: next(iter(broken(program).values()), None), broken)
+    return Fact(name, broken, by_layer=True)
 
 
 CANONICAL = Fact("canonical", _not_canonical)

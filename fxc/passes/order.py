@@ -78,7 +78,7 @@ def _share(first: Pass, second: Pass) -> bool:
     """Whether one of the two is limited to some layers, and each breaks, layer by layer, what the other needs."""
     is_limited = first.limited_to() or second.limited_to()
     each_breaks = (first.needs & second.breaks, second.needs & first.breaks)
-    return bool(is_limited) and all(facts and all(fact.broken for fact in facts) for facts in each_breaks)
+    return bool(is_limited) and all(facts and all(fact.by_layer for fact in facts) for facts in each_breaks)
 
 
 def _because(graph: nx.DiGraph, i: int, j: int, reason: str) -> None:
@@ -117,10 +117,9 @@ def _check_givers(passes: list[Pass], program: Program | None) -> None:
 
 def _missing(fact: Fact, wanted: Pass, program: Program | None) -> str | None:
     """Why `fact` does not hold at the start of what `wanted` is for."""
-    if program is not None and fact.broken:
-        return next((why for layer, why in fact.broken(program).items() if wanted.covers(layer)), None)
     if program is not None:
-        return fact.check(program)
+        found = fact.broken(program).items()
+        return next((why for where, why in found if not fact.by_layer or wanted.covers(where)), None)
     return None if fact in _AT_FIRST else f"{fact} does not hold of a captured model"
 
 

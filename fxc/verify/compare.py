@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.ir.infer import fake_constant, fake_mode_of, infer
-from fxc.ir.names import layer_of, weight_of
+from fxc.ir.names import layer_at
 from fxc.ir.observe import Watch, observe, values_at
 from fxc.ir.program import Program
 from fxc.schemes.scheme import scheme_of
@@ -130,8 +130,7 @@ def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: 
 
     def compared(node: fx.Node, expected: object) -> Watch:
         """Measure a value against what it was before, and go on with that, so that each error is its own."""
-        weight = weight_of(after, node)
-        layer = layer_of(node, weight) if weight else node.meta.get("fqn") or node.name
+        layer = layer_at(after, node)
 
         def watch(value: object) -> Tensor | None:
             if not isinstance(value, Tensor) or not isinstance(expected, Tensor) or value.shape != expected.shape:

@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from fxc.errors import VerificationFailed
 from fxc.ir.check import check
+from fxc.ir.observe import stops_at
 from fxc.ir.program import Program
+from fxc.ir.text import excerpt
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.interface import Interface
@@ -72,11 +74,23 @@ def judge(
     return gates
 
 
-def _fail(step: Pass, gate: str, what: str, where: str | None = None) -> VerificationFailed:
+def _fail(
+    step: Pass,
+    gate: str,
+    what: str,
+    where: str | None = None,
+    *,
+    program: Program | None = None,
+    node: fx.Node | str | None = None,
+) -> VerificationFailed:
+    """The error of a gate that does not hold. program, node: the place to show, by default that of the constant or layer that
+    `where` names."""
+    at = node or where
     return VerificationFailed(
         f"the pass {step} did not go through the gate {gate!r}: {what}",
         where=where,
         hint="nothing was written; leave that layer out with --skip, or report it with the model's configuration",
+        excerpt=excerpt(program, at) if program and at else (),
     )
 
 
@@ -86,26 +100,28 @@ def _same_results(step: Pass, before: Program, after: Program, interface: Interf
         old, new = ((n.meta["val"].dtype, n.meta["val"].ndim) for n in nodes)
         if old != new:
             described = (f"{dtype} of {rank} dimensions" for dtype, rank in (old, new))
-            raise _fail(step, "structure", " became ".join(described), name)
+            raise _fail(step, "structure", " became ".join(described), name, program=after, node=nodes[1])
 
 
 def _facts(step: Pass, before: Program, after: Program) -> None:
+    nodes = {node.name: node for node in after.graph.nodes}
+
+    def broken(fact: Fact, said: str, where: str, why: str) -> VerificationFailed:
+        node = None if fact.by_layer else nodes.get(where)
+        return _fail(step, "facts", f"{said}, and {why}", where or None, program=after, node=node)
+
     for fact in sorted(step.gives, key=str):
-        if why := fact.check(after):
-            raise _fail(step, "facts", f"it promises {fact}, and {why}")
+        for where, why in fact.broken(after).items():
+            raise broken(fact, f"it promises {fact}", where, why)
     for fact in sorted(step.needs | step.breaks, key=str):
-        for layer, why in _newly_broken(fact, before, after).items():
+        was = fact.broken(before) if fact.by_layer else {}
+        for where, why in fact.broken(after).items():
+            if where in was:
+                continue
             if fact not in step.breaks:
-                raise _fail(step, "facts", f"it says that it keeps {fact}, and {why}", layer)
-            if layer and not step.covers(layer):
-                raise _fail(step, "facts", f"it is for {', '.join(step.limited_to())} alone, and {why}", layer)
-
-
-def _newly_broken(fact: Fact, before: Program, after: Program) -> dict[str | None, str]:
-    """The layers where `fact` holds no longer, None for a fact of the whole program, and why."""
-    if fact.broken is None:
-        return {None: why} if (why := fact.check(after)) else {}
-    return {layer: why for layer, why in fact.broken(after).items() if layer not in fact.broken(before)}
+                raise broken(fact, f"it says that it keeps {fact}", where, why)
+            if fact.by_layer and not step.covers(where):
+                raise broken(fact, f"it is for {', '.join(step.limited_to())} alone", where, why)
 
 
 def _finite(step: Pass, before: Program, after: Program) -> str:
@@ -118,9 +134,9 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
         # Not every operator of torch takes numbers of a byte.
         finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
         if not finite.all():
-            raise _fail(step, "finite", f"{int((~finite).sum())} values are NaN or infinite", fqn)
+            raise _fail(step, "finite", f"{int((~finite).sum())} values are NaN or infinite", fqn, program=after)
         if fqn in scales and not (tensor > 0).all():
-            raise _fail(step, "finite", "a scale is not positive", fqn)
+            raise _fail(step, "finite", "a scale is not positive", fqn, program=after)
     return f"ok: {len(fresh)} new constants"
 
 
@@ -142,7 +158,7 @@ def _lowered(step: Pass, before: Program, after: Program) -> str:
         weight = arguments(replaced).get("weight")
         named = weight.target if isinstance(weight, fx.Node) and weight.op == "get_attr" else packed_weight(replaced)
         if named in after.constants:
-            raise _fail(step, "lowered", "the float weight is still there beside the packed one", named)
+            raise _fail(step, "lowered", "the float weight is still there beside the packed one", named, program=after)
     return f"ok: {len(made)} nodes"
 
 
@@ -160,7 +176,8 @@ def _within_budget(
     try:
         gates.layers = layer_errors(before, after, samples[0], step.name)
     except Exception as error:
-        raise _fail(step, "layers", f"its layers do not run on what they were given before: {_said(error)}") from error
+        what = f"its layers do not run on what they were given before: {_said(error)}"
+        raise _fail(step, "layers", what, program=after, node=_stops_at(after, samples[0])) from error
     layer, most = max(gates.layers.items(), key=lambda item: item[1], default=("", 0.0))
     total = seen.total
     if total.error > budget.outputs:
@@ -169,9 +186,11 @@ def _within_budget(
             "meaning",
             f"the outputs differ by {total.error:.3f}, the budget is {budget.outputs}; most in it: {most:.3f}",
             layer,
+            program=after,
         )
     if most > budget.layer:
-        raise _fail(step, "layers", f"alone it differs by {most:.3f}, the budget of a layer is {budget.layer}", layer)
+        what = f"alone it differs by {most:.3f}, the budget of a layer is {budget.layer}"
+        raise _fail(step, "layers", what, layer, program=after)
     # Which of two near numbers is the larger is not what a policy promises.
     integers = f"; {total.unequal / total.integers:.2%} of the integers differ" if total.integers else ""
     if total.finite == total.integers:
@@ -266,13 +285,16 @@ def _compared(
         sizes = ", ".join(str(list(t.shape)) for t in inputs[:4])
         if refusal is not None:
             if number == 0:
-                raise _fail(step, "meaning", f"the program before it does not run at the sizes of capture: {refusal}", sizes)
+                what = f"the program before it does not run at the sizes of capture: {refusal}"
+                raise _fail(step, "meaning", what, sizes, program=before, node=_stops_at(before, inputs))
             seen.refused += 1
             continue
         expected = interface.outputs(before, expected)
-        found, refusal = _outputs(after, interface.inputs(before, inputs))
+        taken = interface.inputs(before, inputs)
+        found, refusal = _outputs(after, taken)
         if refusal is not None:
-            raise _fail(step, "meaning", f"what it made does not run where the program before it does: {refusal}", sizes)
+            what = f"what it made does not run where the program before it does: {refusal}"
+            raise _fail(step, "meaning", what, sizes, program=after, node=_stops_at(after, taken))
         if same_dtypes and [t.dtype for t in found] != [t.dtype for t in expected]:
             dtypes = " became ".join(", ".join(str(t.dtype) for t in ts) for ts in (expected, found))
             raise _fail(step, "meaning", f"the outputs are of other dtypes: {dtypes}")
@@ -287,6 +309,12 @@ def _outputs(program: Program, inputs: list[Tensor]) -> tuple[tuple[Tensor, ...]
         return run(program, inputs), None
     except Exception as error:
         return (), _said(error)
+
+
+def _stops_at(program: Program, inputs: list[Tensor]) -> fx.Node | None:
+    """The node that does not run on these inputs."""
+    name = stops_at(program.module(), inputs)
+    return next((node for node in program.graph.nodes if node.name == name), None)
 
 
 def _said(error: Exception) -> str:

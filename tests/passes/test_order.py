@@ -14,7 +14,7 @@ from fxc.passes.base import Fact, Pass, Result, parse_passes
 from fxc.passes.facts import FLOAT_WEIGHTS
 from fxc.passes.order import order
 
-DEAD = Fact("dead", lambda program: None)
+DEAD = Fact("dead", lambda program: {})
 
 
 def make(name_: str, **facts):

@@ -41,15 +41,17 @@ from fxc.passes.dead_structure.shrink import shrink
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 
 
-def _first_dead(program: Program) -> str | None:
+def _first_dead(program: Program) -> dict[str, str]:
     if program.is_on_meta:
-        return None
+        return {}
     axes = analyse(program)
     found = _removable(axes, liveness(axes, known_values(program)))
     if not found:
-        return None
+        return {}
     group = next((g for g in groups_of(axes) if g.atom in found), None)
-    return "an axis of no weight has dead indices" if group is None else f"{group.name} has a dead {group.kind}"
+    if group is None:
+        return {"": "an axis of no weight has dead indices"}
+    return {group.members[0].fqn: f"{group.name} has a dead {group.kind}"}
 
 
 NO_DEAD_STRUCTURE = Fact("no_dead_structure", _first_dead)
