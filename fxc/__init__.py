@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from fxc.errors import FxcError
     from fxc.frontend.capture import capture
     from fxc.ir.program import Program
+    from fxc.options import Options
     from fxc.passes.base import Pass
     from fxc.runtime.model import CompiledModel
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "FxcError", "Pass", "Program", "capture", "load", "optimize"]
+__all__ = ["CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "load", "optimize"]
 
 _HOMES = {
     "CompiledModel": "fxc.runtime.model",
     "FxcError": "fxc.errors",
+    "Options": "fxc.options",
     "Pass": "fxc.passes.base",
     "Program": "fxc.ir.program",
     "capture": "fxc.frontend.capture",

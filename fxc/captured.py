@@ -19,6 +19,7 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
 from fxc.neutral import one_at_a_time
+from fxc.options import Options
 from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
 
 
@@ -41,47 +42,46 @@ class Captured:
 
 
 @one_at_a_time
-def capture_source(
-    model: nn.Module | str | Path,
-    example_inputs: Any = None,
-    *,
-    dynamic_shapes: Any = None,
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    part: str | None = None,
-    check: bool = True,
-) -> Captured:
+def capture_source(model: nn.Module | str | Path, example_inputs: Any = None, options: Options = Options()) -> Captured:
     """The program of a model or of a source, with what belongs to it."""
     check_is_model(model)
+    given = companions.of_tokenizer(options.tokenizer) if options.tokenizer is not None else None
     if isinstance(model, nn.Module):
-        given, nbytes = model, _nbytes(model)
-        wanted = as_dtype(dtype)
-        if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
-            model = copy.deepcopy(model).to(wanted)
-            example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
-        borrowed = model is given
-        model, part = _part_of(model, part)
-        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=check)
-        read = _check_whole(model, program, part, example_inputs)
-        nbytes = read if part else nbytes
-        config = getattr(model, "config", None)
-        source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
-        files = files_of_module(model)
-        return Captured(program, config, files, source, nbytes, borrowed=borrowed)
-    source = str(model)
-    if kind_of(source) == "artifact":
-        if dtype != "auto":
-            raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
-        if dynamic_shapes is not None:
-            raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
-        if part is not None:
-            raise UsageError("an artifact is compiled as a whole", where="part", hint="compile the original with part=...")
-        return _capture_artifact(Path(source))
-    loaded = load_source(source, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        captured = _capture_module(model, example_inputs, options)
+    elif kind_of(str(model)) == "artifact":
+        captured = _capture_artifact(Path(model), options)
+    else:
+        captured = _capture_loaded(str(model), example_inputs, options)
+    if given is not None:
+        captured.files = companions.with_tokenizer(captured.files, given)
+        captured.has_own_tokenizer = False
+    return captured
+
+
+def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> Captured:
+    given, nbytes = model, _nbytes(model)
+    wanted = as_dtype(options.dtype)
+    if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
+        model = copy.deepcopy(model).to(wanted)
+        example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
+    borrowed = model is given
+    model, part = _part_of(model, options.part)
+    program = capture(model, example_inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
+    read = _check_whole(model, program, part, example_inputs)
+    nbytes = read if part else nbytes
+    config = getattr(model, "config", None)
+    source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
+    files = files_of_module(model)
+    return Captured(program, config, files, source, nbytes, borrowed=borrowed)
+
+
+def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:
+    loaded = load_source(
+        source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model, part = _part_of(loaded.model, part)
-    program = capture(model, inputs, dynamic_shapes=dynamic_shapes, check=check)
+    model, part = _part_of(loaded.model, options.part)
+    program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
     unused = loaded.source.get("unused", {}).get("bytes", 0)
@@ -90,6 +90,20 @@ def capture_source(
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     origin = loaded.source | ({"part": part} if part else {})
     return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
+
+
+def _capture_artifact(path: Path, options: Options) -> Captured:
+    if options.dtype != "auto":
+        raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
+    if options.dynamic_shapes is not None:
+        raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
+    if options.part is not None:
+        raise UsageError("an artifact is compiled as a whole", where="part", hint="compile the original with part=...")
+    read = store.read(path)
+    report = read.manifest.get("report", {})
+    source = report.get("source", {"kind": "artifact"})
+    files, nbytes, passes = companions.of_folder(path), read.program.nbytes(), report.get("passes", [])
+    return Captured(read.program, config_json.read(path), files, source, nbytes, folder=path, passes=passes)
 
 
 # Of the weights that a capture leaves out, the share of all that nobody need be told of: a pooler, a mask token.
@@ -135,14 +149,6 @@ def _check_whole(model: nn.Module, program: Program, part: str | None, example_i
             "example_inputs with all of its inputs capture the whole",
         )
     return total - sum(unread.values()) - buffers
-
-
-def _capture_artifact(path: Path) -> Captured:
-    read = store.read(path)
-    report = read.manifest.get("report", {})
-    source = report.get("source", {"kind": "artifact"})
-    files, nbytes = companions.of_folder(path), read.program.nbytes()
-    return Captured(read.program, config_json.read(path), files, source, nbytes, folder=path, passes=report.get("passes", []))
 
 
 def _nbytes(model: nn.Module) -> int:

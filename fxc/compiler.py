@@ -6,51 +6,36 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from fxc.artifact import companions, config_json, store
-from fxc.artifact.staging import check_writable
 from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Compilation, Configuration, Step
-from fxc.data.calibration import calibration_samples, check_data
+from fxc.data.calibration import calibration_samples
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
-from fxc.passes.base import Context, Pass, check_data_is_given, parse_passes
+from fxc.options import Keywords, Options
+from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
 from fxc.progress import Track, untracked
 from fxc.runtime.model import CompiledModel, compiled_model
-from fxc.source.load import as_dtype
 
 
 @one_at_a_time
 def optimize(
     model: nn.Module | str | Path,
     example_inputs: Any = None,
-    passes: str | Sequence[str | Pass] = "int8",
+    passes: str | Iterable[str | Pass] = "int8",
     *,
-    dynamic_shapes: Any = None,
-    skip: str | Iterable[str] = (),
-    calib: Any = None,
-    tokenizer: Any = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    backend: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    verify: bool = True,
-    budget: float | None = None,
-    layer_budget: float | None = None,
-    allow_noop: bool = False,
-    dump_dir: str | Path | None = None,
-    part: str | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
+    **options: Unpack[Keywords],
 ) -> CompiledModel:
     """Compile a model: capture it, run `passes` over it, and return it ready to call.
 
@@ -58,87 +43,31 @@ def optimize(
     (with `revision`), an fxc artifact, or "package.module:function", which is run and returns a model or
     (model, example_inputs).
     example_inputs: a tuple of positional or a dict of keyword arguments; may be left out for Hugging Face models.
-    passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects; "" only captures. `prune` alone chooses how much
-    goes: `report["passes"]` says what and how it was judged ("notes"), and which pass does it again ("repeat").
-    dynamic_shapes: which sizes of the inputs vary, where that is not to be found by trying: see `fxc.capture`.
-    part: the module of the model to compile alone, by name; "language_model" of a model that reads images too.
-    skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
-    nothing is a `UsageError`; the report's "skipped" says what each was applied to.
-    calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
-    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it.
-    tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
-    one; of a folder or hub id its own is taken.
-    dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
-    runs, "cpu" and "eager" by default.
-    verify, budget, layer_budget, allow_noop, dump_dir, on_step: see `fxc.pipeline.run_passes`.
+    passes, options: what `fxc.Options` takes, where each is explained. on_step: called after each pass.
 
     Raises `FxcError`: `UsageError`, `InputRefused`, `CaptureFailed`, `VerificationFailed` or `ResourceError`.
     """
-    parsed = parse_passes(passes)
-    if calib is not None:
-        check_data(calib)
-    as_dtype(dtype)
-    check_target(device, backend)
-    check_data_is_given(parsed, calib is not None)
-    if dump_dir is not None:
-        check_writable(Path(dump_dir) / "program")
-    given = companions.of_tokenizer(tokenizer) if tokenizer is not None else None
-    captured = capture_source(
-        model,
-        example_inputs,
-        dynamic_shapes=dynamic_shapes,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        part=part,
-        check=verify,
-    )
-    if given is not None:
-        captured.files = companions.with_tokenizer(captured.files, given)
-        captured.has_own_tokenizer = False
-    return compile_captured(
-        captured,
-        parsed,
-        skip=skip,
-        calib=calib,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        verify=verify,
-        budget=budget,
-        layer_budget=layer_budget,
-        allow_noop=allow_noop,
-        dump_dir=dump_dir,
-        on_step=on_step,
-    )
+    chosen = Options(passes, **options)
+    chosen.check()
+    return compile_captured(capture_source(model, example_inputs, chosen), chosen, on_step=on_step)
 
 
 @one_at_a_time
 def compile_captured(
     captured: Captured,
-    passes: Sequence[Pass],
+    options: Options,
     *,
-    skip: str | Iterable[str] = (),
-    calib: Any = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device | None = None,
-    backend: str | None = None,
-    verify: bool = True,
-    budget: float | None = None,
-    layer_budget: float | None = None,
-    allow_noop: bool = False,
-    dump_dir: str | Path | None = None,
     on_step: Callable[[Step, Program], None] | None = None,
     track: Track = untracked,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples."""
     before = captured.program
-    context = Context(skip=skip, track=track)
+    context = Context(skip=options.skip, track=track)
     context.check_skip(before)
-    if calib is not None:
+    if options.calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
-            context.samples = calibration_samples(before, calib, folder=folder, config=captured.config, track=track)
+            context.samples = calibration_samples(before, options.calib, folder=folder, config=captured.config, track=track)
     config, why_not = captured.config, None
 
     def watch(step: Step, after: Program) -> None:
@@ -154,20 +83,20 @@ def compile_captured(
 
     program, steps = run_passes(
         before,
-        passes,
+        options.passes,
         context,
-        verify=verify,
-        budget=budget,
-        layer_budget=layer_budget,
-        allow_noop=allow_noop,
-        dump_dir=Path(dump_dir) if dump_dir else None,
+        verify=options.verify,
+        budget=options.budget,
+        layer_budget=options.layer_budget,
+        allow_noop=options.allow_noop,
+        dump_dir=Path(options.dump_dir) if options.dump_dir else None,
         on_step=watch,
     )
     if captured.borrowed:
         own_constants(program, before)
     record = Compilation(
         source=captured.source,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(options.dtype).removeprefix("torch."),
         skip=list(context.skip),
         skipped=context.skipped,
         bytes_before=captured.nbytes,
@@ -192,8 +121,8 @@ def compile_captured(
         config=config,
         files=files,
         source=captured.folder,
-        device=device,
-        backend=backend,
+        device=options.device,
+        backend=options.backend,
     )
 
 

@@ -31,18 +31,20 @@ ALLOWED = {
     "fxc.pipeline": "errors ir data passes verify compilation",
     "fxc.artifact": "errors safety ir schemes source data",
     "fxc.lower": "errors ir neutral schemes fxc_kernels",
+    "fxc.options": "passes source data artifact lower",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors safety ir neutral schemes frontend compilation artifact lower export",
-    "fxc.captured": "errors ir neutral source frontend artifact",
+    "fxc.captured": "errors ir neutral source frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress ir neutral source data passes pipeline compilation artifact captured export lower runtime",
+    "fxc.compiler": "errors progress ir neutral data passes pipeline compilation artifact options captured export "
+    "lower runtime",
     "fxc.measure": "errors safety ir source data frontend passes verify artifact runtime compiler",
     "fxc.kernel_bench": "errors ir lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower runtime measure fxc fxc_kernels",
-    "fxc.cli": "errors safety ir source data passes compilation artifact captured lower runtime recipe compiler measure "
-    "kernel_bench report fxc",
+    "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower runtime recipe compiler "
+    "measure kernel_bench report fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes runtime compiler",
+    "fxc": "errors ir frontend passes options runtime compiler",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

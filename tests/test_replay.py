@@ -28,7 +28,7 @@ from fxc.captured import Captured, capture_source
 from fxc.compiler import compile_captured
 from fxc.errors import FxcError
 from fxc.ir.program import Program
-from fxc.passes.base import parse_passes
+from fxc.options import Options
 
 RECORD = REPO / "tests" / "records" / "replay.json"
 MODE = os.environ.get("FXC_REPLAY", "")
@@ -77,9 +77,9 @@ def with_weights_of_integers(model: nn.Module) -> nn.Module:
 
 def captured(name: str, pylm: Path, minilm: Path) -> Captured:
     if name in ("pylm", "minilm"):
-        return capture_source(str(pylm if name == "pylm" else minilm), check=False)
+        return capture_source(str(pylm if name == "pylm" else minilm), options=Options(verify=False))
     model, example = build(name)
-    return capture_source(with_weights_of_integers(model), example, check=False)
+    return capture_source(with_weights_of_integers(model), example, options=Options(verify=False))
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -128,7 +128,7 @@ def replay(name: str, pylm: Path, minilm: Path) -> dict[str, Any]:
     for recipe in MODELS[name]:
         data = calib if recipe in LEARNED else None
         try:
-            model = compile_captured(source, parse_passes(recipe), calib=data, verify=False)
+            model = compile_captured(source, Options(recipe, calib=data, verify=False))
             made[recipe] = summary(source.program, model.program, model.report, recipe)
         except FxcError as error:
             made[recipe] = {"refused": error.what}
@@ -155,8 +155,8 @@ def test_compilation_gives_what_is_on_record(name, pylm_dir, minilm_dir):
 
 def test_a_change_of_one_number_shows():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    source = capture_source(with_weights_of_integers(model), (torch.ones(2, 64),), check=False)
-    made = compile_captured(source, parse_passes("int8"), verify=False)
+    source = capture_source(with_weights_of_integers(model), (torch.ones(2, 64),), options=Options(verify=False))
+    made = compile_captured(source, Options("int8", verify=False))
     before = summary(source.program, made.program, made.report, "int8")
     assert before == summary(source.program, made.program, made.report, "int8")
     made.program.constants["0.qweight"][3, 5] += 1

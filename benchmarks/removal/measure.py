@@ -20,7 +20,7 @@ from fxc.compiler import compile_captured
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.lower.inductor import require_compiler
-from fxc.passes.base import parse_passes
+from fxc.options import Options
 from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.verify.compare import run
 
@@ -63,7 +63,7 @@ def build(subject: Subject, shares: Sequence[float]) -> tuple[list[dict], dict[t
                 row["forms"][form] = about | {"times": {}}
                 note(f"{subject.name} {share:.0%} {form}: {about}")
             if share:
-                plain = compile_captured(subject.captured, parse_passes(passes(share, PLAIN)), verify=False)
+                plain = compile_captured(subject.captured, Options(passes(share, PLAIN), verify=False))
                 row[PLAIN] = {"parameters": plain.program.numel(), subject.quality: subject.rate(plain)}
             dense = programs[share, "dense"]
             row["flops"] = {size: flops(dense, subject.inputs(dense, size)) for size in subject.sizes}
@@ -80,8 +80,7 @@ def forms(captured: Captured, share: float, calibration: Any) -> dict[str, Progr
     stages: dict[str, Program] = {}
     compile_captured(
         captured,
-        parse_passes(f"int8,{passes(share, CRITERION)}" if share else "int8"),
-        calib=calibration if share else None,
+        Options(f"int8,{passes(share, CRITERION)}", calib=calibration) if share else Options("int8"),
         on_step=lambda step, program: stages.update({step.name.partition(":")[0]: program}),
     )
     if not share:

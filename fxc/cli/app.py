@@ -177,10 +177,15 @@ def compile_(
     """Compile a model and write it as an artifact."""
     from fxc.cli.compile import CompileRequest, compile_model
 
+    options = {
+        "passes": passes, "skip": skip, "calib": calib, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
+        "dump_dir": dump_dir, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(
-        model, out, passes, recipe, tuple(skip or ()), calib, eval_text, dtype, _device(device), revision,
-        trust_remote_code, budget, layer_budget, min_coverage, allow_noop, overwrite, dump_dir,
-        tuple(print_after or ()), verify, measure, tuple(drop or ()), plan, tuple(dynamic or ()), part, report,
+        model, given, out, recipe, eval_text, min_coverage, overwrite, tuple(print_after or ()), measure, tuple(drop or ()),
+        plan, report,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)
@@ -383,6 +388,19 @@ def _dtype(name: str | None) -> str:
     name = "auto" if name is None else name
     as_dtype(name)
     return name
+
+
+def _dynamic_shapes(given: list[str]) -> dict[str, tuple[int, ...]] | None:
+    """`x:0,1` -> {"x": (0, 1)}."""
+    shapes = {}
+    for each in given:
+        name, _, dimensions = each.rpartition(":")
+        if not name or not all(part.isdecimal() for part in dimensions.split(",")):
+            raise UsageError(
+                "this does not name the dimensions of an input", where=f"--dynamic {each}", hint="NAME:0,1, counted from 0"
+            )
+        shapes[name] = tuple(map(int, dimensions.split(",")))
+    return shapes or None
 
 
 def _sizes(option: str, text: str) -> list[int]:

@@ -5,121 +5,81 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fxc.artifact.manifest import replaceable
-from fxc.artifact.staging import check_target, check_writable
+from fxc.artifact.staging import check_target
 from fxc.captured import Captured, capture_source
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compilation import Step
 from fxc.compiler import compile_captured
-from fxc.data.calibration import check_data
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
-from fxc.passes.base import Pass, check_data_is_given, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Pass
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.order import order
 from fxc.passes.prune.prune import Prune, with_drops
-from fxc.recipe import Recipe, read_recipe
+from fxc.recipe import read_recipe
 from fxc.report import compilation, outputs, sizes
 from fxc.report.console import Output, size
-from fxc.source.load import as_dtype, kind_of
+from fxc.source.load import kind_of
 
 _LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """The options of `fxc compile`, as given."""
+    """What `fxc compile` was told. options: those of `Options` that were given, which come before what the recipe says."""
 
     model: str
+    options: dict[str, Any]
     out: Path | None
-    passes: str | None
     recipe: Path | None
-    skip: tuple[str, ...]
-    calib: Path | None
     eval_text: Path | None
-    dtype: str | None
-    device: str | None
-    revision: str | None
-    trust_remote_code: bool
-    budget: float | None
-    layer_budget: float | None
     min_coverage: float
-    allow_noop: bool
     overwrite: bool
-    dump_dir: Path | None
     print_after: tuple[str, ...]
-    verify: bool
     measure: bool
     drop: tuple[str, ...]
     plan: Path | None
-    dynamic: tuple[str, ...]
-    part: str | None
     report: bool
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
-    recipe = read_recipe(request.recipe) if request.recipe else Recipe()
-    given = (request.passes, recipe.passes, "int8")
-    wanted = parse_passes(next(passes for passes in given if passes is not None))
-    wanted = with_drops(wanted, request.drop, str(request.plan) if request.plan else "")
-    skip = request.skip or recipe.skip or ()
-    dtype = next(dtype for dtype in (request.dtype, recipe.dtype, "auto") if dtype is not None)
-    as_dtype(dtype)
+    said = read_recipe(request.recipe) if request.recipe else {}
+    options = Options(**(said | request.options))
+    wanted = with_drops(options.passes, request.drop, str(request.plan) if request.plan else "")
+    options = replace(options, passes=wanted)
     ordered = order(wanted).passes
     _check_print_after(request.print_after, ordered)
     text = read_text(request.eval_text, "--eval-text") if request.eval_text else None
-    if request.calib:
-        check_data(request.calib)
-    check_data_is_given(ordered, request.calib is not None)
-    learns = any(each.uses_data() for each in ordered)
-    if request.calib and not learns:
-        output.warn(f"--calib {request.calib}: no pass of this recipe uses calibration data, so it changes nothing")
+    options.check()
+    if options.calib and not any(each.uses_data() for each in ordered):
+        output.warn(f"--calib {options.calib}: no pass of this recipe uses calibration data, so it changes nothing")
+        options = replace(options, calib=None)
     local = kind_of(request.model) in ("folder", "artifact")
     source = Path(request.model).expanduser() if local else None
     out = request.out or default_out(request.model, wanted)
     least = _least_bytes(source, ordered) if source is not None else 0
     check_target(out, source, replaceable if request.overwrite else None, least)
-    if request.dump_dir is not None:
-        check_writable(request.dump_dir / "program")
 
     with output.doing(f"capturing {request.model}"):
-        captured = capture_source(
-            request.model,
-            dynamic_shapes=_dynamic_shapes(request.dynamic),
-            dtype=dtype,
-            revision=request.revision,
-            trust_remote_code=request.trust_remote_code,
-            part=request.part,
-            check=request.verify,
-        )
+        captured = capture_source(request.model, options=options)
     if unused := captured.source.get("unused"):
         output.warn(f"the checkpoint holds {size(unused['bytes'])} that the model does not use: {unused['tensors']}")
     scored = _scored(captured, text) if text is not None else None
     stages = Stages(captured)
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
-        model = compile_captured(
-            captured,
-            wanted,
-            skip=skip,
-            calib=request.calib if learns else None,
-            dtype=dtype,
-            device=request.device,
-            verify=request.verify,
-            budget=request.budget,
-            layer_budget=request.layer_budget,
-            allow_noop=request.allow_noop,
-            dump_dir=request.dump_dir,
-            on_step=_on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered}),
-            track=output.track,
-        )
+        on_step = _on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered})
+        model = compile_captured(captured, options, on_step=on_step, track=output.track)
     record = model.record
     if record.coverage < request.min_coverage:
         raise VerificationFailed(
@@ -129,7 +89,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             hint="nothing was written; 'fxc inspect' shows where the bytes are",
         )
     if request.measure or scored is not None:
-        record.stages, record.perplexity = stages.measure(scored, request.device, output, request.measure)
+        record.stages, record.perplexity = stages.measure(scored, options.device, output, request.measure)
     with output.doing(f"writing {out}", elsewhere=False):
         model.save(out, overwrite=request.overwrite, source=source)
 
@@ -174,19 +134,6 @@ def _least_bytes(source: Path, passes: list[Pass]) -> int:
     """No result is smaller: a policy leaves at least a sixteenth of the weights, as int4 of half of a float32 model."""
     weights = sum(p.stat().st_size for p in source.glob("*.safetensors") if p.is_file())
     return weights // 16 if any(p.is_policy for p in passes) else weights // 2
-
-
-def _dynamic_shapes(given: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
-    """`x:0,1` -> {"x": (0, 1)}."""
-    shapes = {}
-    for each in given:
-        name, _, dimensions = each.rpartition(":")
-        if not name or not all(part.isdecimal() for part in dimensions.split(",")):
-            raise UsageError(
-                "this does not name the dimensions of an input", where=f"--dynamic {each}", hint="NAME:0,1, counted from 0"
-            )
-        shapes[name] = tuple(map(int, dimensions.split(",")))
-    return shapes or None
 
 
 def _check_print_after(names: tuple[str, ...], ordered: list[Pass]) -> None:

@@ -15,6 +15,7 @@ from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm
 from fxc.measure import evaluate as quality
+from fxc.options import Options
 from fxc.report.compilation import change_text
 from fxc.report.console import Output
 from fxc.runtime.model import CompiledModel, compiled_model
@@ -116,9 +117,8 @@ def _as_program(request: EvalRequest, source: str, output: Output) -> tuple[Comp
     with output.doing(f"loading {source}"):
         if kind_of(source) == "artifact":
             return fxc.load(source, device=request.device, backend=request.backend), Path(source)
-        captured = capture_source(
-            source, dtype=request.dtype, revision=request.revision, trust_remote_code=request.trust_remote_code
-        )
+        options = Options(dtype=request.dtype, revision=request.revision, trust_remote_code=request.trust_remote_code)
+        captured = capture_source(source, options=options)
     plain = compiled_model(
         captured.program,
         {},

@@ -11,6 +11,7 @@ from fxc.artifact import store
 from fxc.captured import capture_source
 from fxc.ir.program import Program
 from fxc.lower.target import check_target, preview
+from fxc.options import Options
 from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
@@ -98,7 +99,8 @@ def _program(output: Output, source: str, revision: str | None, trust_remote_cod
         if kind_of(source) == "artifact":
             found = store.read(source)
             return found.program, found.manifest.get("report", {})
-        return capture_source(source, revision=revision, trust_remote_code=trust_remote_code, check=False).program, {}
+        options = Options(revision=revision, trust_remote_code=trust_remote_code, verify=False)
+        return capture_source(source, options=options).program, {}
 
 
 def list_passes(output: Output) -> None:

@@ -115,7 +115,7 @@ def test_a_given_tokenizer_takes_the_place_of_the_folders(tmp_path):
 
 @pytest.mark.parametrize("what", [nn.Linear(2, 2), "no/such/folder", 3])
 def test_what_is_no_tokenizer_is_refused_before_capture(what, monkeypatch):
-    monkeypatch.setattr("fxc.compiler.capture_source", None)
+    monkeypatch.setattr("fxc.captured.capture", None)
     with pytest.raises(UsageError, match="tokenizer"):
         fxc.optimize(nn.Linear(4, 4), (torch.randn(2, 4),), passes="", tokenizer=what)
 

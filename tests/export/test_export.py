@@ -22,6 +22,7 @@ from fxc.export.configuration import describe_config
 from fxc.export.hugging_face import export
 from fxc.ir import parse_program, print_program
 from fxc.ir.edit import constant
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 from fxc.runtime.model import compiled_model
@@ -66,7 +67,7 @@ def edited(name: str, edit: Callable[[fxc.Program], Any], passes: str) -> fxc.Co
     program.constants = {fqn: tensor.clone() for fqn, tensor in program.constants.items()}
     edit(program)
     captured = Captured(program, model.config, files_of_module(model), {"kind": "module"}, program.nbytes())
-    return compile_captured(captured, parse_passes(passes), verify=False)
+    return compile_captured(captured, Options(passes, verify=False))
 
 
 def loaded(folder, auto: str = "AutoModel") -> torch.nn.Module:

@@ -15,7 +15,7 @@ from fxc.compiler import compile_captured
 from fxc.data.comparison import inputs_for
 from fxc.errors import UsageError, VerificationFailed
 from fxc.measure import bench, evaluate
-from fxc.passes.base import parse_passes
+from fxc.options import Options
 from fxc.report import sizes
 from fxc.report.difference import unified_diff
 
@@ -111,7 +111,7 @@ def captured(family: str) -> Captured:
 def test_every_compressed_layer_is_compared_by_its_name(family, spec):
     model, _ = build(family)
     original = captured(family).program
-    made = compile_captured(captured(family), parse_passes(spec), budget=9.0, layer_budget=9.0)
+    made = compile_captured(captured(family), Options(spec, budget=9.0, layer_budget=9.0))
     experts = {n.removesuffix(".weight") for n, p in model.named_parameters() if p.ndim == 3}
     every = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} | experts
     step = made.report["passes"][-1]

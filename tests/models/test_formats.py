@@ -16,6 +16,7 @@ from fxc.data.samples import samples
 from fxc.data.text import encode, tokenizer_of
 from fxc.ir import print_program
 from fxc.measure import evaluate
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 
@@ -28,7 +29,7 @@ WORSE = {"int4": 0.04, "fp8": 0.02, "sparse24": 0.9, "sparse24,int8": 0.9}
 
 @pytest.fixture(scope="module")
 def pylm(pylm_dir):
-    source = after(capture_source(str(pylm_dir), check=False), "canonicalize")
+    source = after(capture_source(str(pylm_dir), options=Options(verify=False)), "canonicalize")
     tokens = encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
     return source, tokens, evaluate.perplexity(portable(source.program), tokens, limit=WINDOWS)
 
@@ -47,7 +48,7 @@ def portable(program):
 @pytest.mark.parametrize("spec", FORMATS)
 def test_the_example_is_saved_reloaded_and_generates(pylm, tmp_path, spec):
     source, tokens, original = pylm
-    model = compile_captured(source, parse_passes(spec))
+    model = compile_captured(source, Options(spec))
     assert model.report["bytes_after"] < (0.67 if spec == "sparse24" else 0.62) * model.report["bytes_before"]
     assert {r["fqn"] for r in model.report["passes"][-1]["refusals"]} == {"model.embed_tokens"}
     change, _ = evaluate.change(original, evaluate.perplexity(portable(model.program), tokens, limit=WINDOWS))
@@ -63,11 +64,11 @@ def pruned(pylm):
 @pytest.mark.parametrize("spec", ["int4:group=64", *FORMATS[1:]])
 def test_the_pruned_example_is_saved_reloaded_and_generates(pylm, pruned, tmp_path, spec):
     assert pruned.program.numel() < 0.9 * pylm[0].program.numel()
-    model = compile_captured(pruned, parse_passes(spec))
+    model = compile_captured(pruned, Options(spec))
     assert {r["fqn"] for r in model.report["passes"][-1]["refusals"]} == {"model.embed_tokens"}
     reloaded_says_the_same(model, tmp_path / "out", pylm[1])
     if spec == "sparse24,int8":
-        at_once = compile_captured(pylm[0], parse_passes(f"{spec},{PRUNE}"), verify=False)
+        at_once = compile_captured(pylm[0], Options(f"{spec},{PRUNE}", verify=False))
         assert print_program(at_once.program) == print_program(model.program)
 
 
@@ -82,12 +83,12 @@ def reloaded_says_the_same(model, folder, tokens):
 
 @pytest.fixture(scope="module")
 def minilm(minilm_dir):
-    return capture_source(str(minilm_dir), check=False)
+    return capture_source(str(minilm_dir), options=Options(verify=False))
 
 
 @pytest.mark.parametrize("spec", ["int4", "fp8,prune:heads=0.25", "sparse24,prune:ffn=0.25", "sparse24,int8"])
 def test_minilm_is_saved_and_reloaded(minilm, tmp_path, spec):
-    model = compile_captured(minilm, parse_passes(spec))
+    model = compile_captured(minilm, Options(spec))
     assert all("embeddings" in r["fqn"] and r["bytes"] for r in model.report["passes"][-1]["refusals"])
     model.save(tmp_path / "out")
     inputs = samples(model.program)[0]

@@ -15,6 +15,7 @@ import fxc.passes
 from fxc.analysis.groups import Group, groups
 from fxc.data.samples import samples
 from fxc.ir.program import Program
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 from fxc.runtime.model import compiled_model
@@ -145,7 +146,7 @@ def test_masked_and_sliced_agree_for_real_models(request, source, passes):
     from fxc.captured import capture_source
 
     folder = request.getfixturevalue(source)
-    captured = capture_source(str(folder), dtype="float32", check=False)
+    captured = capture_source(str(folder), options=Options(dtype="float32", verify=False))
     program = run_passes(captured.program, parse_passes("canonicalize"), Context(), verify=False)[0]
     masked = program.copy()
     parse_passes(passes)[0].run(masked, Context())

@@ -16,6 +16,7 @@ from fxc.captured import capture_source
 from fxc.compiler import compile_captured
 from fxc.data.samples import drawn
 from fxc.errors import UsageError
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.prune import amount as prune_amount
 from fxc.passes.prune.amount import Judge, halves, judged_outputs, most_within
@@ -231,7 +232,7 @@ def test_progress_is_shown_of_reading_ranking_and_trying():
 
     model = capture_source(Mlp(1.0), (X,))
     samples = list(X.split(8))
-    compile_captured(model, parse_passes("prune:budget=0.1"), calib=samples, track=track)
+    compile_captured(model, Options("prune:budget=0.1", calib=samples), track=track)
     read, scored, tried = said
     assert read == ("reading calibration samples", 8, 8)
     assert scored == ("scoring units by taylor", 4, 4)

@@ -1,0 +1,93 @@
+"""How to compile: the one list of options, for `fxc.optimize`, the command line and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from fxc.artifact.staging import check_writable
+from fxc.data.calibration import check_data
+from fxc.lower.target import check_target
+from fxc.passes.base import Pass, check_data_is_given, parse_passes
+from fxc.source.load import as_dtype
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile.
+
+    passes: "int8,prune:heads=0.25" or a list of such items or `Pass` objects, here afterwards a tuple of `Pass`; "" only
+    captures. `prune` alone chooses how much goes: `report["passes"]` says what and how it was judged ("notes"), and which pass
+    does it again ("repeat").
+    dynamic_shapes: which sizes of the inputs vary, where that is not to be found by trying: see `fxc.capture`.
+    part: the module of the model to compile alone, by name; "language_model" of a model that reads images too.
+    skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
+    nothing is a `UsageError`; the report's "skipped" says what each was applied to.
+    calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
+    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it.
+    tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
+    one; of a folder or hub id its own is taken.
+    dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
+    runs, "cpu" and "eager" by default.
+    revision: branch, tag or commit of a hub id. trust_remote_code: run the code that comes with the model.
+    verify: check the capture, and run the gates after every pass. budget, layer_budget: the largest relative error that a
+    policy pass may cause in the outputs, and in one layer alone; by default each pass has its own. allow_noop: let a policy
+    pass change nothing. dump_dir: a folder for the text of the program before the first pass and after each.
+
+    Raises `UsageError` for passes that do not exist.
+    """
+
+    passes: str | Iterable[str | Pass] = "int8"
+    dynamic_shapes: Any = None
+    skip: str | Iterable[str] = ()
+    calib: Any = None
+    tokenizer: Any = None
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device | None = None
+    backend: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    verify: bool = True
+    budget: float | None = None
+    layer_budget: float | None = None
+    allow_noop: bool = False
+    dump_dir: str | Path | None = None
+    part: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(parse_passes(self.passes)))
+
+    def check(self) -> None:
+        """What can be found out before a model is loaded: that data, dtype, device, backend and dump_dir are there and can be
+        used. Raises `UsageError` or `ResourceError`."""
+        if self.calib is not None:
+            check_data(self.calib)
+        as_dtype(self.dtype)
+        check_target(self.device, self.backend)
+        check_data_is_given(self.passes, self.calib is not None)
+        if self.dump_dir is not None:
+            check_writable(Path(self.dump_dir) / "program")
+
+
+class Keywords(TypedDict, total=False):
+    """The fields of `Options` but passes, as the keyword arguments that editors know."""
+
+    dynamic_shapes: Any
+    skip: str | Iterable[str]
+    calib: Any
+    tokenizer: Any
+    dtype: str | torch.dtype
+    device: str | torch.device | None
+    backend: str | None
+    revision: str | None
+    trust_remote_code: bool
+    verify: bool
+    budget: float | None
+    layer_budget: float | None
+    allow_noop: bool
+    dump_dir: str | Path | None
+    part: str | None
