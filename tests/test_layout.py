@@ -39,7 +39,7 @@ ALLOWED = {
     "fxc.compiler": "errors progress ir neutral data passes pipeline compilation artifact options captured export "
     "lower runtime",
     "fxc.measure": "errors safety ir source data frontend passes verify artifact runtime compiler",
-    "fxc.kernel_bench": "errors ir lower fxc_kernels",
+    "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower runtime measure fxc fxc_kernels",
     "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower runtime recipe compiler "
     "measure kernel_bench report fxc",

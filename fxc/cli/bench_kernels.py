@@ -18,7 +18,7 @@ from fxc.kernel_bench.files import slug
 from fxc.kernel_bench.run import Platform, Result, Sweep, run
 from fxc.kernel_bench.shapes import Shape, parse_shapes
 from fxc.kernel_bench.summary import headlines, summarise
-from fxc.kernel_bench.weights import ALIASES, SCHEMES, unfit
+from fxc.kernel_bench.weights import ALIASES, all_schemes, unfit
 
 if TYPE_CHECKING:
     from fxc.report.console import Output
@@ -144,8 +144,8 @@ def parse_schemes(text: str | None) -> tuple[str, ...]:
         return DEFAULT_SCHEMES
     names = [ALIASES.get(part.strip(), part.strip()) for part in text.split(",")]
     for name in names:
-        if name not in SCHEMES:
-            known = ", ".join([*SCHEMES, *(f"{short} for {full}" for short, full in ALIASES.items())])
+        if name not in all_schemes():
+            known = ", ".join([*all_schemes(), *(f"{short} for {full}" for short, full in ALIASES.items())])
             raise UsageError(f"there is no scheme {name!r}", where="--scheme", hint=f"one of {known}")
     return tuple(dict.fromkeys(names))
 

@@ -9,23 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from fxc.ir import parse_program
+from fxc.ir.targets import name_of
 from fxc.ir.text import DTYPE_NAMES, tensor_type
 from fxc.kernel_bench.contender import EXACT, HALF, INT8, Bind, Contender, int8pack, of_function
-from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
+from fxc.kernel_bench.weights import Weights, format_of, group_of, known, quantize_symmetric
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.runnable import runnable
+from fxc.schemes import int4, int8, int8_sparse24
 from fxc_kernels import int4_linear
 from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
-
-_INT4_OP = "int4_weight_only_linear"
-_OPS = {
-    "int8": "int8_linear",
-    "int8_weight_only": "int8_weight_only_linear",
-    "fp8": "fp8_linear",
-    "fp8_weight_only": "fp8_weight_only_linear",
-    "sparse24": "sparse24_linear",
-    "int8_sparse24": "int8_sparse24_linear",
-}
 
 
 def contenders(schemes: tuple[str, ...]) -> list[Contender]:
@@ -49,10 +41,11 @@ def contenders(schemes: tuple[str, ...]) -> list[Contender]:
 def _ours(scheme: str) -> list[Contender]:
     """In a bfloat16 and, where that runs otherwise, in a float32 model. Activations may be rounded to int8, and so may int4
     weights be, once more."""
-    rounds = scheme in ("int8", "int8_sparse24") or scheme.startswith("int4")
+    found = known(scheme)
+    rounds = found.product.activations is torch.int8 or found.format is int4.SCHEME
     made = []
     for dtype in (torch.bfloat16, torch.float32):
-        if dtype == torch.bfloat16 or scheme.startswith(("int8", "int4")):
+        if dtype == torch.bfloat16 or found.format in (int8.SCHEME, int8_sparse24.SCHEME, int4.SCHEME):
             name = f"fxc {scheme}" + ("" if dtype == torch.bfloat16 else ", float32")
             tolerance = INT8 if rounds else HALF if dtype == torch.bfloat16 else EXACT
             build = partial(_lowered, scheme, dtype)
@@ -78,7 +71,7 @@ result 0
 symbol s0 = 2
 {constants}
 %0: {dtype}[s0, {k}] = input "x"
-%1: {dtype}[s0, {n}] = fxc.{operator}({arguments})
+%1: {dtype}[s0, {n}] = {operator}({arguments})
 return "y" %1
 """
 
@@ -86,18 +79,15 @@ return "y" %1
 def _lowered(scheme: str, dtype: torch.dtype, weights: Weights) -> Bind:
     # 2:4 values and int4 scales have the dtype of the model that they belong to.
     parts = [part.to(dtype) if part.dtype == torch.bfloat16 else part for part in weights.parts]
-    constants = dict(zip(("layer.weight", "layer.second", "layer.third"), parts))
-    arguments = ["%0", *(f"@{name}" for name in constants)]
-    if scheme.startswith("int4"):
-        operator = _INT4_OP
-        arguments += [*["None"] * (5 - len(arguments)), str(group_of(scheme))]
-    else:
-        operator = _OPS[scheme]
-        arguments.append("None")
+    found = known(scheme)
+    constants = {f"layer.{part}": tensor for part, tensor in zip(found.format.parts, parts)}
+    given = {"x": "%0", **{part: f"@layer.{part}" for part, _ in zip(found.format.parts, parts)}, **found.options}
+    operator = found.product.operator
+    arguments = [str(given.get(argument.name)) for argument in operator._schema.arguments]
     program = parse_program(
         _PROGRAM.format(
             constants="\n".join(f"constant @{name}: {tensor_type(t.dtype, t.shape)}" for name, t in constants.items()),
-            dtype=DTYPE_NAMES[dtype], k=weights.k, n=weights.n, operator=operator, arguments=", ".join(arguments),
+            dtype=DTYPE_NAMES[dtype], k=weights.k, n=weights.n, operator=name_of(operator), arguments=", ".join(arguments),
         ), constants
     )  # fmt: skip
     lowered, choices = lower_cpu(program)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxc.kernel_bench.weights import group_of
+import torch
+
+from fxc.kernel_bench.weights import known
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,16 @@ class Peaks:
         """A second, for the products that this scheme's activations and weights ask for. sparse: the machine does 2:4 products
         at twice the speed of dense ones."""
         dense = self._dense(scheme)
-        return 2 * dense if dense and self.sparse and "sparse24" in scheme else dense
+        is_sparse = scheme not in ("float32", "bf16") and known(scheme).format.is_sparse
+        return 2 * dense if dense and self.sparse and is_sparse else dense
 
     def _dense(self, scheme: str) -> float | None:
         if scheme == "float32":
             return self.float32
-        if scheme in ("int8", "int8_sparse24"):
+        activations = None if scheme == "bf16" else known(scheme).product.activations
+        if activations == torch.int8:
             return self.int8
-        if scheme == "fp8" and self.fp8:
-            return self.fp8
-        return self.bf16
+        return self.fp8 if activations == torch.float8_e4m3fn and self.fp8 else self.bf16
 
 
 # NVIDIA's datasheets, where what is given with sparsity is halved; the name as `fxc_kernels.cuda.dispatch.chip_of` has it.
@@ -61,14 +63,9 @@ def weight_bytes(scheme: str, n: int, k: int) -> float:
         return 4.0 * count
     if scheme == "bf16":
         return 2.0 * count
-    if scheme.startswith("int4"):
-        groups = count / group_of(scheme)
-        return count / 2 + groups * (3 if scheme.endswith("_zero") else 2)
-    if scheme == "sparse24":
-        return count + count / 8
-    if scheme == "int8_sparse24":
-        return count / 2 + count / 8 + 4.0 * n
-    return count + 4.0 * n
+    found = known(scheme)
+    parts = found.format.planned(torch.empty(n, k, dtype=torch.bfloat16, device="meta"), **found.options)
+    return float(sum(part.nbytes for part in parts.values()))
 
 
 def moved_bytes(scheme: str, n: int, k: int, m: int, x_size: int = 2, y_size: int = 2) -> float:

@@ -104,7 +104,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Sweep:
-    """schemes: as in `weights.SCHEMES`; rows: numbers of rows (tokens); deadline: of time.monotonic(), after which no new
+    """schemes: as in `weights.all_schemes`; rows: numbers of rows (tokens); deadline: of time.monotonic(), after which no new
     cell is begun."""
 
     shapes: tuple[Shape, ...]

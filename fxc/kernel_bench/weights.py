@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxc.kernel_bench.shapes import Shape
-from fxc_kernels import fp8_linear, int4_linear, sparse24_linear
+from fxc.schemes import scheme as formats
+from fxc.schemes.scheme import LINEAR, Product, Scheme
 
-SCHEMES = (
-    "int8", "int8_weight_only", "int4_g32", "int4_g64", "int4_g128", "fp8", "fp8_weight_only", "sparse24", "int8_sparse24",
-)  # fmt: skip
 ALIASES = {"int4": "int4_g128"}
-# The two of four places in which a 2:4 weight may have numbers, as half a byte of positions.
-_PLACES = (0b0100, 0b1000, 0b1100, 0b1001, 0b1101, 0b1110)
+# What follows the name of a scheme whose weights have zero points.
+_ZERO = "_zero"
+# Random rows that are packed: of more, each is one of these.
+PACKED_ROWS = 1024
 # Rows of a reference product: of more, evenly spread ones are compared.
 CHECKED_ROWS = 512
 _CHUNK = 1 << 24
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a scheme of the bench is: a product of a format, with these options."""
+
+    format: Scheme
+    product: Product
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.product.name.format(**self.options)
+
+
+def all_schemes() -> dict[str, Known]:
+    """Name, as int8, int8_weight_only or int4_g128 -> the products of linear layers of all formats."""
+    found: dict[str, Known] = {}
+    for format in formats.SCHEMES.values():
+        for product in (product for product in format.products if product.layer is LINEAR):
+            for choice in itertools.product(*format.options.values()):
+                known = Known(format, product, dict(zip(format.options, choice)))
+                found.setdefault(known.name, known)
+    return found
+
+
+def known(kind: str) -> Known:
+    """The scheme, or the format, that is called so. Raises KeyError where there is none."""
+    plain = all_schemes()[kind.removesuffix(_ZERO)]
+    return replace(plain, options=plain.options | {"symmetric": False}) if kind.endswith(_ZERO) else plain
+
+
 def format_of(scheme: str) -> str:
     """What the weights of a scheme are stored as: schemes that differ in the activations share them."""
-    return {"float32": "dense", "bf16": "dense"}.get(scheme, scheme.removesuffix("_weight_only"))
+    if scheme in ("float32", "bf16"):
+        return "dense"
+    found = known(scheme)
+    return replace(found, product=found.format.products[0]).name + (_ZERO if scheme.endswith(_ZERO) else "")
 
 
 def group_of(scheme: str) -> int:
     """Of int4_g128: 128."""
-    return int(scheme.removesuffix("_zero").rpartition("_g")[2])
+    return known(scheme).options["group"]
 
 
 def unfit(scheme: str, shape: Shape) -> str | None:
     """Why a weight of this shape cannot be stored so; None when it can."""
-    need, what = 1, ""
-    if scheme.startswith("int4"):
-        need, what = group_of(scheme), "a group"
-    elif "sparse24" in scheme:
-        need, what = sparse24_linear.BYTE, "two groups of four, whose positions share a byte"
+    found = known(scheme)
+    need, what = found.format.multiple(**found.options)
     return f"{scheme}: K = {shape.k} is not a multiple of {need}, {what}" if shape.k % need else None
 
 
@@ -68,16 +99,8 @@ class Weights:
         parts = [part[start:end] for part in self.parts]
         if self.format == "dense":
             return parts[0]
-        if self.format == "fp8":
-            return fp8_linear.dequantize(*parts)
-        if self.format == "int8":
-            return parts[0].float() * parts[1][:, None]
-        if self.format == "sparse24":
-            return sparse24_linear.unpack(*parts).float()
-        if self.format == "int8_sparse24":
-            return sparse24_linear.unpack(parts[0], parts[1]).float() * parts[2][:, None]
-        zero = parts[2] if len(parts) == 3 else None
-        return int4_linear.dequantize(parts[0], parts[1], zero, group_of(self.format))
+        scheme = known(self.format).format
+        return scheme.dense(dict(zip(scheme.parts, parts))).float()
 
     def reference(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [M, K] -> (which rows, their float32 products): at most CHECKED_ROWS of them, the first and the last among them."""
@@ -89,41 +112,26 @@ class Weights:
 
 
 def make(kind: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0) -> Weights:
-    """Random weights of a format. Numbers are normal where they can be, as real ones are: power and clocks depend on them."""
+    """Random weights of a format. Numbers are normal, as real ones are about: power and clocks depend on them."""
     n, k = shape.n, shape.k
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(columns: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(n, columns, generator=generator, device=device).mul_(scale)
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, k, generator=generator, device=device).mul_(0.02).bfloat16()
 
-    def scales(*size: int) -> Tensor:
-        return torch.rand(size, generator=generator, device=device).mul_(1e-2).add_(1e-3)
+    if kind == "dense":
+        return Weights(kind, n, k, (normal(n).float(),))
+    found = known(kind)
+    parts = found.format.pack(normal(min(n, PACKED_ROWS)), **found.options)
+    if n > PACKED_ROWS:
+        rows = torch.randint(PACKED_ROWS, (n,), generator=generator, device=device)
+        parts = {part: _taken(tensor, rows) for part, tensor in parts.items()}
+    return Weights(kind, n, k, tuple(parts.values()))
 
-    def whole(columns: int) -> Tensor:
-        return normal(columns, 32.0).round_().clamp_(-127, 127).to(torch.int8)
 
-    def places() -> Tensor:
-        table = torch.tensor(_PLACES, dtype=torch.uint8, device=device)
-        first, second = (table[torch.randint(6, (n, k // 8), generator=generator, device=device)] for _ in range(2))
-        return first | second << 4
-
-    builders: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "dense": lambda: (normal(k, 0.02).bfloat16().float(),),
-        "int8": lambda: (whole(k), scales(n)),
-        "fp8": lambda: (fp8_linear.round_to_fp8(normal(k, 100.0)), scales(n)),
-        "sparse24": lambda: (normal(k // 2, 0.02).bfloat16(), places()),
-        "int8_sparse24": lambda: (whole(k // 2), places(), scales(n)),
-    }
-    if kind in builders:
-        return Weights(kind, n, k, builders[kind]())
-    groups = (n, k // group_of(kind))
-    # Groups of normal numbers have ranges that differ by some 10 %, and 7 steps of 0.4 times their deviation to each side.
-    low, high = (normal(k // 2, 2.5).round_().add_(8).clamp_(0, 15).to(torch.uint8) for _ in range(2))
-    spread = torch.rand(groups, generator=generator, device=device).mul_(0.2).add_(0.9)
-    parts = (low | high << 4, (scales(n, 1) * spread).bfloat16())
-    if kind.endswith("_zero"):
-        parts += (torch.randint(6, 11, groups, generator=generator, device=device, dtype=torch.uint8),)
-    return Weights(kind, n, k, parts)
+def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows], of float8 too, which cannot be indexed."""
+    return tensor[..., None].view(torch.uint8)[rows].view(tensor.dtype).squeeze(-1)
 
 
 def quantize_symmetric(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,7 @@ SCHEME = register(
         products=(Product(LINEAR, "int4_g{group}", "int4 linear"),),
         quantize=quantize_weight,
         dequantize=_dense,
-        options=("group", "symmetric"),
+        options={"group": GROUPS, "symmetric": (True, False)},
+        multiple=lambda group, symmetric: (group, "a group"),
     )
 )

@@ -35,6 +35,7 @@ SCHEME = register(
         products=(Product(LINEAR, "int8_sparse24", "int8 2:4 linear", activations=torch.int8),),
         quantize=quantize_weight,
         dequantize=dequantize,
+        multiple=sparse24.SCHEME.multiple,
         is_sparse=True,
     )
 )

@@ -7,7 +7,7 @@ multiply by it (`Product`), whose arguments are called as the parts of the weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ LINEAR = torch.ops.aten.linear.default
 
 def runs_anywhere(capability: int) -> None:
     """Of a product that every CUDA device has."""
+
+
+def any_number(**options: Any) -> tuple[int, str]:
+    """Of a format for rows of any length."""
+    return 1, "a number"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Scheme:
     dimension, and what size tables call it; the first are its numbers, a matrix, and are called as the product says;
     products: the operators; quantize: a float matrix and `options` -> the parts in that order, None for one that it has not,
     InputRefused where the format cannot hold it; dequantize: the parts in that order -> the numbers that they stand for;
+    options: the choices for each; multiple: options -> what K has to be a multiple of, and what so many numbers are;
     is_quantized: whether those are other numbers than the model's, and no longer of its dtype; is_sparse: whether some of a
     weight's numbers are left out.
     """
@@ -65,7 +71,8 @@ class Scheme:
     products: tuple[Product, ...]
     quantize: Callable[..., Sequence[Tensor | None]]
     dequantize: Callable[..., Tensor]
-    options: tuple[str, ...] = ()
+    options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    multiple: Callable[..., tuple[int, str]] = any_number
     is_quantized: bool = True
     is_sparse: bool = False
 

@@ -76,6 +76,7 @@ SCHEME = register(
         products=(Product(LINEAR, "sparse24", "2:4 linear"),),
         quantize=lambda weight: pack(mask_by_magnitude(weight)),
         dequantize=unpack,
+        multiple=lambda: (BYTE, "two groups of four, whose positions share a byte"),
         is_quantized=False,
         is_sparse=True,
     )

@@ -10,7 +10,7 @@ from toy_bench import Toy
 from benchmarks import kernel_peers
 from benchmarks.kernel_peers import cuda
 from fxc.kernel_bench import peers
-from fxc.kernel_bench.weights import SCHEMES
+from fxc.kernel_bench.weights import all_schemes
 
 
 def test_the_command_times_the_rivals_that_are_here_and_names_the_others():
@@ -31,7 +31,7 @@ def test_the_command_times_the_rivals_that_are_here_and_names_the_others():
 def test_a_gpu_has_rivals_of_its_own_and_what_is_not_there_has_a_reason(monkeypatch):
     platform = Toy([])
     platform.device, platform.capability = torch.device("cuda"), 80
-    found = {each.name: each for each in kernel_peers.contenders(SCHEMES, platform)}
+    found = {each.name: each for each in kernel_peers.contenders(tuple(all_schemes()), platform)}
     assert {"gemlite int4", "torchao int8", "cuSPARSELt", "cuSPARSELt int8"} <= set(found)
     assert not any(each.ours or each.baseline for each in found.values())
     monkeypatch.setattr(util, "find_spec", lambda name: None)

@@ -7,14 +7,14 @@ from toy_bench import Toy, sweep
 from fxc.kernel_bench import cpu, cpu_platform
 from fxc.kernel_bench.clock import CpuClock
 from fxc.kernel_bench.run import run
-from fxc.kernel_bench.weights import SCHEMES
+from fxc.kernel_bench.weights import all_schemes
 
 
 def test_every_layer_of_fxc_is_right_and_says_how_it_runs():
-    given = cpu.contenders(SCHEMES)
+    given = cpu.contenders(tuple(all_schemes()))
     ours = [each for each in given if each.ours]
-    result = run(sweep(schemes=SCHEMES, rows=(1, 5)), Toy(ours, CpuClock(0.0, 0.0)))
-    assert {row.scheme for row in result.rows} == set(SCHEMES) and len(result.rows) == 2 * len(ours)
+    result = run(sweep(schemes=tuple(all_schemes()), rows=(1, 5)), Toy(ours, CpuClock(0.0, 0.0)))
+    assert {row.scheme for row in result.rows} == set(all_schemes()) and len(result.rows) == 2 * len(ours)
     assert [(row.contender, row.reason) for row in result.rows if row.state != "ok"] == []
     forms = {row.scheme: row.form for row in result.rows}
     assert forms["fp8"] == forms["sparse24"] == "dequantized" and all(forms.values())

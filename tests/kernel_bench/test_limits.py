@@ -7,7 +7,7 @@ from toy_bench import TINY
 
 from fxc.kernel_bench import limits
 from fxc.kernel_bench.limits import Peaks, limit_us, moved_bytes, weight_bytes
-from fxc.kernel_bench.weights import SCHEMES, format_of, make
+from fxc.kernel_bench.weights import all_schemes, format_of, make
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_bytes_of_a_weight(scheme, each, besides):
     assert weight_bytes(scheme, 3584, 18944) == each * 3584 * 18944 + besides * 3584
 
 
-@pytest.mark.parametrize("scheme", ["bf16", *SCHEMES, "int4_g128_zero"])
+@pytest.mark.parametrize("scheme", ["bf16", *all_schemes(), "int4_g128_zero"])
 def test_the_bytes_are_those_that_are_stored(scheme):
     stored = sum(part.nbytes for part in make(format_of(scheme), TINY).parts)
     assert stored / (2 if scheme == "bf16" else 1) == weight_bytes(scheme, TINY.n, TINY.k)

@@ -19,6 +19,10 @@ from fxc.data.decoder import decoder_inputs
 from fxc.errors import InputRefused, UsageError
 from fxc.ir import parse_program, print_program
 from fxc.ir.names import parts_of
+from fxc.kernel_bench import cpu
+from fxc.kernel_bench.limits import weight_bytes
+from fxc.kernel_bench.shapes import Shape
+from fxc.kernel_bench.weights import all_schemes, make
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.linears import PackLinears
@@ -161,6 +165,15 @@ def test_it_is_named_in_sizes_reports_and_comparisons(folder, binary):
     assert {each["name"] for each in found["layers"] if each["own"] > 0} == LAYERS
     with pytest.raises(UsageError, match="compile without binary weights"):
         model.save_pretrained(folder / "plain")
+
+
+def test_its_product_is_benchmarked():
+    assert "binary" in all_schemes() and weight_bytes("binary", 64, 256) == 64 * (256 / 8 + 4)
+    (ours,) = (each for each in cpu.contenders(("binary",)) if each.ours)
+    weights, x = make("binary", Shape("x", 64, 256)), torch.randn(5, 256, dtype=torch.bfloat16)
+    bound = ours.build(weights)
+    rows, expected = weights.reference(x)
+    assert bound.form == "dequantized" and (bound(x)().float()[rows] - expected).norm() < 1e-2 * expected.norm()
 
 
 class Named(nn.Module):
