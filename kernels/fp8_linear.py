@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.no_gradient import operator
+from fxc_kernels.row_scaled import check
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -47,19 +48,6 @@ def dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
     return qweight.float() * scale[:, None]
 
 
-def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """Raise TypeError on a wrong dtype and ValueError on a wrong shape."""
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if qweight.dtype != FP8 or scale.dtype != torch.float32:
-        raise TypeError(f"qweight must be {FP8} and scale float32, got {qweight.dtype} and {scale.dtype}")
-    if x.dim() < 1 or qweight.dim() != 2 or x.shape[-1] != qweight.shape[1]:
-        raise ValueError(f"x [..., K] and qweight [N, K] do not fit: {tuple(x.shape)} and {tuple(qweight.shape)}")
-    rows = qweight.shape[0]
-    if tuple(scale.shape) != (rows,) or (bias is not None and tuple(bias.shape) != (rows,)):
-        raise ValueError(f"scale and bias must have shape ({rows},)")
-
-
 def fp8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Linear layer on fp8 weights with activations quantized per row (token) at run time, by the module's formula.
 
@@ -67,7 +55,7 @@ def fp8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor
     x's dtype. The products of two e4m3 numbers are exact in float32, in which they are summed.
     Raises TypeError on a wrong dtype, ValueError on a wrong shape.
     """
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, FP8)
     if x.shape[-1] == 0:
         return fp8_weight_only_linear_reference(x, qweight, scale, bias)
     q, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -82,7 +70,7 @@ def fp8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, 
 
     Shapes, dtypes and errors as in ``fp8_linear_reference``.
     """
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, FP8)
     weight = dequantize(qweight, scale)
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
 
@@ -100,7 +88,7 @@ def fp8_weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tens
 
 
 def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, FP8)
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 

@@ -8,6 +8,7 @@ On a CPU each group is one matrix product. There is no CUDA kernel of fxc's own 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,23 +19,22 @@ from fxc_kernels.no_gradient import operator
 def grouped_linear_reference(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [T, K], weight [G, N, K], offsets int [G], the end of each group's rows -> [T, N] in x's dtype. Rows at or past
     the last offset belong to no group and are zero, as in `torch.nn.functional.grouped_mm`."""
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    start = 0
-    for matrix, end in zip(weight, offsets.tolist(), strict=True):
-        if end > start:
-            out[start:end] = torch.nn.functional.linear(x[start:end], matrix)
-        start = end
-    return out
+    return _by_group(torch.nn.functional.linear, x, offsets, weight)
 
 
 def int8_grouped_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, offsets: Tensor) -> Tensor:
     """x [T, K], qweight int8 [G, N, K], scale float32 [G, N], offsets int [G] -> [T, N] in x's dtype: `fxc::int8_linear`
     group by group."""
-    out = x.new_zeros(x.shape[0], qweight.shape[1])
+    return _by_group(lambda *given: torch.ops.fxc.int8_linear(*given, None), x, offsets, qweight, scale)
+
+
+def _by_group(product: Callable[..., Tensor], x: Tensor, offsets: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+    """product(rows of one group, its weight, its others), for each."""
+    out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
-    for matrix, row_scale, end in zip(qweight, scale, offsets.tolist(), strict=True):
+    for end, *constants in zip(offsets.tolist(), weight, *others, strict=True):
         if end > start:
-            out[start:end] = torch.ops.fxc.int8_linear(x[start:end], matrix, row_scale, None)
+            out[start:end] = product(x[start:end], *constants)
         start = end
     return out
 

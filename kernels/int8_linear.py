@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fxc_kernels.int8_exact import is_exact
 from fxc_kernels.no_gradient import refuse_gradient
+from fxc_kernels.row_scaled import check
 
 INT8_MIN, INT8_MAX = -128, 127
 INT8_STEPS = INT8_MAX - INT8_MIN
@@ -61,19 +62,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return round_rows(x, inverse, zero_point), scale, zero_point.to(torch.int32)
 
 
-def _check(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    """Raise TypeError on a wrong dtype and ValueError on a wrong shape."""
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if qweight.dtype != torch.int8 or scale.dtype != torch.float32:
-        raise TypeError(f"qweight must be int8 and scale float32, got {qweight.dtype} and {scale.dtype}")
-    if x.dim() < 1 or qweight.dim() != 2 or x.shape[-1] != qweight.shape[1]:
-        raise ValueError(f"x [..., K] and qweight [N, K] do not fit: {tuple(x.shape)} and {tuple(qweight.shape)}")
-    rows = qweight.shape[0]
-    if tuple(scale.shape) != (rows,) or (bias is not None and tuple(bias.shape) != (rows,)):
-        raise ValueError(f"scale and bias must have shape ({rows},)")
-
-
 def _rescale(acc: Tensor, row_scale: Tensor, x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """acc [M, N] * scale [N] * row_scale [M, 1] + bias in float32, then x's dtype and leading shape."""
     out = acc.float() * scale * row_scale
@@ -96,7 +84,7 @@ def int8_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tenso
     The sums are exact: float64 holds every integer they can reach for K < 2**38.
     Raises TypeError on a wrong dtype, ValueError on a wrong shape.
     """
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     if x.shape[-1] == 0:
         return _without_terms(x, scale, bias)
     q, row_scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]))
@@ -109,7 +97,7 @@ def int8_weight_only_linear_reference(x: Tensor, qweight: Tensor, scale: Tensor,
 
     Shapes, dtypes and errors as in ``int8_linear_reference``.
     """
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     weight = qweight.float() * scale[:, None]
     out = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
     return out.to(x.dtype)
@@ -122,7 +110,7 @@ def int_mm_is_exact() -> bool:
 
 
 def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     columns = x.shape[-1]
     # torch._int_mm (2.13, CPU) returns wrong numbers when K == 1: it reads the transposed [N, 1] as if it were [1, N].
     if x.numel() == 0 or qweight.numel() == 0 or columns == 1 or columns > INT32_COLUMNS or not int_mm_is_exact():
@@ -134,7 +122,7 @@ def _int8_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | N
 
 
 def _int8_linear_cuda(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     is_wide = x.shape[-1] > INT32_COLUMNS or x.dtype == torch.float64
     if x.numel() == 0 or qweight.numel() == 0 or is_wide:
         return int8_linear_reference(x, qweight, scale, bias)
@@ -144,13 +132,13 @@ def _int8_linear_cuda(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | 
 
 
 def _int8_weight_only_linear_cpu(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     weight = (qweight.float() * scale[:, None]).to(x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, qweight, scale, bias)
+    check(x, qweight, scale, bias, torch.int8)
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 

@@ -15,9 +15,9 @@ from torch.nn.functional import linear, pad
 
 from fxc.kernel_bench.contender import FP8, HALF, INT8, Bind, Contender, int8pack, of_function
 from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
+from fxc_kernels.fp8_linear import FP8_CAPABILITY
 from fxc_kernels.fp8_linear import quantize_rows as quantize_fp8
 
-FP8_CAPABILITY = 89
 # torch._int_mm takes more rows than 16.
 LEAST_ROWS = 32
 # Weights, made ready once -> what takes x and, as config=, a configuration or None for the kernel's own choice.

@@ -33,8 +33,8 @@ SCHEMES = (
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One measurement. config: the fastest one; us, dense_us: microseconds of it and of the dense bfloat16 product."""
+class Measurement:
+    """config: the fastest one; us, dense_us: microseconds of it and of the dense bfloat16 product."""
 
     config: Config | None
     us: float
@@ -50,10 +50,10 @@ def chip_of(device: torch.device) -> str:
 
 
 @functools.cache
-def table(chip: str) -> dict[tuple[str, int, int], dict[int, Entry]]:
+def table(chip: str) -> dict[tuple[str, int, int], dict[int, Measurement]]:
     """(scheme, n, k) -> rows -> what was measured; empty for a chip that was not measured."""
     path = TABLES / f"{chip}.json"
-    found: dict[tuple[str, int, int], dict[int, Entry]] = {}
+    found: dict[tuple[str, int, int], dict[int, Measurement]] = {}
     if not path.exists():
         return found
     try:
@@ -66,7 +66,7 @@ def table(chip: str) -> dict[tuple[str, int, int], dict[int, Entry]]:
             if config is not None and (reason := _misfit(each["scheme"], each["m"], config)):
                 raise ValueError(f"{config} is no configuration of {each['scheme']} for {each['m']} rows: {reason}")
             of_shape = found.setdefault((each["scheme"], each["n"], each["k"]), {})
-            of_shape[each["m"]] = Entry(config, each["us"], each["dense_us"])
+            of_shape[each["m"]] = Measurement(config, each["us"], each["dense_us"])
     except (ValueError, KeyError, TypeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is no table of measurements: {what}. Measure again, or remove it") from error
@@ -86,13 +86,13 @@ def _misfit(scheme: str, rows: int, config: Config) -> str | None:
     return None if min(config.m, config.n) >= 16 and config.k >= smallest else f"tiles are of 16 x 16 x {smallest} or more"
 
 
-def measured(chip: str, scheme: str, outputs: int, columns: int) -> dict[int, Entry]:
+def measured(chip: str, scheme: str, outputs: int, columns: int) -> dict[int, Measurement]:
     """What was measured of `scheme` for a weight [outputs, columns]: rows -> entry, empty for nothing."""
     return table(chip).get((scheme, outputs, columns), {})
 
 
 @functools.cache
-def entry_for(chip: str, scheme: str, outputs: int, columns: int, rows: int) -> Entry | None:
+def measurement_for(chip: str, scheme: str, outputs: int, columns: int, rows: int) -> Measurement | None:
     """The measurement that stands for `rows`: of the smallest measured number of rows that is not below it. A configuration
     may serve fewer rows than it was measured with, not more, and those of one kernel not another."""
     of_shape = measured(chip, scheme, outputs, columns)
@@ -105,7 +105,7 @@ def config_for(scheme: str, x: Tensor, outputs: int, columns: int, configs: dict
     that is meant for so many rows on so new a chip. float32 rows, which are never measured, need more registers and more
     shared memory: they always take the latter."""
     if x.dtype != torch.float32:
-        entry = entry_for(chip_of(x.device), scheme, outputs, columns, x.shape[0])
-        if entry is not None and entry.config is not None:
-            return entry.config
+        found = measurement_for(chip_of(x.device), scheme, outputs, columns, x.shape[0])
+        if found is not None and found.config is not None:
+            return found.config
     return choose(configs, capability_of(x), x.shape[0], outputs, processors_of(x))

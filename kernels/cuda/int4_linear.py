@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda.dispatch import config_for
+from fxc_kernels.cuda import many_rows
+from fxc_kernels.cuda.dispatch import GEMV_ROWS, config_for
+from fxc_kernels.cuda.split_k import part_length, reduce_parts, workspace
 from fxc_kernels.cuda.tile import (
     INTERPRETED,
     Build,
@@ -28,23 +30,13 @@ from fxc_kernels.cuda.tile import (
     capability_of,
     check_vectors,
     dot_floats,
-    flat_rows,
+    dot_instruction,
     insert_before,
     on_device_of_first,
-    output_columns,
-    reduce_parts,
 )
-from fxc_kernels.cuda.weight_only import (
-    GEMV_ROWS,
-    bf16_instruction,
-    check_gemv_rows,
-    is_large,
-    large_product,
-    load_ahead,
-    store_result,
-)
+from fxc_kernels.cuda.weight_only import check_gemv_rows, load_ahead, store_result
+from fxc_kernels.int4_linear import GROUPS
 
-GROUPS = (32, 64, 128)
 # From the literature and compiled without spills; not yet measured by this project. The k of a skinny kernel is the group.
 _GEMV = (
     Config(1, 1, 8, 1024, 4, 2, split=2, fill=16),
@@ -244,23 +236,26 @@ def int4_weight_only_linear(
         raise ValueError(f"x {tuple(x.shape)}, contiguous weight [{outputs}, {columns}] and group {group} do not fit")
     check_vectors(outputs * (columns // group), scale=scale, zero=zero)
     check_vectors(outputs, bias=bias)
-    flat = flat_rows(x)
-    rows = flat.shape[0]
-    shape = (*x.shape[:-1], output_columns(outputs, activation))
-    out = torch.empty(rows, shape[-1], dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out.reshape(shape)
-    if config is None and is_large(flat):
-        weight = dequantize(packed, scale, zero, group, x.dtype)
-        return large_product(flat, weight, bias, activation).reshape(shape)
-    config = config or config_for(f"int4_g{group}", flat, outputs, columns, CONFIGS[group])
+
+    def dense() -> Tensor:
+        return dequantize(packed, scale, zero, group, x.dtype)
+
+    def kernel(flat: Tensor, out: Tensor) -> None:
+        _few_rows(flat, packed, scale, zero, bias, group, out, activation, config)
+
+    return many_rows.linear(x, outputs, bias, activation, config, many_rows.weight_only_rows(x.dtype), dense, kernel)
+
+
+def _few_rows(x, packed, scale, zero, bias, group: int, out: Tensor, activation: str, config: Config | None) -> None:
+    """Fill out [M, N] from rows x [M, K] and bytes [N, K/2]."""
+    (rows, columns), outputs = x.shape, packed.shape[0]
+    config = config or config_for(f"int4_g{group}", x, outputs, columns, CONFIGS[group])
     check_gemv_rows(config, rows)
     gemv = config.m <= GEMV_ROWS
     # A part is whole tiles for the GEMV, whose tile is whole groups, and whole groups for the other.
     tile = max(config.k, group) if gemv else group
-    length = triton.cdiv(triton.cdiv(columns, tile), config.split) * tile
-    split = triton.cdiv(columns, length)
-    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device) if split > 1 else None
+    length, split = part_length(columns, tile, config.split)
+    parts = workspace(split, out, outputs)
     arguments = (out, parts, scale, zero, bias, rows, outputs, columns, length)
     options = {
         "ACTIVATION": activation, "GROUP": group, "BLOCK_M": config.m, "BLOCK_N": config.n,
@@ -268,13 +263,11 @@ def int4_weight_only_linear(
     }  # fmt: skip
     if gemv:
         grid = (triton.cdiv(outputs, config.n), split)
-        int4_gemv_kernel[grid](flat, packed, *arguments, BLOCK_K=tile, **options)
+        int4_gemv_kernel[grid](x, packed, *arguments, BLOCK_K=tile, **options)
     else:
         grid = (triton.cdiv(outputs, config.n), triton.cdiv(rows, config.m), split)
-        int4_skinny_kernel[grid](flat, packed, *arguments, AHEAD=load_ahead(capability_of(x)), **options)
-    if parts is not None:
-        reduce_parts(parts, out, None, None, None, None, bias, activation)
-    return out.reshape(shape)
+        int4_skinny_kernel[grid](x, packed, *arguments, AHEAD=load_ahead(capability_of(x)), **options)
+    reduce_parts(parts, out, None, None, None, None, bias, activation)
 
 
 def builds(capability: int) -> list[Build]:
@@ -293,7 +286,8 @@ def builds(capability: int) -> list[Build]:
                 arguments["BLOCK_K"] = config.k
             else:
                 arguments = insert_before(arguments, "BLOCK_M", "AHEAD", load_ahead(capability))
-            kernel, instruction = (int4_gemv_kernel, "") if gemv else (int4_skinny_kernel, bf16_instruction(capability))
+            instruction = "" if gemv else dot_instruction(capability, "bf16.bf16")
+            kernel = int4_gemv_kernel if gemv else int4_skinny_kernel
             name = f"{kind} {'gemv' if gemv else 'skinny'} {config}"
             made.append(Build(name, kernel, arguments, config.warps, config.stages, instruction))
         arguments = {"w": "*u8", "out": "*bf16", **quantization, "N": "i32", "K": "i32"}

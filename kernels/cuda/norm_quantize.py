@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda.quantize_rows import KEPT, row_block, store_quantized
-from fxc_kernels.cuda.rms_norm import norm_of_row
-from fxc_kernels.cuda.tile import Build, check_vectors, flat_rows, on_device_of_first
+from fxc_kernels.cuda.quantize_rows import check_kept, empty_quantized, row_block, store_quantized
+from fxc_kernels.cuda.rms_norm import norm_of_row, norm_rows
+from fxc_kernels.cuda.tile import Build, flat_rows, on_device_of_first
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -54,28 +54,14 @@ def silu_mul_quantize_kernel(merged, q, scale, zero, F, BLOCK: tl.constexpr):
     store_quantized(product, inside, row * F + columns, row, q, scale, zero)
 
 
-def _outputs(rows: int, columns: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor, Tensor | None]:
-    if dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"rows are quantized to int8 or float8_e4m3fn, not {dtype}")
-    if not 0 < columns <= KEPT:
-        raise ValueError(f"a row of {columns} numbers does not fit: 1 to {KEPT} are kept in registers")
-    q = torch.empty(rows, columns, dtype=dtype, device=device)
-    scale = torch.empty(rows, dtype=torch.float32, device=device)
-    return q, scale, torch.empty(rows, dtype=torch.int32, device=device) if dtype == torch.int8 else None
-
-
 @on_device_of_first
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, dtype: torch.dtype = torch.int8
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """x [..., K], weight [K] -> (q [M, K], scale [M], zero [M] or None, x + residual [..., K])."""
-    flat = flat_rows(x)
+    flat, total = norm_rows(x, weight, residual)
     rows, columns = flat.shape
-    check_vectors(columns, weight=weight)
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
-    q, scale, zero = _outputs(rows, columns, dtype, x.device)
-    total = flat if residual is None else torch.empty_like(flat)
+    q, scale, zero = empty_quantized(rows, columns, dtype, x.device)
     if rows:
         block, warps, _ = row_block(columns)
         rms_norm_quantize_kernel[(rows,)](
@@ -92,7 +78,8 @@ def silu_mul_quantize(merged: Tensor, dtype: torch.dtype = torch.int8) -> tuple[
         raise ValueError(f"gate and up must be of one size, but together they have {merged.shape[-1]} columns")
     flat = flat_rows(merged)
     rows, columns = flat.shape[0], flat.shape[1] // 2
-    q, scale, zero = _outputs(rows, columns, dtype, merged.device)
+    check_kept(columns)
+    q, scale, zero = empty_quantized(rows, columns, dtype, merged.device)
     if rows:
         block, warps, _ = row_block(columns)
         silu_mul_quantize_kernel[(rows,)](flat, q, scale, zero, columns, BLOCK=block, num_warps=warps, enable_fp_fusion=False)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fxc_kernels.cuda.tile import Build, Config, finish_in_halves, swizzled_tile
+from fxc_kernels.cuda.tile import Build, Config, dot_instruction, epilogue_types, finish_in_halves, swizzled_tile
 
 CAPABILITY = 90
 GROUP = 8
@@ -91,13 +91,12 @@ def builds(capability: int) -> list[Build]:
         for config in CONFIGS:
             arguments = {
                 "q": f"tensordesc<{dtype}[{config.m}, {config.k}]>", "w": f"tensordesc<{dtype}[{config.n}, {config.k}]>",
-                "out": "*bf16", "row_scale": "*fp32", "zero": "*i32" if kind == "int8" else None, "scale": "*fp32",
-                "column_sum": "*i32" if kind == "int8" else None, "bias": "*bf16", "M": "i32", "N": "i32", "K": "i32",
+                "out": "*bf16", **epilogue_types(kind), "M": "i32", "N": "i32", "K": "i32",
                 "ACC": tl.int32 if kind == "int8" else tl.float32, "ACTIVATION": "none",
                 "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k, "GROUP_M": GROUP,
             }  # fmt: skip
             types = "s8.s8" if kind == "int8" else "e4m3.e4m3"
             name = f"{kind} persistent gemm {config}"
-            instruction = rf"wgmma\.mma_async\.[\w.]*{types}"
+            instruction = dot_instruction(CAPABILITY, types)
             made.append(Build(name, persistent_mm_kernel, arguments, config.warps, config.stages, instruction, wide="tma"))
     return made

@@ -109,16 +109,27 @@ def row_block(columns: int, kept: int = KEPT) -> tuple[int, int, bool]:
     return whole, min(max(whole // 1024, 1), 16), True
 
 
+def empty_quantized(rows: int, columns: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for what `quantize_rows` gives of rows [M, K]."""
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"rows are quantized to int8 or float8_e4m3fn, not {dtype}")
+    q = torch.empty(rows, columns, dtype=dtype, device=device)
+    scale = torch.empty(rows, dtype=torch.float32, device=device)
+    return q, scale, torch.empty(rows, dtype=torch.int32, device=device) if dtype == torch.int8 else None
+
+
+def check_kept(columns: int) -> None:
+    """Raises ValueError for rows that a kernel cannot keep whole."""
+    if not 0 < columns <= KEPT:
+        raise ValueError(f"a row of {columns} numbers does not fit: 1 to {KEPT} are kept in registers")
+
+
 @on_device_of_first
 def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [..., K] float, K > 0 -> (q `dtype` [M, K], scale float32 [M], zero point int32 [M], or None for float8_e4m3fn)."""
-    if dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"rows are quantized to int8 or float8_e4m3fn, not {dtype}")
     x = flat_rows(x)
     rows, columns = x.shape
-    q = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    zero = torch.empty(rows, dtype=torch.int32, device=x.device) if dtype == torch.int8 else None
+    q, scale, zero = empty_quantized(rows, columns, dtype, x.device)
     if rows:
         block, warps, kept = row_block(columns)
         quantize_rows_kernel[(rows,)](

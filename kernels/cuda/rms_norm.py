@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda.quantize_rows import KEPT, row_block
+from fxc_kernels.cuda.quantize_rows import check_kept, row_block
 from fxc_kernels.cuda.tile import Build, check_vectors, flat_rows, on_device_of_first
 
 
@@ -36,19 +36,24 @@ def rms_norm_kernel(x, residual, total, weight, out, K, eps, BLOCK: tl.constexpr
     tl.store(out + at, weighted.to(out.dtype.element_ty), mask=inside)
 
 
+def norm_rows(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(rows [M, K] of x, room for their sums with the residual, or the rows themselves). Raises ValueError where x [..., K],
+    weight [K] and residual [..., K] do not fit or K is not from 1 to KEPT."""
+    flat = flat_rows(x)
+    check_vectors(flat.shape[1], weight=weight)
+    check_kept(flat.shape[1])
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
+    return flat, flat if residual is None else torch.empty_like(flat)
+
+
 @on_device_of_first
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x [..., K], weight [K], up to 32768 columns -> (the norm as Llama and Qwen compute it, x + residual), both [..., K].
     The second is x itself where there is no residual."""
-    flat = flat_rows(x)
+    flat, total = norm_rows(x, weight, residual)
     rows, columns = flat.shape
-    check_vectors(columns, weight=weight)
-    if not 0 < columns <= KEPT:
-        raise ValueError(f"a row of {columns} numbers does not fit: 1 to {KEPT} are kept in registers")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"the residual {tuple(residual.shape)} must have the shape of x, {tuple(x.shape)}")
     out = torch.empty_like(flat)
-    total = flat if residual is None else torch.empty_like(flat)
     if rows:
         block, warps, _ = row_block(columns)
         rms_norm_kernel[(rows,)](

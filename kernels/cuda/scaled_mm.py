@@ -3,9 +3,7 @@
 The reference of `scaled_mm` is `scaled_mm_reference`; `int8_linear` and `fp8_linear` put the quantization of rows before it,
 and theirs are `fxc_kernels.int8_linear.int8_linear_reference` and `fxc_kernels.fp8_linear.fp8_linear_reference`. Weights stay
 [N, K], the layout that 8-bit tensor cores and 16-byte loads want. Up to 64 rows the product is out^T = W x^T and K is cut
-into `split` parts, whose sums go to a workspace and are added in order by a second kernel: the result is the same every time.
-Adding them in the last program that finishes would save that launch, but needs counters in memory that are zero before and
-after, and two graphs that replay at once would share them. From 1024 rows on, sm_90 has `persistent_mm`.
+(`split_k`). From 1024 rows on, sm_90 has `persistent_mm`.
 """
 
 from __future__ import annotations
@@ -18,26 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fxc_kernels.cuda import quantize_rows
-from fxc_kernels.cuda.dispatch import config_for
-from fxc_kernels.cuda.persistent_mm import fits, persistent_mm
+from fxc_kernels.cuda.dispatch import SKINNY_ROWS, config_for
+from fxc_kernels.cuda.persistent_mm import GROUP, fits, persistent_mm
+from fxc_kernels.cuda.split_k import finish_part, part_length, reduce_parts, reduce_parts_kernel, workspace
 from fxc_kernels.cuda.tile import (
     Build,
     Config,
     capability_of,
     check_vectors,
-    finish,
+    dot_instruction,
+    epilogue_types,
     finish_in_halves,
     on_device_of_first,
     output_columns,
-    reduce_parts,
-    reduce_parts_kernel,
     swizzled_tile,
 )
 from fxc_kernels.fp8_linear import FP8_CAPABILITY
+from fxc_kernels.int8_linear import INT32_COLUMNS
 
-# Up to this K, the sums of int8 products and their correction stay within int32 (fxc_kernels.int8_linear).
-INT32_COLUMNS = (2**31 - 1) // (255 * 128)
-SKINNY_ROWS = 64
 # Chosen from the literature for Hopper and Ampere, compiled without spills; not yet measured by this project.
 CONFIGS = {
     80: (
@@ -57,7 +53,6 @@ CONFIGS = {
         Config(None, 128, 256, 128, 8, 4, tma=True),
     ),
 }
-GROUP = 8
 
 
 def scaled_mm_reference(q, row_scale, zero, qweight, scale, bias=None) -> Tensor:
@@ -66,6 +61,28 @@ def scaled_mm_reference(q, row_scale, zero, qweight, scale, bias=None) -> Tensor
     rows = q.double() if zero is None else q.double() - zero[:, None]
     out = (rows @ qweight.double().t()).float() * scale * row_scale[:, None]
     return out if bias is None else out + bias.float()
+
+
+@triton.jit
+def add_products(
+    acc, q_at, w_at, rk, left, TURNED: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """acc [m, n] + q w^T over `left` columns from q_at [m, BLOCK_K] and w_at [n, BLOCK_K] on. TURNED: acc [n, m] + w q^T."""
+    for k in range(0, tl.cdiv(left, BLOCK_K)):
+        if WHOLE_K:
+            a = tl.load(q_at)
+            b = tl.load(w_at)
+        else:
+            inside = (rk < left - k * BLOCK_K)[None, :]
+            a = tl.load(q_at, mask=inside, other=0.0)
+            b = tl.load(w_at, mask=inside, other=0.0)
+        if TURNED:
+            acc = tl.dot(b, tl.trans(a), acc, out_dtype=acc.dtype)
+        else:
+            acc = tl.dot(a, tl.trans(b), acc, out_dtype=acc.dtype)
+        q_at += BLOCK_K
+        w_at += BLOCK_K
+    return acc
 
 
 @triton.jit
@@ -82,17 +99,7 @@ def scaled_mm_kernel(
     q_at = q + tl.minimum(rm, M - 1).to(tl.int64)[:, None] * K + rk[None, :]
     w_at = w + tl.minimum(rn, N - 1).to(tl.int64)[:, None] * K + rk[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
-        if WHOLE_K:
-            a = tl.load(q_at)
-            b = tl.load(w_at)
-        else:
-            inside = (rk < K - k * BLOCK_K)[None, :]
-            a = tl.load(q_at, mask=inside, other=0.0)
-            b = tl.load(w_at, mask=inside, other=0.0)
-        acc = tl.dot(a, tl.trans(b), acc, out_dtype=ACC)
-        q_at += BLOCK_K
-        w_at += BLOCK_K
+    acc = add_products(acc, q_at, w_at, rk, K, False, WHOLE_K, BLOCK_K)
     finish_in_halves(acc, rm, tile_n * BLOCK_N, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
 
 
@@ -110,31 +117,10 @@ def skinny_mm_kernel(
     q_at = q + tl.minimum(rm, M - 1).to(tl.int64)[:, None] * K + (start + rk)[None, :]
     w_at = w + tl.minimum(rn, N - 1).to(tl.int64)[:, None] * K + (start + rk)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    left = tl.minimum(part_k, K - start)
-    for k in range(0, tl.cdiv(left, BLOCK_K)):
-        if WHOLE_K:
-            a = tl.load(q_at)
-            b = tl.load(w_at)
-        else:
-            inside = (rk < left - k * BLOCK_K)[None, :]
-            a = tl.load(q_at, mask=inside, other=0.0)
-            b = tl.load(w_at, mask=inside, other=0.0)
-        acc = tl.dot(b, tl.trans(a), acc, out_dtype=ACC)
-        q_at += BLOCK_K
-        w_at += BLOCK_K
-    result = tl.trans(acc)
-    if parts is None:
-        finish(result, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
-    else:
-        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
-        tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
-
-
-def part_length(columns: int, config: Config) -> tuple[int, int]:
-    """(columns of one part, parts): whole tiles of K, and no part is empty."""
-    tiles = triton.cdiv(columns, config.k)
-    length = triton.cdiv(tiles, config.split) * config.k
-    return length, max(triton.cdiv(columns, length), 1)
+    acc = add_products(acc, q_at, w_at, rk, tl.minimum(part_k, K - start), True, WHOLE_K, BLOCK_K)
+    finish_part(
+        tl.trans(acc), rm, rn, part, M, N, out, parts, row_scale, zero, scale, column_sum, bias, ACTIVATION
+    )  # fmt: skip
 
 
 @on_device_of_first
@@ -178,16 +164,12 @@ def scaled_mm(
             q, qweight, out, *epilogue, rows, outputs, columns, GROUP_M=GROUP, ACTIVATION=activation, **shared
         )
         return out
-    length, split = part_length(columns, config)
-    parts = None
-    if split > 1:
-        kind = torch.int32 if acc == tl.int32 else torch.float32
-        parts = torch.empty(split, rows, outputs, dtype=kind, device=q.device)
+    length, split = part_length(columns, config.k, config.split)
+    parts = workspace(split, out, outputs, integers=acc == tl.int32)
     skinny_mm_kernel[(tiles_n, tiles_m, split)](
         q, qweight, out, parts, *epilogue, rows, outputs, columns, length, ACTIVATION=activation, **shared
     )
-    if parts is not None:
-        reduce_parts(parts, out, *epilogue, activation)
+    reduce_parts(parts, out, *epilogue, activation)
     return out
 
 
@@ -233,18 +215,11 @@ def builds(capability: int) -> list[Build]:
             made.append(_build(kind, config, skinny, capability))
     for kind in ("int8", "fp8") if capability >= FP8_CAPABILITY else ("int8",):
         arguments = {
-            "parts": "*i32" if kind == "int8" else "*fp32", **_epilogue(kind), "out": "*bf16", "M": "i32", "N": "i32",
+            "parts": "*i32" if kind == "int8" else "*fp32", **epilogue_types(kind), "out": "*bf16", "M": "i32", "N": "i32",
             "SPLIT": 4, "ACTIVATION": "none", "BLOCK_M": 4, "BLOCK_N": 256,
         }  # fmt: skip
         made.append(Build(f"reduce_parts {kind}", reduce_parts_kernel, arguments, 4, 3, wide="parts + "))
     return made
-
-
-def _epilogue(kind: str) -> dict[str, object]:
-    correction = {"zero": "*i32", "scale": "*fp32", "column_sum": "*i32"}
-    if kind == "fp8":
-        correction = {"zero": None, "scale": "*fp32", "column_sum": None}
-    return {"row_scale": "*fp32", **correction, "bias": "*bf16"}
 
 
 def _build(kind: str, config: Config, skinny: bool, capability: int) -> Build:
@@ -254,12 +229,12 @@ def _build(kind: str, config: Config, skinny: bool, capability: int) -> Build:
     if skinny:
         parts = {"parts": None if config.split == 1 else "*i32" if kind == "int8" else "*fp32"}
     arguments = {
-        "q": pointer, "w": pointer, "out": "*bf16", **parts, **_epilogue(kind), "M": "i32", "N": "i32", "K": "i32",
+        "q": pointer, "w": pointer, "out": "*bf16", **parts, **epilogue_types(kind), "M": "i32", "N": "i32", "K": "i32",
         **({"part_k": "i32"} if skinny else {}), "ACC": acc, "ACTIVATION": "none", "WHOLE_K": True,
         "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k, **({} if skinny else {"GROUP_M": GROUP}),
     }  # fmt: skip
     types = "s8.s8" if kind == "int8" else "e4m3.e4m3"
-    instruction = rf"wgmma\.mma_async\.[\w.]*{types}" if capability == 90 else rf"mma\.sync\.[\w.]*{types}"
     # A configuration for the TMA is also that of the kernel with pointers, for what the TMA cannot read.
     name = f"{kind} {'skinny' if skinny else 'gemm'} {replace(config, tma=False)}"
-    return Build(name, skinny_mm_kernel if skinny else scaled_mm_kernel, arguments, config.warps, config.stages, instruction)
+    kernel = skinny_mm_kernel if skinny else scaled_mm_kernel
+    return Build(name, kernel, arguments, config.warps, config.stages, dot_instruction(capability, types))

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda import quantize_rows, scaled_mm
-from fxc_kernels.cuda.scaled_mm import part_length
+from fxc_kernels.cuda import many_rows, quantize_rows, scaled_mm
+from fxc_kernels.cuda.dispatch import SKINNY_ROWS
+from fxc_kernels.cuda.split_k import finish_part, part_length, reduce_parts, workspace
 from fxc_kernels.cuda.tile import (
     Build,
     Config,
@@ -22,16 +23,13 @@ from fxc_kernels.cuda.tile import (
     check_vectors,
     choose,
     dot_floats,
-    finish,
-    flat_rows,
+    dot_instruction,
+    epilogue_types,
     on_device_of_first,
     output_columns,
     processors_of,
-    reduce_parts,
 )
-from fxc_kernels.cuda.weight_only import large_product
 
-SKINNY_ROWS = 64
 # Compiled without spills; not yet measured by this project.
 CONFIGS = {
     80: (
@@ -99,12 +97,9 @@ def sparse24_skinny_kernel(
             acc = dot_floats(tile, tl.trans(tokens), acc)
         else:
             acc = tl.dot(tile, tl.trans(tokens), acc, out_dtype=tl.int32)
-    result = tl.trans(acc)
-    if parts is None:
-        finish(result, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
-    else:
-        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
-        tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
+    finish_part(
+        tl.trans(acc), rm, rn, part, M, N, out, parts, row_scale, zero, scale, column_sum, bias, ACTIVATION
+    )  # fmt: skip
 
 
 @triton.jit
@@ -144,17 +139,15 @@ def _skinny(flat, values, meta, out, epilogue, acc, activation: str, config: Con
     """out [M, N] from rows of the values' dtype; epilogue: row_scale, zero, scale, column_sum, bias."""
     (rows, columns), outputs = flat.shape, values.shape[0]
     config = config or choose(CONFIGS, capability_of(flat), rows, outputs, processors_of(flat))
-    length, split = part_length(columns, config)
-    kind = torch.int32 if acc == tl.int32 else torch.float32
-    parts = torch.empty(split, rows, outputs, dtype=kind, device=out.device) if split > 1 else None
+    length, split = part_length(columns, config.k, config.split)
+    parts = workspace(split, out, outputs, integers=acc == tl.int32)
     grid = (triton.cdiv(outputs, config.n), triton.cdiv(rows, config.m), split)
     sparse24_skinny_kernel[grid](
         flat, values, meta, out, parts, *epilogue, rows, outputs, columns, columns // 2, columns // 8, length,
         ACC=acc, ACTIVATION=activation, BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if parts is not None:
-        reduce_parts(parts, out, *epilogue, activation)
+    reduce_parts(parts, out, *epilogue, activation)
 
 
 @on_device_of_first
@@ -165,13 +158,11 @@ def sparse24_linear(
     """`sparse24_linear_reference` on a GPU, then `activation`."""
     _check(x, values, meta)
     check_vectors(values.shape[0], bias=bias)
-    flat = flat_rows(x)
-    out = torch.empty(flat.shape[0], output_columns(values.shape[0], activation), dtype=x.dtype, device=x.device)
-    if out.numel() and config is None and flat.shape[0] > SKINNY_ROWS:
-        out = large_product(flat, dense(values, meta), bias, activation)
-    elif out.numel():
+
+    def kernel(flat: Tensor, out: Tensor) -> None:
         _skinny(flat, values, meta, out, (None, None, None, None, bias), tl.float32, activation, config)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    return many_rows.linear(x, values.shape[0], bias, activation, config, SKINNY_ROWS, lambda: dense(values, meta), kernel)
 
 
 @on_device_of_first
@@ -201,18 +192,16 @@ def builds(capability: int) -> list[Build]:
     made = []
     for kind, pointer in (("bf16", "*bf16"), ("int8", "*i8")):
         for config in CONFIGS[80]:
-            epilogue = {"row_scale": None, "zero": None, "scale": None, "column_sum": None, "bias": "*bf16"}
-            if kind == "int8":
-                epilogue = {"row_scale": "*fp32", "zero": "*i32", "scale": "*fp32", "column_sum": "*i32", "bias": "*bf16"}
             arguments = {
                 "x": pointer, "w": pointer, "meta": "*u8", "out": "*bf16",
-                "parts": ("*i32" if kind == "int8" else "*fp32") if config.split > 1 else None, **epilogue,
+                "parts": ("*i32" if kind == "int8" else "*fp32") if config.split > 1 else None,
+                **epilogue_types("int8" if kind == "int8" else "float"),
                 "M": "i32", "N": "i32", "K": "i32", "value_row": "i32", "meta_row": "i32", "part_k": "i32",
                 "ACC": tl.int32 if kind == "int8" else tl.float32, "ACTIVATION": "none",
                 "BLOCK_M": config.m, "BLOCK_N": config.n, "BLOCK_K": config.k,
             }  # fmt: skip
-            types = r"bf16\.bf16" if kind == "bf16" else r"s8\.s8"
-            instruction = rf"{'wgmma.mma_async' if capability == 90 else 'mma.sync'}\.[\w.]*{types}"
+            types = "bf16.bf16" if kind == "bf16" else "s8.s8"
+            instruction = dot_instruction(capability, types)
             name = f"2:4 {kind} decompress {config}"
             made.append(Build(name, sparse24_skinny_kernel, arguments, config.warps, config.stages, instruction))
         arguments = {

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fxc_kernels.cuda.sparse24_prepacked import COLUMNS, KINDS, ROWS, Prepacked
-from fxc_kernels.cuda.tile import Build, Config, finish, reduce_parts
+from fxc_kernels.cuda.split_k import finish_part, part_length, reduce_parts, workspace
+from fxc_kernels.cuda.tile import Build, Config, epilogue_types
 
 B_COLUMNS = 8
 """Rows (tokens) of x that one instruction multiplies."""
@@ -205,11 +206,7 @@ def sparse24_mma_kernel(
     result = tl.reshape(tl.permute(summed, (5, 2, 3, 0, 6, 4, 1)), (BLOCK_M, BLOCK_N))
     rm = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if parts is None:
-        finish(result, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
-    else:
-        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
-        tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
+    finish_part(result, rm, rn, part, M, N, out, parts, row_scale, zero, scale, column_sum, bias, ACTIVATION)
 
 
 def check_config(config: Config) -> None:
@@ -234,11 +231,9 @@ def multiply(x: Tensor, weight: Prepacked, out: Tensor, epilogue: tuple, activat
     rows, across = x.shape[0], weight.values.shape[1]
     words = x.view(torch.int32)
     turn = config.k // COLUMNS * along_k(config)
-    part_tiles = triton.cdiv(triton.cdiv(across, config.split), turn) * turn
-    split = triton.cdiv(across, part_tiles)
+    part_tiles, split = part_length(across, turn, config.split)
     mask = 2 if weight.columns % COLUMNS else int(across % turn != 0)
-    kind = torch.int32 if x.dtype == torch.int8 else torch.float32
-    parts = torch.empty(split, rows, weight.outputs, dtype=kind, device=x.device) if split > 1 else None
+    parts = workspace(split, out, weight.outputs, integers=x.dtype == torch.int8)
     grid = (triton.cdiv(weight.outputs, config.n), triton.cdiv(rows, config.m), split)
     sparse24_mma_kernel[grid](
         words, weight.values.view(torch.int32), weight.meta, out, parts, *epilogue,
@@ -246,8 +241,7 @@ def multiply(x: Tensor, weight: Prepacked, out: Tensor, epilogue: tuple, activat
         KIND=KINDS[x.dtype], MASK=mask, ACTIVATION=activation, BLOCK_M=config.m, BLOCK_N=config.n,
         RUN=config.k // COLUMNS, WARPS=config.warps, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if parts is not None:
-        reduce_parts(parts, out, *epilogue, activation)
+    reduce_parts(parts, out, *epilogue, activation)
 
 
 def builds(capability: int) -> list[Build]:
@@ -261,11 +255,9 @@ def builds(capability: int) -> list[Build]:
 
 
 def _build(kind: str, config: Config, parts: str | None) -> Build:
-    epilogue = {"row_scale": None, "zero": None, "scale": None, "column_sum": None, "bias": "*bf16"}
-    if kind == "s8":
-        epilogue = {"row_scale": "*fp32", "zero": "*i32", "scale": "*fp32", "column_sum": "*i32", "bias": "*bf16"}
     arguments = {
-        "x": "*i32", "w": "*i32", "meta": "*i32", "out": "*fp16" if kind == "f16" else "*bf16", "parts": parts, **epilogue,
+        "x": "*i32", "w": "*i32", "meta": "*i32", "out": "*fp16" if kind == "f16" else "*bf16", "parts": parts,
+        **epilogue_types("int8" if kind == "s8" else "float"),
         "M": "i32", "N": "i32", "x_row": "i32", "across": "i32", "part_tiles": "i32",
         "KIND": kind, "MASK": 1, "ACTIVATION": "none", "BLOCK_M": config.m, "BLOCK_N": config.n,
         "RUN": config.k // COLUMNS, "WARPS": config.warps,

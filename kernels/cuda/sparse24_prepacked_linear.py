@@ -10,24 +10,24 @@ row of x holds Inf or NaN, what it gives is not finite where the weight stores s
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda import quantize_rows, scaled_mm, sparse24_mma
-from fxc_kernels.cuda.dispatch import config_for
-from fxc_kernels.cuda.sparse24 import SKINNY_ROWS, dense_tile
+from fxc_kernels.cuda import many_rows, quantize_rows, scaled_mm, sparse24_mma
+from fxc_kernels.cuda.dispatch import SKINNY_ROWS, config_for
+from fxc_kernels.cuda.sparse24 import dense_tile
 from fxc_kernels.cuda.sparse24_prepacked import Prepacked, row_sums
 from fxc_kernels.cuda.tile import (
     Build,
     Config,
     check_vectors,
-    flat_rows,
     on_device_of_first,
     output_columns,
 )
-from fxc_kernels.cuda.weight_only import large_product
 
 # Tiles that one program of `prepacked_dense_kernel` makes dense: 512 bytes of a bfloat16 row.
 DENSE_TILES = 4
@@ -83,16 +83,13 @@ def prepacked_linear(
     if x.dtype != weight.values.dtype or not x.is_floating_point():
         raise TypeError(f"x must be of the prepacked values' dtype, bfloat16 or float16: {x.dtype}, {weight.values.dtype}")
     _check_prepacked(x, weight, bias=bias)
-    flat = flat_rows(x)
-    out = torch.empty(flat.shape[0], output_columns(weight.outputs, activation), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out.reshape(*x.shape[:-1], out.shape[-1])
-    if config is None and flat.shape[0] > SKINNY_ROWS:
-        out = large_product(flat, dense_from_prepacked(weight), bias, activation)
-    else:
-        config = config or config_for("sparse24", flat, weight.outputs, weight.columns, sparse24_mma.CONFIGS)
-        sparse24_mma.multiply(flat, weight, out, (None, None, None, None, bias), activation, config)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def kernel(flat: Tensor, out: Tensor) -> None:
+        chosen = config or config_for("sparse24", flat, weight.outputs, weight.columns, sparse24_mma.CONFIGS)
+        sparse24_mma.multiply(flat, weight, out, (None, None, None, None, bias), activation, chosen)
+
+    dense = partial(dense_from_prepacked, weight)
+    return many_rows.linear(x, weight.outputs, bias, activation, config, SKINNY_ROWS, dense, kernel)
 
 
 @on_device_of_first

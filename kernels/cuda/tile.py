@@ -1,6 +1,6 @@
 """What the Triton kernels share: a shipped configuration, the order of tiles, activations and the epilogue.
 
-The kernels of `triton_*.py` run on CUDA, or on CPU tensors when TRITON_INTERPRET=1 was set before triton's first import.
+The kernels of this folder run on CUDA, or on CPU tensors when TRITON_INTERPRET=1 was set before triton's first import.
 Products of few rows (tokens) compute out^T = W x^T: the weight is the operand with 64 or more rows that tensor cores
 want, and on sm_90 the only operand that they take from registers, where int8 and int4 are turned into floats.
 """
@@ -78,6 +78,19 @@ class Build:
     wide: str = "w"
     fp_fusion: bool = True
     unaligned: tuple[str, ...] = ()
+
+
+def epilogue_types(kind: str) -> dict[str, str | None]:
+    """Of `finish`'s arguments, for a `Build`: those of int8 sums, of float8 ones, and "float", which have a bias alone."""
+    found = {"row_scale": "*fp32", "zero": "*i32", "scale": "*fp32", "column_sum": "*i32", "bias": "*bf16"}
+    absent = {"int8": (), "fp8": ("zero", "column_sum"), "float": ("row_scale", "zero", "scale", "column_sum")}[kind]
+    return found | dict.fromkeys(absent)
+
+
+def dot_instruction(capability: int, types: str) -> str:
+    """The tensor-core instruction of a product of such types ("s8.s8") for its operands, as a regular expression."""
+    name = "wgmma.mma_async" if capability == 90 else "mma.sync"
+    return rf"{re.escape(name)}\.[\w.]*{re.escape(types)}"
 
 
 def insert_before(arguments: dict[str, object], place: str, name: str, value: object) -> dict[str, object]:
@@ -233,29 +246,3 @@ def finish_in_halves(acc, rm, first, M, N, out, row_scale, zero, scale, column_s
     rn = first + tl.arange(0, HALF)
     finish(left, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
     finish(right, rm, rn + HALF, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
-
-
-@triton.jit
-def reduce_parts_kernel(
-    parts, row_scale, zero, scale, column_sum, bias, out, M, N,
-    SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """parts [SPLIT, M, N], added in order, so that the sum is the same every time; then the epilogue."""
-    rm = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rm < M)[:, None] & (rn < N)[None, :]
-    where = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    acc = tl.load(parts + where, mask=inside, other=0)
-    for part in tl.static_range(1, SPLIT):
-        at = (rm.to(tl.int64) + part * M)[:, None] * N + rn[None, :]
-        acc += tl.load(parts + at, mask=inside, other=0)
-    finish(acc, rm, rn, M, N, out, row_scale, zero, scale, column_sum, bias, ACTIVATION)
-
-
-def reduce_parts(parts: Tensor, out: Tensor, row_scale, zero, scale, column_sum, bias, activation: str) -> None:
-    split, rows, columns = parts.shape
-    grid = (triton.cdiv(rows, 4), triton.cdiv(columns, 256))
-    reduce_parts_kernel[grid](
-        parts, row_scale, zero, scale, column_sum, bias, out, rows, columns,
-        SPLIT=split, ACTIVATION=activation, BLOCK_M=4, BLOCK_N=256,
-    )  # fmt: skip

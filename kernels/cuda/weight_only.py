@@ -14,27 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fxc_kernels.cuda.dispatch import config_for
-from fxc_kernels.cuda.scaled_mm import part_length
+from fxc_kernels.cuda import many_rows
+from fxc_kernels.cuda.dispatch import GEMV_ROWS, config_for
+from fxc_kernels.cuda.split_k import finish_part, part_length, reduce_parts, reduce_parts_kernel, workspace
 from fxc_kernels.cuda.tile import (
     INTERPRETED,
     Build,
     Config,
-    activate,
     capability_of,
     check_vectors,
     dot_floats,
-    finish,
-    flat_rows,
+    dot_instruction,
+    epilogue_types,
     insert_before,
     on_device_of_first,
-    output_columns,
-    reduce_parts,
-    reduce_parts_kernel,
 )
 
-GEMV_ROWS = 4
-SKINNY_ROWS = 64
 _GEMV = (
     Config(1, 1, 8, 512, 4, 2, split=2, fill=16),
     Config(2, 2, 8, 512, 4, 2, split=2, fill=16),
@@ -130,11 +125,8 @@ def gemv_kernel(
 
 @triton.jit
 def store_result(result, rm, rn, part, M, N, out, parts, scale, bias, ACTIVATION: tl.constexpr):
-    if parts is None:
-        finish(result, rm, rn, M, N, out, None, None, scale, None, bias, ACTIVATION)
-    else:
-        where = (part * M + rm).to(tl.int64)[:, None] * N + rn[None, :]
-        tl.store(parts + where, result, mask=(rm < M)[:, None] & (rn < N)[None, :])
+    """`finish_part` where activations are floats: rows have no scales."""
+    finish_part(result, rm, rn, part, M, N, out, parts, None, None, scale, None, bias, ACTIVATION)
 
 
 @triton.jit
@@ -192,30 +184,10 @@ def dequantize_kernel(w, out, scale, N, K, FORMAT: tl.constexpr, BLOCK_N: tl.con
     tl.store(out + where, (values * factor[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def activate_kernel(x, out, COUNT, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT: how many numbers x has; out has as many, or half as many for silu_mul."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    at = first + tl.arange(0, BLOCK)
-    values = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu_mul":
-        gate, up = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
-        halved = first // 2 + tl.arange(0, BLOCK // 2)
-        tl.store(out + halved, (activate(gate, "silu") * up).to(out.dtype.element_ty), mask=halved < COUNT // 2)
-    else:
-        tl.store(out + at, activate(values, ACTIVATION).to(out.dtype.element_ty), mask=at < COUNT)
-
-
 def load_ahead(capability: int) -> bool:
     """On sm_90 the tensor cores take the weight from registers, and what Triton copies for them into shared memory it copies
     8 bytes at a time: there the weight is loaded into registers at once. Older chips copy 16."""
     return capability >= 90
-
-
-def is_large(x: Tensor) -> bool:
-    """Whether rows [M, K] are so many that the weight is better turned into floats once. float32 rows are from five on: the
-    tensor cores would need three products for each, in more registers than there are."""
-    return x.shape[0] > (GEMV_ROWS if x.dtype == torch.float32 else SKINNY_ROWS)
 
 
 def check_gemv_rows(config: Config, rows: int) -> None:
@@ -243,17 +215,6 @@ def dequantize(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def large_product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """torch's own product for many rows, then the activation of what it rounded to x's dtype."""
-    columns = output_columns(weight.shape[0], activation)
-    product = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    out = product if columns == weight.shape[0] else product.new_empty(x.shape[0], columns)
-    if activation != "none" and out.numel():
-        grid = (triton.cdiv(product.numel(), 1024),)
-        activate_kernel[grid](product, out, product.numel(), ACTIVATION=activation, BLOCK=1024)
-    return out
-
-
 @on_device_of_first
 def weight_only_linear(
     x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, *,
@@ -265,30 +226,31 @@ def weight_only_linear(
     if x.shape[-1] != columns or not qweight.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)} and qweight {tuple(qweight.shape)} must be contiguous and of one K")
     check_vectors(outputs, scale=scale, bias=bias)
-    flat = flat_rows(x)
-    rows = flat.shape[0]
-    shape = (*x.shape[:-1], output_columns(outputs, activation))
-    out = torch.empty(rows, shape[-1], dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out.reshape(shape)
-    if config is None and is_large(flat):
-        return large_product(flat, dequantize(qweight, scale, x.dtype), bias, activation).reshape(shape)
-    config = config or config_for(f"{kind}_weight_only", flat, outputs, columns, CONFIGS)
+
+    def kernel(flat: Tensor, out: Tensor) -> None:
+        _few_rows(flat, kind, raw, scale, bias, out, activation, config)
+
+    most = many_rows.weight_only_rows(x.dtype)
+    return many_rows.linear(x, outputs, bias, activation, config, most, lambda: dequantize(qweight, scale, x.dtype), kernel)
+
+
+def _few_rows(x, kind: str, raw: Tensor, scale, bias, out: Tensor, activation: str, config: Config | None) -> None:
+    """Fill out [M, N] from rows x [M, K] and bytes [N, K]."""
+    (rows, columns), outputs = x.shape, raw.shape[0]
+    config = config or config_for(f"{kind}_weight_only", x, outputs, columns, CONFIGS)
     check_gemv_rows(config, rows)
-    length, split = part_length(columns, config)
-    parts = torch.empty(split, rows, outputs, dtype=torch.float32, device=x.device) if split > 1 else None
+    length, split = part_length(columns, config.k, config.split)
+    parts = workspace(split, out, outputs)
     kernel, grid, ahead = gemv_kernel, (triton.cdiv(outputs, config.n), split), {}
     if config.m > GEMV_ROWS:
         ahead = {"AHEAD": load_ahead(capability_of(x))}
         kernel, grid = skinny_kernel, (triton.cdiv(outputs, config.n), triton.cdiv(rows, config.m), split)
     kernel[grid](
-        flat, raw, out, parts, scale, bias, rows, outputs, columns, length,
+        x, raw, out, parts, scale, bias, rows, outputs, columns, length,
         FORMAT=kind, ACTIVATION=activation, WHOLE_K=columns % config.k == 0,
         BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k, num_warps=config.warps, num_stages=config.stages, **ahead,
     )  # fmt: skip
-    if parts is not None:
-        reduce_parts(parts, out, None, None, scale, None, bias, activation)
-    return out.reshape(shape)
+    reduce_parts(parts, out, None, None, scale, None, bias, activation)
 
 
 def builds(capability: int) -> list[Build]:
@@ -306,7 +268,7 @@ def builds(capability: int) -> list[Build]:
             if not gemv:
                 arguments = insert_before(arguments, "BLOCK_M", "AHEAD", load_ahead(capability))
             name = f"{kind} weight-only {'gemv' if gemv else 'skinny'} {config}"
-            kernel, instruction = (gemv_kernel, "") if gemv else (skinny_kernel, bf16_instruction(capability))
+            kernel, instruction = (gemv_kernel, "") if gemv else (skinny_kernel, dot_instruction(capability, "bf16.bf16"))
             made.append(Build(name, kernel, arguments, config.warps, config.stages, instruction))
         arguments = {
             "w": "*i8" if kind == "int8" else "*u8", "out": "*bf16", "scale": "*fp32", "N": "i32", "K": "i32",
@@ -314,12 +276,8 @@ def builds(capability: int) -> list[Build]:
         }  # fmt: skip
         made.append(Build(f"{kind} dequantize", dequantize_kernel, arguments, 4, 3))
     arguments = {
-        "parts": "*fp32", "row_scale": None, "zero": None, "scale": "*fp32", "column_sum": None, "bias": "*bf16",
-        "out": "*bf16", "M": "i32", "N": "i32", "SPLIT": 4, "ACTIVATION": "none", "BLOCK_M": 4, "BLOCK_N": 256,
+        "parts": "*fp32", **epilogue_types("float"), "scale": "*fp32", "out": "*bf16", "M": "i32", "N": "i32", "SPLIT": 4,
+        "ACTIVATION": "none", "BLOCK_M": 4, "BLOCK_N": 256,
     }  # fmt: skip
     made.append(Build("reduce_parts weight-only", reduce_parts_kernel, arguments, 4, 3, wide="parts + "))
     return made
-
-
-def bf16_instruction(capability: int) -> str:
-    return r"wgmma\.mma_async\.[\w.]*bf16\.bf16" if capability == 90 else r"mma\.sync\.[\w.]*bf16\.bf16"

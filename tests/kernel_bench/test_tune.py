@@ -41,7 +41,7 @@ def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kerne
         entry = dispatch.measured("nvidia-h200", "int8", 32, 128)[70]
     finally:
         dispatch.table.cache_clear()
-    assert entry == dispatch.Entry(Config(None, 32, 32, 64, 4, 1, split=2), 10.0, 10.0)
+    assert entry == dispatch.Measurement(Config(None, 32, 32, 64, 4, 1, split=2), 10.0, 10.0)
 
 
 @needs_triton

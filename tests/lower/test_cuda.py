@@ -226,12 +226,12 @@ def table(tmp_path, monkeypatch):
     def write(*measured):
         (tmp_path / "cpu.json").write_text(json.dumps(entries(*measured)))
         dispatch.table.cache_clear()
-        dispatch.entry_for.cache_clear()
+        dispatch.measurement_for.cache_clear()
 
     yield write
     monkeypatch.undo()
     dispatch.table.cache_clear()
-    dispatch.entry_for.cache_clear()
+    dispatch.measurement_for.cache_clear()
 
 
 def test_a_layer_that_was_measured_to_be_slower_stays_dense(table):
