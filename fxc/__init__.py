@@ -11,19 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxc.compiled.model import CompiledModel
     from fxc.compiler import load, optimize
     from fxc.errors import FxcError
     from fxc.frontend.capture import capture
     from fxc.ir.program import Program
     from fxc.options import Options
     from fxc.passes.base import Pass
-    from fxc.runtime.model import CompiledModel
 
 __version__ = "0.1.0"
 __all__ = ["CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "load", "optimize"]
 
 _HOMES = {
-    "CompiledModel": "fxc.runtime.model",
+    "CompiledModel": "fxc.compiled.model",
     "FxcError": "fxc.errors",
     "Options": "fxc.options",
     "Pass": "fxc.passes.base",

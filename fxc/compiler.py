@@ -14,6 +14,7 @@ from torch import nn
 from fxc.artifact import companions, config_json, store
 from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Compilation, Configuration, Step
+from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.data.calibration import calibration_samples
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
@@ -25,7 +26,6 @@ from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
 from fxc.progress import Track, untracked
-from fxc.runtime.model import CompiledModel, compiled_model
 
 
 @one_at_a_time

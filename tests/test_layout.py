@@ -33,18 +33,19 @@ ALLOWED = {
     "fxc.lower": "errors ir neutral schemes fxc_kernels",
     "fxc.options": "passes source data artifact lower",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
-    "fxc.runtime": "errors safety ir neutral schemes frontend compilation artifact lower export",
-    "fxc.captured": "errors ir neutral source frontend artifact options",
+    "fxc.runtime": "errors ir schemes lower",
+    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
+    "fxc.captured": "errors neutral ir source frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress ir neutral data passes pipeline compilation artifact options captured export "
-    "lower runtime",
-    "fxc.measure": "errors safety ir source data frontend passes verify artifact runtime compiler",
+    "fxc.compiler": "errors progress neutral ir data passes compilation pipeline artifact lower options captured export "
+    "compiled",
+    "fxc.measure": "errors ir source data frontend passes verify compiled compiler",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
-    "fxc.report": "errors ir data analysis schemes passes compilation artifact lower runtime measure fxc fxc_kernels",
-    "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower runtime recipe compiler "
+    "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
+    "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower compiled recipe compiler "
     "measure kernel_bench report fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options runtime compiler",
+    "fxc": "errors ir frontend passes options compiled compiler",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxc.compiled.generate import CompiledCausalLM
 from fxc.frontend.capture import capture
 from fxc.ir.cache import empty_cache
 from fxc.ir.program import Program
-from fxc.runtime.generate import CompiledCausalLM
 from fxc.runtime.static_cache import CudaGraphs, StaticDecoder, run_directly, static_decoder
 
 # The published configuration of Qwen/Qwen2.5-7B.

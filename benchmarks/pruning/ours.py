@@ -15,8 +15,8 @@ from benchmarks.pruning.models import Model, built, inputs
 from benchmarks.pruning.oracle import exactness
 from benchmarks.pruning.outcome import HEADS, WIDTHS, Record, close, first, generated, same, tried
 from fxc.analysis.groups import groups
+from fxc.compiled.model import compiled_model
 from fxc.ir.program import Program
-from fxc.runtime.model import compiled_model
 from fxc.verify.compare import relative_error
 
 PASSES = f"prune:heads={HEADS}:ffn={WIDTHS}:channels={WIDTHS}"

@@ -16,12 +16,12 @@ from benchmarks.output import note
 from benchmarks.removal.subjects import Subject
 from benchmarks.timing import Timing, interleave
 from fxc.captured import Captured
+from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.compiler import compile_captured
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.lower.inductor import require_compiler
 from fxc.options import Options
-from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.verify.compare import run
 
 # The models that are timed are chosen by the first; what the second would have chosen is only rated.

@@ -16,12 +16,12 @@ from benchmarks.text import calibration_texts, texts
 from benchmarks.timing import Call
 from benchmarks.workloads import CONTEXT, PYLM, Decoder, Encoder
 from fxc.captured import Captured, capture_source
+from fxc.compiled.model import CompiledModel
 from fxc.data.decoder import decoder_sample
 from fxc.data.text import encode, tokenizer_of
 from fxc.ir.binding import bind
 from fxc.ir.program import Program
 from fxc.measure import evaluate
-from fxc.runtime.model import CompiledModel
 
 PREFILL = 256
 

@@ -10,6 +10,7 @@ from typing import Any
 import fxc
 from fxc.captured import capture_source
 from fxc.cli.sources import read_text
+from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.data.comparison import inputs_for
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
@@ -18,7 +19,6 @@ from fxc.measure import evaluate as quality
 from fxc.options import Options
 from fxc.report.compilation import change_text
 from fxc.report.console import Output
-from fxc.runtime.model import CompiledModel, compiled_model
 from fxc.source.load import kind_of, load_source
 
 _LARGEST_LAYERS = 15

@@ -10,11 +10,11 @@ import torch
 
 from fxc.captured import Captured
 from fxc.compilation import PerplexityChange, Stage, Step
+from fxc.compiled.model import compiled_model
 from fxc.ir.program import Program
 from fxc.measure import evaluate as quality
 from fxc.measure.bench import Entry, race
 from fxc.report.console import Output
-from fxc.runtime.model import compiled_model
 
 _TOO_SLOW = 2.0  # seconds of one call, above which timing every pass would take minutes
 _LENGTH, _NEW, _ROUNDS = 64, 8, 5

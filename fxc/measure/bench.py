@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxc.compiled.model import compiled_model
 from fxc.compiler import load
 from fxc.data.samples import has_length, sample_of_size
 from fxc.errors import UsageError
@@ -19,7 +20,6 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.runtime.model import compiled_model
 from fxc.source.load import kind_of, load_source
 
 _CALLS = 3

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxc.compiled.model import CompiledModel
 from fxc.data.comparison import for_both
 from fxc.data.text import windows
 from fxc.errors import UsageError, VerificationFailed
@@ -21,7 +22,6 @@ from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
-from fxc.runtime.model import CompiledModel
 from fxc.verify.compare import relative_error
 
 # Batches are cut so that their logits have about this many numbers.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fxc.artifact.companions import has_vocabulary
+from fxc.compiled.model import CompiledModel
 from fxc.data.text import tokenizer_of
 from fxc.errors import InputRefused, UsageError
-from fxc.runtime.model import CompiledModel
 
 _BEST = 5
 _FIRST = 8

@@ -1,1 +1,1 @@
-"""What runs a compiled model: artifacts on disk, the module with the original signature, generation."""
+"""Decoding over a cache of fixed size, on CUDA as a recorded graph."""

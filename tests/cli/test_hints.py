@@ -12,10 +12,10 @@ from repo import REPO
 
 import fxc
 from fxc.cli.app import app
+from fxc.compiled.model import CompiledModel
 from fxc.errors import UsageError
 from fxc.passes.base import Pass, parse_passes
 from fxc.pipeline import run_passes
-from fxc.runtime.model import CompiledModel
 from fxc.runtime.static_cache import StaticDecoder
 from fxc.source.load import load_source
 

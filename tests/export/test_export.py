@@ -16,6 +16,7 @@ from command import fxc_json
 
 import fxc
 from fxc.captured import Captured, files_of_module
+from fxc.compiled.model import compiled_model
 from fxc.compiler import compile_captured
 from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.export.configuration import describe_config
@@ -25,7 +26,6 @@ from fxc.ir.edit import constant
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
-from fxc.runtime.model import compiled_model
 from fxc.verify.compare import relative_error
 
 

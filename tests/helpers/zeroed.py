@@ -9,8 +9,8 @@ from families import build
 from removal import Attention, canonical, with_forward
 from torch import Tensor, nn
 
+from fxc.compiled.model import compiled_model
 from fxc.ir.program import Program
-from fxc.runtime.model import compiled_model
 from fxc.verify.compare import in_float64
 
 

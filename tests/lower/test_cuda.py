@@ -138,8 +138,8 @@ def test_a_model_stays_on_the_device_that_was_current(monkeypatch):
     model._device, used = torch.device("cuda"), []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr("fxc.runtime.model.lower", lambda program, device, *rest: (used.append(device), (program, []))[1])
-    monkeypatch.setattr("fxc.runtime.model.runnable", lambda *lowered: nn.Identity())
+    monkeypatch.setattr("fxc.compiled.model.lower", lambda program, device, *rest: (used.append(device), (program, []))[1])
+    monkeypatch.setattr("fxc.compiled.model.runnable", lambda *lowered: nn.Identity())
     model.lower()
     assert used == [model.device] == [torch.device("cuda:1")]
 

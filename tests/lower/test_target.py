@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 import fxc
 from fxc.cli.app import app
+from fxc.compiled.model import CompiledModel
 from fxc.errors import UsageError
 from fxc.lower.target import check_target
-from fxc.runtime.model import CompiledModel
 
 X = torch.ones(2, 64)
 WRONG = {

@@ -8,7 +8,7 @@ from families import build
 from removal import EXACT, canonical, difference, sliced
 from zeroed import generated
 
-from fxc.runtime.model import compiled_model
+from fxc.compiled.model import compiled_model
 from fxc.verify.compare import in_float64
 
 

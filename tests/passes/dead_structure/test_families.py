@@ -13,12 +13,12 @@ from zeroed import family, generated
 
 import fxc.passes
 from fxc.analysis.groups import Group, groups
+from fxc.compiled.model import compiled_model
 from fxc.data.samples import samples
 from fxc.ir.program import Program
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
-from fxc.runtime.model import compiled_model
 
 PRUNABLE = {  # how many groups of each kind may lose units
     "qwen2": {"head": 2, "kv_head": 2, "ffn": 2},

@@ -13,6 +13,7 @@ from torch import nn
 import fxc
 from fxc.analysis.groups import groups
 from fxc.captured import capture_source
+from fxc.compiled.model import CompiledModel
 from fxc.compiler import compile_captured
 from fxc.data.samples import drawn
 from fxc.errors import UsageError
@@ -22,7 +23,6 @@ from fxc.passes.prune import amount as prune_amount
 from fxc.passes.prune.amount import Judge, halves, judged_outputs, most_within
 from fxc.passes.prune.prune import Prune, with_drops
 from fxc.passes.prune.scores import scores
-from fxc.runtime.model import CompiledModel
 from fxc.verify.compare import run
 
 

@@ -10,9 +10,9 @@ from removal import sliced
 from torch import Tensor
 
 import fxc.passes
+from fxc.compiled.model import compiled_model
 from fxc.data.samples import samples
 from fxc.passes.prune.blocks import blocks, influence
-from fxc.runtime.model import compiled_model
 from fxc.verify.compare import in_float64
 
 

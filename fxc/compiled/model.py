@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
+from fxc.export.hugging_face import Exported, export
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
@@ -23,10 +24,6 @@ from fxc.lower.runnable import runnable
 from fxc.lower.target import check_target, lower
 from fxc.neutral import one_at_a_time
 from fxc.safety import listed
-
-if TYPE_CHECKING:
-    from fxc.export.hugging_face import Exported
-
 
 AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
 _TRACED = "a compiled model can be neither scripted nor traced"
@@ -227,8 +224,6 @@ class CompiledModel(nn.Module):
         """Write a plain Hugging Face folder, which `AutoModel.from_pretrained` loads without fxc: all of it, loaded back and
         compared, or nothing. Raises `UsageError` with the reason where no configuration says what the model is now, as
         where its layers differ or its weights are quantized."""
-        from fxc.export.hugging_face import export
-
         match self.report.get("source"):
             case {"kind": "folder", "id": str(origin)}:
                 sources = [Path(origin).expanduser()]
@@ -259,7 +254,7 @@ def _unpickled(
 def compiled_model(program: Program, record: Compilation | dict[str, Any], **options: Any) -> CompiledModel:
     """A `CompiledModel` of the kind that the program is: with `generate()` for a causal language model."""
     if is_causal_lm(program):
-        from fxc.runtime.generate import CompiledCausalLM
+        from fxc.compiled.generate import CompiledCausalLM
 
         return CompiledCausalLM(program, record, **options)
     return CompiledModel(program, record, **options)

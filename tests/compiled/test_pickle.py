@@ -12,8 +12,8 @@ from families import build
 from torch import nn
 
 import fxc
+from fxc.compiled.model import AS_IT_IS
 from fxc.errors import FxcError
-from fxc.runtime.model import AS_IT_IS
 
 
 def mlp():

@@ -11,9 +11,9 @@ from families import Mlp, build
 from torch import nn
 
 import fxc
+from fxc.compiled.model import compiled_model
 from fxc.errors import CaptureFailed, InputRefused, UsageError
 from fxc.ir import parse_program, print_program
-from fxc.runtime.model import compiled_model
 
 
 class Nested(nn.Module):

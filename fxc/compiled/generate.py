@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fxc.compiled.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.ir.cache import default_positions, empty_cache
-from fxc.runtime.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
 # What the generation loop hands to a model besides its inputs, and models leave alone.
