@@ -14,7 +14,6 @@ from tiny import save
 from torch import Tensor, nn
 
 import fxc
-from fxc.compiler import capture_source, compile_captured
 from fxc.data.decoder import decoder_inputs
 from fxc.errors import InputRefused, UsageError
 from fxc.ir import parse_program, print_program
@@ -23,7 +22,7 @@ from fxc.kernel_bench import cpu
 from fxc.kernel_bench.limits import weight_bytes
 from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import all_schemes, make
-from fxc.passes.base import Context, Pass, parse_passes
+from fxc.passes.base import Context, Pass
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.linears import PackLinears
 from fxc.report import sizes
@@ -189,8 +188,7 @@ class Named(nn.Module):
 
 
 def test_layers_keep_their_names():
-    source = capture_source(Named(), (torch.randn(4, 32),), check=False)
-    made = compile_captured(source, parse_passes("binary"))
+    made = fxc.optimize(Named(), (torch.randn(4, 32),), "binary")
     assert {"inner.binary.binary.signs", "inner.other.binary.signs", "inner.other.signs"} <= made.program.constants.keys()
     made.lower()
     assert {choice.fqn for choice in made.layers} == {"inner.binary", "inner.other"}
