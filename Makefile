@@ -1,5 +1,5 @@
 # make demo: compile the example model and generate text.   make test: lint and tests.   Both set everything up first.
-# PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from; make test SLOW=1 runs the tests marked slow too.
+# PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from; make test ALL=1 runs the tests marked slow too.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST_FLAGS ?=
-MARKED = $(if $(SLOW),,-m "not slow")
+MARKED = $(if $(ALL),,-m "not slow")
 
 .PHONY: demo test lint setup clean distclean
 .DEFAULT_GOAL := demo
@@ -21,7 +21,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal $(MARKED) $(PYTEST_FLAGS); \
 	tests=$$?; \
-	[ -n "$(SLOW)" ] || echo "make test: tests marked slow were left out: make test SLOW=1"; \
+	[ -n "$(ALL)" ] || echo "make test: tests marked slow were left out: make test ALL=1"; \
 	[ $$lint -eq 0 ] || echo "make test: ruff check failed, see the top" >&2; \
 	[ $$tests -ne 0 ] && exit $$tests || exit $$lint
 

@@ -22,7 +22,7 @@ def family(name: str) -> tuple[nn.Module, Program]:
 
 def generated(program: Program, model: nn.Module, ids: Tensor) -> Tensor:
     # In float64, so that no tie is broken by rounding.
-    compiled = compiled_model(in_float64(program), {}, config=model.config)
+    compiled = compiled_model(in_float64(program, typed=True), {}, config=model.config)
     return compiled.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
 
 

@@ -61,7 +61,9 @@ def pruned(pylm):
     return after(pylm[0], PRUNE)
 
 
-@pytest.mark.parametrize("spec", ["int4:group=64", *FORMATS[1:]])
+@pytest.mark.parametrize(
+    "spec", ["int4:group=64", *(pytest.param(s, marks=pytest.mark.slow) for s in ("fp8", "sparse24")), "sparse24,int8"]
+)
 def test_the_pruned_example_is_saved_reloaded_and_generates(pylm, pruned, tmp_path, spec):
     assert pruned.program.numel() < 0.9 * pylm[0].program.numel()
     model = compile_captured(pruned, Options(spec))

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import json, re, sys, time
 import torch
@@ -59,15 +61,17 @@ print(json.dumps({
 """
 
 
-def test_72b_is_captured_printed_parsed_and_planned_without_weights():
-    layers = 80
+# Four layers would not fit either, with 2 GB each; all 80 take the better part of a minute.
+@pytest.mark.parametrize("layers", [4, pytest.param(80, marks=pytest.mark.slow)])
+def test_72b_is_captured_printed_parsed_and_planned_without_weights(layers):
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(layers)], check=True, capture_output=True, text=True, timeout=600
     )
     found = json.loads(run.stdout.strip().splitlines()[-1])
-    assert 72e9 < found["parameters"] < 73e9
+    assert found["parameters"] == pytest.approx(2.49e9 + layers * 0.8777e9, rel=1e-3)
+    assert layers < 80 or 72e9 < found["parameters"] < 73e9
     assert found["changed"] == 7 * layers + 1
-    assert found["int8_bytes"] < 0.53 * found["bytes"]
+    assert found["int8_bytes"] < (0.53 if layers == 80 else 0.7) * found["bytes"]
     assert found["peak_bytes"] < 1.5e9
     units = {tuple(key): n for *key, n in found["units"]}
     assert units["head", 64, True] == units["kv_head", 8, True] == units["ffn", 29568, True] == layers

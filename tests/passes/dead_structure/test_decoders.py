@@ -40,7 +40,7 @@ def test_a_dead_layer_of_a_decoder_goes_with_its_cache(name):
     attention[0, :2] = 0
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.double().generate(ids, attention_mask=attention, **options)
-    compiled = compiled_model(in_float64(after), {}, config=model.config)
+    compiled = compiled_model(in_float64(after, typed=True), {}, config=model.config)
     assert torch.equal(compiled.generate(ids, attention_mask=attention, **options), expected)
 
 

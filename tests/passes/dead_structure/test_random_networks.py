@@ -23,6 +23,7 @@ from fxc.verify.compare import in_float64, relative_error, run
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
 
 SHARDS = {"rows": 8, "tokens": 9, "images": 9}
+QUICK = 3  # shards of each family that a plain run of the tests has
 PER_SHARD = 20
 SIZES = [(3, LENGTH), (1, 2), (5, LENGTH + 2)]  # (batch, length of token sequences)
 
@@ -106,7 +107,14 @@ def examples(number: int, shard: int, strategy: st.SearchStrategy, test: Callabl
         seed(1000 * shard + i)(quick(given(example=strategy)(lambda example: once(example))))()
 
 
-@pytest.mark.parametrize(("family", "shard"), [(f, i) for f, shards in SHARDS.items() for i in range(shards)])
+@pytest.mark.parametrize(
+    ("family", "shard"),
+    [
+        pytest.param(family, shard, marks=[pytest.mark.slow] * (shard >= QUICK))
+        for family, shards in SHARDS.items()
+        for shard in range(shards)
+    ],
+)
 def test_masked_and_sliced_agree(family, shard):
     examples(PER_SHARD, shard, networks(family), agrees)
 

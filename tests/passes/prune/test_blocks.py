@@ -65,5 +65,5 @@ def test_dropping_a_layer_of_a_decoder_is_leaving_it_out():
         layer.mlp.down_proj.weight.zero_()
     ids = torch.randint(3, 300, (1, 6), generator=torch.Generator().manual_seed(5))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    wide = compiled_model(in_float64(compiled.program), {}, config=compiled.config)
+    wide = compiled_model(in_float64(compiled.program, typed=True), {}, config=compiled.config)
     assert torch.equal(wide.generate(ids, **options), model.double().generate(ids, **options))
