@@ -6,11 +6,11 @@ import copy
 import gc
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from decoders import DECODERS, compiled
 from families import Mlp, _causal, build
 from lowered import for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,44 +20,7 @@ from fxc.errors import ResourceError, UsageError
 from fxc.lower.inductor import CompiledGraph
 from fxc.runtime import static_cache
 from fxc.runtime.decode_graph import decode_graph
-from fxc.runtime.static_cache import CudaGraphs, SlotCache, static_decoder
-
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gpt2", "mixtral", "qwen3_moe")
-
-
-def _others(name: str):
-    """Families whose positions or masks are made differently."""
-    import transformers
-
-    small = {"vocab_size": 320, "hidden_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    torch.manual_seed(3)
-    if name == "llama4":  # attention in chunks
-        options = {"head_dim": 16, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 128}
-        return _causal("Llama4TextConfig", **options).eval()
-    if name == "gpt_oss":  # sinks: a column more than keys, which is sliced off again
-        options = {"head_dim": 16, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2}
-        return _causal("GptOssConfig", **options).eval()
-    config = {
-        "bloom": lambda: transformers.BloomConfig(**small, n_layer=2, n_head=4),  # ALiBi, from the mask
-        "opt": lambda: transformers.OPTConfig(  # learned positions, from the mask
-            **small, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=64
-        ),
-        "gptj": lambda: transformers.GPTJConfig(
-            vocab_size=320, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, bos_token_id=1, eos_token_id=2
-        ),
-        "mpt": lambda: transformers.MptConfig(vocab_size=320, d_model=64, n_layers=1, n_heads=4, max_seq_len=128),
-    }[name]()
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-@cache
-def compiled(name: str):
-    model = build(name)[0] if name in DECODERS else _others(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)  # so that attention is not nearly uniform
-    return fxc.optimize(model, passes="", verify=False)
+from fxc.runtime.static_cache import SlotCache, static_decoder
 
 
 def arguments(length: int, new: int, **options):
@@ -328,89 +291,10 @@ def test_a_cache_that_is_not_its_own_is_refused():
     model._decoder = other._decoder = None
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2"])
-def test_keys_are_not_repeated_and_masks_are_made_once(name):
-    model = compiled(name)
-    step = decode_graph(model.lower(), model.program.signature)
-    aten = torch.ops.aten
-    attentions = step.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-    assert len(attentions) == 2
-    for node in attentions:
-        assert [each.target for each in node.args[1:3]] == [aten.index_copy_.default] * 2
-    assert len({node.args[3] for node in attentions}) == 1 and attentions[0].args[3].target is aten.to.dtype
-    made = {n.target for n in model.lower().graph.nodes if n.op == "get_attr"}
-    assert {n.target for n in step.graph.nodes if n.op == "get_attr"} == made
-    weights = dict(model.lower().named_buffers()) | dict(model.lower().named_parameters())
-    own = dict(step.named_buffers()) | dict(step.named_parameters())
-    assert own and all(t.data_ptr() == weights[n].data_ptr() for n, t in own.items()), "weights are shared"
-
-
-# What is not understood is refused.
-
-
-def test_a_model_that_measures_distance_from_the_end_is_refused():
-    with pytest.raises(UsageError, match="uses the number of cached tokens in a way that is not known"):
-        compiled("mpt").use_static_cache()
-
-
 def test_experts_cannot_be_captured():
     model = compiled("mixtral")
     with pytest.raises(UsageError, match="the host counts the rows of its experts"):
         static_decoder(model.lower(), model.program, torch.device("cuda"))
-
-
-def _changed(name, edit):
-    """decode_graph of the family's program after `edit` of its graph."""
-    program = compiled(name).program.copy()
-    edit(program.graph)
-    return decode_graph(program.module(), program.signature)
-
-
-def _first(graph, target):
-    return graph.find_nodes(op="call_function", target=target)[0]
-
-
-def _window_of_the_last(graph):
-    append = next(n for n in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default) if n.args[1] == -2)
-    with graph.inserting_after(append):
-        last = graph.call_function(torch.ops.aten.slice.Tensor, (append, 2, -4, 2**63 - 1))
-    last.meta = dict(append.meta)
-    append.replace_all_uses_with(last, delete_user_cb=lambda user: user not in (last, graph.output_node()))
-
-
-def _reads_the_cache(graph):
-    past = graph.find_nodes(op="placeholder")[3]
-    with graph.inserting_before(graph.output_node()):
-        total = graph.call_function(torch.ops.aten.neg.default, (past,))
-    (logits, *present) = graph.output_node().args[0]
-    graph.output_node().args = ((logits, total, *present[1:]),)
-
-
-def _returns_something_else(graph):
-    (logits, first, second, *rest) = graph.output_node().args[0]
-    graph.output_node().args = ((logits, second, first, *rest),)
-
-
-def _counts_cached_tokens(graph):
-    size = next(n for n in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int) if n.args[1] == 2)
-    hidden = graph.output_node().args[0][0]
-    with graph.inserting_before(graph.output_node()):
-        scaled = graph.call_function(torch.ops.aten.div.Tensor, (hidden, size))
-    graph.output_node().args = ((scaled, *graph.output_node().args[0][1:]),)
-
-
-@pytest.mark.parametrize(
-    ("edit", "says"),
-    [
-        (_window_of_the_last, "takes a part of what it has cached"),
-        (_reads_the_cache, "does more with its cache than append"),
-        (_returns_something_else, "present.0.key is not its cache"),
-        (_counts_cached_tokens, "in a way that is not known"),
-    ],
-)
-def test_other_uses_of_the_cache_are_refused(edit, says):
-    with pytest.raises(UsageError, match=says):
-        _changed("qwen2", edit)
 
 
 def test_the_check_sees_a_step_that_ignores_the_mask():
@@ -421,71 +305,6 @@ def test_the_check_sees_a_step_that_ignores_the_mask():
     step.recompile()
     with pytest.raises(UsageError, match="logits differ by"):
         static_cache.check_step(model.lower(), step, model.program, model.device)
-
-
-# CudaGraphs, as far as it can be known without a GPU.
-
-
-class _Context:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def wait_stream(self, other):
-        pass
-
-
-def _cuda(monkeypatch, capture=_Context):
-    """torch.cuda with a capture that replays a tape."""
-    log, streams = [], set()
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    def graph(graph, pool, stream, capture_error_mode):
-        log.append(("capture", pool))
-        streams.add(stream)
-        assert capture_error_mode == "thread_local", "other threads allocate meanwhile"
-        return capture()
-
-    for name, value in {
-        "device": lambda device: _Context(),
-        "graph_pool_handle": lambda: "pool",
-        "Stream": _Context,
-        "current_stream": _Context,
-        "stream": lambda stream: stream,
-        "CUDAGraph": Graph,
-        "graph": graph,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return log, streams
-
-
-def test_a_step_is_warmed_up_captured_and_replayed(monkeypatch):
-    log, streams = _cuda(monkeypatch)
-    graphs = CudaGraphs(torch.device("cuda"))
-    result = torch.zeros(1)
-    replay = graphs(lambda: (log.append("run"), result)[1])
-    assert log == ["run", "run", "run", ("capture", "pool"), "run"]
-    assert replay() is result and replay() is result and log[-2:] == ["replay", "replay"]
-    graphs(lambda: result)
-    assert log[-1] == ("capture", "pool") and len(streams) == 1, "graphs share one pool, which needs one stream"
-    assert streams == {graphs.stream}, "torch's own stream for captures is on the device of the first capture"
-
-
-def test_a_capture_that_fails_is_an_error_in_plain_words(monkeypatch):
-    class Fails(_Context):
-        def __exit__(self, *_):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-
-    _cuda(monkeypatch, Fails)
-    with pytest.raises(UsageError) as caught:
-        CudaGraphs(torch.device("cuda"))(lambda: torch.zeros(1))
-    assert "cannot be captured in a CUDA graph" in str(caught.value) and "more" not in str(caught.value)
-    assert "operation not permitted" in caught.value.why and "without static_cache" in caught.value.hint
 
 
 def test_short_memory_is_a_resource_error(monkeypatch):
