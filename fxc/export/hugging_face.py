@@ -21,7 +21,7 @@ from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.configuration import Fit, changed_fields, describe, weight
 from fxc.frontend.calls import WithCache, calls_of
-from fxc.frontend.capture import tolerance
+from fxc.frontend.check import tolerance
 from fxc.ir.cache import cache_types, is_causal_lm
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten

@@ -154,6 +154,6 @@ def test_a_failure_of_torchs_own_decomposition_leaves_the_reason_why_it_was_trie
     def fails(*_):
         raise AttributeError("'NoneType' object has no attribute 'size'")
 
-    monkeypatch.setattr("fxc.frontend.capture._functionalized", fails)
+    monkeypatch.setattr("fxc.frontend.capture.functionalized", fails)
     with pytest.raises(CaptureFailed, match="read later through another view"):
         fxc.capture(Function(function), (torch.randn(4, 32),))
