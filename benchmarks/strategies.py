@@ -25,7 +25,8 @@ from benchmarks.workloads import PYLM
 from fxc.data.text import encode, tokenizer_of
 from fxc.kernel_bench.files import slug
 from fxc.lower.inductor import require_compiler
-from fxc.measure import bench, evaluate
+from fxc.measure import bench
+from fxc.measure.perplexity import perplexity
 from fxc.report.sizes import on_disk
 from fxc.source.load import load_source
 
@@ -60,7 +61,7 @@ def measure(strategies: tuple[str, ...], backend: str, windows: int, rounds: int
     for name, nbytes, entry, row in zip(names, sizes, entries, timed, strict=True):
         note(f"perplexity of {name}")
         model = load_source(str(PYLM)).model if name == "as it comes" else entry.model
-        found = evaluate.perplexity(model, tokens, limit=windows)
+        found = perplexity(model, tokens, limit=windows)
         rows.append(
             {"name": name, "how": entry.how, "disk_bytes": nbytes, "perplexity": found.value, "tokens": found.tokens,
              "ms": {phase: row.median(phase) for phase in row.milliseconds},

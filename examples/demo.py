@@ -14,7 +14,8 @@ import fxc
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import FxcError, UsageError
 from fxc.lower.inductor import require_compiler
-from fxc.measure import bench, evaluate
+from fxc.measure import bench
+from fxc.measure.perplexity import perplexity, relative_change
 from fxc.report import compilation, sizes
 from fxc.report.console import Output, ratio, size
 from fxc.report.lowering import describe
@@ -42,7 +43,7 @@ def main(model: Path, out: Path, output: Output) -> None:
     text = (model / "heldout.txt").read_text(encoding="utf-8")
     tokens = encode(tokenizer_of(model), text)
     losses = [
-        evaluate.perplexity(m, tokens, limit=WINDOWS, track=lambda items, w=which: output.track(items, f"perplexity, {w}"))
+        perplexity(m, tokens, limit=WINDOWS, track=lambda items, what, n, w=which: output.track(items, f"{what}, {w}", n))
         for m, which in ((original.model, "original"), (packed, "int8"))
     ]
 
@@ -58,7 +59,7 @@ def main(model: Path, out: Path, output: Output) -> None:
         before, after = first.median(phase), last.median(phase)
         table.append((what, f"{before:.2f}", f"{after:.2f}", ratio(after, before)))
     output.table("int8", ["", ">before", ">after", ">ratio"], table)
-    output.line(f"perplexity: {compilation.change_text(*evaluate.change(*losses))}, {losses[0].tokens:,} held-out tokens")
+    output.line(f"perplexity: {compilation.change_text(*relative_change(*losses))}, {losses[0].tokens:,} held-out tokens")
     output.line(compilation.coverage_text(packed.record))
     output.line(f"timed: before as {first.entry.how}, after as {last.entry.how}, on the CPU, batch 1")
     for row in rows[1:-1]:

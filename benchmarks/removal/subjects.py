@@ -21,7 +21,7 @@ from fxc.data.decoder import decoder_sample
 from fxc.data.text import encode, tokenizer_of
 from fxc.ir.binding import bind
 from fxc.ir.program import Program
-from fxc.measure import evaluate
+from fxc.measure.perplexity import perplexity
 
 PREFILL = 256
 
@@ -122,4 +122,4 @@ class PyLM(Subject):
         return decoder_sample(program, 1, *((PREFILL, 0) if size == "prefill" else (1, CONTEXT)))
 
     def rate(self, model: CompiledModel) -> float:
-        return evaluate.perplexity(model, self.tokens, limit=self.windows).value
+        return perplexity(model, self.tokens, limit=self.windows).value

@@ -15,7 +15,8 @@ from fxc.data.comparison import inputs_for
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm
-from fxc.measure import evaluate as quality
+from fxc.measure.agreement import agreement, layer_agreement
+from fxc.measure.perplexity import Perplexity, perplexity, relative_change
 from fxc.options import Options
 from fxc.report.compilation import change_text
 from fxc.report.console import Output
@@ -78,10 +79,10 @@ def _perplexity_of(request: EvalRequest, text: str, output: Output) -> dict[str,
     return {"perplexity": measured.value, "tokens": measured.tokens, "window": measured.window}
 
 
-def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str, output: Output) -> quality.Perplexity:
+def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str, output: Output) -> Perplexity:
     tokens = encode(tokenizer_of(folder), text)
-    return quality.perplexity(
-        model, tokens, request.window, limit=request.windows, track=lambda items: output.track(items, "perplexity")
+    return perplexity(
+        model, tokens, request.window, limit=request.windows, track=output.track
     )
 
 
@@ -90,9 +91,9 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
     causal = is_causal_lm(original.program)
     tokenizer = tokenizer_of(other or folder) if text is not None else None
     inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
-    found = quality.agreement(model, original, inputs, track=lambda items: output.track(items, "comparing outputs"))
+    found = agreement(model, original, inputs, track=output.track)
     with output.doing("comparing layers"):
-        layers = quality.layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])
+        layers = layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])
     result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
     output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])
     reshaped = [layer.name for layer in layers if layer.own == float("inf")]
@@ -105,7 +106,7 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
         output.line(f"{len(reshaped)} have outputs of another shape and cannot be compared")
     if causal and text is not None:
         before, after = (_perplexity(m, other or folder, request, text, output) for m in (original, model))
-        relative, error = quality.change(before, after)
+        relative, error = relative_change(before, after)
         output.line(f"perplexity {before.value:.4f} -> {after.value:.4f}: {change_text(relative, error)}")
         result |= {"perplexity": after.value, "perplexity_against": before.value, "tokens": after.tokens}
         result |= {"window": after.window, "perplexity_change": relative, "perplexity_change_standard_error": error}

@@ -12,8 +12,8 @@ from fxc.captured import Captured
 from fxc.compilation import PerplexityChange, Stage, Step
 from fxc.compiled.model import compiled_model
 from fxc.ir.program import Program
-from fxc.measure import evaluate as quality
 from fxc.measure.bench import Entry, race
+from fxc.measure.perplexity import Perplexity, perplexity, relative_change
 from fxc.report.console import Output
 
 _TOO_SLOW = 2.0  # seconds of one call, above which timing every pass would take minutes
@@ -50,17 +50,17 @@ class Stages:
             self._time(stages, entries, device, output)
         if tokens is None:
             return stages, None
-        measured: list[quality.Perplexity] = []
+        measured: list[Perplexity] = []
         for stage, entry, (name, _, is_policy) in zip(stages, entries, named, strict=True):
             if not measured or is_policy:
                 measured.append(
-                    quality.perplexity(
-                        entry.model, tokens, track=lambda items, name=name: output.track(items, f"perplexity {name}")
+                    perplexity(
+                        entry.model, tokens, track=lambda items, what, n, name=name: output.track(items, f"{what} {name}", n)
                     )
                 )
             stage.perplexity = measured[-1].value
         before, after = measured[0], measured[-1]
-        change, error = quality.change(before, after)
+        change, error = relative_change(before, after)
         return stages, PerplexityChange(before.value, after.value, change, error, before.tokens, before.window)
 
     def _time(self, stages: list[Stage], entries: list[Entry], device: str | None, output: Output) -> None:

@@ -15,7 +15,7 @@ from fxc.data.decoder import decoder_inputs
 from fxc.data.samples import samples
 from fxc.data.text import encode, tokenizer_of
 from fxc.ir import print_program
-from fxc.measure import evaluate
+from fxc.measure.perplexity import perplexity, relative_change
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
@@ -31,7 +31,7 @@ WORSE = {"int4": 0.04, "fp8": 0.02, "sparse24": 0.9, "sparse24,int8": 0.9}
 def pylm(pylm_dir):
     source = after(capture_source(str(pylm_dir), options=Options(verify=False)), "canonicalize")
     tokens = encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
-    return source, tokens, evaluate.perplexity(portable(source.program), tokens, limit=WINDOWS)
+    return source, tokens, perplexity(portable(source.program), tokens, limit=WINDOWS)
 
 
 def after(source, passes: str):
@@ -40,7 +40,7 @@ def after(source, passes: str):
 
 
 def portable(program):
-    """The program by its operators' own definitions, as `evaluate.perplexity` calls a model."""
+    """The program by its operators' own definitions, as `perplexity` calls a model."""
     module = program.module()
     return lambda input_ids, use_cache: SimpleNamespace(logits=module(*decoder_inputs(program, input_ids))[0])
 
@@ -51,7 +51,7 @@ def test_the_example_is_saved_reloaded_and_generates(pylm, tmp_path, spec):
     model = compile_captured(source, Options(spec))
     assert model.report["bytes_after"] < (0.67 if spec == "sparse24" else 0.62) * model.report["bytes_before"]
     assert {r["fqn"] for r in model.report["passes"][-1]["refusals"]} == {"model.embed_tokens"}
-    change, _ = evaluate.change(original, evaluate.perplexity(portable(model.program), tokens, limit=WINDOWS))
+    change, _ = relative_change(original, perplexity(portable(model.program), tokens, limit=WINDOWS))
     assert change < WORSE[spec]
     reloaded_says_the_same(model, tmp_path / "out", tokens)
 

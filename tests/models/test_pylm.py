@@ -15,7 +15,7 @@ import fxc
 from fxc.cli.app import app
 from fxc.data.decoder import decoder_inputs
 from fxc.data.text import encode, tokenizer_of
-from fxc.measure import evaluate
+from fxc.measure.perplexity import perplexity
 from fxc.source.load import load_source
 
 WINDOWS = 60
@@ -34,8 +34,8 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
     compiled.save(tmp_path / "out")
 
     tokens = encode(tokenizer_of(pylm_dir), (pylm_dir / "heldout.txt").read_text(encoding="utf-8"))
-    original = evaluate.perplexity(load_source(str(pylm_dir)).model, tokens, limit=WINDOWS)
-    small = evaluate.perplexity(compiled, tokens, limit=WINDOWS)
+    original = perplexity(load_source(str(pylm_dir)).model, tokens, limit=WINDOWS)
+    small = perplexity(compiled, tokens, limit=WINDOWS)
     assert original.value < 15, "the example is a trained model, and its tokenizer the one it was trained with"
     assert abs(small.value / original.value - 1) < 0.01
     # This machine may run some layers in float because that is faster: the integers have to be as good by themselves.
@@ -44,7 +44,7 @@ def test_int8_keeps_perplexity_and_is_reloaded_by_a_fresh_process(pylm_dir, tmp_
     def unlowered(input_ids, use_cache):
         return SimpleNamespace(logits=module(*decoder_inputs(compiled.program, input_ids))[0])
 
-    portable = evaluate.perplexity(unlowered, tokens, limit=WINDOWS)
+    portable = perplexity(unlowered, tokens, limit=WINDOWS)
     assert abs(portable.value / original.value - 1) < 0.01
 
     ids = fxc_command("run", str(tmp_path / "out"), "--prompt", "import os\n", "--max-new-tokens", "8", "--json")
@@ -88,6 +88,6 @@ def test_prune_with_data_stays_within_its_budget_on_other_data(pylm_dir, tmp_pat
 def _rise(model, original, tokens) -> float:
     """By what share the loss of a token rises."""
     before, after = (
-        math.log(evaluate.perplexity(m, tokens, limit=WINDOWS).value) for m in (load_source(str(original)).model, model)
+        math.log(perplexity(m, tokens, limit=WINDOWS).value) for m in (load_source(str(original)).model, model)
     )
     return after / before - 1

@@ -1,106 +1,27 @@
-"""How good a model is, and how far from another: perplexity on a text, agreement at the output and layer by layer."""
+"""How near one model is to another: at the output, and layer by layer."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxc.compiled.model import CompiledModel
 from fxc.data.comparison import for_both
-from fxc.data.text import windows
-from fxc.errors import UsageError, VerificationFailed
+from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.names import layer_of, weight_of
 from fxc.ir.observe import observe, values_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
+from fxc.progress import Track, untracked
 from fxc.verify.compare import relative_error
-
-# Batches are cut so that their logits have about this many numbers.
-_LOGITS = 1 << 26
-_MOST_ROWS = 8
-# exp of it is still a float64.
-_WORST_LOSS = 700
-
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-
-
-# ----------------------------------------------------------------------------------------------------------- perplexity
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """value: exp of the mean loss; tokens: how many were scored; losses, counts: for each window, the sum of its losses
-    in nats and how many tokens that sum is over."""
-
-    value: float
-    tokens: int
-    window: int
-    losses: list[float]
-    counts: list[int]
-
-
-def perplexity(
-    model: Callable[..., Any], tokens: Tensor, window: int = 256, *, limit: int | None = None, track: Track = iter
-) -> Perplexity:
-    """The perplexity of a causal language model over windows that do not overlap; every token but a window's first is
-    scored. model: called with input_ids [B, S] int64, returns an object with .logits [B, S, V]; tokens: [T] int64.
-
-    Raises `UsageError` when there are too few tokens, one that the model does not have, or windows longer than it
-    takes, and `VerificationFailed` when the model gives something that is not a number.
-    """
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None) or 32_000
-    longest = getattr(config, "max_position_embeddings", None) or window
-    if window < 2 or window > longest:
-        raise UsageError(f"a window of {window} tokens", why=f"the model takes 2 to {longest}", hint="--window N")
-    if len(tokens) < 2:
-        raise UsageError(f"the text has {len(tokens)} tokens, too few to predict one")
-    if int(tokens.max()) >= vocabulary:
-        raise UsageError(
-            f"the text has the token {int(tokens.max())}, and the model knows {vocabulary}",
-            hint="the tokenizer belongs to another model",
-        )
-    rows = min(_MOST_ROWS, max(1, _LOGITS // (window * vocabulary)))
-    losses, counts = [], []
-    for ids in track(windows(tokens, window, rows, limit)):
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(getattr(model, "device", "cpu")), use_cache=False).logits
-        for row, expected in zip(logits, ids):
-            loss = torch.nn.functional.cross_entropy(row[:-1].float().cpu(), expected[1:], reduction="sum").item()
-            if not math.isfinite(loss):
-                raise VerificationFailed(
-                    f"the loss of window {len(losses)} is {loss}", hint="the model's logits hold NaN or infinities"
-                )
-            losses.append(loss)
-            counts.append(len(expected) - 1)
-    mean = sum(losses) / sum(counts)
-    if mean > _WORST_LOSS:
-        raise VerificationFailed(f"the mean loss is {mean:.0f} nats", hint="no perplexity can be computed: the model is broken")
-    return Perplexity(math.exp(mean), sum(counts), window, losses, counts)
-
-
-def change(before: Perplexity, after: Perplexity) -> tuple[float, float | None]:
-    """The relative change of perplexity and its standard error, from the paired differences of the windows; of a single
-    window there is no such error."""
-    total = sum(before.counts)
-    differences = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
-    mean = sum(differences) / total
-    spread = sum((d - n * mean) ** 2 for d, n in zip(differences, before.counts))
-    count = len(differences)
-    error = math.sqrt(spread * count / (count - 1)) / total if count > 1 else None
-    return math.expm1(mean), error
-
-
-# ------------------------------------------------------------------------------------------------------------ agreement
 
 
 @dataclass(frozen=True)
@@ -113,17 +34,8 @@ class LayerError:
     accumulated: float
 
 
-@dataclass
-class Agreement:
-    """outputs: measure -> value; inputs: what the two models were given; layers: the largest own error first."""
-
-    outputs: dict[str, float]
-    inputs: str
-    layers: list[LayerError] = field(default_factory=list)
-
-
 def agreement(
-    model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], *, track: Track = iter
+    model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], *, track: Track = untracked
 ) -> dict[str, float]:
     """How near `model` is to `original` in the first floating-point output, over sets of flat inputs.
 
@@ -142,7 +54,7 @@ def agreement(
     causal = is_causal_lm(program)
     difference = magnitude = 0.0
     values: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for tensors in track(inputs):
+    for tensors in track(inputs, "comparing outputs", len(inputs)):
         given = for_both(tensors, model.program, program)
         found, expected = (m.run(its)[index].float().cpu() for m, its in zip((model, original), given, strict=True))
         if found.shape != expected.shape:
