@@ -39,7 +39,7 @@ ALLOWED = {
     "fxc.recipe": "errors",
     "fxc.compiler": "errors progress neutral ir data passes compilation pipeline artifact lower options captured export "
     "compiled",
-    "fxc.measure": "errors ir source data frontend passes verify compiled compiler",
+    "fxc.measure": "errors progress ir source data frontend passes verify compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
     "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower compiled recipe compiler "
