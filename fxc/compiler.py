@@ -68,16 +68,10 @@ def compile_captured(
     if options.calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
             context.samples = calibration_samples(before, options.calib, folder=folder, config=captured.config, track=track)
-    config, why_not = captured.config, None
+    described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
-        """Say in the configuration what removal leaves, before a pass that packs weights hides their shapes."""
-        nonlocal config, why_not
-        is_smaller = step.parameters_after < step.parameters_before
-        is_packed = FLOAT_WEIGHTS.check(after) or DENSE_WEIGHTS.check(after)
-        if is_smaller and not is_packed and captured.config is not None:
-            described, why_not = describe_config(after, captured.config)
-            config = captured.config if described is None else described
+        described.follow(step, after)
         if on_step is not None:
             on_step(step, after)
 
@@ -94,6 +88,7 @@ def compile_captured(
     )
     if captured.borrowed:
         own_constants(program, before)
+    config, changes = described.config, described.changes()
     record = Compilation(
         source=captured.source,
         dtype=str(options.dtype).removeprefix("torch."),
@@ -106,15 +101,11 @@ def compile_captured(
         coverage=_coverage(before, steps),
         earlier=captured.passes,
         passes=steps,
+        configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
     )
-    files, changes = captured.files, {}
-    if config is not captured.config and (changes := changed_fields(captured.config, config)):
-        files = files | {"config.json": config_json.encode(config, program.metadata["class"])}
-    if plan := next((s.repeat for s in steps if s.repeat), None):
-        drops = parse_passes(plan)[0].drop.split(";")
-        files = files | {"plan.json": (json.dumps({"drop": drops}, indent=0) + "\n").encode()}
-    if changes or why_not:
-        record.configuration = Configuration(changes, why_not)
+    files = captured.files | _plan(steps)
+    if changes:
+        files["config.json"] = config_json.encode(config, program.metadata["class"])
     return compiled_model(
         program,
         record,
@@ -124,6 +115,34 @@ def compile_captured(
         device=options.device,
         backend=options.backend,
     )
+
+
+class _Described:
+    """The Hugging Face configuration of what removal leaves, or why none says it, found before a pass that packs weights hides
+    their shapes."""
+
+    def __init__(self, original: Any):
+        self.original = self.config = original
+        self.why_not: str | None = None
+
+    def follow(self, step: Step, after: Program) -> None:
+        is_smaller = step.parameters_after < step.parameters_before
+        is_packed = FLOAT_WEIGHTS.check(after) or DENSE_WEIGHTS.check(after)
+        if is_smaller and not is_packed and self.original is not None:
+            found, self.why_not = describe_config(after, self.original)
+            self.config = self.original if found is None else found
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        return {} if self.config is self.original else changed_fields(self.original, self.config)
+
+
+def _plan(steps: Sequence[Step]) -> dict[str, bytes]:
+    """plan.json, which makes the decisions of a pass that chose by itself again."""
+    again = next((s.repeat for s in steps if s.repeat), None)
+    if again is None:
+        return {}
+    drops = parse_passes(again)[0].drop.split(";")
+    return {"plan.json": (json.dumps({"drop": drops}, indent=0) + "\n").encode()}
 
 
 def _coverage(before: Program, steps: Sequence[Step]) -> float:
