@@ -23,7 +23,7 @@ from benchmarks.output import RESULTS, note, quiet, write
 from benchmarks.python_source import python_source
 from benchmarks.workloads import PYLM
 from fxc.data.text import encode, tokenizer_of
-from fxc.kernel_bench.files import slug
+from fxc.kernel_bench.files import slug, versions_text
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench
 from fxc.measure.perplexity import perplexity
@@ -79,7 +79,7 @@ def markdown(report: dict) -> str:
         f"{machine['cores']} cores, threads: {report['threads']}, load before: {report['load_before']}, backend "
         f"{report['backend']}, median of {report['rounds']} interleaved rounds, batch 1; perplexity over {rows[0]['tokens']:,} "
         "held-out tokens, nothing was trained afterwards. "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version) + ".",
+        f"{versions_text(report['versions'])}.",
         "",
         "| passes | on disk | perplexity | prefill of 128, ms | decode of a token, ms | runs its layers as |",
         "|---|---|---|---|---|---|",

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmarks.timing import Timing
 from fxc.kernel_bench.cpu_platform import FLAGS
-from fxc.kernel_bench.files import markdown_table
+from fxc.kernel_bench.files import markdown_table, versions_text
 from fxc.kernel_bench.files import versions as versions_of
 from fxc.lower.remembered import cpu_name
 
@@ -29,6 +29,16 @@ def hardware() -> dict:
 def versions() -> dict[str, str | None]:
     """Of each package, its version, or None when it is not installed."""
     return versions_of(PACKAGES)
+
+
+def conditions(report: dict) -> str:
+    """On what machine and how a report's times were taken, in a sentence or two."""
+    machine, protocol = report["hardware"], report["protocol"]
+    return (
+        f"{machine['cores']} cores ({', '.join(machine['flags']) or 'none known'}), threads: {protocol['threads']}, "
+        f"interleaved rounds: {protocol['rounds']}, load before the run: {protocol['load_before']}. "
+        f"{versions_text(report['versions'])}."
+    )
 
 
 def record(timing: Timing, baseline: Timing, cosine: float) -> dict:
@@ -76,14 +86,10 @@ def rich_table(result: dict) -> Table:
 
 def markdown(report: dict) -> str:
     """The whole report for reading: the machine, then one table per workload with its left-out rows below."""
-    machine, protocol = report["hardware"], report["protocol"]
     lines = [
-        f"# Latency on {machine['cpu']}",
+        f"# Latency on {report['hardware']['cpu']}",
         "",
-        f"{machine['cores']} cores ({', '.join(machine['flags']) or 'none known'}), threads: {protocol['threads']}, "
-        f"interleaved rounds: {protocol['rounds']}, load before the run: {protocol['load_before']}. "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-        + ". Each cell: median over rounds in ms, times faster than the first row, lowest-highest.",
+        f"{conditions(report)} Each cell: median over rounds in ms, times faster than the first row, lowest-highest.",
     ]
     for result in report["workloads"]:
         body = [[cell.replace("\n", "<br>") for cell in line] for line in cells(result)]

@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.pruning.oracle import EXACT
 from benchmarks.pruning.ours import PASSES
 from benchmarks.pruning.outcome import Record
-from fxc.kernel_bench.files import markdown_table
+from fxc.kernel_bench.files import markdown_table, versions_text
 
 
 def complete(record: Record) -> bool:
@@ -122,8 +122,7 @@ def markdown(report: Record) -> str:
         f"# Structured pruning on {hardware['cpu']}",
         "",
         f"{hardware['cores']} cores, {hardware['memory']}, threads: {report['protocol']['threads']}. "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
-        + ".",
+        f"{versions_text(report['versions'])}.",
         "",
         f'fxc: `optimize(model, inputs, passes="{PASSES}")`, the same line for every model. torch-pruning: the same shares, '
         "local ranking, with the heads, the layers to leave alone, the repairs and the configuration of each model given by "

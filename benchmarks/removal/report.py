@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.removal.measure import CRITERION, PLAIN, passes
+from benchmarks.table import conditions
 from fxc.kernel_bench.files import markdown_table
 
 FORMS = ("dense", "int8", "masked")
@@ -10,13 +11,10 @@ FORMS = ("dense", "int8", "masked")
 
 def markdown(report: dict) -> str:
     """The whole report for reading: of each model what is left and how good it is, then a table of times for each size."""
-    machine, protocol = report["hardware"], report["protocol"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     lines = [
-        f"# What removal is worth on {machine['cpu']}",
+        f"# What removal is worth on {report['hardware']['cpu']}",
         "",
-        f"{machine['cores']} cores ({', '.join(machine['flags']) or 'none known'}), threads: {protocol['threads']}, "
-        f"interleaved rounds: {protocol['rounds']}, load before the run: {protocol['load_before']}. {versions}.",
+        conditions(report),
         "",
         "Of each model that share of the heads and of the FFN channels of every layer goes "
         f'(`passes="{passes(0.25, CRITERION)}"` and so on), '

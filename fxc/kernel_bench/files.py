@@ -20,6 +20,11 @@ def versions(packages: Sequence[str]) -> dict[str, str | None]:
     return found
 
 
+def versions_text(found: dict[str, str | None]) -> str:
+    """ "python 3.12.1, torch 2.13.0", of what is installed."""
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
+
+
 def slug(name: str) -> str:
     """ "Intel(R) Xeon(R) Processor" -> "intel-xeon-processor"."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")

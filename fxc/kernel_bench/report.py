@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxc.kernel_bench import plots
-from fxc.kernel_bench.files import markdown_table, versions, write_texts
+from fxc.kernel_bench.files import markdown_table, versions, versions_text, write_texts
 from fxc.kernel_bench.limits import Peaks
 from fxc.kernel_bench.run import Result, Row
 from fxc.kernel_bench.summary import Line, summarise
@@ -153,7 +153,7 @@ def remarks(result: Result) -> list[str]:
 
 
 def as_markdown(report: Report, pictures: Sequence[str]) -> str:
-    present = ", ".join(f"{name} {version}" for name, version in versions(report.packages).items() if version)
+    present = versions_text(versions(report.packages))
     facts = ", ".join(f"{name}: {value}" for name, value in report.protocol.items() if value is not None)
     about = [report.about["timing"], report.about["weights"], peaks_text(report.peaks), telemetry_text(report.result)]
     lines = [
