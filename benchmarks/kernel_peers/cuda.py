@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from fxc.kernel_bench.contender import HALF, INT8, Bind, Contender, of_function
-from fxc.kernel_bench.cuda import no_fp8
-from fxc.kernel_bench.weights import Weights, group_of, quantize_symmetric
+from fxc.kernel_bench.weights import Weights, group_of, known, quantize_symmetric
 from fxc_kernels import int4_linear
 from fxc_kernels.sparse24_linear import unpack
 
@@ -32,7 +31,7 @@ def _of_scheme(scheme: str, capability: int) -> list[Contender]:
             torchao("torchao int8", scheme, "int8", "Int8DynamicActivationInt8WeightConfig", OWN),
         ]
     if scheme == "fp8":
-        absent = no_fp8(capability)
+        absent = known(scheme).product.why_not(capability)
         return [
             gemlite("gemlite fp8", scheme, "fp8", _gemlite_dynamic("A8W8_fp8_dynamic"), OWN, absent),
             torchao("torchao fp8", scheme, "fp8", "Float8DynamicActivationFloat8WeightConfig", OWN, absent),

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from fxc.kernel_bench.contender import FP8, HALF, INT8, Bind, Contender, int8pack, of_function
-from fxc.kernel_bench.weights import Weights, format_of, group_of, quantize_symmetric
-from fxc_kernels.fp8_linear import FP8_CAPABILITY
+from fxc.kernel_bench.weights import Weights, format_of, group_of, known, quantize_symmetric
 from fxc_kernels.fp8_linear import quantize_rows as quantize_fp8
 
 # torch._int_mm takes more rows than 16.
@@ -33,7 +32,7 @@ def contenders(schemes: tuple[str, ...], capability: int) -> list[Contender]:
 
 
 def _of_scheme(scheme: str, capability: int) -> list[Contender]:
-    absent = no_fp8(capability)
+    absent = known(scheme).product.why_not(capability)
     made = [_ours(f"fxc {scheme}", scheme, capability)]
     if scheme == "int8":
         made += [
@@ -68,16 +67,10 @@ def _of_scheme(scheme: str, capability: int) -> list[Contender]:
 def _ours(name: str, scheme: str, capability: int, kernel: Kernel | None = None, *, kind: str = "") -> Contender:
     """The kernel as a model calls it."""
     made = kernel or kernel_of(scheme)
-    absent = no_fp8(capability) if scheme == "fp8" else None
     return Contender(
         name, scheme, kind or format_of(scheme), lambda weights: of_function(made(weights)), tolerance_of(scheme),
-        ours=True, holds=1.2, absent=absent,
+        ours=True, holds=1.2, absent=known(scheme).product.why_not(capability),
     )  # fmt: skip
-
-
-def no_fp8(capability: int) -> str | None:
-    """Why a chip of this compute capability multiplies no float8; None where it does."""
-    return None if capability >= FP8_CAPABILITY else f"compute capability {capability / 10:.1f} has no float8 products"
 
 
 def tuned(scheme: str, config: object) -> Contender:
@@ -93,7 +86,7 @@ def kernel_of(scheme: str) -> Kernel:
 
 
 def tolerance_of(scheme: str) -> float:
-    return {"int8": INT8, "int8_sparse24": INT8, "fp8": FP8}.get(scheme, HALF)
+    return {torch.int8: INT8, torch.float8_e4m3fn: FP8}.get(known(scheme).product.activations, HALF)
 
 
 def _int8(weights: Weights) -> Callable[..., Tensor]:

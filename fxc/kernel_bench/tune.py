@@ -22,7 +22,7 @@ from fxc.kernel_bench import cuda, weights
 from fxc.kernel_bench.contender import fault
 from fxc.kernel_bench.run import Entrant, Platform, Result, failure
 from fxc.kernel_bench.shapes import Shape
-from fxc.kernel_bench.weights import Weights, format_of, group_of, unfit
+from fxc.kernel_bench.weights import Weights, format_of, group_of, known, unfit
 
 if TYPE_CHECKING:
     from fxc_kernels.cuda.tile import Config
@@ -126,7 +126,7 @@ class Choices:
         """Of each scheme, its fastest configuration for x, ready to be timed with the others."""
         found = []
         for scheme in self.schemes:
-            if unfit(scheme, shape) or (scheme == "fp8" and self.capability < cuda.FP8_CAPABILITY):
+            if unfit(scheme, shape) or known(scheme).product.why_not(self.capability):
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 break

@@ -75,12 +75,8 @@ def unfit(scheme: str, shape: Shape) -> str | None:
 
 @dataclass
 class Weights:
-    """One weight [n, k]. parts, by format:
-
-    dense: float32 with bfloat16 values; int8, fp8: qweight [N, K], scale [N]; int4_gG: qweight uint8 [N, K/2], scale bfloat16
-    [N, K/G]; int4_gG_zero: those and zero uint8 [N, K/G]; sparse24: values bfloat16 [N, K/2], meta [N, K/8]; int8_sparse24:
-    values int8, meta, scale [N].
-    """
+    """One weight [n, k]. parts: of a bfloat16 weight, in the order of its format's record; of dense ones, which have
+    bfloat16 values, it alone in float32."""
 
     format: str
     n: int

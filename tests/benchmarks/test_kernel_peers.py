@@ -36,7 +36,7 @@ def test_a_gpu_has_rivals_of_its_own_and_what_is_not_there_has_a_reason(monkeypa
     assert not any(each.ours or each.baseline for each in found.values())
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     assert found["gemlite int4"].missing() == "not installed: gemlite"
-    assert found["torchao fp8"].absent == "compute capability 8.0 has no float8 products"
+    assert found["torchao fp8"].absent == "this chip has no float8 products: compute capability 8.0, and they need 8.9"
     monkeypatch.setattr(torch.backends, "cusparselt", None)
     assert "no cuSPARSELt" in cuda.contenders(("sparse24",), 80)[0].missing()
 
