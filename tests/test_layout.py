@@ -24,7 +24,7 @@ ALLOWED = {
     "fxc.data": "errors safety progress ir",
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
-    "fxc.calibrate": "errors",
+    "fxc.calibrate": "errors ir",
     "fxc.passes": "errors progress ir analysis schemes",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes",
