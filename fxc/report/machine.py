@@ -17,6 +17,7 @@ from fxc.errors import UsageError
 from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
+from fxc.schemes.scheme import SCHEMES
 from fxc_kernels.cpu import int8_product
 
 PACKAGES = (
@@ -115,7 +116,7 @@ def _cuda() -> list[Finding]:
 
 
 def _device(index: int) -> list[Finding]:
-    """One GPU: what it is, and whether its kernels were measured."""
+    """One GPU: what it is, which products it lacks, and whether its kernels were measured."""
     about = torch.cuda.get_device_properties(index)
     found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, sm_{about.major}{about.minor}"
     device = Finding("cuda", f"device {index}", found, True)
@@ -129,7 +130,15 @@ def _device(index: int) -> list[Finding]:
     except ValueError as error:
         return [device, Finding("cuda", "kernels", "a table that cannot be read", False, str(error))]
     note = "" if cells else f"{chip} was not measured: configurations are a rule of thumb, and no layer is left dense for speed"
-    return [device, Finding("cuda", "kernels", f"{cells} measured products in the table", bool(cells) or None, note)]
+    measured = Finding("cuda", "kernels", f"{cells} measured products in the table", bool(cells) or None, note)
+    return [device, measured, *_lacking(10 * about.major + about.minor)]
+
+
+def _lacking(capability: int) -> list[Finding]:
+    """The products of formats that a chip of this compute capability does not have."""
+    products = [product for scheme in SCHEMES.values() for product in scheme.products]
+    refused = [(product, why) for product in products if (why := product.why_not(capability))]
+    return [Finding("cuda", f"{product.name} layers", "none", None, f"{why}; {product.instead}") for product, why in refused]
 
 
 def _compiler() -> list[Finding]:

@@ -20,6 +20,11 @@ def test_doctor_says_whether_a_gpu_was_measured(monkeypatch):
     found = [each for each in machine.examine() if each.name == "kernels"]
     assert found[0].value == "2 measured products in the table" and found[0].ok
 
+    about.major, about.minor = 8, 6
+    (lacking,) = [each for each in machine.examine() if each.name == "fp8 layers"]
+    assert "compute capability 8.6" in lacking.note and "weight_only" in lacking.note
+    about.major, about.minor = 9, 0
+
     def broken(chip):
         raise ValueError(f"{chip}.json is no table")
 
