@@ -63,7 +63,7 @@ def compile_captured(
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples."""
     before = captured.program
-    context = Context(skip=options.skip, track=track)
+    context = Context(skip=options.skip, track=track, seed=options.seed)
     context.check_skip(before)
     if options.calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:

@@ -37,6 +37,7 @@ class Options:
     verify: check the capture, and run the gates after every pass. budget, layer_budget: the largest relative error that a
     policy pass may cause in the outputs, and in one layer alone; by default each pass has its own. allow_noop: let a policy
     pass change nothing. dump_dir: a folder for the text of the program before the first pass and after each.
+    seed: of all that passes draw at random.
 
     Raises `UsageError` for passes that do not exist.
     """
@@ -57,6 +58,7 @@ class Options:
     allow_noop: bool = False
     dump_dir: str | Path | None = None
     part: str | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(parse_passes(self.passes)))
@@ -91,3 +93,4 @@ class Keywords(TypedDict, total=False):
     allow_noop: bool
     dump_dir: str | Path | None
     part: str | None
+    seed: int

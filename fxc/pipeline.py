@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fxc.compilation import Step
 from fxc.data.samples import drawn, samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Pass
+from fxc.passes.base import Context, Original, Pass
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
@@ -46,12 +47,15 @@ def run_passes(
         dump_dir.mkdir(parents=True, exist_ok=True)
         _dump(program, dump_dir / "00-capture.fxc")
     tried = samples(program) if verify and not program.is_on_meta else []
+    original = Original(program, context.samples)
+    draw = partial(drawn, seed=context.seed)
     steps = []
     for number, step in enumerate(ordered, 1):
         after = program.copy()
         began = time.perf_counter()
         try:
-            result = step.run(after, replace(context, draw=drawn, limit=budget if verify else None, tried=tried))
+            limit = budget if verify else None
+            result = step.run(after, replace(context, draw=draw, limit=limit, tried=tried, original=original))
         except FxcError:
             raise
         except Exception as error:
@@ -83,6 +87,7 @@ def run_passes(
         tried = [result.interface.inputs(program, inputs) for inputs in tried]
         # A copy: a caller's context is not changed.
         context = replace(context, samples=[result.interface.inputs(program, inputs) for inputs in context.samples])
+        original = replace(original, interface=original.interface.then(result.interface))
         program = after
         steps.append(done)
         if on_step is not None:

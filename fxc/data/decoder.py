@@ -57,9 +57,9 @@ def decoder_sample_after_itself(program: Program, batch: int, new: int, past: in
     return next_inputs(program, outputs, ids, mask, positions)
 
 
-def written(program: Program, rows: int, length: int) -> Tensor:
+def written(program: Program, rows: int, length: int, seed: int = 0) -> Tensor:
     """Texts that the program writes, token by token from one at random: [rows, length] int64."""
-    generator = torch.Generator().manual_seed(4321)
+    generator = torch.Generator().manual_seed(4321 + seed)
     module, logits = program.module(), program.signature.outputs.index("logits")
     texts = torch.randint(0, bound_of(program.placeholders[0]), (rows, 1), generator=generator)
     inputs = decoder_inputs(program, texts)

@@ -79,18 +79,18 @@ def _like(program: Program, kept: list[list[dict | None]], first: list[Tensor]) 
     return rows
 
 
-def drawn(program: Program, count: int = 32) -> list[list[Tensor]]:
-    """`count` sets of inputs, for what has to be judged on many where no data was given; the same for the same program. For a
-    causal language model texts that it writes itself, token by token from one at random, so that they are as likely as it
-    thinks; for others random numbers at the sizes of capture."""
+def drawn(program: Program, count: int = 32, seed: int = 0) -> list[list[Tensor]]:
+    """`count` sets of inputs, for what has to be judged on many where no data was given; the same for the same program and
+    seed. For a causal language model texts that it writes itself, token by token from one at random, so that they are as likely
+    as it thinks; for others random numbers at the sizes of capture."""
     if not is_causal_lm(program):
-        made = [_sample(program, 0, 0, seed) for seed in range(count)]
+        made = [_sample(program, 0, 0, number) for number in range(seed * count, (seed + 1) * count)]
         kept = program.metadata.get("examples")
         return [_filled(kept[0], each) for each in made] if kept else made
     # The sizes of capture reach 16 positions; not every model takes more.
     for length in (32, 16):
         try:
-            ids = written(program, count, length)
+            ids = written(program, count, length, seed)
             break
         except (RuntimeError, IndexError):
             if length == 16:
@@ -123,8 +123,8 @@ def _cycled(tensor: Tensor, dimension: int, size: int) -> Tensor:
     return tensor.index_select(dimension, torch.arange(size) % max(tensor.shape[dimension], 1))
 
 
-def _sample(program: Program, batch_delta: int, delta: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1234 + 17 * batch_delta + delta + 1009 * seed)
+def _sample(program: Program, batch_delta: int, delta: int, number: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1234 + 17 * batch_delta + delta + 1009 * number)
     changes = _changes(program, batch_delta, delta)
     tensors = []
     for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):

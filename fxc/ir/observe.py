@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,27 @@ def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watches: Mapping[s
     that of an ordinary run and of what the watches keep. Gradients, dtypes and devices are as in an ordinary call.
     """
     return _Observer(module, watches).run(*inputs)
+
+
+def inputs_of(layers: Iterable[fx.Node], each: Callable[[fx.Node, Tensor], Tensor | None]) -> dict[str, Watch]:
+    """What to give `observe` to see what layers read: `each` gets the node of the layer and its first argument, x [*, K]. What
+    it returns, unless that is None, is what all that read x get from there on: x.detach().requires_grad_(), say, of which
+    gradients can be asked then.
+
+    In the program's own dtypes, or in float64 where the program is `fxc.passes.float64.in_float64` of it, which has nodes of
+    the same names, and the inputs are `widened`.
+    """
+    readers: dict[str, list[fx.Node]] = {}
+    for node in layers:
+        readers.setdefault(node.args[0].name, []).append(node)
+
+    def watch(value: Tensor, nodes: list[fx.Node]) -> Tensor:
+        for node in nodes:
+            other = each(node, value)
+            value = value if other is None else other
+        return value
+
+    return {name: partial(watch, nodes=nodes) for name, nodes in readers.items()}
 
 
 def stops_at(module: fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -74,6 +74,27 @@ class Result:
     repeat: Pass | None = None
 
 
+@dataclass(frozen=True)
+class Original:
+    """The program before the first pass: what a student is taught by, and the stream that no pass has disturbed yet.
+
+    interface: what the passes since then made of its inputs and outputs; samples: `Context.samples`, one by one, as it takes
+    them.
+    """
+
+    program: Program
+    samples: list[list[Tensor]] = field(default_factory=list)
+    interface: Interface = field(default_factory=Interface)
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs of the present program as this one takes them (`Interface.restored`)."""
+        return self.interface.restored(self.program, tensors)
+
+    def outputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of this program as the present one gives them."""
+        return self.interface.outputs(self.program, tensors)
+
+
 @dataclass
 class Context:
     """What passes are given besides the program.
@@ -82,7 +103,8 @@ class Context:
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes
     such inputs for a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and
-    its inputs; track: shows how far a pass has come with its samples.
+    its inputs; track: shows how far a pass has come with its samples; original: the program before the first pass; seed: of all
+    that passes draw at random.
     """
 
     skip: tuple[str, ...] = ()
@@ -91,6 +113,8 @@ class Context:
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
     track: Track = untracked
+    original: Original | None = None
+    seed: int = 0
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

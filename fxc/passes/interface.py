@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxc.ir.cache import as_past
@@ -30,6 +31,13 @@ class Interface:
     def drop(self, inputs: Sequence[str]) -> None:
         self.dropped += inputs
 
+    def then(self, later: Interface) -> Interface:
+        """Of two passes, one after the other."""
+        both = Interface({name: dict(dims) for name, dims in self.kept.items()}, list(self.dropped))
+        both.cut(later.kept)
+        both.drop(later.dropped)
+        return both
+
     def inputs(self, before: Program, tensors: Sequence[Any]) -> list[Any]:
         """Inputs of the program before, as the one after takes them; what is not a tensor is passed on as it is."""
         return self._cut([i.name for i in before.signature.inputs], tensors)
@@ -37,6 +45,28 @@ class Interface:
     def outputs(self, before: Program, tensors: Sequence[Any]) -> list[Any]:
         """Outputs of the program before, as the one after should give them."""
         return self._cut([as_past(name) for name in before.signature.outputs], tensors)
+
+    def restored(self, before: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Inputs of the program after, as the one before takes them: what is gone of the cache is zero, which nobody can tell
+        while the cache is empty, as it is in calibration samples."""
+        left = iter(tensors)
+        taken = [None if declared.name in self.dropped else next(left) for declared in before.signature.inputs]
+        types = [node.meta["val"] for node in before.placeholders]
+        sizes: dict[str, int] = {}
+        for like, tensor in zip(types, taken, strict=True):
+            if tensor is not None:
+                sizes |= {str(s): n for s, n in zip(like.shape, tensor.shape, strict=True) if not isinstance(s, int)}
+        device = tensors[0].device
+        result = []
+        for declared, like, tensor in zip(before.signature.inputs, types, taken, strict=True):
+            if tensor is None:
+                shape = [s if isinstance(s, int) else sizes[str(s)] for s in like.shape]
+                tensor = torch.zeros(shape, dtype=like.dtype, device=device)
+            for dim, indices in self.kept.get(declared.name, {}).items() if declared.name not in self.dropped else ():
+                shape = [*tensor.shape[:dim], like.shape[dim], *tensor.shape[dim + 1 :]]
+                tensor = tensor.new_zeros(shape).index_copy(dim, indices.to(device), tensor)
+            result.append(tensor)
+        return result
 
     def _cut(self, names: list[str], tensors: Sequence[Any]) -> list[Any]:
         result = []

@@ -15,8 +15,9 @@ from fxc.ir.program import Program
 from fxc.ir.text import excerpt
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
+from fxc.passes.float64 import in_float64, widened
 from fxc.passes.interface import Interface
-from fxc.verify.compare import Difference, difference, in_float64, layer_errors, run, widened
+from fxc.verify.compare import Difference, difference, layer_errors, run
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

@@ -11,8 +11,9 @@ from fxc.ir.check import check
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Result, parse_passes
 from fxc.passes.dead_structure.dead_structure import DeadStructure
+from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import in_float64, relative_error, run
+from fxc.verify.compare import relative_error, run
 
 EXACT = 1e-10
 

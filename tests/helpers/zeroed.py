@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxc.compiled.model import compiled_model
 from fxc.ir.program import Program
-from fxc.verify.compare import in_float64
+from fxc.passes.float64 import in_float64
 
 
 @functools.cache

@@ -16,11 +16,11 @@ from fxc.ir import parse_program, print_program
 from fxc.ir.edit import sweep
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.float64 import in_float64
 from fxc.passes.int4 import Int4
 from fxc.passes.order import order
 from fxc.pipeline import run_passes
 from fxc.report.sizes import bytes_by_kind
-from fxc.verify.compare import in_float64
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -24,12 +24,12 @@ from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import all_schemes, make
 from fxc.passes.base import Context, Pass
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.float64 import in_float64
 from fxc.passes.linears import PackLinears
 from fxc.report import sizes
 from fxc.report.lowering import describe
 from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import SCHEMES, Product, Scheme, product_of, products_for, register, scheme_of, unregister
-from fxc.verify.compare import in_float64
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 LAYERS = {f"model.layers.{n}.{name}" for n in range(2) for name in (

@@ -17,8 +17,9 @@ from fxc.errors import VerificationFailed
 from fxc.ir.edit import call, insert, sweep
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass, Result, parse_passes
+from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import difference, in_float64, relative_error, run
+from fxc.verify.compare import difference, relative_error, run
 
 aten = torch.ops.aten
 

@@ -64,7 +64,7 @@ def choose(
         raise UsageError("amount=auto is judged on data, and there is none", where="prune", hint="--calib FILE")
     ranking, judging = halves(program, samples)
     try:
-        found = scores(program, candidates, criterion, ranking, context.track)
+        found = scores(program, candidates, criterion, ranking, context.track, context.seed)
     except RuntimeError as error:  # torch's own where an operator has no gradient
         choice.notes.append(f"ranked by l2, because the model gives no gradients: {first_line(error)}")
         criterion, found = "l2", scores(program, candidates, "l2")

@@ -194,7 +194,8 @@ class Prune(Pass):
     def _prune_units(self, program: Program, shares: dict[str, float], context: Context, result: Result) -> None:
         criterion = "l2" if self.criterion == "auto" else self.criterion
         candidates = self._candidates(program, shares, context, result)
-        found = scores(program, [g for gs in candidates.values() for g in gs], criterion, context.samples, context.track)
+        groups = [g for gs in candidates.values() for g in gs]
+        found = scores(program, groups, criterion, context.samples, context.track, context.seed)
         for kind, share in shares.items():
             scored = [g for g in candidates[kind] if g in found]
             for group in candidates[kind]:

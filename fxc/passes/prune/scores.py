@@ -41,6 +41,7 @@ def scores(
     criterion: str,
     samples: Sequence[Sequence[Tensor]] = (),
     track: Track = untracked,
+    seed: int = 0,
 ) -> dict[Group, Tensor]:
     """[size] float64 for each group that the criterion can tell something about. samples: flat inputs of the program, which the
     criteria in `NEED_DATA` need."""
@@ -51,7 +52,7 @@ def scores(
         return _batch_norm_scales(program, groups)
     if criterion == "wanda":
         return _weight_times_activation(program, groups, samples)
-    gradients = mask_gradients(program, groups, samples)
+    gradients = mask_gradients(program, groups, samples, seed)
     if criterion == "taylor":
         return {g: each.square().mean(0) for g, each in gradients.items()}
     means = {g: each.abs().mean(0) for g, each in gradients.items()}
@@ -126,8 +127,11 @@ def _key(site: WeightedSite) -> str:
     return f"{site.node.name}.{site.operand}"
 
 
-def mask_gradients(program: Program, groups: Sequence[Group], samples: Iterable[Sequence[Tensor]]) -> dict[Group, Tensor]:
-    """[samples, size] float64: the gradient of the loss of each sample by a mask of ones on the units of each group."""
+def mask_gradients(
+    program: Program, groups: Sequence[Group], samples: Iterable[Sequence[Tensor]], seed: int = 0
+) -> dict[Group, Tensor]:
+    """[samples, size] float64: the gradient of the loss of each sample by a mask of ones on the units of each group. seed: of
+    the loss, where it draws a direction."""
     masked, masks = with_masks(program, groups)
     module = masked.module()
     parameters = {g: getattr(module.get_submodule("constants"), name) for g, name in masks.items()}
@@ -136,7 +140,7 @@ def mask_gradients(program: Program, groups: Sequence[Group], samples: Iterable[
     found: dict[Group, list[Tensor]] = {g: [] for g in groups}
     for inputs in samples:
         with torch.enable_grad():
-            loss = _loss(program, module(*inputs), inputs)
+            loss = _loss(program, module(*inputs), inputs, seed)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for group, gradient in zip(parameters, gradients, strict=True):
             found[group].append(torch.zeros(group.size) if gradient is None else gradient)
@@ -179,12 +183,12 @@ def with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dict
     return copy, masks
 
 
-def _loss(program: Program, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+def _loss(program: Program, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int) -> Tensor:
     names = program.signature.outputs
     if is_causal_lm(program):
         logits, ids = outputs[names.index("logits")], inputs[0]
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     for output in outputs:
         if output.is_floating_point() and output.requires_grad:

@@ -9,7 +9,7 @@ from removal import EXACT, canonical, difference, sliced
 from zeroed import generated
 
 from fxc.compiled.model import compiled_model
-from fxc.verify.compare import in_float64
+from fxc.passes.float64 import in_float64
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])

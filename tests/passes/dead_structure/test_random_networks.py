@@ -16,8 +16,9 @@ from fxc.analysis.known import known_values
 from fxc.ir.check import check
 from fxc.ir.program import Program
 from fxc.passes.base import Context, parse_passes
+from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import in_float64, relative_error, run
+from fxc.verify.compare import relative_error, run
 
 # torch.nn.utils.prune computes a layer's weight anew in every call, and torch.export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")

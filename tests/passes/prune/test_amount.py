@@ -149,7 +149,7 @@ def test_any_criterion_can_rank(criterion):
 
 
 def test_without_gradients_magnitudes_rank_and_that_is_said(monkeypatch):
-    def no_gradients(program, groups, criterion, samples=(), track=None):
+    def no_gradients(program, groups, criterion, samples=(), track=None, seed=0):
         if criterion == "taylor":
             raise RuntimeError("derivative for aten::what is not implemented")
         return scores(program, groups, criterion, samples)

@@ -12,8 +12,8 @@ from torch import Tensor
 import fxc.passes
 from fxc.compiled.model import compiled_model
 from fxc.data.samples import samples
+from fxc.passes.float64 import in_float64
 from fxc.passes.prune.blocks import blocks, influence
-from fxc.verify.compare import in_float64
 
 
 def test_the_layer_that_changes_least_is_dropped():
