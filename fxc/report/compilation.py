@@ -111,7 +111,7 @@ def as_json(record: Compilation, out: str) -> dict[str, Any]:
     report = record.as_json()
     keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
     gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
-    perplexity = {key: report[key] for key in ("perplexity",) if key in report}
+    perplexity = {"perplexity": report["perplexity"]} if record.perplexity else {}
     stages = [stage.as_json() for stage in record.stages]
     return {key: report[key] for key in keys} | {"gates": gates, "out": out} | perplexity | {"stages": stages}
 
