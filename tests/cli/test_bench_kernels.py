@@ -93,7 +93,8 @@ def test_a_wrong_product_of_fxc_is_reported_and_then_an_error(tmp_path, monkeypa
         (["--peers", "json", "--device", "cpu"], "has no attribute 'contenders'"),
     ],
 )
-def test_a_wrong_command_line_is_refused(arguments, said):
+def test_a_wrong_command_line_is_refused(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     done = fxc("bench", "kernels", *arguments, code=2)
     assert said in done.output and "error[FXC-E2]" in done.output
 

@@ -36,7 +36,7 @@ def test_compile_json_has_the_promised_keys_and_nothing_else_is_on_stdout(folder
 
 
 def test_compile_twice_gives_the_same_bytes(folder, tmp_path):
-    fxc("compile", folder / "qwen2", "-o", tmp_path / "again")
+    fxc("compile", folder / "qwen2", "-o", tmp_path / "again", "--no-measure")
     first, again = ({p.name: p.read_bytes() for p in out.iterdir()} for out in (folder / "qwen2-int8", tmp_path / "again"))
     assert first == again
 
@@ -76,12 +76,12 @@ def test_compile_dumps_and_prints_programs(folder, tmp_path):
 
 
 def test_compile_says_that_no_pass_uses_calibration_data(folder, tmp_path):
-    done = fxc("compile", folder / "bert", "-o", tmp_path / "out", "--calib", folder / "text.txt")
+    done = fxc("compile", folder / "bert", "-o", tmp_path / "out", "--calib", folder / "text.txt", "--no-measure")
     assert "no pass of this recipe uses calibration data" in done.stderr
 
 
 def test_compile_warns_of_low_coverage_and_can_fail(folder, tmp_path):
-    skip = ("--skip", "*mlp*", "--skip", "lm_head")
+    skip = ("--skip", "*mlp*", "--skip", "lm_head", "--no-measure")
     done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", *skip)
     assert "warning: less than half" in done.stderr and "skipped by the pattern" in done.stderr
     done = fxc("compile", folder / "qwen2", "-o", tmp_path / "no", *skip, "--min-coverage", "0.5", code=5)
@@ -137,9 +137,9 @@ def test_compile_does_not_overwrite_unless_told(folder, tmp_path):
     fxc("compile", folder / "bert", "-o", folder / "bert", "--overwrite", code=2)
     assert (out / "precious").read_text() == "x"
     (out / "precious").unlink()
-    fxc("compile", folder / "bert", "-o", out)
+    fxc("compile", folder / "bert", "-o", out, "--no-measure")
     assert "--overwrite" in fxc("compile", folder / "bert", "-o", out, code=2).stderr
-    fxc("compile", folder / "bert", "-o", out, "--overwrite")
+    fxc("compile", folder / "bert", "-o", out, "--overwrite", "--no-measure")
 
 
 def test_without_an_output_the_folder_is_named_after_model_and_passes(folder, tmp_path, monkeypatch):

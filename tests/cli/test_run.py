@@ -18,7 +18,7 @@ def test_run_reads_a_text(folder, minilm_dir, tmp_path):
     made = fxc_json("run", folder / "bert-int8", "--text", "hello")
     assert [row["label"] for row in made["top"]] in (["LABEL_0", "LABEL_1"], ["LABEL_1", "LABEL_0"])
     assert sum(row["probability"] for row in made["top"]) == pytest.approx(1)
-    fxc("compile", minilm_dir, "-o", tmp_path / "out", "--passes", "int8")
+    fxc("compile", minilm_dir, "-o", tmp_path / "out", "--passes", "int8", "--no-measure")
     made = fxc_json("run", tmp_path / "out", "--text", "A cat sits on the mat.")
     assert made["kind"] == "embedding" and made["size"] == 384 and len(made["first"]) == 8 and made["norm"] > 0
     assert "norm" in fxc("run", tmp_path / "out", "--text", "A cat").stdout
@@ -32,7 +32,7 @@ def test_run_looks_at_an_image(folder, tmp_path):
     assert "image processor" in fxc("run", folder / "vit-int8", "--image", tmp_path / "red.png", code=2).stderr
     shutil.copytree(folder / "vit", tmp_path / "vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
-    fxc("compile", tmp_path / "vit", "-o", tmp_path / "out")
+    fxc("compile", tmp_path / "vit", "-o", tmp_path / "out", "--no-measure")
     assert len(fxc_json("run", tmp_path / "out", "--image", tmp_path / "red.png")["top"]) == 2
     (tmp_path / "no.png").write_text("no image")
     assert "not an image" in fxc("run", tmp_path / "out", "--image", tmp_path / "no.png", code=2).stderr
@@ -53,7 +53,7 @@ def test_run_says_what_a_model_takes(folder):
 
 
 def test_run_refuses_a_damaged_artifact(folder, tmp_path):
-    fxc("compile", folder / "bert", "-o", tmp_path / "out")
+    fxc("compile", folder / "bert", "-o", tmp_path / "out", "--no-measure")
     text = (tmp_path / "out" / "program.fxc").read_text()
     (tmp_path / "out" / "program.fxc").write_text(text[:-20])
     assert "program.fxc" in fxc("run", tmp_path / "out", "--text", "x", code=3).stderr
