@@ -12,7 +12,9 @@ from torch import Tensor
 from fxc.compiled.generate import CompiledCausalLM
 from fxc.frontend.capture import capture
 from fxc.ir.cache import empty_cache
+from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
+from fxc.ir.text import print_program
 from fxc.runtime.static_cache import CudaGraphs, StaticDecoder, run_directly, static_decoder
 
 # The published configuration of Qwen/Qwen2.5-7B.
@@ -50,7 +52,8 @@ def captured(config: Any, dtype: torch.dtype) -> tuple[Program, dict[str, Tensor
     for path, module in model.named_modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             computed[f"{path}.inv_freq"] = type(module)(config=config).inv_freq
-    return capture(model, check=False), computed
+    # What is captured on meta has types of that device, and a program's are of none: read from its text they are.
+    return parse_program(print_program(capture(model, check=False))), computed
 
 
 def with_weights(program: Program, computed: dict[str, Tensor], device: torch.device) -> Program:
