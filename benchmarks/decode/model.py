@@ -86,17 +86,17 @@ class Variant:
         self.device = device
         self.read_bytes, self.nbytes = read_bytes(made), made.nbytes()
         self.model = CompiledCausalLM(made, {}, config=config, device=device, backend=backend)
-        self.lowered = self.model.lower()
+        module = self.model.lower()
         # How its compressed layers run, and how many of them: a table may have sent some back to dense.
         self.forms = dict(Counter(each.op for each in self.model.layers))
         # What runs was made of the program's weights; where that is another form, they would count twice.
         made.constants.update({name: t.to("meta") for name, t in made.constants.items()})
-        self.eager = getattr(self.lowered, "graph_module", self.lowered)
+        self.eager = getattr(module, "graph_module", module)
         gc.collect()
 
     def decoder(self, capacity: int, mode: str) -> StaticDecoder:
         record = CudaGraphs(self.device) if mode == "graph" else run_directly
-        return static_decoder(self.lowered, self.model.program, self.device, capacity, record)
+        return static_decoder(self.model.lowered, self.device, self.model.backend, capacity, record)
 
     def prompt(self, batch: int, length: int) -> tuple[Tensor, list[Tensor]]:
         """(the next tokens [B, 1], keys and values) after a random prompt. Never compiled: only the steps after it count."""

@@ -45,7 +45,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         and batch is recorded once. Prompts, caches that a caller brings and plain calls go through the program as before.
         Raises `UsageError` where this model cannot decode that way.
         """
-        self._decoder = static_decoder(self.lower(), self.program, self.device, capacity)
+        self._decoder = static_decoder(self.lowered, self.device, self.backend, capacity)
         return self
 
     def new_cache(self) -> Any:

@@ -67,6 +67,7 @@ class CompiledModel(nn.Module):
         self.keep_compressed = keep_compressed
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
+        self._lowered_program: Program | None = None
         self.layers: list[Any] = []
         self.eval()
 
@@ -94,6 +95,7 @@ class CompiledModel(nn.Module):
         with torch.no_grad(), _disable_current_modes():
             lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
             module = runnable(lowered, self._device, self.backend)
+        self._lowered_program = lowered
         # Not a submodule: its packed weights are no part of the model's state.
         object.__setattr__(self, "_lowered", module)
 
@@ -106,9 +108,15 @@ class CompiledModel(nn.Module):
             self._lower()
         return self._lowered
 
+    @property
+    def lowered(self) -> Program:
+        """What runs on the device: the program with operators of the device, over weights packed for it."""
+        self.lower()
+        return self._lowered_program
+
     def __deepcopy__(self, memo: dict) -> CompiledModel:
         """A model of its own over the same lowered module, which nothing changes: oneDNN's packed weights have no copy."""
-        memo[id(self._lowered)] = self._lowered
+        memo[id(self._lowered)], memo[id(self._lowered_program)] = self._lowered, self._lowered_program
         memo[id(self)] = other = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other

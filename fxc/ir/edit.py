@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.ir.infer import fake_constant, fake_mode_of, infer
 from fxc.ir.program import Program
@@ -77,6 +79,17 @@ def type_of(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(type_of(v) for v in value)
     return str(value)
+
+
+def retype(program: Program, mode: FakeTensorMode, inputs: Sequence[Tensor]) -> None:
+    """Infer all types anew from those of the inputs, fake tensors of `mode`."""
+    for node, value in zip(program.placeholders, inputs, strict=True):
+        node.meta["val"] = value
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = fake_constant(mode, program.constants[node.target])
+        elif node.op == "call_function":
+            node.meta["val"] = infer(mode, node.target, node.args, node.kwargs)
 
 
 def sweep(program: Program) -> int:

@@ -1,4 +1,4 @@
-"""The graph of one decode step over buffers of a fixed size, made from the lowered graph of a causal language model.
+"""The program of one decode step over buffers of a fixed size, made from a lowered causal language model.
 
 A captured decoder appends: keys = cat([past, new]), and reads its place in the sequence from the size of `past`. On
 buffers, `past` has as many slots as the buffer, used or not, and the place is a number on the device:
@@ -26,8 +26,11 @@ import torch
 from torch import fx
 
 from fxc.errors import UsageError
+from fxc.ir import edit
 from fxc.ir.cache import as_past, is_past
-from fxc.ir.program import Signature
+from fxc.ir.check import check
+from fxc.ir.infer import new_symbols
+from fxc.ir.program import Input, Program, Signature
 
 _aten = torch.ops.aten
 _SIZE = _aten.sym_size.int
@@ -41,20 +44,20 @@ _SHAPES = (_aten.expand.default, _aten.view.default, _aten.reshape.default, _ate
 # What takes indices of a dimension, its second argument, by a rule of its own.
 _PARTS = (_SLICE, _aten.select.int, _aten.narrow.default, _aten.flip.default)
 _END = 2**63 - 1
+# Batch and slots of the example that types are inferred with.
+_EXAMPLE = (2, 16)
 
 
-def decode_graph(lowered: fx.GraphModule, signature: Signature) -> fx.GraphModule:
-    """A module (input_ids [B, 1], attention_mask [B, S], position_ids [B, 1], slot int64 [1], buffers [B, heads, S, width] in
-    place of the program's cache inputs) -> (logits [B, 1, vocabulary],). It writes the new keys and values into the slot
-    `slot` of the buffers, and shares the weights of `lowered`, which is not changed.
+def decode_program(lowered: Program) -> Program:
+    """A program (input_ids [B, 1], attention_mask [B, S], position_ids [B, 1], slot int64 [1], buffers [B, heads, S, width] in
+    place of the cache inputs) -> logits [B, 1, vocabulary]. It writes the new keys and values into the slot `slot` of the
+    buffers, and shares the constants of `lowered`, which is not changed.
 
     Raises `UsageError` where the program's use of its cache is not the one above.
     """
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    for node in lowered.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-    names = dict(zip(graph.find_nodes(op="placeholder"), (i.name for i in signature.inputs), strict=True))
+    program = lowered.copy()
+    graph, signature = program.graph, program.signature
+    names = dict(zip(program.placeholders, (i.name for i in signature.inputs), strict=True))
     past = [node for node, name in names.items() if is_past(name)]
     if not past:
         raise _refusal("it has no cache", None)
@@ -69,11 +72,32 @@ def decode_graph(lowered: fx.GraphModule, signature: Signature) -> fx.GraphModul
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         _attend_by_group(graph, node)
     _add_masks(graph)
-    for node in reversed(graph.nodes):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-    graph.lint()
-    return fx.GraphModule(lowered, graph, class_name="DecodeStep").eval()
+    given = [Input("slot" if node is slot else names[node]) for node in program.placeholders]
+    program.signature = Signature(given, ["logits"], {"args": list(range(len(given))), "kwargs": {}}, 0)
+    program.metadata = {"class": "DecodeStep", "kind": "decode_step"}
+    edit.sweep(program)
+    _retype(program)
+    check(program, lowered=True)
+    return program
+
+
+def _retype(program: Program) -> None:
+    """Give every value the type that it has for one new token and buffers of any size."""
+    mode, (batch, slots) = new_symbols(list(_EXAMPLE))
+    types = []
+    for node, declared in zip(program.placeholders, program.signature.inputs, strict=True):
+        before = node.meta.get("val")
+        if before is None:
+            shape, dtype = [1], torch.int64
+        else:
+            shape, dtype = [batch if isinstance(before.shape[0], torch.SymInt) else before.shape[0], 1], before.dtype
+            if is_past(declared.name):
+                shape = [shape[0], before.shape[1], slots, before.shape[3]]
+            elif declared.name == "attention_mask":
+                shape = [shape[0], slots]
+        with mode:
+            types.append(torch.empty(shape, dtype=dtype, device="cpu"))
+    edit.retype(program, mode, types)
 
 
 def _refusal(what: str, node: fx.Node | None) -> UsageError:

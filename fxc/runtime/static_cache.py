@@ -20,8 +20,8 @@ from transformers import Cache
 from fxc.errors import FxcError, ResourceError, UsageError, first_line
 from fxc.ir.cache import cache_types
 from fxc.ir.program import Program
-from fxc.lower.inductor import CompiledGraph
-from fxc.runtime.decode_graph import decode_graph
+from fxc.lower.runnable import runnable
+from fxc.runtime.decode_graph import decode_program
 from fxc.schemes import ops
 from fxc.schemes.scheme import products_for
 
@@ -281,30 +281,27 @@ class SlotCache(Cache):
 
 
 def static_decoder(
-    lowered: nn.Module, program: Program, device: torch.device, capacity: int = CAPACITY, record: Record | None = None
+    lowered: Program, device: torch.device, backend: str = "eager", capacity: int = CAPACITY, record: Record | None = None
 ) -> StaticDecoder:
-    """Decode steps that share the weights of `lowered`, which is `program` lowered for `device`.
+    """Decode steps that share the constants of `lowered`, a program lowered for `device` and `backend`.
 
     Raises `UsageError` where the program cannot decode over buffers, or does not give the same logits there.
     """
-    compiled = isinstance(lowered, CompiledGraph)
-    whole = lowered.graph_module if compiled else lowered
-    step = decode_graph(whole, program.signature)
-    counted = [node for node in step.graph.nodes if node.target in _COUNTED_BY_THE_HOST]
+    program = decode_program(lowered)
+    counted = [node for node in program.graph.nodes if node.target in _COUNTED_BY_THE_HOST]
     if counted and device.type == "cuda":
         raise UsageError(
             "the decode step cannot be captured in a CUDA graph: the host counts the rows of its experts",
             where=counted[0].meta.get("fqn"),
             hint="load the model without static_cache",
         )
-    check_step(whole, step, program, device)
+    step = runnable(program, device, "eager")
+    check_step(runnable(lowered, device, "eager"), step, lowered, device)
     if record is None:
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
-    if compiled:
-        rows, rows_and_slots = frozenset({0}), frozenset({0, 1})
-        buffers = [frozenset({0, 2})] * len(cache_types(program))
-        step = CompiledGraph(step, [rows, rows_and_slots, rows, frozenset(), *buffers], lowered.freezing)
-    return StaticDecoder(step, program, device, capacity, record)
+    if backend == "inductor":
+        step = runnable(program, device, backend)
+    return StaticDecoder(step, lowered, device, capacity, record)
 
 
 def check_step(whole: nn.Module, step: nn.Module, program: Program, device: torch.device) -> None:

@@ -6,25 +6,34 @@ import pytest
 import torch
 from decoders import compiled
 
-from fxc.errors import UsageError
-from fxc.runtime.decode_graph import decode_graph
+from fxc.errors import UsageError, VerificationFailed
+from fxc.ir import check, print_program
+from fxc.runtime.decode_graph import decode_program
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2"])
 def test_keys_are_not_repeated_and_masks_are_made_once(name):
     model = compiled(name)
-    step = decode_graph(model.lower(), model.program.signature)
+    step = decode_program(model.lowered)
     aten = torch.ops.aten
     attentions = step.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     assert len(attentions) == 2
     for node in attentions:
         assert [each.target for each in node.args[1:3]] == [aten.index_copy_.default] * 2
     assert len({node.args[3] for node in attentions}) == 1 and attentions[0].args[3].target is aten.to.dtype
-    made = {n.target for n in model.lower().graph.nodes if n.op == "get_attr"}
-    assert {n.target for n in step.graph.nodes if n.op == "get_attr"} == made
-    weights = dict(model.lower().named_buffers()) | dict(model.lower().named_parameters())
-    own = dict(step.named_buffers()) | dict(step.named_parameters())
-    assert own and all(t.data_ptr() == weights[n].data_ptr() for n, t in own.items()), "weights are shared"
+    assert step.constants.keys() == model.lowered.constants.keys()
+    assert all(tensor is model.lowered.constants[name] for name, tensor in step.constants.items()), "weights are shared"
+
+
+def test_a_step_is_a_program():
+    step = decode_program(compiled("qwen2").lowered)
+    check(step, lowered=True)
+    with pytest.raises(VerificationFailed, match="mutates its arguments"):
+        check(step)
+    inputs = [line.partition(" = ")[0].partition(": ")[2] for line in print_program(step).splitlines() if " = input " in line]
+    assert inputs[:4] == ["i64[s0, 1]", "i64[s0, s1]", "i64[s0, 1]", "i64[1]"]
+    assert set(inputs[4:]) == {"f32[s0, 2, s1, 16]"}
+    assert step.results[0].meta["val"].shape[1:] == (1, 320)
 
 
 # What is not understood is refused.
@@ -34,10 +43,10 @@ def test_a_model_that_measures_distance_from_the_end_is_refused():
 
 
 def _changed(name, edit):
-    """decode_graph of the family's program after `edit` of its graph."""
+    """decode_program of the family's program after `edit` of its graph."""
     program = compiled(name).program.copy()
     edit(program.graph)
-    return decode_graph(program.module(), program.signature)
+    return decode_program(program)
 
 
 def _window_of_the_last(graph):

@@ -12,14 +12,14 @@ import pytest
 import torch
 from decoders import DECODERS, compiled
 from families import Mlp, _causal, build
-from lowered import for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxc
 from fxc.errors import ResourceError, UsageError
 from fxc.lower.inductor import CompiledGraph
+from fxc.lower.runnable import runnable
 from fxc.runtime import static_cache
-from fxc.runtime.decode_graph import decode_graph
+from fxc.runtime.decode_graph import decode_program
 from fxc.runtime.static_cache import SlotCache, static_decoder
 
 
@@ -34,7 +34,7 @@ def generate(model, static: bool, given, record=None, capacity: int = 8):
     """(tokens, logits of each step) of `model`, over the static cache or not."""
     model._decoder = None
     if static:
-        model._decoder = static_decoder(model.lower(), model.program, model.device, capacity, record)
+        model._decoder = static_decoder(model.lowered, model.device, model.backend, capacity, record)
     torch.manual_seed(0)
     found = model.generate(**given, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
     return found.sequences, torch.stack(found.logits)
@@ -70,7 +70,10 @@ def test_of_compressed_models(passes, device):
     model = fxc.optimize(_causal("Qwen2Config", num_hidden_layers=4).eval(), passes=passes, verify=False)
     if device == "cuda":
         pytest.importorskip("triton")
-        object.__setattr__(model, "_lowered", for_cuda(model.program, capability=90)[0])
+        from fxc.lower.cuda import lower_cuda
+
+        model._lowered_program, _ = lower_cuda(model.program, "cpu", capability=90)
+        object.__setattr__(model, "_lowered", runnable(model._lowered_program, "cpu", "eager"))
     given = arguments(5, 12)
     expected = generate(model, False, given)[1]
     torch.testing.assert_close(generate(model, True, given)[1], expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
@@ -234,7 +237,7 @@ def test_several_threads_may_generate_at_once():
     given = [arguments(length, 12, do_sample=False, pad_token_id=0) for length in (5, 9, 5, 9)]
     model._decoder = None
     expected = [model.generate(**each) for each in given]
-    model._decoder = static_decoder(model.lower(), model.program, model.device, 16, Tapes())
+    model._decoder = static_decoder(model.lowered, model.device, capacity=16, record=Tapes())
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda each: model.generate(**each), given))
     assert all(map(torch.equal, found, expected))
@@ -294,12 +297,12 @@ def test_a_cache_that_is_not_its_own_is_refused():
 def test_experts_cannot_be_captured():
     model = compiled("mixtral")
     with pytest.raises(UsageError, match="the host counts the rows of its experts"):
-        static_decoder(model.lower(), model.program, torch.device("cuda"))
+        static_decoder(model.lowered, torch.device("cuda"))
 
 
 def test_the_check_sees_a_step_that_ignores_the_mask():
     model = compiled("gpt2")
-    step = decode_graph(model.lower(), model.program.signature)
+    step = runnable(decode_program(model.lowered), "cpu", "eager")
     for node in step.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         node.args = node.args[:3]
     step.recompile()
