@@ -75,17 +75,7 @@ def compile_captured(
         if on_step is not None:
             on_step(step, after)
 
-    program, steps = run_passes(
-        before,
-        options.passes,
-        context,
-        verify=options.verify,
-        budget=options.budget,
-        layer_budget=options.layer_budget,
-        allow_noop=options.allow_noop,
-        dump_dir=Path(options.dump_dir) if options.dump_dir else None,
-        on_step=watch,
-    )
+    program, steps = run_passes(before, context, options, watch)
     if captured.borrowed:
         own_constants(program, before)
     config, changes = described.config, described.changes()

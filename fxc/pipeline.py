@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from fxc.compilation import Step
 from fxc.data.samples import drawn, samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Original, Pass
+from fxc.options import Options
+from fxc.passes.base import Context, Original
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
@@ -21,32 +22,25 @@ from fxc.verify.gates import Budget, judge
 
 def run_passes(
     program: Program,
-    passes: Sequence[Pass],
     context: Context,
-    *,
-    verify: bool = True,
-    budget: float | None = None,
-    layer_budget: float | None = None,
-    allow_noop: bool = False,
-    dump_dir: Path | None = None,
+    options: Options,
     on_step: Callable[[Step, Program], None] | None = None,
 ) -> tuple[Program, list[Step]]:
-    """Run `passes` in the order that their facts demand; `program` itself is not changed.
+    """Run the passes of `options` in the order that their facts demand; `program` itself is not changed.
 
-    verify: run the gates. budget, layer_budget: the largest relative error that a policy pass may cause in the outputs, and
-    in one layer alone; by default each pass has its own (`Pass.limits`). allow_noop: let a policy pass change nothing.
-    dump_dir: write the text before the first pass and
-    after each to 00-capture.fxc, 01-NAME.fxc, ... on_step: called after each.
+    options: of these passes, verify, budget, layer_budget, allow_noop and dump_dir are read; the text of the program goes to
+    00-capture.fxc, 01-NAME.fxc, ... in dump_dir. on_step: called after each pass.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
     that changed nothing.
     """
-    ordered = order(passes, program).passes
+    ordered = order(options.passes, program).passes
+    dump_dir = Path(options.dump_dir) if options.dump_dir else None
     for each in ordered:
         check_patterns(each.limited_to(), program, f"{each.name}:only")
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         _dump(program, dump_dir / "00-capture.fxc")
-    tried = samples(program) if verify and not program.is_on_meta else []
+    tried = samples(program) if options.verify and not program.is_on_meta else []
     original = Original(program, context.samples)
     draw = partial(drawn, seed=context.seed)
     steps = []
@@ -54,7 +48,7 @@ def run_passes(
         after = program.copy()
         began = time.perf_counter()
         try:
-            limit = budget if verify else None
+            limit = options.budget if options.verify else None
             result = step.run(after, replace(context, draw=draw, limit=limit, tried=tried, original=original))
         except FxcError:
             raise
@@ -64,7 +58,7 @@ def run_passes(
                 hint="this is a fault of fxc; report it with the model's configuration",
             ) from error
         seconds = time.perf_counter() - began
-        if step.is_policy and result.changed == 0 and not allow_noop and not step.may_change_nothing():
+        if step.is_policy and result.changed == 0 and not options.allow_noop and not step.may_change_nothing():
             others = instead(program, [each.name for each in ordered])
             found = f"what would find something: {'; '.join(others)}" if others else "leave it out"
             raise UsageError(
@@ -77,7 +71,8 @@ def run_passes(
             after.numel(), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
             repeat=str(result.repeat) if result.repeat else None,
         )  # fmt: skip
-        if verify:
+        if options.verify:
+            budget, layer_budget = options.budget, options.layer_budget
             own = step.limits
             limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
             gates = judge(step, program, after, result, tried, limits, context)

@@ -14,7 +14,8 @@ import fxc
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir import print_program
 from fxc.ir.edit import call
-from fxc.passes.base import Context, Fact, Pass, Result, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import CANONICAL
 from fxc.pipeline import run_passes
 
@@ -22,9 +23,9 @@ from fxc.pipeline import run_passes
 def test_a_pass_that_does_nothing_is_an_error_with_the_reasons():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
     with pytest.raises(UsageError, match="changed nothing") as caught:
-        run_passes(program, parse_passes("int8"), Context(skip=("*",)))
+        run_passes(program, Context(skip=("*",)), Options("int8"))
     assert "skipped by the pattern" in str(caught.value)
-    assert run_passes(program, parse_passes("int8"), Context(skip=("*",)), allow_noop=True)[1][-1].changed == 0
+    assert run_passes(program, Context(skip=("*",)), Options("int8", allow_noop=True))[1][-1].changed == 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def test_every_gate_can_fail(how, says):
     spoil = Spoil(how)
     object.__setattr__(spoil, "name", "spoil")
     with pytest.raises(VerificationFailed) as caught:
-        run_passes(program, [spoil], Context())
+        run_passes(program, Context(), Options([spoil]))
     assert says in str(caught.value)
     assert print_program(program) == text, "a failed pass must leave its input as it was"
 
@@ -89,11 +90,11 @@ def test_a_broken_promise_is_found():
 
     program = fxc.capture(Product(), (torch.randn(2, 8),))
     with pytest.raises(VerificationFailed, match="promises canonical"):
-        run_passes(program, [Liar()], Context())
+        run_passes(program, Context(), Options([Liar()]))
 
 
 def test_a_budget_can_be_exceeded_and_names_the_layer():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
     with pytest.raises(VerificationFailed, match="the budget is 1e-06") as caught:
-        run_passes(program, parse_passes("int8"), Context(), budget=1e-6)
+        run_passes(program, Context(), Options("int8", budget=1e-6))
     assert any(f" {layer}:" in str(caught.value) for layer in ("up", "down", "head"))

@@ -27,7 +27,8 @@ from benchmarks.output import RESULTS, note
 from fxc.errors import first_line
 from fxc.kernel_bench.files import versions
 from fxc.lower.remembered import cpu_name
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 
@@ -65,7 +66,7 @@ def measure_variant(report, program, computed, config, passes, backend, options,
     try:
         made = with_weights(program, computed, device)
         if passes != DENSE:
-            made, _ = run_passes(made, parse_passes(passes.replace("+", ",")), Context(), verify=False)
+            made, _ = run_passes(made, Context(), Options(passes.replace("+", ","), verify=False))
         variant = Variant(made, config, device, backend)
     except Exception as error:  # of Triton's compiler, say: the other variants can still be measured
         report["not_measured"].append({"what": name, "why": f"failed: {first_line(error)}", "failed": True})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxc.lower.groups import Group, Place
+from fxc.lower.siblings import Place, Siblings
 from fxc.schemes import int4, int8
 from fxc_kernels.cpu import int8_linear, int8_product
 from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR
@@ -50,14 +50,14 @@ class Candidate:
     targets: tuple[object, ...]
     rows: tuple[int, ...]
     wins_for: str
-    why_not: Callable[[Group], str | None]
-    note: Callable[[Group], str]
+    why_not: Callable[[Siblings], str | None]
+    note: Callable[[Siblings], str]
     trial: Callable[[Tensor, Tensor, torch.dtype], Trial]
-    make: Callable[[CpuPlace, Group, Tensor | None, int], fx.Node]
+    make: Callable[[CpuPlace, Siblings, Tensor | None, int], fx.Node]
     absorbs: bool = False
 
 
-def candidates(group: Group) -> tuple[Candidate, ...]:
+def candidates(group: Siblings) -> tuple[Candidate, ...]:
     """The forms that the layers of `group` may have, whether this machine runs them or not. The last is float, which all do."""
     return (*(each for each in CANDIDATES if group.target in each.targets), FLOAT)
 
@@ -75,7 +75,7 @@ def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor,
 # Int8 products
 
 
-def _why_no_int8(group: Group) -> str | None:
+def _why_no_int8(group: Siblings) -> str | None:
     if not int8_product.int8_is_exact():
         return "int8 products saturate on this CPU, which has no VNNI"
     if group.dtype not in (torch.float32, torch.bfloat16):
@@ -85,14 +85,14 @@ def _why_no_int8(group: Group) -> str | None:
     return None
 
 
-def _rounding(group: Group) -> str:
+def _rounding(group: Siblings) -> str:
     if group.target is not int4.LINEAR:
         return ""
     more = _int8_weight(group)[2]
     return f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger, by steps"
 
 
-def _int8_weight(group: Group) -> tuple[Tensor, Tensor, float]:
+def _int8_weight(group: Siblings) -> tuple[Tensor, Tensor, float]:
     """(int8 [N, K], scale [N], by how much the error grows) of the group's layers: their own, or int4 ones rounded again."""
     if "int8" not in group.kept:
         is_int4 = group.target is int4.LINEAR
@@ -115,7 +115,7 @@ def _int8_trial(weight_only: bool, qweight: Tensor, scale: Tensor, dtype: torch.
     return call_on
 
 
-def _make_int8(operator: object, place: CpuPlace, group: Group, dense: Tensor | None, limit: int) -> fx.Node:
+def _make_int8(operator: object, place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
     qweight, scale, _ = _int8_weight(group)
     weight = place.constant("weight", int8_product.pack_int8(qweight) if place.packed else qweight)
     args = [group.x, weight, place.constant("scale", scale)]
@@ -138,13 +138,13 @@ def _float_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
     return lambda x, whole: functools.partial(dense_linear, x, weight, None)
 
 
-def float_weight(group: Group, packed: bool) -> Tensor:
+def float_weight(group: Siblings, packed: bool) -> Tensor:
     """The weights of the group's layers [N, K] in the dtype that they are used in."""
     weight = group.dense(group.dtype)
     return packed_where_it_helps(weight) if packed else weight
 
 
-def _make_float(place: CpuPlace, group: Group, dense: Tensor | None, limit: int) -> fx.Node:
+def _make_float(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
     bias = None if group.bias is None else group.bias.to(group.dtype)
     weight = float_weight(group, place.packed)
     target = DENSE_LINEAR if weight.is_mkldnn else torch.ops.aten.linear.default

@@ -16,8 +16,8 @@ from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
 from fxc.lower.choose import Choice
-from fxc.lower.groups import Group, LayerChoice, find_groups, module_name, relax_views, replace
 from fxc.lower.remembered import Timing
+from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.schemes import int8, int8_sparse24
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
 from fxc_kernels.cpu import ops
@@ -121,7 +121,7 @@ def lower_layers(program: Program, backend: str, measure: Measure, expanded: Col
     """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
     2:4 sparse ones that were made dense."""
     report = []
-    for group in find_groups(program, products_for(LINEAR)):
+    for group in find_siblings(program, products_for(LINEAR)):
         if group.is_empty:
             name, reason = "unchanged", "the weight is empty"
         else:
@@ -144,7 +144,7 @@ def _measured(backend: str) -> Measure:
     return measure
 
 
-def _choose(group: Group, measure: Measure) -> Choice:
+def _choose(group: Siblings, measure: Measure) -> Choice:
     """The form of the group's layers, and why."""
     forms = candidates(group)
     refused = {each: each.why_not(group) for each in forms}
@@ -157,7 +157,7 @@ def _choose(group: Group, measure: Measure) -> Choice:
     return dataclasses.replace(choice, reason=choice.reason + choice.form.note(group))
 
 
-def _write(program: Program, group: Group, choice: Choice, backend: str) -> None:
+def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> None:
     """Put the chosen form in the place of the group's layers."""
     packed = backend == "eager"
     name = module_name(program, group.names[0])
@@ -174,7 +174,7 @@ def _write(program: Program, group: Group, choice: Choice, backend: str) -> None
         replace(program, group, out)
 
 
-def _activation_after(group: Group) -> tuple[str, fx.Node] | None:
+def _activation_after(group: Siblings) -> tuple[str, fx.Node] | None:
     """The activation that alone reads a layer's result, and its node."""
     if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
         return None

@@ -21,7 +21,7 @@ from fxc.ir.check import check
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
 from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
-from fxc.lower.groups import Group, LayerChoice, Place, find_groups, module_name, relax_views, replace
+from fxc.lower.siblings import LayerChoice, Place, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import Product, product_of
 from fxc_kernels.cuda import dispatch, int4_linear
@@ -91,7 +91,7 @@ class _Place(Place):
     def constant(self, part: str, value: Tensor | None) -> fx.Node | None:
         return super().constant(part, _to(value, self.device))
 
-    def quantize(self, group: Group, target: object, count: int) -> list[fx.Node]:
+    def quantize(self, group: Siblings, target: object, count: int) -> list[fx.Node]:
         """The parts of what the group reads, quantized by `target`: once, right after it, whoever else reads it."""
         x = group.x
         if (x, target) not in self.quantized:
@@ -107,7 +107,7 @@ def lower_layers(program: Program, chip: Chip, compressed: bool) -> list[LayerCh
     behind them; in floats where a table says that this is faster, unless `compressed`."""
     report: list[LayerChoice] = []
     quantized: dict[tuple[fx.Node, object], list[fx.Node]] = {}
-    for group in find_groups(program, _OPERATORS):
+    for group in find_siblings(program, _OPERATORS):
         product = product_of(group.target)
         scheme = product.name.format(**product.arguments(group.arguments[0]))
         if why_not := _why_not(group, product, chip):
@@ -136,7 +136,7 @@ def lower_layers(program: Program, chip: Chip, compressed: bool) -> list[LayerCh
     return report
 
 
-def _pair_product(place: _Place, group: Group, pair: GatedPair) -> fx.Node:
+def _pair_product(place: _Place, group: Siblings, pair: GatedPair) -> fx.Node:
     """silu(gate) * up as one product, its weight with rows of both in turns."""
 
     def alternating(position: int) -> Tensor | None:
@@ -150,7 +150,7 @@ def _pair_product(place: _Place, group: Group, pair: GatedPair) -> fx.Node:
     return _product(place, group, alternating, bias, "silu_mul")
 
 
-def _why_not(group: Group, product: Product, chip: Chip) -> str | None:
+def _why_not(group: Siblings, product: Product, chip: Chip) -> str | None:
     """Why no kernel takes this group. Raises UsageError where the chip has no such product at all."""
     if why_not := product.why_not(chip.capability):
         raise UsageError(why_not, where=group.names[0], hint=product.instead)
@@ -163,7 +163,7 @@ def _why_not(group: Group, product: Product, chip: Chip) -> str | None:
     return None
 
 
-def _is_dense(group: Group, scheme: str, chip: Chip, compressed: bool) -> tuple[bool, str]:
+def _is_dense(group: Siblings, scheme: str, chip: Chip, compressed: bool) -> tuple[bool, str]:
     """(whether the dense product is to be used, why)."""
     outputs = sum(group.sizes)
     try:
@@ -182,7 +182,7 @@ def _is_dense(group: Group, scheme: str, chip: Chip, compressed: bool) -> tuple[
 
 
 def _product(
-    place: _Place, group: Group, constants: Callable[[int], Tensor | None], bias: Tensor | None, activation: str
+    place: _Place, group: Siblings, constants: Callable[[int], Tensor | None], bias: Tensor | None, activation: str
 ) -> fx.Node:
     """One product of the group. constants: position among the operator's arguments -> the tensor of all layers."""
     on_device = lambda position: _to(constants(position), place.device)  # noqa: E731

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxc.ir import edit
 from fxc.ir.program import Program
-from fxc.lower.groups import Group
+from fxc.lower.siblings import Siblings
 from fxc_kernels.cuda import ops as cuda_ops  # noqa: F401  registers the operators
 from fxc_kernels.cuda.quantize_rows import KEPT
 
@@ -55,7 +55,7 @@ class GatedPair:
     result: fx.Node
 
 
-def gated_pair(group: Group) -> GatedPair | None:
+def gated_pair(group: Siblings) -> GatedPair | None:
     if len(group.nodes) != 2 or group.sizes[0] != group.sizes[1]:
         return None
     for gate, up in ((0, 1), (1, 0)):

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from fxc.ir.program import Program
 from fxc.lower.inductor import CompiledGraph
-from fxc_kernels.cpu.ops import COMPILED
+from fxc_kernels.cpu.ops import FUNCTIONS
 
 
 def runnable(program: Program, device: torch.device | str, backend: str) -> nn.Module:
@@ -18,12 +18,13 @@ def runnable(program: Program, device: torch.device | str, backend: str) -> nn.M
     """
     device = torch.device(device)
     module = program.module(device)
-    if backend != "inductor":
-        return module
+    is_compiled = backend == "inductor"
     for node in module.graph.nodes:
-        if node.target in COMPILED:
-            node.target = COMPILED[node.target]
+        if node.target in FUNCTIONS:
+            node.target = FUNCTIONS[node.target][is_compiled]
     module.recompile()
+    if not is_compiled:
+        return module
     return CompiledGraph(module, dynamic_dims(module.graph), freezing=device.type == "cpu")
 
 

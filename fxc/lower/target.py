@@ -10,7 +10,7 @@ from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
-from fxc.lower.groups import LayerChoice
+from fxc.lower.siblings import LayerChoice
 
 BACKENDS = ("eager", "inductor")
 NEWEST = 90

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxc.ir.infer import fake_constant, fake_mode_of, infer
+from fxc.ir.edit import retype
+from fxc.ir.infer import fake_mode_of
 from fxc.ir.program import Program
 from fxc.schemes.scheme import scheme_of
 
@@ -29,20 +30,10 @@ def in_float64(program: Program, *, typed: bool = False) -> Program | None:
         node.args = tuple(_promote(a) for a in node.args)
         node.kwargs = {k: _promote(a) for k, a in node.kwargs.items()}
     if typed:
-        _infer_again(promoted)
+        with (mode := fake_mode_of(promoted.graph)):
+            inputs = [widened(node.meta["val"]) for node in promoted.placeholders]
+        retype(promoted, mode, inputs)
     return promoted
-
-
-def _infer_again(program: Program) -> None:
-    mode = fake_mode_of(program.graph)
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.meta["val"].dtype in _PROMOTED:
-            with mode:
-                node.meta["val"] = widened(node.meta["val"])
-        elif node.op == "get_attr":
-            node.meta["val"] = fake_constant(mode, program.constants[node.target])
-        elif node.op == "call_function":
-            node.meta["val"] = infer(mode, node.target, node.args, node.kwargs)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fxc.lower.groups import LayerChoice
+from fxc.lower.siblings import LayerChoice
 
 
 def forms(layers: Sequence[LayerChoice]) -> dict[str, int]:

@@ -22,7 +22,8 @@ from benchmarks.pruning.ours import SHARE, Unit, counted, ours, removals
 from benchmarks.pruning.outcome import first, generated, same
 from benchmarks.pruning.peer import HANDS
 from benchmarks.pruning.report import markdown, our_cells, summary, works
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 SMALL = [each for each in MODELS if each.build is not models.minilm]
@@ -120,12 +121,12 @@ def test_heads_of_a_cache_are_known_by_their_numbers():
 @cache
 def decoder() -> tuple[fxc.ir.Program, fxc.ir.Program]:
     """A decoder of 4 query and 2 KV heads in which both query heads of one KV head are masked, and the same one sliced."""
-    masked, _ = run_passes(fxc.capture(build("qwen2")[0]), parse_passes("canonicalize"), Context(), verify=False)
+    masked, _ = run_passes(fxc.capture(build("qwen2")[0]), Context(), Options("canonicalize", verify=False))
     name = "model.layers.1.self_attn.o_proj.weight"
     weight = masked.constants[name].clone()
     weight[:, : weight.shape[1] // 2] = 0
     masked.constants[name] = weight
-    sliced, _ = run_passes(masked, parse_passes("dead_structure"), Context(), verify=False)
+    sliced, _ = run_passes(masked, Context(), Options("dead_structure", verify=False))
     return masked, sliced
 
 

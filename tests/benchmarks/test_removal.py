@@ -11,6 +11,7 @@ from benchmarks.python_source import python_source
 from benchmarks.removal import measure
 from benchmarks.removal.plot import svg
 from benchmarks.workloads import PYLM
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
 
@@ -24,7 +25,7 @@ def test_flops_fall_as_the_widths_do():
     net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
     inputs = [torch.randn(4, 8)]
     program = fxc.capture(net, tuple(inputs), check=False)
-    half, _ = run_passes(program, parse_passes("prune:ffn=0.5"), Context())
+    half, _ = run_passes(program, Context(), Options("prune:ffn=0.5"))
     assert measure.flops(program, inputs) == 2 * 4 * (8 * 64 + 64 * 8) == 2 * measure.flops(half, inputs)
 
 

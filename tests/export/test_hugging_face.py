@@ -24,13 +24,13 @@ from fxc.export.hugging_face import export
 from fxc.ir import parse_program, print_program
 from fxc.ir.edit import constant
 from fxc.options import Options
-from fxc.passes.base import Context, parse_passes
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 from fxc.verify.compare import relative_error
 
 
 def passed(program: fxc.Program, passes: str) -> fxc.Program:
-    return run_passes(program, parse_passes(passes), Context(), verify=False)[0]
+    return run_passes(program, Context(), Options(passes, verify=False))[0]
 
 
 def masked(program: fxc.Program, share: float, kinds: tuple[str, ...]) -> None:

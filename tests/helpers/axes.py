@@ -9,14 +9,15 @@ from families import build
 from torch import nn
 
 import fxc.passes
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 
 def canonical(model: nn.Module, *example):
     torch.manual_seed(0)
     program = fxc.capture(model.eval(), example, check=False)
-    return run_passes(program, parse_passes("canonicalize"), Context(), verify=False)[0]
+    return run_passes(program, Context(), Options("canonicalize", verify=False))[0]
 
 
 def members(group) -> set[str]:
@@ -27,7 +28,7 @@ def members(group) -> set[str]:
 @functools.cache
 def family(name: str):
     model, example = build(name)
-    return run_passes(fxc.capture(model, example, check=False), parse_passes("canonicalize"), Context(), verify=False)[0]
+    return run_passes(fxc.capture(model, example, check=False), Context(), Options("canonicalize", verify=False))[0]
 
 
 def toy(forward, **modules) -> nn.Module:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import fxc
 from fxc.ir import print_program
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 from fxc.schemes import sparse24
 
@@ -55,7 +56,7 @@ def captured(dtype: torch.dtype = torch.float32):
 
 @cache
 def compiled(spec: str, dtype: torch.dtype = torch.float32):
-    return run_passes(captured(dtype), parse_passes(spec), Context())
+    return run_passes(captured(dtype), Context(), Options(spec))
 
 
 def targets(program) -> dict[str, int]:

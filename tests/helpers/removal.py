@@ -9,7 +9,8 @@ import fxc.passes
 from fxc.data.samples import samples
 from fxc.ir.check import check
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Result, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context, Result
 from fxc.passes.dead_structure.dead_structure import DeadStructure
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
@@ -20,7 +21,7 @@ EXACT = 1e-10
 
 def canonical(model: nn.Module, example: tuple | None = None) -> Program:
     program = fxc.capture(model.eval(), example, check=False)
-    return run_passes(program, parse_passes("canonicalize"), Context(), verify=False)[0]
+    return run_passes(program, Context(), Options("canonicalize", verify=False))[0]
 
 
 def sliced(program: Program) -> tuple[Program, Result]:

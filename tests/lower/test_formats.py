@@ -12,7 +12,8 @@ from torch import nn
 
 import fxc
 from fxc.lower.candidates import rounded_to_int8
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 from fxc.report.lowering import describe
 from fxc.schemes import int4
@@ -101,7 +102,7 @@ def test_int4_rows_with_outliers_are_not_rounded_again():
             return self.layer(x)
 
     program = fxc.capture(Spiky(), (normal(3, 256),))
-    program, _ = run_passes(program, parse_passes("int4:group=32"), Context())
+    program, _ = run_passes(program, Context(), Options("int4:group=32"))
     lowered, report = on_cpu(program, "eager", measure=timing(0.1))
     x = normal(3, 256, seed=9)
     assert report[0].op == "dequantized" and "as int8 the error of int4 would be" in report[0].reason
@@ -119,6 +120,6 @@ def test_a_bias_that_is_computed_runs_by_the_operator():
 
     program = fxc.capture(Moving(), (normal(3, 5, 64),))
     for spec in SPECS:
-        after, _ = run_passes(program, parse_passes(spec), Context())
+        after, _ = run_passes(program, Context(), Options(spec))
         x = normal(3, 5, 64, seed=9)
         close(on_cpu(after)[0](x), after.module()(x), 1e-3)

@@ -11,7 +11,8 @@ from families import FAMILIES, build
 import fxc
 from fxc.data.samples import samples
 from fxc.ir import check, parse_program, print_program
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 from fxc.verify.compare import relative_error, run
 
@@ -39,7 +40,7 @@ def test_round_trip_gives_the_same_text_and_numbers(name):
 def test_int8_stays_close_gets_smaller_and_round_trips(name):
     model, program = captured(name)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    small, steps = run_passes(program, parse_passes("int8"), Context(), budget=0.15)
+    small, steps = run_passes(program, Context(), Options("int8", budget=0.15))
     done = steps[-1]
     assert done.changed > 0 and done.bytes_after < done.bytes_before
     assert not [fqn for fqn in small.constants if fqn.endswith(".qweight") and f"{fqn[:-8]}.weight" in small.constants]
@@ -82,5 +83,5 @@ def test_called_as_the_original_and_returns_its_class(name):
 
 def test_moe_experts_are_quantized_not_skipped():
     _, program = captured("mixtral")
-    _, steps = run_passes(program, parse_passes("int8"), Context())
+    _, steps = run_passes(program, Context(), Options("int8"))
     assert steps[-1].covered_bytes / program.nbytes() > 0.9

@@ -17,7 +17,7 @@ from fxc.data.text import encode, tokenizer_of
 from fxc.ir import print_program
 from fxc.measure.perplexity import perplexity, relative_change
 from fxc.options import Options
-from fxc.passes.base import Context, parse_passes
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 PRUNE = "prune:heads=0.25:ffn=0.25"
@@ -36,7 +36,7 @@ def pylm(pylm_dir):
 
 def after(source, passes: str):
     """The captured `source` with these passes done, which every compilation of it then has in common."""
-    return replace(source, program=run_passes(source.program, parse_passes(passes), Context(), verify=False)[0])
+    return replace(source, program=run_passes(source.program, Context(), Options(passes, verify=False))[0])
 
 
 def portable(program):

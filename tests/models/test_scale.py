@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import fxc
 from fxc.ir import parse_program, print_program
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 layers = int(sys.argv[1])
@@ -52,7 +53,7 @@ times["axes"] = clock() - began
 units = Counter((g.kind, g.size, g.pinned is None) for g in found)
 axes_peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 
-small, steps = run_passes(program, parse_passes("int8"), Context())
+small, steps = run_passes(program, Context(), Options("int8"))
 print(json.dumps({
     "parameters": program.numel(), "bytes": program.nbytes(), "int8_bytes": small.nbytes(), "changed": steps[-1].changed,
     "nodes": len(program.graph.nodes), "peak_bytes": peak, "seconds": times,

@@ -8,14 +8,15 @@ from programs import body
 from torch import nn
 
 import fxc
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.passes.facts import CANONICAL
 from fxc.pipeline import run_passes
 
 
 def canonical(model: nn.Module, *example):
     program = fxc.capture(model, example)
-    return run_passes(program, parse_passes("canonicalize"), Context())[0]
+    return run_passes(program, Context(), Options("canonicalize"))[0]
 
 
 class Noise(nn.Module):
@@ -42,7 +43,7 @@ def test_noise_goes_and_products_become_linears():
 
 def test_a_second_run_changes_nothing():
     program = canonical(Noise(), torch.randn(2, 3, 8))
-    _, steps = run_passes(program, parse_passes("canonicalize"), Context())
+    _, steps = run_passes(program, Context(), Options("canonicalize"))
     assert steps[0].changed == 0
 
 
@@ -56,7 +57,7 @@ def test_what_is_random_or_used_twice_stays():
             return x @ self.weight + x @ self.weight.t() + torch.rand(3, 8) + torch.rand(3, 8)
 
     program = fxc.capture(Twice(), (torch.randn(3, 8),), check=False)
-    small, _ = run_passes(program, parse_passes("canonicalize"), Context(), verify=False)
+    small, _ = run_passes(program, Context(), Options("canonicalize", verify=False))
     assert body(small).count("aten.rand(") == 2
     assert program.nbytes() == small.nbytes()
 
@@ -67,7 +68,7 @@ def test_a_dropout_that_drops_is_kept():
             return torch.nn.functional.dropout(x, 0.5, training=True)
 
     program = fxc.capture(Drops(), (torch.randn(3, 8),), check=False)
-    assert "dropout" in body(run_passes(program, parse_passes("canonicalize"), Context(), verify=False)[0])
+    assert "dropout" in body(run_passes(program, Context(), Options("canonicalize", verify=False))[0])
 
 
 class Square(nn.Module):
@@ -124,5 +125,5 @@ def test_a_product_with_the_embedding_itself_is_left_alone():
     ids = torch.randint(0, 32, (2, 5))
     assert "aten.matmul" in body(canonical(TiedProduct(False), ids))
     turned = fxc.capture(TiedProduct(True), (ids,))
-    small, steps = run_passes(turned, parse_passes("int8"), Context(), allow_noop=True)
+    small, steps = run_passes(turned, Context(), Options("int8", allow_noop=True))
     assert "aten.linear(" in body(small) and "tied" in steps[-1].refusals[0].reason

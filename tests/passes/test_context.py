@@ -12,6 +12,7 @@ import fxc
 from fxc.analysis.groups import groups
 from fxc.data.decoder import decoder_inputs, decoder_sample
 from fxc.data.samples import drawn
+from fxc.options import Options
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.passes.interface import Interface
 from fxc.passes.prune.prune import Prune
@@ -39,7 +40,7 @@ def test_a_pass_can_ask_the_original(spec):
     program = fxc.capture(build("qwen2")[0], check=False)
     samples = [decoder_inputs(program, torch.arange(n, n + 9)[None]) for n in (3, 60)] + [decoder_sample(program, 2, 5, 4)]
     look = Look()
-    run_passes(program, [*parse_passes(spec), look], Context(samples=samples), verify=False)
+    run_passes(program, Context(samples=samples), Options([*parse_passes(spec), look], verify=False))
     ((student, context),) = look.given
     teacher = context.original
     assert teacher.program is program and teacher.samples is samples
@@ -70,7 +71,7 @@ def test_what_two_passes_made_of_the_inputs_is_one_interface():
 
 def test_a_callers_context_is_not_changed():
     context = Context()
-    run_passes(fxc.capture(Mlp(), (torch.randn(2, 40),)), [Look()], context, verify=False)
+    run_passes(fxc.capture(Mlp(), (torch.randn(2, 40),)), context, Options([Look()], verify=False))
     assert context.original is None
 
 
@@ -80,7 +81,7 @@ def test_a_seed_gives_other_random_numbers_and_0_the_usual_ones():
         made = {}
         for seed in (0, 7):
             look = Look()
-            run_passes(program, [look], Context(seed=seed), verify=False)
+            run_passes(program, Context(seed=seed), Options([look], verify=False))
             made[seed] = look.given[0][1].draw(program)
         assert all(torch.equal(a[0], b[0]) for a, b in zip(made[0], usual, strict=True))
         assert not any(torch.equal(a[0], b[0]) for a, b in zip(made[7], usual, strict=True))

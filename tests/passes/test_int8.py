@@ -10,16 +10,17 @@ from torch import nn
 
 import fxc
 from fxc.errors import UsageError
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.passes.facts import FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
 
 
 def test_quantizing_twice_is_refused():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
-    small, _ = run_passes(program, parse_passes("int8"), Context())
+    small, _ = run_passes(program, Context(), Options("int8"))
     with pytest.raises(UsageError, match="is a quantized weight"):
-        run_passes(small, parse_passes("int8"), Context())
+        run_passes(small, Context(), Options("int8"))
 
 
 class Tied(nn.Module):
@@ -37,7 +38,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_one_constant_and_left_alone():
     program = fxc.capture(Tied(), (torch.randint(0, 50, (2, 7)),))
     assert program.aliases == {"head.weight": "embed.weight"}
-    small, steps = run_passes(program, parse_passes("int8"), Context())
+    small, steps = run_passes(program, Context(), Options("int8"))
     assert [(r.fqn, "tied" in r.reason) for r in steps[-1].refusals] == [("embed", True)]
     assert body(small).count("@body.qweight") == 2, "a layer that is called twice is packed once"
     assert small.aliases == program.aliases
@@ -47,7 +48,7 @@ def test_tied_weights_are_one_constant_and_left_alone():
 def test_skip_leaves_layers_alone_and_says_so(pattern, left):
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
     program.constants["head.weight"] = torch.randn(10, 40)
-    small, steps = run_passes(program, parse_passes("int8"), Context(skip=(pattern,)), allow_noop=True)
+    small, steps = run_passes(program, Context(skip=(pattern,)), Options("int8", allow_noop=True))
     assert {r.fqn for r in steps[-1].refusals if "pattern" in r.reason} == left
     assert all(f"{fqn}.weight" in small.constants for fqn in left)
 
@@ -90,7 +91,7 @@ def test_packed_weights_take_free_names(names, made):
 
     program = fxc.capture(Around(), (torch.randn(3, 32),))
     own = {f"a.{name}" for name in names}
-    small, _ = run_passes(program, parse_passes("int8"), Context())
+    small, _ = run_passes(program, Context(), Options("int8"))
     assert set(small.constants) == made | own
     assert all(torch.equal(small.constants[n], program.constants[n]) for n in own)
     small.module()(torch.randn(3, 32))
@@ -99,7 +100,7 @@ def test_packed_weights_take_free_names(names, made):
 def test_a_parameter_that_is_called_qweight_is_not_a_packed_weight():
     program = fxc.capture(Scaled(["qweight"]), (torch.randn(3, 32),))
     assert FLOAT_WEIGHTS.check(program) is None
-    assert "is a quantized weight" in FLOAT_WEIGHTS.check(run_passes(program, parse_passes("int8"), Context())[0])
+    assert "is a quantized weight" in FLOAT_WEIGHTS.check(run_passes(program, Context(), Options("int8"))[0])
 
 
 def test_a_weight_multiplied_by_itself_is_refused():
@@ -112,5 +113,5 @@ def test_a_weight_multiplied_by_itself_is_refused():
             return x + torch.nn.functional.linear(self.w, self.w)
 
     program = fxc.capture(Gram(), (torch.randn(32, 32),), check=False)
-    _, steps = run_passes(program, parse_passes("int8"), Context(), allow_noop=True)
+    _, steps = run_passes(program, Context(), Options("int8", allow_noop=True))
     assert steps[-1].changed == 0 and "tied" in steps[-1].refusals[0].reason

@@ -14,6 +14,7 @@ import fxc
 from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.ir import parse_program, print_program
 from fxc.ir.edit import sweep
+from fxc.options import Options
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.float64 import in_float64
@@ -57,10 +58,10 @@ def test_layers_that_do_not_fit_are_left_and_it_says_what_to_do():
 
     program = fxc.capture(Narrow(), (torch.randn(3, 42),))
     with pytest.raises(UsageError, match="changed nothing") as caught:
-        run_passes(program, parse_passes("sparse24"), Context())
+        run_passes(program, Context(), Options("sparse24"))
     assert "only: its rows of 42 are not a multiple of 4" in str(caught.value)
     with pytest.raises(UsageError, match="only: group=128 does not divide its rows of 42") as caught:
-        run_passes(program, parse_passes("int4"), Context())
+        run_passes(program, Context(), Options("int4"))
 
 
 def test_a_group_that_is_none_is_refused_at_once():
@@ -77,10 +78,10 @@ def family(name: str):
 
 @pytest.mark.parametrize(("spec", "kind"), [("int4:group=32", "int4"), ("fp8", "fp8"), ("sparse24", "2:4")])
 def test_experts_and_tied_embeddings_have_no_such_form(spec, kind):
-    _, steps = run_passes(family("mixtral"), parse_passes(spec), Context(), verify=False)
+    _, steps = run_passes(family("mixtral"), Context(), Options(spec, verify=False))
     reasons = [r.reason for r in steps[-1].refusals]
     assert sum(f"there is no {kind} form of the experts of a mixture" in reason for reason in reasons) == 4
-    _, steps = run_passes(family("gemma"), parse_passes(spec), Context(), verify=False)
+    _, steps = run_passes(family("gemma"), Context(), Options(spec, verify=False))
     assert [(r.fqn, "tied" in r.reason) for r in steps[-1].refusals] == [("model.embed_tokens", True)]
 
 
@@ -89,7 +90,7 @@ def test_experts_and_tied_embeddings_have_no_such_form(spec, kind):
 def test_what_is_packed_already_is_refused(first, second):
     small, _ = compiled(first)
     with pytest.raises(UsageError, match=r"is a (quantized|2:4 sparse) weight") as caught:
-        run_passes(small, parse_passes(second), Context())
+        run_passes(small, Context(), Options(second))
     assert "start from the original model" in str(caught.value)
 
 
@@ -134,7 +135,7 @@ def test_a_weight_that_stays_beside_its_packed_form_is_found():
 
     try:
         with pytest.raises(VerificationFailed, match="float weight is still there"):
-            run_passes(captured(), [Forgetful(32)], Context())
+            run_passes(captured(), Context(), Options([Forgetful(32)]))
     finally:
         Pass.registry["int4"] = Int4
 
@@ -144,15 +145,15 @@ def test_what_is_not_finite_names_its_layer():
     program.constants["up.weight"] = program.constants["up.weight"] * float("nan")
     for spec in ("int4:group=32", "fp8", "sparse24", "int8"):
         with pytest.raises(InputRefused, match=r"up\.weight: the weight holds NaN or Inf"):
-            run_passes(program, parse_passes(spec), Context())
+            run_passes(program, Context(), Options(spec))
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_without_values_the_shapes_are_planned(spec):
     program = captured().copy()
-    real, _ = run_passes(program, parse_passes(spec), Context())
+    real, _ = run_passes(program, Context(), Options(spec))
     program.constants = {name: t.to("meta") for name, t in program.constants.items()}
-    planned, _ = run_passes(program, parse_passes(spec), Context())
+    planned, _ = run_passes(program, Context(), Options(spec))
     assert planned.is_on_meta and print_program(planned) == print_program(real)
 
 
@@ -175,9 +176,9 @@ def test_weights_that_are_called_like_parts_take_free_names():
             return self.a(x) + 1
 
     program = fxc.capture(Around(), (normal(3, 64),))
-    small, _ = run_passes(program, parse_passes("sparse24"), Context())
+    small, _ = run_passes(program, Context(), Options("sparse24"))
     assert set(small.constants) == {"a.values.values", "a.values.meta", "a.scale"}
-    both, _ = run_passes(program, parse_passes("sparse24,int8"), Context())
+    both, _ = run_passes(program, Context(), Options("sparse24,int8"))
     assert set(both.constants) == {"a.values.qweight", "a.values.scale", "a.values.meta", "a.scale"}
     torch.testing.assert_close(both.module()(normal(3, 64))[0], small.module()(normal(3, 64))[0], rtol=0.1, atol=0.2)
 
@@ -193,7 +194,7 @@ def test_a_weight_of_two_layers_is_packed_once():
 
     program = fxc.capture(Twice(), (normal(3, 32),))
     for spec, part in (("int4:group=32", "qweight"), ("fp8", "qweight"), ("sparse24", "values"), ("sparse24,int8", "meta")):
-        small, _ = run_passes(program, parse_passes(spec), Context())
+        small, _ = run_passes(program, Context(), Options(spec))
         assert print_program(small).count(f"@body.{part}") == 3  # its declaration and two uses
 
 

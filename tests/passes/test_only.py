@@ -13,6 +13,7 @@ from families import Mlp, build
 import fxc
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.parse import parse_program
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.facts import FLOAT_WEIGHTS
 from fxc.passes.int8 import Int8
@@ -60,9 +61,9 @@ def test_one_format_for_some_layers_and_another_for_the_rest(tmp_path):
 
 def test_the_layers_are_those_that_each_format_alone_would_make():
     program = mlp()
-    both, _ = run_passes(program, parse_passes("int4:group=32:only=up;down,int8"), Context())
+    both, _ = run_passes(program, Context(), Options("int4:group=32:only=up;down,int8"))
     for spec, layers in (("int4:group=32", ("up", "down")), ("int8", ("head",))):
-        alone, _ = run_passes(program, parse_passes(spec), Context())
+        alone, _ = run_passes(program, Context(), Options(spec))
         for fqn in (f"{layer}.{part}" for layer in layers for part in ("qweight", "scale")):
             assert torch.equal(both.constants[fqn], alone.constants[fqn])
 
@@ -83,7 +84,7 @@ def test_the_layers_are_those_that_each_format_alone_would_make():
     ],
 )
 def test_who_takes_which_layer(spec, made):
-    program, steps = run_passes(mlp(), parse_passes(spec), Context())
+    program, steps = run_passes(mlp(), Context(), Options(spec))
     assert formats(program) == made
     assert [s.gates["facts"] for s in steps] == ["ok"] * len(steps)
     assert str(parse_program(str(program))) == str(program)
@@ -93,7 +94,7 @@ def test_pruning_goes_before_all_of_them():
     names = [str(p) for p in order(parse_passes("int8,prune:ffn=0.5,int4:only=up")).passes]
     assert names == ["canonicalize", "prune:ffn=0.5", "dead_structure", "int4:only=up", "int8"]
     passes = parse_passes("int8,prune:ffn=0.5,int4:group=32:only=up")
-    program, _ = run_passes(mlp(), passes, Context(), budget=9, layer_budget=9)
+    program, _ = run_passes(mlp(), Context(), Options(passes, budget=9, layer_budget=9))
     assert formats(program) == {"up": "int4_weight_only", "down": "int8", "head": "int8"}
     assert program.constants["up.qweight"].shape == (48, 32)
 
@@ -111,39 +112,39 @@ def test_two_that_are_for_all_layers_are_still_refused(spec):
 
 def test_a_format_that_finds_all_taken_says_so():
     with pytest.raises(UsageError, match="changed nothing") as caught:
-        run_passes(mlp(), parse_passes("int8:only=up,fp8:only=up"), Context())
+        run_passes(mlp(), Context(), Options("int8:only=up,fp8:only=up"))
     assert "up: already int8" in caught.value.why
 
 
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(UsageError, match="'re:mpl' matches no layer") as caught:
-        run_passes(mlp(), parse_passes("int8,int4:only=up;re:mpl"), Context())
+        run_passes(mlp(), Context(), Options("int8,int4:only=up;re:mpl"))
     assert caught.value.where == "int4:only"
     with pytest.raises(UsageError) as caught:
-        run_passes(mlp(), parse_passes("int8:only=heed"), Context())
+        run_passes(mlp(), Context(), Options("int8:only=heed"))
     assert "head" in caught.value.hint
 
 
 def test_skip_goes_with_only():
-    program, steps = run_passes(mlp(), parse_passes("int8:only=up;down"), Context(skip=("down",)))
+    program, steps = run_passes(mlp(), Context(skip=("down",)), Options("int8:only=up;down"))
     assert formats(program) == {"up": "int8", "down": "linear", "head": "linear"}
     reasons = {r.fqn: r.reason for r in steps[-1].refusals}
     assert reasons == {"down": "skipped by the pattern down", "head": "outside of only=up;down"}
 
 
 def test_what_is_left_of_a_packed_program_can_be_packed():
-    program, _ = run_passes(mlp(), parse_passes("int4:group=32:only=up"), Context())
+    program, _ = run_passes(mlp(), Context(), Options("int4:group=32:only=up"))
     with pytest.raises(UsageError, match=r"up.qweight is a quantized weight"):
-        run_passes(program, parse_passes("int8"), Context())
+        run_passes(program, Context(), Options("int8"))
     with pytest.raises(UsageError, match=r"up.qweight is a quantized weight"):
-        run_passes(program, parse_passes("int8:only=up"), Context())
-    rest, _ = run_passes(program, parse_passes("int8:only=down;head"), Context())
+        run_passes(program, Context(), Options("int8:only=up"))
+    rest, _ = run_passes(program, Context(), Options("int8:only=down;head"))
     assert formats(rest) == {"up": "int4_weight_only", "down": "int8", "head": "int8"}
     assert FLOAT_WEIGHTS.broken(program).keys() == {"up"}
 
 
 def test_a_layer_that_another_pass_packed_is_not_left_alone():
-    program, steps = run_passes(mlp(), parse_passes("int4:group=32:only=up,int8"), Context(skip=("head",)))
+    program, steps = run_passes(mlp(), Context(skip=("head",)), Options("int4:group=32:only=up,int8"))
     record = SimpleNamespace(coverage=1.0, passes=steps)
     assert "1 layer left alone" in coverage_text(record, FLOAT_WEIGHTS.broken(program))
 
@@ -168,6 +169,6 @@ class Unsaid(Int8):
 
 def test_the_gate_of_facts_sees_what_was_packed_without_leave():
     with pytest.raises(VerificationFailed, match=r"'facts': it is for up alone, and (down|head).qweight is a quantized weight"):
-        run_passes(mlp(), [Greedy(only="up")], Context())
+        run_passes(mlp(), Context(), Options([Greedy(only="up")]))
     with pytest.raises(VerificationFailed, match=r"it says that it keeps float_weights, and up.qweight is a quantized weight"):
-        run_passes(mlp(), [Unsaid()], Context())
+        run_passes(mlp(), Context(), Options([Unsaid()]))

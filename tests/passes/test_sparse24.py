@@ -9,6 +9,7 @@ from formats import Net, compiled, normal, sparse, targets
 import fxc
 from fxc.errors import UsageError
 from fxc.ir import print_program
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.order import order
 from fxc.pipeline import run_passes
@@ -35,7 +36,7 @@ def test_sparse24_and_int8_are_one_operator_in_either_order():
     weights = sum(p.numel() * 4 for n, p in Net().named_parameters() if n.endswith("weight") and not n.startswith("head"))
     assert sum(s.covered_bytes for s in steps) == weights, "no weight is covered twice"
     with pytest.raises(UsageError, match="changed nothing") as caught:
-        run_passes(sparse_only, parse_passes("int8:mode=weight_only"), Context(skip=("odd",)))
+        run_passes(sparse_only, Context(skip=("odd",)), Options("int8:mode=weight_only"))
     assert "q: 2:4 sparse layers have no weight-only form" in str(caught.value)
 
 
@@ -44,6 +45,6 @@ def test_a_mask_that_is_there_is_kept():
     with torch.no_grad():
         net.q.weight.copy_(sparse(32, 64, 5, share=0.7))
     program = fxc.capture(net, (normal(3, 5, 64),))
-    after, steps = run_passes(program, parse_passes("sparse24"), Context())
+    after, steps = run_passes(program, Context(), Options("sparse24"))
     assert steps[-1].layer_errors["q"] < 1e-6
     assert torch.equal(sparse24.unpack(after.constants["q.values"], after.constants["q.meta"]), net.q.weight)

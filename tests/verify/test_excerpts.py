@@ -20,6 +20,7 @@ from fxc.ir.check import check
 from fxc.ir.edit import call, constant, insert, sweep
 from fxc.ir.program import Program
 from fxc.ir.text import excerpt
+from fxc.options import Options
 from fxc.passes.base import Context, Fact, Pass, Result, parse_passes
 from fxc.passes.facts import CANONICAL
 from fxc.passes.int8 import Int8
@@ -182,7 +183,7 @@ def runs_nowhere(program):
 )  # fmt: skip
 def test_the_error_shows_the_line(step, says, marked):
     with pytest.raises(VerificationFailed) as caught:
-        run_passes(captured(), [step], Context(), budget=9.0)
+        run_passes(captured(), Context(), Options([step], budget=9.0))
     error = caught.value
     assert says in error.what
     (line,) = [line for line in error.excerpt if line[0] == ">"]
@@ -206,13 +207,13 @@ class KeepsFloat(Int8):
 
 def test_a_float_weight_that_is_left_shows():
     with pytest.raises(VerificationFailed, match="'lowered'") as caught:
-        run_passes(captured(), [*parse_passes("canonicalize"), KeepsFloat()], Context())
+        run_passes(captured(), Context(), Options([*parse_passes("canonicalize"), KeepsFloat()]))
     assert "> constant @up.weight: f32[96, 40]" in caught.value.excerpt
 
 
 def test_the_outputs_budget_shows_the_layer_with_most_of_it():
     with pytest.raises(VerificationFailed, match="the outputs differ") as caught:
-        run_passes(captured(), parse_passes("int8"), Context(), budget=1e-6)
+        run_passes(captured(), Context(), Options("int8", budget=1e-6))
     (line,) = [line for line in caught.value.excerpt if line[0] == ">"]
     assert f"# {caught.value.where} (int8)" in line
 
@@ -220,7 +221,7 @@ def test_the_outputs_budget_shows_the_layer_with_most_of_it():
 def test_what_refuses_the_sizes_of_capture_shows(monkeypatch):
     monkeypatch.setattr("fxc.pipeline.samples", lambda program: [[torch.randn(2, 41)]])
     with pytest.raises(VerificationFailed, match="does not run at the sizes of capture") as caught:
-        run_passes(captured(), [Broken()], Context())
+        run_passes(captured(), Context(), Options([Broken()]))
     assert any(line[0] == ">" and "@up.weight" in line for line in caught.value.excerpt)
 
 

@@ -16,6 +16,7 @@ from fxc.data.samples import samples
 from fxc.errors import VerificationFailed
 from fxc.ir.edit import call, insert, sweep
 from fxc.ir.program import Program
+from fxc.options import Options
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
@@ -49,7 +50,7 @@ class Policy(Mechanism):
 
 def gates(program: Program, step: Pass | str, **options) -> dict[str, str]:
     steps = parse_passes(step) if isinstance(step, str) else [step]
-    return run_passes(program, steps, Context(), **options)[1][-1].gates
+    return run_passes(program, Context(), Options(steps, **options))[1][-1].gates
 
 
 class By(nn.Module):
@@ -219,7 +220,7 @@ def test_a_mechanism_runs_in_the_programs_own_dtype_too():
 
 def test_what_has_no_float64_form_is_compared_in_its_own_dtype():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
-    small, _ = run_passes(program, parse_passes("int8"), Context())
+    small, _ = run_passes(program, Context(), Options("int8"))
     assert "its own dtype (not in float64" in gates(small, Mechanism())["meaning"]
 
 
@@ -282,7 +283,7 @@ def test_a_policy_may_not_destroy_a_layer_that_the_output_hardly_shows():
     with pytest.raises(VerificationFailed, match=r"alone it differs by 1.000, the budget of a layer is 0.5") as caught:
         gates(program, Policy(zero_query))
     assert str(caught.value).startswith("error[FXC-E5]: query:")
-    allowed = run_passes(program, [Policy(zero_query)], Context(), layer_budget=1.0)[1][-1]
+    allowed = run_passes(program, Context(), Options([Policy(zero_query)], layer_budget=1.0))[1][-1]
     assert allowed.layer_errors["query"] == 1.0 and 0 < allowed.layer_errors["e"] < 0.01
     assert "head" not in allowed.layer_errors, "it was not rewritten"
 

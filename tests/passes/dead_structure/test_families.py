@@ -129,7 +129,7 @@ def test_masked_and_sliced_agree_for_every_family(name, ratio, tmp_path):
         ids = torch.randint(3, 300, (1, 6), generator=torch.Generator().manual_seed(1))
         assert torch.equal(generated(masked, model, ids), generated(after, model, ids)), spec
     if ratio == 0.25:
-        small, _ = run_passes(after, parse_passes("int8"), Context(), verify=False, allow_noop=True)
+        small, _ = run_passes(after, Context(), Options("int8", verify=False, allow_noop=True))
         config = getattr(model, "config", None)
         files = {"config.json": config.to_json_string().encode()} if config is not None else {}
         compiled = compiled_model(small, {}, config=config, files=files)
@@ -154,7 +154,7 @@ def test_masked_and_sliced_agree_for_real_models(request, source, passes):
 
     folder = request.getfixturevalue(source)
     captured = capture_source(str(folder), options=Options(dtype="float32", verify=False))
-    program = run_passes(captured.program, parse_passes("canonicalize"), Context(), verify=False)[0]
+    program = run_passes(captured.program, Context(), Options("canonicalize", verify=False))[0]
     masked = program.copy()
     parse_passes(passes)[0].run(masked, Context())
     after, result = sliced(masked)

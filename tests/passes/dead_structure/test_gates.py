@@ -12,6 +12,7 @@ from zeroed import TOKENS, family, mlp, zero_heads
 from fxc.analysis.groups import groups
 from fxc.errors import VerificationFailed
 from fxc.ir.program import Program
+from fxc.options import Options
 from fxc.passes.base import Context, Result
 from fxc.passes.dead_structure import dead_structure
 from fxc.passes.dead_structure.dead_structure import DeadStructure
@@ -110,10 +111,10 @@ def test_what_is_removed_wrongly_does_not_get_through_the_gates(program, how):
     program = program()
     step = broken(how)
     with pytest.raises(VerificationFailed, match="may not change what the program computes"):
-        run_passes(program, [step], Context())
-    run_passes(program, [DeadStructure()], Context())
+        run_passes(program, Context(), Options([step]))
+    run_passes(program, Context(), Options([DeadStructure()]))
 
 
 def test_what_is_left_behind_does_not_get_through_the_gates():
     with pytest.raises(VerificationFailed, match=r"promises no_dead_structure, and .* has a dead ffn"):
-        run_passes(masked_mlp(), [Idle()], Context())
+        run_passes(masked_mlp(), Context(), Options([Idle()]))

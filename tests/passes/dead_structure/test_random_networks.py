@@ -15,7 +15,8 @@ import fxc
 from fxc.analysis.known import known_values
 from fxc.ir.check import check
 from fxc.ir.program import Program
-from fxc.passes.base import Context, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
 from fxc.verify.compare import relative_error, run
@@ -31,14 +32,14 @@ SIZES = [(3, LENGTH), (1, 2), (5, LENGTH + 2)]  # (batch, length of token sequen
 
 def canonical(network: Network) -> Program:
     program = fxc.capture(network.build(), tuple(network.inputs(*SIZES[0])), check=False)
-    program = run_passes(program, parse_passes("canonicalize"), Context(), verify=False)[0]
+    program = run_passes(program, Context(), Options("canonicalize", verify=False))[0]
     # Where a module casts to float32, a constant that the pass computes would be rounded there.
     return in_float64(program, typed=True)
 
 
 def without_dead_structure(program: Program) -> tuple[Program, int]:
     """The program that is left, and how many places changed."""
-    after, steps = run_passes(program, parse_passes("dead_structure"), Context(), verify=False)
+    after, steps = run_passes(program, Context(), Options("dead_structure", verify=False))
     return after, next(step.changed for step in steps if step.name == "dead_structure")
 
 

@@ -6,6 +6,7 @@ import pytest
 from pruned import masked, three_layers
 
 from fxc.errors import UsageError
+from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.prune.prune import Prune
 from fxc.pipeline import run_passes
@@ -78,6 +79,6 @@ def test_a_kind_that_is_not_there_is_said_to_be():
     _, result = masked(three_layers(), "prune:heads=0.5:ffn=0.5")
     assert [r.reason for r in result.refusals] == ["the model has no heads that can be pruned by l2"]
     with pytest.raises(UsageError, match="the model has no channels"):
-        run_passes(three_layers(), parse_passes("prune:channels=0.5"), Context())
+        run_passes(three_layers(), Context(), Options("prune:channels=0.5"))
     _, result = masked(three_layers(), "prune:ffn=0.5:criterion=bn_scale")
     assert {r.reason for r in result.refusals} >= {"bn_scale says nothing about it"}

@@ -16,7 +16,8 @@ import fxc.passes
 from fxc.data.decoder import decoder_sample
 from fxc.data.samples import samples
 from fxc.ir.program import Program
-from fxc.passes.base import Context, Fact, Pass, Result, parse_passes
+from fxc.options import Options
+from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.prune.prune import Prune
 from fxc.pipeline import run_passes
 
@@ -140,7 +141,7 @@ def test_what_is_skipped_stays_and_is_said_to():
 def test_the_program_that_is_pruned_is_not_written_to():
     program = three_layers()
     before = {fqn: t.clone() for fqn, t in program.constants.items()}
-    run_passes(program, parse_passes("prune:ffn=0.5"), Context(), verify=False)
+    run_passes(program, Context(), Options("prune:ffn=0.5", verify=False))
     assert all(torch.equal(t, before[fqn]) for fqn, t in program.constants.items())
 
 
@@ -172,7 +173,7 @@ def test_a_policy_after_removal_learns_from_its_data(again, second):
     data = [decoder_sample(program, batch, new=6, past=past) for batch, past in ((1, 3), (2, 0), (2, 5), (1, 2))]
     first = "prune:heads=0.5:uniform=true" + ("" if "layers" in second else ":layers=0.5")
     options = {"budget": 9.0, "layer_budget": 9.0}
-    _, steps = run_passes(program, parse_passes(f"{first},dead_structure,{second}"), Context(samples=data), **options)
+    _, steps = run_passes(program, Context(samples=data), Options(f"{first},dead_structure,{second}", **options))
     assert [step.name.partition(":")[0] for step in steps] == ["canonicalize", "prune", "dead_structure", "again"]
     assert steps[-1].changed > 0
     (context,) = again

@@ -27,7 +27,7 @@ class LayerChoice:
 
 
 @dataclass
-class Group:
+class Siblings:
     """Layers of one operator and format that read the same activation: one product serves all of them.
 
     arguments: of each node, constants as tensors; bias: of all of them together, float32; sizes: the outputs of each; kept:
@@ -81,7 +81,7 @@ class Place:
     def constant(self, part: str, value: Tensor | None) -> fx.Node | None:
         return None if value is None else edit.constant(self.program, f"{self.name}.{part}", value, self.before)
 
-    def call(self, target: object, args: tuple, group: Group) -> fx.Node:
+    def call(self, target: object, args: tuple, group: Siblings) -> fx.Node:
         return edit.insert(self.program, target, args, before=self.before, by="lower", fqn=", ".join(group.names))
 
 
@@ -92,7 +92,7 @@ def together(tensors: list[Tensor | None]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def find_groups(program: Program, targets: Collection[object]) -> list[Group]:
+def find_siblings(program: Program, targets: Collection[object]) -> list[Siblings]:
     """The calls of `targets` whose other arguments are constants."""
     found: dict[tuple, list[fx.Node]] = {}
     for node in program.graph.nodes:
@@ -110,7 +110,7 @@ def _layout(node: fx.Node) -> tuple:
     return tuple(isinstance(a, fx.Node) or a for name, a in given.items() if name != "bias")
 
 
-def _group(program: Program, target: object, nodes: list[fx.Node]) -> Group:
+def _group(program: Program, target: object, nodes: list[fx.Node]) -> Siblings:
     arguments = [
         tuple(program.constants[a.target] if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args)
         for node in nodes
@@ -121,10 +121,10 @@ def _group(program: Program, target: object, nodes: list[fx.Node]) -> Group:
     if any(b is not None for b in biases):
         bias = torch.cat([torch.zeros(size) if b is None else b.float() for b, size in zip(biases, sizes)])
     names = [layer_of(node, node.args[1].target) for node in nodes]
-    return Group(target, nodes, arguments, bias, sizes, nodes[0].args[0].meta["val"].shape[-1], names)
+    return Siblings(target, nodes, arguments, bias, sizes, nodes[0].args[0].meta["val"].shape[-1], names)
 
 
-def replace(program: Program, group: Group, out: fx.Node) -> None:
+def replace(program: Program, group: Siblings, out: fx.Node) -> None:
     """`out`, which is in the graph before the group's nodes, is their results one after the other."""
     parts, first = [out], group.nodes[0]
     if len(group.nodes) > 1:
