@@ -1,6 +1,6 @@
 """What compilation makes of a few models is on record, for every format and kind of pruning: text, weights and report.
 
-    FXC_REPLAY=accept pytest tests/test_replay.py   rewrites the record: the diff of tests/data/replay.json says what changed
+    FXC_REPLAY=accept pytest tests/test_replay.py   rewrites the record: the diff of tests/records/replay.json says what changed
     FXC_REPLAY=exact pytest tests/test_replay.py    compares every bit: for a change that must not change anything, on the
                                                     machine that wrote the record
 

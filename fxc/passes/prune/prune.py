@@ -57,7 +57,7 @@ class Prune(Pass):
     amount: "auto", which is what `prune` alone means: the most heads and channels, never more than half of those of a layer,
     that keep the loss of quality within `budget`, found by bisection over a ranking of the whole model, or with uniform=true
     over a share that is the same everywhere. What is measured is the loss of the next token on calibration data, or how far
-    the outputs move (`prune_amount.Judge`). Or in so many words: heads, ffn, channels, layers: the share of each that goes,
+    the outputs move (`Judge` of amount.py). Or in so many words: heads, ffn, channels, layers: the share of each that goes,
     from 0 to below 1. criterion: l2, l1 (magnitude), bn_scale, or from calibration data wanda, taylor, mask_gradient; auto is
     taylor for amount=auto, and else l2; layers always go by how little they change their input, which needs data. scope:
     whether units compete within their layer or over the whole model. round_to: channels are kept in multiples of it. uniform:
