@@ -1,0 +1,251 @@
+"""Go through a program block by block, compress the layers of each, let what they give flow on: one block's memory at a time.
+
+Layers that read the same value are a stage, and share one statistic. Stages are taken in the order in which they run: what a
+stage reads is computed sample by sample from the hidden states at its block's begin, with all layers before it already
+compressed, and added up; then its layers are compressed, in place. At the end of a block the hidden states of all samples are
+propagated, and the old ones freed. What samples have in common, as masks and rotary tables, is kept once.
+
+A weight that several layers read, because a module runs twice or names are tied, is compressed once, at the last of them, by
+the statistics of all: the layers between run with that weight as it was. No random numbers are drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxc.calibrate.blocks import Block, blocks
+from fxc.calibrate.hessian import Hessian, Squares
+from fxc.ir.names import layer_at, weight_of
+from fxc.ir.program import Program
+from fxc.progress import Track, untracked
+from fxc.schemes.ops import GROUPED_LINEAR
+
+Statistic = Hessian | Squares
+Compress = Callable[[list[fx.Node], list[Statistic]], None]
+"""Is given layers and the statistics of what they read: one, or one for each expert of a mixture, empty (`rows` is 0) where no
+row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards."""
+State = dict[fx.Node, Any]
+
+
+@dataclass(eq=False)
+class _Unit:
+    """Layers that are compressed together. at: the stages that some of them are in; statistics: [] before the first."""
+
+    layers: list[fx.Node] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """block: its number; readers: of each unit that reads the stage's value, one layer that does."""
+
+    block: int
+    readers: dict[_Unit, fx.Node]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes, in bytes. states: the hidden states of all samples where they are largest, as if they had nothing
+    in common; statistics: the most at one time; stages: of each, the names of its layers and the bytes of its statistics."""
+
+    states: int
+    statistics: int
+    stages: list[tuple[list[str], int]]
+
+    def __str__(self) -> str:
+        return f"{self.states / 1e6:.1f} MB of hidden states and {self.statistics / 1e6:.1f} MB of statistics"
+
+
+def needs(
+    program: Program,
+    layers: Collection[fx.Node],
+    samples: Sequence[Sequence[Tensor]],
+    statistic: Callable[[int], Statistic] = Hessian,
+) -> Needs:
+    """What `run` with these arguments will take besides the program and the values of one sample in one block. Of a size that
+    depends on data nothing is known: it counts as 1."""
+    found, stages = _planned(program, layers)
+    last = stages[-1].block if stages else 0
+    known = [_symbols(program, sample) for sample in samples]
+    ends = [_alive(program, block.nodes[0]) for block in found[1 : last + 1]]
+    ends = [[node.meta["val"] for node in end if node.op != "placeholder"] for end in ends]
+    states = [sum(_nbytes(value, symbols) for value in end for symbols in known) for end in ends]
+    costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
+    alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
+    names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]
+    return Needs(max(states, default=0), max(alive, default=0), list(zip(names, alive)))
+
+
+@torch.no_grad()
+def run(
+    program: Program,
+    layers: Collection[fx.Node],
+    samples: Sequence[Sequence[Tensor]],
+    compress: Compress,
+    *,
+    statistic: Callable[[int], Statistic] = Hessian,
+    track: Track = untracked,
+) -> None:
+    """Give `compress` the statistics of what each of `layers` reads: products of `program` with a constant, `aten.linear` or
+    `fxc.grouped_linear`.
+
+    samples: lists of the program's inputs. statistic: makes what inputs of so many channels are added up in.
+    Raises InputRefused where a layer reads NaN or Inf.
+    """
+    found, stages = _planned(program, layers)
+    states: list[State] = [dict(zip(program.placeholders, sample, strict=True)) for sample in samples]
+    block = 0
+    for number, stage in enumerate(stages):
+        while block < stage.block:
+            block += 1
+            _propagate(program, found[block].nodes[0], states)
+        for unit in stage.readers:
+            unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
+        names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
+        for state in track(states, f"calibrating {names} ({number + 1} of {len(stages)})", len(states)):
+            _add(program, stage, state)
+        for unit in stage.readers:
+            if unit.at[-1] == number:
+                _compress(unit, states, compress)
+
+
+def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block], list[_Stage]]:
+    """The blocks, and the stages in which `layers` are compressed."""
+    found, wanted = blocks(program), set(layers)
+    groups = [(at, [n for n in group if n in wanted]) for at, block in enumerate(found) for group in block.groups]
+    groups = [(at, group) for at, group in groups if group]
+    places: dict[str, set[int]] = {}
+    for number, (_, group) in enumerate(groups):
+        for layer in group:
+            places.setdefault(weight_of(program, layer), set()).add(number)
+    units: dict[object, _Unit] = {}
+    stages = []
+    for number, (at, group) in enumerate(groups):
+        readers: dict[_Unit, fx.Node] = {}
+        for layer in group:
+            weight = weight_of(program, layer)
+            # Experts read their own rows of the value, which other layers read whole.
+            here = (number, layer.args[2] if layer.target is GROUPED_LINEAR else None)
+            unit = units.setdefault(weight if len(places[weight]) > 1 else here, _Unit())
+            unit.layers.append(layer)
+            unit.at.append(number)
+            readers.setdefault(unit, layer)
+        stages.append(_Stage(at, readers))
+    return found, stages
+
+
+def _widths(program: Program, unit: _Unit) -> list[int]:
+    """How many channels its layers read, once, or once for each expert."""
+    weight = program.constants[weight_of(program, unit.layers[0])]
+    return [weight.shape[-1]] * math.prod(weight.shape[:-2])
+
+
+def _add(program: Program, stage: _Stage, state: State) -> None:
+    """Count in what one sample gives the stage's layers to read."""
+    sources = {layer: [layer.args[0], *layer.args[2:]] if layer.target is GROUPED_LINEAR else [layer.args[0]]
+               for layer in stage.readers.values()}  # fmt: skip
+    values = _values(program, [each for some in sources.values() for each in some], state)
+    for unit, layer in stage.readers.items():
+        x, *offsets = (values[each] for each in sources[layer])
+        if not offsets:
+            unit.statistics[0].add(x)
+            continue
+        ends = offsets[0].tolist()
+        for expert, begin, end in zip(unit.statistics, [0, *ends], ends):
+            expert.add(x[begin:end])
+
+
+def _compress(unit: _Unit, states: list[State], compress: Compress) -> None:
+    # Where a hidden state is what a layer gave (its weight was read again later), it is from now on that of its successor.
+    held = [layer for layer in unit.layers if layer.users and states and layer in states[0]]
+    users = [next(iter(layer.users)) for layer in held]
+    places = [user.all_input_nodes.index(layer) for user, layer in zip(users, held)]
+    compress(unit.layers, unit.statistics)
+    unit.statistics = []
+    for layer, user, place in zip(held, users, places):
+        for state in states:
+            state[user.all_input_nodes[place]] = state.pop(layer)
+
+
+def _propagate(program: Program, after: fx.Node, states: list[State]) -> None:
+    """Replace the states of all samples by the values that `after` and what follows will read."""
+    alive = _alive(program, after)
+    for at, state in enumerate(states):
+        values = _values(program, alive, state)
+        states[at] = values if at == 0 else {node: _shared(value, states[0][node]) for node, value in values.items()}
+
+
+def _shared(value: Any, other: Any) -> Any:
+    """`other` where that is equal."""
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.dtype != other.dtype:
+        return value
+    return other if torch.equal(value, other) else value
+
+
+def _alive(program: Program, after: fx.Node) -> list[fx.Node]:
+    """The values made before `after` that are read by it or later, other than to be returned. Constants are read anew."""
+    nodes = list(program.graph.nodes)
+    place = {node: at for at, node in enumerate(nodes)}
+    end = place[after]
+    made = (node for node in nodes[:end] if node.op != "get_attr")
+    return [node for node in made if any(place[user] >= end and user.op != "output" for user in node.users)]
+
+
+def _values(program: Program, wanted: Iterable[fx.Node], state: State) -> State:
+    """The values of the nodes `wanted`, from those in `state`; others are freed after their last use."""
+    wanted = list(dict.fromkeys(wanted))
+    path, todo = set(), list(wanted)
+    while todo:
+        node = todo.pop()
+        if node not in path and node not in state:
+            path.add(node)
+            todo += node.all_input_nodes
+    order = [node for node in program.graph.nodes if node in path]
+    last = {each: node for node in order for each in node.all_input_nodes}
+    ending: dict[fx.Node, list[fx.Node]] = {}
+    for each, node in last.items():
+        ending.setdefault(node, []).append(each)
+    values = dict(state)
+    for node in order:
+        if node.op == "get_attr":
+            values[node] = program.constants[node.target]
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+        for each in ending.get(node, ()):
+            if each not in wanted:
+                del values[each]
+    return {node: values[node] for node in wanted}
+
+
+def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
+    """Of the symbols in the shapes of the program's inputs, their values for this sample."""
+    found = {}
+    for node, tensor in zip(program.placeholders, sample, strict=True):
+        for size, given in zip(node.meta["val"].shape, tensor.shape):
+            if not isinstance(size, int):
+                found[size.node.expr] = given
+    return found
+
+
+def _nbytes(value: Any, symbols: dict[Any, int]) -> int:
+    if isinstance(value, tuple | list):
+        return sum(_nbytes(each, symbols) for each in value)
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in value.shape]
+    return value.element_size() * math.prod(int(size) if not getattr(size, "free_symbols", ()) else 1 for size in sizes)
+
+
+def _cost(program: Program, unit: _Unit, statistic: Callable[[int], Statistic]) -> int:
+    with FakeTensorMode():
+        made = [statistic(width) for width in _widths(program, unit)]
+    return sum(each.nbytes for one in made for each in vars(one).values() if isinstance(each, Tensor))
