@@ -44,6 +44,7 @@ from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.text import print_program
 from fxc.safety import check_finite, check_json_size, check_relative_name, listed, read_json, safetensors_header
+from fxc.schemes.scheme import scheme_of
 from fxc.source.checkpoint import SAFE_INDEX, check_shard, index_files
 
 TEXT = "program.fxc"
@@ -272,9 +273,10 @@ def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:
 
 
 def _check_values(program: Program) -> None:
-    """No constant holds NaN; weights, biases and scales are finite; the scales of fxc's operators are positive."""
+    """No constant holds NaN; weights, biases and scales are finite; the scales of fxc's operators are positive, or
+    not zero in formats whose scales may be negative."""
     roles: defaultdict[str, set[str]] = defaultdict(set)
-    scales: dict[str, Tensor] = {}
+    scales: dict[str, bool] = {}
     for node in program.graph.nodes:
         if not isinstance(node.target, OpOverload):
             continue
@@ -283,11 +285,15 @@ def _check_values(program: Program) -> None:
             if isinstance(argument, fx.Node) and argument.op == "get_attr":
                 roles[argument.target].add(name)
                 if node.target.namespace == "fxc" and name.endswith("scale"):
-                    scales[argument.target] = program.constants[argument.target]
+                    scheme = scheme_of(node.target)
+                    scales[argument.target] = scheme is not None and scheme.has_signed_scales
     strict = {n for n in program.constants if ({n.rpartition(".")[2]} | roles[n]) & _FINITE} | scales.keys()
     check_finite((n, t) for n, t in program.constants.items() if n in strict)
     check_finite(((n, t) for n, t in program.constants.items() if n not in strict), inf_allowed=True)
-    for fqn, tensor in scales.items():
-        if not (tensor > 0).all():
+    for fqn, may_be_negative in scales.items():
+        tensor = program.constants[fqn]
+        if may_be_negative and not tensor.all():
+            raise InputRefused("a scale is zero", where=fqn, hint=DAMAGED)
+        if not may_be_negative and not (tensor > 0).all():
             smallest = f"the smallest is {tensor.min():.3g}"
             raise InputRefused("a scale is not positive", where=fqn, why=smallest, hint=DAMAGED)

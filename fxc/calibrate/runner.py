@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.calibrate.blocks import Block, blocks
 from fxc.calibrate.hessian import Hessian, Squares
-from fxc.ir.names import layer_at, weight_of
+from fxc.errors import InputRefused
+from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
 from fxc.schemes.ops import GROUPED_LINEAR
@@ -111,7 +112,10 @@ def run(
             unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
         for state in track(states, f"calibrating {names} ({number + 1} of {len(stages)})", len(states)):
-            _add(program, stage, state)
+            try:
+                _add(program, stage, state)
+            except InputRefused as error:
+                raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
         for unit in stage.readers:
             if unit.at[-1] == number:
                 _compress(unit, states, compress)
@@ -125,13 +129,13 @@ def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block]
     places: dict[str, set[int]] = {}
     for number, (_, group) in enumerate(groups):
         for layer in group:
-            places.setdefault(weight_of(program, layer), set()).add(number)
+            places.setdefault(layer.args[1].target, set()).add(number)
     units: dict[object, _Unit] = {}
     stages = []
     for number, (at, group) in enumerate(groups):
         readers: dict[_Unit, fx.Node] = {}
         for layer in group:
-            weight = weight_of(program, layer)
+            weight = layer.args[1].target
             # Experts read their own rows of the value, which other layers read whole.
             here = (number, layer.args[2] if layer.target is GROUPED_LINEAR else None)
             unit = units.setdefault(weight if len(places[weight]) > 1 else here, _Unit())
@@ -144,7 +148,7 @@ def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block]
 
 def _widths(program: Program, unit: _Unit) -> list[int]:
     """How many channels its layers read, once, or once for each expert."""
-    weight = program.constants[weight_of(program, unit.layers[0])]
+    weight = program.constants[unit.layers[0].args[1].target]
     return [weight.shape[-1]] * math.prod(weight.shape[:-2])
 
 

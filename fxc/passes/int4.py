@@ -15,10 +15,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
+from fxc.calibrate.descent import descend
+from fxc.calibrate.gptq import gptq
+from fxc.calibrate.grid import grid
+from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.levels import Levels
+from fxc.calibrate.runner import Statistic
 from fxc.errors import UsageError
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
@@ -30,6 +37,11 @@ from fxc.schemes import int4
 class Int4(PackLinears):
     """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
+    algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
+    of what the layer reads ("opt-rtn" of AutoRound, arXiv 2309.05516); and gptq: numbers make up for the rounding of others
+    (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is better.
+    Both pack layers in the order in which they run, each by what it reads behind packed ones, and use all sixteen levels, so
+    that the scale of a symmetric group may be negative. A layer that no sample reaches is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
     the middle of the range; false adds a zero point to each group, for weights that lie on one side.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
@@ -37,6 +49,7 @@ class Int4(PackLinears):
 
     group: int = 128
     symmetric: bool = True
+    algorithm: Literal["rtn", "grid", "gptq"] = "rtn"
 
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
@@ -59,3 +72,20 @@ class Int4(PackLinears):
         fits = [group for group in int4.GROUPS if columns % group == 0]
         what_to_do = f"use int4:group={fits[-1]}" if fits else "no size of groups does: leave it, or use int8"
         return f"group={self.group} does not divide its rows of {columns}: {what_to_do}"
+
+    def statistic(self) -> type[Statistic] | None:
+        return {"rtn": None, "grid": Squares, "gptq": Hessian}[self.algorithm]
+
+    def needs_data(self) -> str | None:
+        return f"algorithm={self.algorithm} is" if self.uses_data() else None
+
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
+        kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        levels = Levels(int4.BITS, self.group, self.symmetric, kept=kept)
+        if self.algorithm == "grid":
+            made = grid(weight, levels, statistic.mean)
+        else:
+            first = gptq(weight, statistic.mean, levels)
+            made = min(descend(weight, statistic.mean, first), first, key=lambda each: each.error)
+        parts = {"qweight": int4.pack(made.q), "scale": made.scale, "zero": made.zero}
+        return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error

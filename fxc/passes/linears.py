@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fxc.calibrate import runner
+from fxc.calibrate.runner import Statistic
 from fxc.errors import InputRefused
 from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
-from fxc.passes.base import Context, Pass, Refusal, Result
+from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import arguments, packed_weight
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, products_for, scheme_of
 
 MIN_OUTPUTS = 16
+# So many layers are named as the worst.
+WORST = 3
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHAPES = {
@@ -67,11 +73,23 @@ class PackLinears(Pass):
     def limited_to(self) -> tuple[str, ...]:
         return tuple(pattern for each in self.only.split(";") if (pattern := each.strip()))
 
+    def statistic(self) -> Callable[[int], Statistic] | None:
+        """Of what the pass, with its options, learns a weight's numbers; None where it needs no data."""
+        return None
+
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
+        """The parts of `weight` [N, K] by the statistic of what it meets, and the error of the layer's output, a share of its
+        energy."""
+        raise NotImplementedError
+
+    def uses_data(self) -> bool:
+        return self.statistic() is not None
+
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
-        packed: dict[str, dict[str, str]] = {}
         told: set[str | None] = set()
-        for node in list(program.graph.nodes):
+        chosen: list[fx.Node] = []
+        for node in program.graph.nodes:
             if node.target not in self.layers and packed_weight(node) is None:
                 continue
             fqn = _name(node)
@@ -81,18 +99,14 @@ class PackLinears(Pass):
                 nbytes = 0 if weight is None or weight in told else _nbytes(program.constants[weight])
                 told.add(weight)
                 result.refusals.append(Refusal(fqn, reason, nbytes))
-                continue
-            weight = node.args[1].target
-            if weight not in packed:
-                # What is packed already was counted by the pass that packed it.
-                result.covered_bytes += 0 if scheme_of(node.target) else _nbytes(program.constants[weight])
-                packed[weight] = self._replace(program, weight, node)
-            parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
-            operator = self.operator(node.target)
-            given = {**arguments(node), **self._options(), **parts, "x": node.args[0]}
-            args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
-            call(program, operator, args, replacing=node, by=self.name)
-            result.changed += 1
+            else:
+                chosen.append(node)
+        packed: dict[str, dict[str, str]] = {}
+        if self.uses_data() and not program.is_on_meta:
+            self._learn(program, chosen, context, packed, result)
+        else:
+            for node in chosen:
+                self._rewrite(program, node, packed, result, self._pack)
         sweep(program)
         for name, tensor in program.constants.items():
             if name not in told and (reason := self._left_alone(program, name, tensor)):
@@ -101,6 +115,54 @@ class PackLinears(Pass):
                 reason = f"skipped by the pattern {pattern}" if pattern else reason
                 result.refusals.append(Refusal(fqn, reason, _nbytes(tensor)))
         return result
+
+    def _learn(
+        self, program: Program, chosen: list[fx.Node], context: Context, packed: dict[str, dict[str, str]], result: Result
+    ) -> None:
+        """Pack the weights of `chosen` by what they meet in the samples, each behind layers that are packed already."""
+        check_data_is_given([self], bool(context.samples))
+        errors: dict[str, float] = {}
+        unreached: list[str] = []
+
+        def compress(layers: list[fx.Node], statistics: list[Statistic]) -> None:
+            [statistic] = statistics
+
+            def pack(name: str, weight: Tensor) -> dict[str, Tensor]:
+                if not statistic.rows:
+                    unreached.append(name)
+                    return self._pack(weight)
+                parts, errors[name] = self.learned(weight, statistic)
+                return parts
+
+            for node in layers:
+                self._rewrite(program, node, packed, result, partial(pack, _name(node)))
+
+        runner.run(program, chosen, context.samples, compress, statistic=self.statistic(), track=context.track)
+        worst = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in sorted(errors, key=errors.get, reverse=True)[:WORST])
+        result.notes.append(f"learned from {len(context.samples)} samples; the largest errors of outputs: {worst}")
+        if unreached:
+            result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
+
+    def _rewrite(
+        self,
+        program: Program,
+        node: fx.Node,
+        packed: dict[str, dict[str, str]],
+        result: Result,
+        pack: Callable[[Tensor], dict[str, Tensor]],
+    ) -> None:
+        """Replace `node` by the product with its packed weight. pack: of a weight that is not in `packed` yet, its parts."""
+        weight = node.args[1].target
+        if weight not in packed:
+            # What is packed already was counted by the pass that packed it.
+            result.covered_bytes += 0 if scheme_of(node.target) else _nbytes(program.constants[weight])
+            packed[weight] = self._replace(program, weight, node, pack)
+        parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
+        operator = self.operator(node.target)
+        given = {**arguments(node), **self._options(), **parts, "x": node.args[0]}
+        args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
+        call(program, operator, args, replacing=node, by=self.name)
+        result.changed += 1
 
     def _left_alone(self, program: Program, name: str, tensor: Tensor) -> str | None:
         """Why the constant `name`, which is no linear layer's weight, stays as it is; None for vectors, for what is not
@@ -145,10 +207,15 @@ class PackLinears(Pass):
         reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
         return user.target in self.layers and reads == [1]
 
-    def _replace(self, program: Program, weight: str, before: fx.Node) -> dict[str, str]:
+    def _pack(self, weight: Tensor) -> dict[str, Tensor]:
+        return self.scheme.pack(weight, **self._options())
+
+    def _replace(
+        self, program: Program, weight: str, before: fx.Node, pack: Callable[[Tensor], dict[str, Tensor]]
+    ) -> dict[str, str]:
         """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
         try:
-            parts = self.scheme.pack(program.constants[weight], **self._options())
+            parts = pack(program.constants[weight])
         except InputRefused as error:
             raise InputRefused(error.what, where=error.where or weight, why=error.why, hint=error.hint) from None
         base = _name(before)

@@ -14,7 +14,8 @@
 
         w[k] ~= s[k // group] * (q[k] - z[k // group])
 
-Symmetric, q - 8 is in -8..7. The op that uses them is in fxc_kernels.int4_linear.
+Symmetric, q - 8 is in -8..7, and s may be negative, so that the number of largest magnitude can be at -8 whatever its sign.
+The op that uses them is in fxc_kernels.int4_linear.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import Product, Scheme, register
 from fxc_kernels.int4_linear import BITS, GROUPS, LARGEST, MIDDLE, dequantize, unpack
 
-__all__ = ["GROUPS", "LINEAR", "SCHEME", "dequantize", "pack", "quantize_weight", "unpack"]
+__all__ = ["BITS", "GROUPS", "LINEAR", "SCHEME", "dequantize", "pack", "quantize_weight", "unpack"]
 
 LINEAR = torch.ops.fxc.int4_weight_only_linear.default
 
@@ -110,5 +111,6 @@ SCHEME = register(
         dequantize=_dense,
         options={"group": GROUPS, "symmetric": (True, False)},
         multiple=lambda group, symmetric: (group, "a group"),
+        has_signed_scales=True,
     )
 )

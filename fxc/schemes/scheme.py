@@ -62,7 +62,7 @@ class Scheme:
     InputRefused where the format cannot hold it; dequantize: the parts in that order -> the numbers that they stand for;
     options: the choices for each; multiple: options -> what K has to be a multiple of, and what so many numbers are;
     is_quantized: whether those are other numbers than the model's, and no longer of its dtype; is_sparse: whether some of a
-    weight's numbers are left out.
+    weight's numbers are left out; has_signed_scales: whether a scale may be negative, which it is nowhere else.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Scheme:
     multiple: Callable[..., tuple[int, str]] = any_number
     is_quantized: bool = True
     is_sparse: bool = False
+    has_signed_scales: bool = False
 
     @property
     def numbers(self) -> str:

@@ -17,6 +17,7 @@ from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.float64 import in_float64, widened
 from fxc.passes.interface import Interface
+from fxc.schemes.scheme import scheme_of
 from fxc.verify.compare import Difference, difference, layer_errors, run
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -136,16 +137,22 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
         finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
         if not finite.all():
             raise _fail(step, "finite", f"{int((~finite).sum())} values are NaN or infinite", fqn, program=after)
-        if fqn in scales and not (tensor > 0).all():
-            raise _fail(step, "finite", "a scale is not positive", fqn, program=after)
+        if fqn in scales and not ((tensor != 0) if scales[fqn] else (tensor > 0)).all():
+            wrong = "zero" if scales[fqn] else "not positive"
+            raise _fail(step, "finite", f"a scale is {wrong}", fqn, program=after)
     return f"ok: {len(fresh)} new constants"
 
 
-def _scales(program: Program) -> set[str]:
-    """The constants that fxc's operators take as scales; a model may have parameters of that name besides."""
-    nodes = [n for n in program.graph.nodes if getattr(n.target, "namespace", "") == "fxc"]
-    taken = [a for n in nodes for name, a in arguments(n).items() if name.endswith("scale")]
-    return {a.target for a in taken if isinstance(a, fx.Node) and a.op == "get_attr"}
+def _scales(program: Program) -> dict[str, bool]:
+    """The constants that fxc's operators take as scales, and whether they may be negative; a model may have parameters of that
+    name besides."""
+    found = {}
+    for node in program.graph.nodes:
+        if getattr(node.target, "namespace", "") == "fxc":
+            may_be_negative = (scheme := scheme_of(node.target)) is not None and scheme.has_signed_scales
+            taken = [a for name, a in arguments(node).items() if name.endswith("scale")]
+            found |= {a.target: may_be_negative for a in taken if isinstance(a, fx.Node) and a.op == "get_attr"}
+    return found
 
 
 def _lowered(step: Pass, before: Program, after: Program) -> str:
