@@ -1,4 +1,4 @@
-"""Linear layers with 2:4 sparse weights: of every four neighbours along a row, the two largest in magnitude stay.
+"""Linear layers with 2:4 sparse weights: of every four neighbours along a row two stay, the largest in magnitude or others.
 
     constant @up.weight: f32[16, 32]
     %0: f32[s0, 32] = input "x"
@@ -15,10 +15,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 
+from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.masks import keep_n_of_m, pruned
+from fxc.calibrate.refit import refit
+from fxc.calibrate.runner import Statistic
+from fxc.calibrate.sparsegpt import sparsegpt
+from fxc.calibrate.wanda import scores
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.linears import GROUPED, PackLinears
@@ -27,17 +33,24 @@ from fxc.schemes import sparse24
 
 @dataclass(frozen=True)
 class Sparse24(PackLinears):
-    """Set to zero, of every four neighbours along a row of a linear layer's weight, the two that are smaller in magnitude,
-    and store the others with their places. With int8 the numbers that are left are quantized.
+    """Set to zero two of every four neighbours along a row of a linear layer's weight, and store the others with their places.
+    With int8 the numbers that are left are quantized.
 
+    criterion: which go. magnitude: the smaller ones. From calibration data learn wanda: the smaller ones times the norm of what
+    they meet (Wanda, arXiv 2306.11695); and sparsegpt: those whose going the others can best make up for, which they do
+    (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave (arXiv 2401.02938). Both take
+    layers in the order in which they run, each by what it reads behind sparse ones. A layer that no sample reaches loses its
+    smaller numbers.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparse24:only=*.mlp,int8.
     """
+
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
 
     name: ClassVar[str] = "sparse24"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
     scheme: ClassVar = sparse24.SCHEME
-    # Half of the weights go, by magnitude alone: it is measured, reported, and limited only by --budget.
+    # Half of the weights go: it is measured, reported, and limited only by --budget.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
@@ -50,3 +63,18 @@ class Sparse24(PackLinears):
         if columns % 4 == 0:
             rule = f"its rows of {columns} are not a multiple of 8, and a byte holds the places of two groups of four"
         return f"{rule}: leave it, or prune with round_to=8 where prune made the rows"
+
+    def statistic(self) -> type[Statistic] | None:
+        return {"magnitude": None, "wanda": Squares, "sparsegpt": Hessian}[self.criterion]
+
+    def needs_data(self) -> str | None:
+        return f"criterion={self.criterion} is" if self.uses_data() else None
+
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
+        if self.criterion == "wanda":
+            made = pruned(weight, keep_n_of_m(scores(weight, statistic.mean)), statistic.mean)
+        else:
+            first = sparsegpt(weight, statistic.mean)
+            made = min(refit(weight, first.keep, statistic.mean), first, key=lambda each: each.error)
+        values, meta = sparse24.pack(made.weight.to(weight.dtype))
+        return {"values": values, "meta": meta}, made.error

@@ -59,6 +59,28 @@ def compiled(spec: str, dtype: torch.dtype = torch.float32):
     return run_passes(captured(dtype), Context(), Options(spec))
 
 
+def directed(count: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
+    """Inputs of `Net` of few directions, as what layers of models read has."""
+    mix = normal(12, 64, seed=3)
+    return [[(normal(3, 5, 12, seed=seed + at) @ mix).to(dtype)] for at in range(count)]
+
+
+def learned(spec: str, dtype: torch.dtype = torch.float32, calibration: list[list[Tensor]] | None = None):
+    """`compiled`, of calibration data."""
+    data = directed(16, dtype=dtype) if calibration is None else calibration
+    return run_passes(captured(dtype), Context(samples=data), Options(spec))
+
+
+def error(program, dtype: torch.dtype = torch.float32) -> float:
+    """Of the outputs of `program`, made from `Net`, on inputs like `directed` ones but others."""
+    gap = whole = 0.0
+    for x in directed(8, seed=99, dtype=dtype):
+        expected = captured(dtype).module()(*x)[0].double()
+        gap += (program.module()(*x)[0] - expected).square().sum().item()
+        whole += expected.square().sum().item()
+    return (gap / whole) ** 0.5
+
+
 def targets(program) -> dict[str, int]:
     lines = print_program(program).splitlines()
     calls = [line.split(" = ")[1].partition("(")[0] for line in lines if line.startswith("%") and " = fxc." in line]

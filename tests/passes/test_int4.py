@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 import torch
-from formats import DTYPES, captured, normal
+from formats import DTYPES, captured, directed, error, learned, normal
 from tiny import save
 from torch import nn
 
@@ -30,46 +30,25 @@ from fxc.schemes import int4, int8
 from fxc.verify.gates import Budget, judge
 
 LEARN = ["grid", "gptq"]
-# What layers read has few directions, as it has in models.
-MIX = normal(12, 64, seed=3)
-
-
-def samples(count: int, seed: int = 7, dtype: torch.dtype = torch.float32) -> list[list[torch.Tensor]]:
-    return [[(normal(3, 5, 12, seed=seed + at) @ MIX).to(dtype)] for at in range(count)]
-
-
-def made(spec: str, dtype: torch.dtype = torch.float32, calibration=None):
-    data = samples(16, dtype=dtype) if calibration is None else calibration
-    return run_passes(captured(dtype), Context(samples=data), Options(spec))
-
-
-def error(program, dtype: torch.dtype = torch.float32) -> float:
-    """On inputs of the same kind that were not calibrated on."""
-    gap = whole = 0.0
-    for x in samples(8, seed=99, dtype=dtype):
-        expected = captured(dtype).module()(*x)[0].double()
-        gap += (program.module()(*x)[0] - expected).square().sum().item()
-        whole += expected.square().sum().item()
-    return (gap / whole) ** 0.5
 
 
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_algorithm_is_better_than_the_one_before(dtype, symmetric):
     spec = f"int4:group=32:symmetric={symmetric}"
-    rtn, grid, gptq = (error(made(f"{spec}:algorithm={each}", dtype)[0], dtype) for each in ("rtn", *LEARN))
+    rtn, grid, gptq = (error(learned(f"{spec}:algorithm={each}", dtype)[0], dtype) for each in ("rtn", *LEARN))
     assert gptq < 0.7 * rtn and grid < rtn
 
 
 @pytest.mark.parametrize("algorithm", LEARN)
 def test_the_same_data_gives_the_same_bytes_and_an_artifact_keeps_them(algorithm, tmp_path):
     spec = f"int4:group=32:algorithm={algorithm}"
-    first, second = made(spec)[0], made(spec)[0]
+    first, second = learned(spec)[0], learned(spec)[0]
     assert first.constants.keys() == second.constants.keys()
     assert all(torch.equal(tensor, second.constants[name]) for name, tensor in first.constants.items())
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
-    compiled = fxc.optimize(model, (normal(5, 64),), passes=spec, calib=[x[0].flatten(0, 1) for x in samples(4)])
+    compiled = fxc.optimize(model, (normal(5, 64),), passes=spec, calib=[x[0].flatten(0, 1) for x in directed(4)])
     compiled.save(tmp_path / "a")
     again = fxc.load(tmp_path / "a")
     x = normal(5, 64, seed=5)
@@ -79,10 +58,10 @@ def test_the_same_data_gives_the_same_bytes_and_an_artifact_keeps_them(algorithm
 
 
 def test_levels_and_scales_are_those_of_the_algorithm_with_the_layers_before_it_packed():
-    program, _ = made("int4:group=32:algorithm=gptq")
+    program, _ = learned("int4:group=32:algorithm=gptq")
     node = next(n for n in program.graph.nodes if n.target is int4.LINEAR and n.args[1].target == "up.qweight")
     hessian = Hessian(32)
-    for sample in samples(16):
+    for sample in directed(16):
         observe(program.module(), sample, {node.args[0].name: hessian.add})
     weight = captured().constants["up.weight"]
     found = gptq(weight, hessian.mean, Levels(4, 32))
@@ -92,14 +71,14 @@ def test_levels_and_scales_are_those_of_the_algorithm_with_the_layers_before_it_
 
 
 def test_it_says_what_it_learned_from_and_which_layers_are_worst():
-    _, steps = made("int4:group=32:algorithm=gptq")
+    _, steps = learned("int4:group=32:algorithm=gptq")
     [note] = steps[-1].notes
     assert note.startswith("learned from 16 samples") and note.count("%") == 3
 
 
 def test_layers_that_no_sample_reaches_are_packed_as_without_data():
-    program, steps = made("int4:group=32:algorithm=gptq", calibration=[[torch.zeros(0, 5, 64)]])
-    plain, _ = made("int4:group=32")
+    program, steps = learned("int4:group=32:algorithm=gptq", calibration=[[torch.zeros(0, 5, 64)]])
+    plain, _ = learned("int4:group=32")
     assert program.constants.keys() == plain.constants.keys()
     assert all(torch.equal(tensor, plain.constants[name]) for name, tensor in program.constants.items())
     assert any("no sample reached q, k, v, up" in note for note in steps[-1].notes)
@@ -114,7 +93,7 @@ def test_without_data_it_is_refused_and_shapes_are_planned_all_the_same():
     meta = captured().copy()
     meta.constants = {name: t.to("meta") for name, t in meta.constants.items()}
     planned, _ = run_passes(meta, Context(), Options("int4:group=32:algorithm=gptq"))
-    real, _ = made("int4:group=32:algorithm=gptq")
+    real, _ = learned("int4:group=32:algorithm=gptq")
     assert {n: (t.shape, t.dtype) for n, t in planned.constants.items()} == {
         n: (t.shape, t.dtype) for n, t in real.constants.items()
     }
@@ -154,7 +133,7 @@ def test_scales_are_not_zero_and_those_of_int8_not_negative(base, operator, fact
     step, program = scaled(base, operator, factor), captured().copy()
     result = step.run(program, Context())
     with pytest.raises(VerificationFailed, match=said):
-        judge(step, captured(), program, result, [samples(1)[0]], Budget(1.0, 1.0), Context())
+        judge(step, captured(), program, result, [directed(1)[0]], Budget(1.0, 1.0), Context())
 
 
 def test_the_sign_of_a_scale_is_no_matter_to_who_rounds_again_to_int8():
