@@ -123,6 +123,7 @@ class PackLinears(Pass):
         check_data_is_given([self], bool(context.samples))
         errors: dict[str, float] = {}
         unreached: list[str] = []
+        seen: set[str] = set()
 
         def compress(layers: list[fx.Node], statistics: list[Statistic]) -> None:
             [statistic] = statistics
@@ -134,12 +135,22 @@ class PackLinears(Pass):
                 parts, errors[name] = self.learned(weight, statistic)
                 return parts
 
+            seen.update(node.name for node in layers)
             for node in layers:
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
 
-        runner.run(program, chosen, context.samples, compress, statistic=self.statistic(), track=context.track)
-        worst = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in sorted(errors, key=errors.get, reverse=True)[:WORST])
-        result.notes.append(f"learned from {len(context.samples)} samples; the largest errors of outputs: {worst}")
+        statistic, count = self.statistic(), len(context.samples)
+        needs = runner.needs(program, chosen, context.samples, statistic)
+        runner.run(program, chosen, context.samples, compress, statistic=statistic, track=context.track)
+        for node in chosen:
+            if node.name not in seen:
+                # It reads nothing but constants.
+                unreached.append(_name(node))
+                self._rewrite(program, node, packed, result, self._pack)
+        if errors:
+            worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
+            said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)
+            result.notes.append(f"learned from {count} samples, with {needs}; the largest errors of outputs: {said}")
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
 

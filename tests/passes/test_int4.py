@@ -84,6 +84,23 @@ def test_layers_that_no_sample_reaches_are_packed_as_without_data():
     assert any("no sample reached q, k, v, up" in note for note in steps[-1].notes)
 
 
+def test_a_layer_that_reads_constants_alone_is_packed_as_without_data():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.register_buffer("table", torch.randn(5, 64))
+            self.fixed, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.other(x + self.fixed(self.table))
+
+    program = fxc.capture(Fixed(), (normal(3, 5, 64),), check=False)
+    program, steps = run_passes(program, Context(samples=directed(4)), Options("int4:group=32:algorithm=gptq"))
+    assert steps[-1].changed == 2 and not any(name.endswith(".weight") for name in program.constants)
+    assert any("no sample reached fixed" in note for note in steps[-1].notes)
+
+
 def test_without_data_it_is_refused_and_shapes_are_planned_all_the_same():
     with pytest.raises(UsageError) as caught:
         fxc.optimize(nn.Linear(64, 32), (normal(3, 64),), passes="int4:group=32:algorithm=gptq")
