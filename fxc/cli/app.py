@@ -158,6 +158,7 @@ def compile_(
     allow_noop: Annotated[bool, typer.Option("--allow-noop", help="Accept a pass that changes nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that passes draw at random.")] = 0,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
     verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
     measure: Annotated[bool, typer.Option(help="Time the model after every pass, or time nothing.")] = True,
@@ -180,7 +181,7 @@ def compile_(
     options = {
         "passes": passes, "skip": skip, "calib": calib, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
-        "dump_dir": dump_dir, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
+        "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(

@@ -67,9 +67,10 @@ def _of_scheme(scheme: str, capability: int) -> list[Contender]:
 def _ours(name: str, scheme: str, capability: int, kernel: Kernel | None = None, *, kind: str = "") -> Contender:
     """The kernel as a model calls it."""
     made = kernel or kernel_of(scheme)
+    why_not = known(scheme).product.why_not(capability) if made else "fxc has no CUDA kernel for it"
     return Contender(
         name, scheme, kind or format_of(scheme), lambda weights: of_function(made(weights)), tolerance_of(scheme),
-        ours=True, holds=1.2, absent=known(scheme).product.why_not(capability),
+        ours=True, holds=1.2, absent=why_not,
     )  # fmt: skip
 
 
@@ -81,8 +82,8 @@ def tuned(scheme: str, config: object) -> Contender:
     )  # fmt: skip
 
 
-def kernel_of(scheme: str) -> Kernel:
-    return KERNELS["int4" if scheme.startswith("int4") else scheme]
+def kernel_of(scheme: str) -> Kernel | None:
+    return KERNELS.get("int4" if scheme.startswith("int4") else scheme)
 
 
 def tolerance_of(scheme: str) -> float:

@@ -55,6 +55,7 @@ def scores(
     gradients = mask_gradients(program, groups, samples, seed)
     if criterion == "taylor":
         return {g: each.square().mean(0) for g, each in gradients.items()}
+    assert criterion == "mask_gradient", f"{criterion} has no branch here"
     means = {g: each.abs().mean(0) for g, each in gradients.items()}
     return {g: mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny) for g, mean in means.items()}
 
