@@ -7,7 +7,7 @@ from families import FAMILIES
 
 # As parts of words where no other word has them, else as whole words.
 MODELS = (
-    "qwen|llama|mistral|mixtral|gemma|gpt(?!q)|bert|resnet|resnext|mobilenet|whisper|deepseek|falcon|starcoder|convnext|densenet"
+    "qwen|llama|mistral|mixtral|gemma|(?<!sparse)gpt(?!q)|bert|resnet|resnext|mobilenet|whisper|deepseek|falcon|starcoder|convnext|densenet"
     "|minilm|pylm|phi-?[1-4]|olmo|mpnet|electra|longformer|efficientnet|squeezenet|alexnet|vgg|hugging_?face transformers"
     r"|\b(?:vit|deit|swin|beit|dino|clip(?!\.default)|t5|bart|opt|phi|yi|mpt|bloom|neox|xlnet|blip|siglip|sam|detr)\b"
 )
