@@ -38,7 +38,7 @@ class Int4(PackLinears):
     """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
-    of what the layer reads (as AutoRound does without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
+    of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
     better.
     Both pack layers in the order in which they run, each by what it reads behind packed ones, and use all sixteen levels, so
