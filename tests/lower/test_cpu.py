@@ -14,6 +14,7 @@ import fxc
 from fxc.errors import UsageError
 from fxc.lower import choose
 from fxc.lower.candidates import FLOAT, INT8, SPLIT
+from fxc.lower.cpu import lower_cpu
 from fxc_kernels.cpu import int8_linear, int8_product, ops
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -109,7 +110,7 @@ def test_eager_bfloat16_keeps_its_dtype(x):
 
 def test_weights_that_read_one_activation_share_one_product(x):
     program = program_of(Block(), x)
-    lowered, report = on_cpu(program, "eager", measure=int8_wins)
+    lowered, report = lower_cpu(program, "eager", measure=int8_wins)
     assert len(lowered.graph.find_nodes(op="call_function", target=ops.INT8_LINEAR)) == 3
     assert [c.fqn for c in report] == ["q", "k", "v", "up", "down"]
     assert {c.op for c in report} == {"int8"} and "one product with q, k, v" in report[0].reason
