@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from axes import toy
 from torch import Tensor, nn
 
 import fxc.passes
@@ -56,25 +57,16 @@ def shapes(program: Program) -> dict[str, list[int]]:
 
 
 def with_forward(function, **modules) -> nn.Module:
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, module in modules.items():
-                setattr(self, name, module)
-
-        def forward(self, x):
-            return function(self, x)
-
     torch.manual_seed(3)
-    toy = Toy()
+    model = toy(function, **modules)
     with torch.no_grad():
-        for parameter in toy.parameters():
+        for parameter in model.parameters():
             parameter.normal_()
-        for module in toy.modules():
+        for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
-    return toy.double().eval()
+    return model.double().eval()
 
 
 def removed_from(model: nn.Module, x: Tensor) -> tuple[Program, Result]:
