@@ -111,9 +111,11 @@ def run(
         for unit in stage.readers:
             unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
+        sources = _sources(stage)
+        read = _reader(program, [each for some in sources.values() for each in some], states[0] if states else ())
         for state in track(states, f"calibrating {names} ({number + 1} of {len(stages)})", len(states)):
             try:
-                _add(program, stage, state)
+                _add(stage, sources, read(state))
             except InputRefused as error:
                 raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
         for unit in stage.readers:
@@ -152,11 +154,14 @@ def _widths(program: Program, unit: _Unit) -> list[int]:
     return [weight.shape[-1]] * math.prod(weight.shape[:-2])
 
 
-def _add(program: Program, stage: _Stage, state: State) -> None:
+def _sources(stage: _Stage) -> dict[fx.Node, list[fx.Node]]:
+    """Of the stage's readers, what they read: a value, and of experts the ends of their rows."""
+    readers = stage.readers.values()
+    return {n: [n.args[0], *n.args[2:]] if n.target is GROUPED_LINEAR else [n.args[0]] for n in readers}
+
+
+def _add(stage: _Stage, sources: dict[fx.Node, list[fx.Node]], values: State) -> None:
     """Count in what one sample gives the stage's layers to read."""
-    sources = {layer: [layer.args[0], *layer.args[2:]] if layer.target is GROUPED_LINEAR else [layer.args[0]]
-               for layer in stage.readers.values()}  # fmt: skip
-    values = _values(program, [each for some in sources.values() for each in some], state)
     for unit, layer in stage.readers.items():
         x, *offsets = (values[each] for each in sources[layer])
         if not offsets:
@@ -181,9 +186,9 @@ def _compress(unit: _Unit, states: list[State], compress: Compress) -> None:
 
 def _propagate(program: Program, after: fx.Node, states: list[State]) -> None:
     """Replace the states of all samples by the values that `after` and what follows will read."""
-    alive = _alive(program, after)
+    read = _reader(program, _alive(program, after), states[0] if states else ())
     for at, state in enumerate(states):
-        values = _values(program, alive, state)
+        values = read(state)
         states[at] = values if at == 0 else {node: _shared(value, states[0][node]) for node, value in values.items()}
 
 
@@ -203,31 +208,36 @@ def _alive(program: Program, after: fx.Node) -> list[fx.Node]:
     return [node for node in made if any(place[user] >= end and user.op != "output" for user in node.users)]
 
 
-def _values(program: Program, wanted: Iterable[fx.Node], state: State) -> State:
-    """The values of the nodes `wanted`, from those in `state`; others are freed after their last use."""
+def _reader(program: Program, wanted: Iterable[fx.Node], known: Collection[fx.Node]) -> Callable[[State], State]:
+    """What computes the values of the nodes `wanted` from a state that has those of `known`, which all samples' have alike;
+    others are freed after their last use."""
     wanted = list(dict.fromkeys(wanted))
     path, todo = set(), list(wanted)
     while todo:
         node = todo.pop()
-        if node not in path and node not in state:
+        if node not in path and node not in known:
             path.add(node)
             todo += node.all_input_nodes
     order = [node for node in program.graph.nodes if node in path]
     last = {each: node for node in order for each in node.all_input_nodes}
     ending: dict[fx.Node, list[fx.Node]] = {}
     for each, node in last.items():
-        ending.setdefault(node, []).append(each)
-    values = dict(state)
-    for node in order:
-        if node.op == "get_attr":
-            values[node] = program.constants[node.target]
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
-        for each in ending.get(node, ()):
-            if each not in wanted:
+        if each not in wanted:
+            ending.setdefault(node, []).append(each)
+
+    def read(state: State) -> State:
+        values = dict(state)
+        for node in order:
+            if node.op == "get_attr":
+                values[node] = program.constants[node.target]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+            for each in ending.get(node, ()):
                 del values[each]
-    return {node: values[node] for node in wanted}
+        return {node: values[node] for node in wanted}
+
+    return read
 
 
 def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
