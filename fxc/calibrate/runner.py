@@ -3,7 +3,7 @@
 Layers that read the same value are a stage, and share one statistic. Stages are taken in the order in which they run: what a
 stage reads is computed sample by sample from the hidden states at its block's begin, with all layers before it already
 compressed, and added up; then its layers are compressed, in place. At the end of a block the hidden states of all samples are
-propagated, and the old ones freed. What samples have in common, as masks and rotary tables, is kept once.
+propagated, and the old ones freed. Where a statistic is of two streams, those of the program as it was flow beside them.
 
 A weight that several layers read, because a module runs twice or names are tied, is compressed once, at the last of them, by
 the statistics of all: the layers between run with that weight as it was. No random numbers are drawn.
@@ -12,7 +12,7 @@ the statistics of all: the layers between run with that weight as it was. No ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.calibrate.blocks import Block, blocks
 from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.stream import State, Stream, alive_before
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
@@ -32,7 +33,6 @@ Statistic = Hessian | Squares
 Compress = Callable[[list[fx.Node], list[Statistic]], None]
 """Is given layers and the statistics of what they read: one, or one for each expert of a mixture, empty (`rows` is 0) where no
 row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards."""
-State = dict[fx.Node, Any]
 
 
 @dataclass(eq=False)
@@ -42,6 +42,10 @@ class _Unit:
     layers: list[fx.Node] = field(default_factory=list)
     at: list[int] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
+
+
+Reads = dict[_Unit, list[Tensor]]
+"""Of each unit a value, and of experts the ends of their rows."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,14 @@ def needs(
     found, stages = _planned(program, layers)
     last = stages[-1].block if stages else 0
     known = [_symbols(program, sample) for sample in samples]
-    ends = [_alive(program, block.nodes[0]) for block in found[1 : last + 1]]
+    ends = [alive_before(program, block.nodes[0]) for block in found[1 : last + 1]]
     ends = [[node.meta["val"] for node in end if node.op != "placeholder"] for end in ends]
     states = [sum(_nbytes(value, symbols) for value in end for symbols in known) for end in ends]
+    streams = 2 if _reads_both(statistic) else 1
     costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
     alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
     names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]
-    return Needs(max(states, default=0), max(alive, default=0), list(zip(names, alive)))
+    return Needs(streams * max(states, default=0), max(alive, default=0), list(zip(names, alive)))
 
 
 @torch.no_grad()
@@ -98,29 +103,36 @@ def run(
     """Give `compress` the statistics of what each of `layers` reads: products of `program` with a constant, `aten.linear` or
     `fxc.grouped_linear`.
 
-    samples: lists of the program's inputs. statistic: makes what inputs of so many channels are added up in.
+    samples: lists of the program's inputs. statistic: makes what inputs of so many channels are added up in; one with a `cross`
+    is given what a layer reads and what it would read had nothing been compressed. Of experts it is given the former twice:
+    their rows are not the same in both.
     Raises InputRefused where a layer reads NaN or Inf.
     """
     found, stages = _planned(program, layers)
-    states: list[State] = [dict(zip(program.placeholders, sample, strict=True)) for sample in samples]
+    stream, plain, twins = Stream(program, samples), None, {}
+    if _reads_both(statistic):
+        plain = Stream(program.copy(), samples)
+        twins = dict(zip(program.graph.nodes, plain.program.graph.nodes, strict=True))
     block = 0
     for number, stage in enumerate(stages):
         while block < stage.block:
             block += 1
-            _propagate(program, found[block].nodes[0], states)
+            if plain:
+                plain.flow(twins[found[block].nodes[0]])
+            stream.flow(found[block].nodes[0], beside=plain)
         for unit in stage.readers:
             unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
-        sources = _sources(stage)
-        read = _reader(program, [each for some in sources.values() for each in some], states[0] if states else ())
-        for state in track(states, f"calibrating {names} ({number + 1} of {len(stages)})", len(states)):
+        read = _reader(stream, stage.readers)
+        other = _reader(plain, {unit: twins[layer] for unit, layer in stage.readers.items()}) if plain else None
+        for at, state in enumerate(track(stream.states, f"calibrating {names} ({number + 1} of {len(stages)})", len(samples))):
             try:
-                _add(stage, sources, read(state))
+                _add(read(state), other(plain.states[at]) if plain else None)
             except InputRefused as error:
                 raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
         for unit in stage.readers:
             if unit.at[-1] == number:
-                _compress(unit, states, compress)
+                _compress(unit, stream.states, compress)
 
 
 def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block], list[_Stage]]:
@@ -154,22 +166,37 @@ def _widths(program: Program, unit: _Unit) -> list[int]:
     return [weight.shape[-1]] * math.prod(weight.shape[:-2])
 
 
-def _sources(stage: _Stage) -> dict[fx.Node, list[fx.Node]]:
-    """Of the stage's readers, what they read: a value, and of experts the ends of their rows."""
-    readers = stage.readers.values()
-    return {n: [n.args[0], *n.args[2:]] if n.target is GROUPED_LINEAR else [n.args[0]] for n in readers}
+def _reads_both(statistic: Callable[[int], Statistic]) -> bool:
+    return getattr(statistic(1), "cross", None) is not None
 
 
-def _add(stage: _Stage, sources: dict[fx.Node, list[fx.Node]], values: State) -> None:
-    """Count in what one sample gives the stage's layers to read."""
-    for unit, layer in stage.readers.items():
-        x, *offsets = (values[each] for each in sources[layer])
+def _reader(stream: Stream, layers: dict[_Unit, fx.Node]) -> Callable[[State], Reads]:
+    """What computes what the layer of each unit reads, from a sample's state."""
+    sources = {
+        unit: [layer.args[0], *layer.args[2:]] if layer.target is GROUPED_LINEAR else [layer.args[0]]
+        for unit, layer in layers.items()
+    }
+    read = stream.reader(each for some in sources.values() for each in some)
+
+    def reads(state: State) -> Reads:
+        values = read(state)
+        return {unit: [values[each] for each in some] for unit, some in sources.items()}
+
+    return reads
+
+
+def _add(reads: Reads, uncompressed: Reads | None) -> None:
+    """Count in what one sample gives layers to read."""
+    for unit, (x, *offsets) in reads.items():
+        streams = [x]
+        if uncompressed is not None:
+            streams.append(x if offsets else uncompressed[unit][0])
         if not offsets:
-            unit.statistics[0].add(x)
+            unit.statistics[0].add(*streams)
             continue
         ends = offsets[0].tolist()
         for expert, begin, end in zip(unit.statistics, [0, *ends], ends):
-            expert.add(x[begin:end])
+            expert.add(*(each[begin:end] for each in streams))
 
 
 def _compress(unit: _Unit, states: list[State], compress: Compress) -> None:
@@ -182,62 +209,6 @@ def _compress(unit: _Unit, states: list[State], compress: Compress) -> None:
     for layer, user, place in zip(held, users, places):
         for state in states:
             state[user.all_input_nodes[place]] = state.pop(layer)
-
-
-def _propagate(program: Program, after: fx.Node, states: list[State]) -> None:
-    """Replace the states of all samples by the values that `after` and what follows will read."""
-    read = _reader(program, _alive(program, after), states[0] if states else ())
-    for at, state in enumerate(states):
-        values = read(state)
-        states[at] = values if at == 0 else {node: _shared(value, states[0][node]) for node, value in values.items()}
-
-
-def _shared(value: Any, other: Any) -> Any:
-    """`other` where that is equal."""
-    if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.dtype != other.dtype:
-        return value
-    return other if torch.equal(value, other) else value
-
-
-def _alive(program: Program, after: fx.Node) -> list[fx.Node]:
-    """The values made before `after` that are read by it or later, other than to be returned. Constants are read anew."""
-    nodes = list(program.graph.nodes)
-    place = {node: at for at, node in enumerate(nodes)}
-    end = place[after]
-    made = (node for node in nodes[:end] if node.op != "get_attr")
-    return [node for node in made if any(place[user] >= end and user.op != "output" for user in node.users)]
-
-
-def _reader(program: Program, wanted: Iterable[fx.Node], known: Collection[fx.Node]) -> Callable[[State], State]:
-    """What computes the values of the nodes `wanted` from a state that has those of `known`, which all samples' have alike;
-    others are freed after their last use."""
-    wanted = list(dict.fromkeys(wanted))
-    path, todo = set(), list(wanted)
-    while todo:
-        node = todo.pop()
-        if node not in path and node not in known:
-            path.add(node)
-            todo += node.all_input_nodes
-    order = [node for node in program.graph.nodes if node in path]
-    last = {each: node for node in order for each in node.all_input_nodes}
-    ending: dict[fx.Node, list[fx.Node]] = {}
-    for each, node in last.items():
-        if each not in wanted:
-            ending.setdefault(node, []).append(each)
-
-    def read(state: State) -> State:
-        values = dict(state)
-        for node in order:
-            if node.op == "get_attr":
-                values[node] = program.constants[node.target]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-            for each in ending.get(node, ()):
-                del values[each]
-        return {node: values[node] for node in wanted}
-
-    return read
 
 
 def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:

@@ -1,4 +1,5 @@
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ from fxc.schemes.scheme import LINEAR
 
 def wide(width):
     return Hessian(width, dtype=torch.float64)
+
+
+both = partial(Hessian, cross=True, dtype=torch.float64)
 
 
 def prepared(model, example=None, float64=True):
@@ -119,6 +123,50 @@ def test_layers_that_read_one_value_are_given_together_in_the_order_in_which_the
     assert shrinks.calls == [[f"model.layers.{at}.{n}" for n in part] for at in range(2) for part in layer] + [["lm_head"]]
 
 
+@pytest.mark.parametrize(("family", "inputs"), [("qwen2", texts), ("bert", texts), ("mlp", rows)])
+def test_a_second_stream_has_what_layers_would_read_uncompressed(family, inputs):
+    program = prepared(*build(family))
+    before, samples = program.copy(), inputs(program, 3)
+    crosses = {}
+
+    class Keeps(Shrinks):
+        def __call__(self, layers, statistics):
+            crosses.update({weight_of(program, layer): statistics[0].cross.clone() for layer in layers})
+            super().__call__(layers, statistics)
+
+    shrinks = Keeps(program)
+    runner.run(program, layers_of(program), samples, shrinks, statistic=both)
+    alone = Shrinks(other := before.copy())
+    runner.run(other, layers_of(other), samples, alone, statistic=wide)
+    moved = 0
+    for weight, cross in crosses.items():
+        assert torch.equal(shrinks.seen[weight][0][1], alone.seen[weight][0][1])
+        expected = Hessian(cross.shape[0], cross=True, dtype=torch.float64)
+        layer = next(node for node in layers_of(before) if weight_of(before, node) == weight)
+        small = next(node for node in program.graph.nodes if node.meta.get("weight") == weight)
+        for sample in samples:
+            seen = []
+            for each, node in ((program, small), (before, layer)):
+                observe(each.module(), sample, {node.args[0].name: seen.append})
+            expected.add(*seen)
+        torch.testing.assert_close(cross, expected.cross, rtol=1e-10, atol=1e-12)
+        moved += not torch.allclose(cross, expected.mean)
+    assert moved
+
+
+def test_experts_are_given_one_stream_twice():
+    program = prepared(*build("mixtral"))
+    seen = []
+
+    def compress(layers, statistics):
+        seen.extend((layers[0].target, each.mean, each.cross) for each in statistics)
+        Shrinks(program)(layers, statistics)
+
+    runner.run(program, layers_of(program), texts(program, 2), compress, statistic=both)
+    assert all(torch.equal(mean, cross) for target, mean, cross in seen if target is GROUPED_LINEAR)
+    assert not all(torch.equal(mean, cross) for target, mean, cross in seen if target is LINEAR)
+
+
 class Deep(nn.Module):
     def __init__(self, depth):
         super().__init__()
@@ -131,7 +179,7 @@ class Deep(nn.Module):
 
 
 def test_hidden_states_that_are_alive_do_not_grow_with_depth():
-    def most(depth):
+    def most(depth, statistic=wide):
         torch.manual_seed(0)
         program = prepared(Deep(depth), (torch.randn(3, 40),))
         assert len(blocks(program)) >= depth
@@ -142,12 +190,14 @@ def test_hidden_states_that_are_alive_do_not_grow_with_depth():
             gc.collect()
             tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
             alive.append(sum(each.shape[:1] == (17,) for each in tensors))
+            Shrinks(program)(layers, statistics)
 
-        runner.run(program, layers_of(program), samples, compress, statistic=wide)
+        runner.run(program, layers_of(program), samples, compress, statistic=statistic)
         assert len(alive) == 2 * depth
         return max(alive)
 
     assert most(3) == most(9)
+    assert most(3) < most(3, both) == most(9, both) <= 2 * most(3)
 
 
 def test_what_samples_have_in_common_is_kept_once():
@@ -281,6 +331,8 @@ def test_the_bytes_that_a_run_needs_are_known_before():
     assert needs.statistics == 8 * 40 * 40
     assert needs.stages[:2] == [(["parts.0.0"], 8 * 40 * 40), (["parts.0.1"], 8 * 24 * 24)] and len(needs.stages) == 8
     assert runner.needs(program, layers, samples, Squares).statistics == 3 * 4 * 40
+    second = runner.needs(program, layers, samples, both)
+    assert (second.states, second.statistics) == (2 * needs.states, 2 * needs.statistics)
     assert "0.0 MB of hidden states" in str(needs)
 
 
