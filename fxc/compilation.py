@@ -71,6 +71,17 @@ class Configuration:
 
 
 @dataclass
+class Calibration:
+    """What passes learned from: so many samples, at most `most` of which were asked for, of texts each `length` tokens long or
+    shorter; sha256: of all their tensors, the same for the same data."""
+
+    samples: int
+    most: int
+    length: int
+    sha256: str
+
+
+@dataclass
 class Compilation:
     """What one compilation did.
 
@@ -93,6 +104,7 @@ class Compilation:
     earlier: list[dict[str, Any]]
     passes: list[Step]
     configuration: Configuration | None = None
+    calibration: Calibration | None = None
     perplexity: PerplexityChange | None = None
     stages: list[Stage] = field(default_factory=list)
 

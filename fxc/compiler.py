@@ -13,9 +13,9 @@ from torch import nn
 
 from fxc.artifact import companions, config_json, store
 from fxc.captured import Captured, capture_source, own_constants
-from fxc.compilation import Compilation, Configuration, Step
+from fxc.compilation import Calibration, Compilation, Configuration, Step
 from fxc.compiled.model import CompiledModel, compiled_model
-from fxc.data.calibration import calibration_samples
+from fxc.data.calibration import calibration_samples, digest
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.program import Program
@@ -65,9 +65,14 @@ def compile_captured(
     before = captured.program
     context = Context(skip=options.skip, track=track, seed=options.seed)
     context.check_skip(before)
+    calibration = None
     if options.calib is not None:
         with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
-            context.samples = calibration_samples(before, options.calib, folder=folder, config=captured.config, track=track)
+            most, length = options.calib_samples, options.calib_length
+            context.samples = calibration_samples(
+                before, options.calib, folder=folder, config=captured.config, limit=most, window=length, track=track
+            )
+        calibration = Calibration(len(context.samples), most, length, digest(context.samples))
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
@@ -91,6 +96,7 @@ def compile_captured(
         coverage=_coverage(before, steps),
         earlier=captured.passes,
         passes=steps,
+        calibration=calibration,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
     )
     files = captured.files | _plan(steps)

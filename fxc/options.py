@@ -10,7 +10,8 @@ from typing import Any, TypedDict
 import torch
 
 from fxc.artifact.staging import check_writable
-from fxc.data.calibration import check_data
+from fxc.data.calibration import LIMIT, WINDOW, check_amount, check_data
+from fxc.errors import UsageError
 from fxc.lower.target import check_target
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
 from fxc.source.load import as_dtype
@@ -28,7 +29,8 @@ class Options:
     skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
     nothing is a `UsageError`; the report's "skipped" says what each was applied to.
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
-    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it.
+    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it. calib_samples: at most
+    so many samples are read of it; calib_length: tokens in each, of texts.
     tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
     one; of a folder or hub id its own is taken.
     dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
@@ -46,6 +48,8 @@ class Options:
     dynamic_shapes: Any = None
     skip: str | Iterable[str] = ()
     calib: Any = None
+    calib_samples: int = LIMIT
+    calib_length: int = WINDOW
     tokenizer: Any = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device | None = None
@@ -66,8 +70,12 @@ class Options:
     def check(self) -> None:
         """What can be found out before a model is loaded: that data, dtype, device, backend and dump_dir are there and can be
         used. Raises `UsageError` or `ResourceError`."""
+        check_amount(self.calib_samples, self.calib_length)
         if self.calib is not None:
             check_data(self.calib)
+        elif (self.calib_samples, self.calib_length) != (LIMIT, WINDOW):
+            hint = "--calib FILE, in Python calib=..."
+            raise UsageError("there is no calibration data to take so many samples or tokens of", where="calib", hint=hint)
         as_dtype(self.dtype)
         check_target(self.device, self.backend)
         check_data_is_given(self.passes, self.calib is not None)
@@ -81,6 +89,8 @@ class Keywords(TypedDict, total=False):
     dynamic_shapes: Any
     skip: str | Iterable[str]
     calib: Any
+    calib_samples: int
+    calib_length: int
     tokenizer: Any
     dtype: str | torch.dtype
     device: str | torch.device | None

@@ -1,8 +1,10 @@
-"""A recipe file: the passes, what to leave alone and the dtype, as TOML.
+"""A recipe file: the passes, what to leave alone, the dtype and how much of the calibration data is read, as TOML.
 
-passes = ["int8:mode=dynamic"]
+passes = ["int4:algorithm=gptq"]
 skip = ["*.lm_head"]
 dtype = "bfloat16"
+calib_samples = 128
+calib_length = 512
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import Any
 
 from fxc.errors import UsageError
 
+KEYS = ("passes", "skip", "dtype", "calib_samples", "calib_length")
+
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """What a file says of `Options`, by name. Raises `UsageError` for a file that is not there, not TOML, or says something
@@ -21,10 +25,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError("the recipe cannot be read", where=path, why=error) from error
-    if unknown := sorted(content.keys() - {"passes", "skip", "dtype"}):
-        raise UsageError(f"a recipe has no {', '.join(unknown)}", where=path, hint="it has passes, skip and dtype")
+    if unknown := sorted(content.keys() - set(KEYS)):
+        raise UsageError(f"a recipe has no {', '.join(unknown)}", where=path, hint=f"it has {', '.join(KEYS)}")
     if not isinstance(content.get("dtype", ""), str):
         raise UsageError("dtype has to be a string", where=path)
+    for key in ("calib_samples", "calib_length"):
+        if type(content.get(key, 1)) is not int:
+            raise UsageError(f"{key} has to be a whole number", where=path)
     for key in ("passes", "skip"):
         value = content.get(key, [])
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):

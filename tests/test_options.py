@@ -28,6 +28,9 @@ def test_passes_are_parsed_once_and_options_may_be_varied():
         ({"device": "nowhere"}, "no device"),
         ({"backend": "nothing"}, "no backend"),
         ({"calib": "no/such/file"}, "no such calibration data"),
+        ({"calib": ["a text"], "calib_samples": 0}, "0 samples"),
+        ({"calib": ["a text"], "calib_length": 1}, "1 tokens"),
+        ({"calib_length": 512}, "no calibration data to take"),
         ({"passes": "prune:ffn=0.5:criterion=wanda"}, "calibration data"),
     ],
 )

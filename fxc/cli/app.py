@@ -141,6 +141,8 @@ def compile_(
     recipe: Annotated[Path | None, typer.Option(help="A TOML file with passes, skip and dtype.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
     eval_text: Annotated[
         Path | None, typer.Option(help="Measure perplexity on this text after every pass; else it is not measured.")
     ] = None,
@@ -179,7 +181,8 @@ def compile_(
     from fxc.cli.compile import CompileRequest, compile_model
 
     options = {
-        "passes": passes, "skip": skip, "calib": calib, "dtype": dtype, "device": device, "revision": revision,
+        "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
+        "calib_length": calib_length, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
     }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxc.data.images import SUFFIXES, Images, images_in
@@ -52,8 +54,7 @@ def calibration_samples(
     Raises `UsageError` for data that is missing, empty, of the wrong kind, or that the program cannot take.
     """
     check_data(data)
-    if limit < 1 or window < 2:
-        raise UsageError(f"{limit} samples of {window} tokens", hint="at least one sample, and windows of two tokens")
+    check_amount(limit, window)
     made, count = _read(program, data, folder or _origin(config), config, limit, window)
     samples = list(track(itertools.islice(made, limit), "reading calibration samples", min(count, limit)))
     if not samples:
@@ -82,6 +83,22 @@ def _read(
         return samples_of(rows_of(path), inputs, texts), limit
     windows = texts.windows(path, limit)
     return (texts.sample_of(each, data) for each in windows), len(windows)
+
+
+def check_amount(limit: int, window: int) -> None:
+    """Raises `UsageError` for a number of samples, or of tokens in a window, that is none."""
+    if limit < 1 or window < 2:
+        raise UsageError(f"{limit} samples of {window} tokens", hint="at least one sample, and windows of two tokens")
+
+
+def digest(samples: Iterable[Sequence[Tensor]]) -> str:
+    """SHA-256 of the samples: two runs with the same one learn from the same data."""
+    made = hashlib.sha256()
+    for sample in samples:
+        for tensor in sample:
+            made.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+            made.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
 
 
 def check_data(data: Any) -> None:

@@ -77,6 +77,25 @@ def test_the_command_line_reads_the_data_where_a_pass_uses_it(learner, folder, t
     assert learner[0].samples[0][0].shape == (1, 128)
     said = compile_with("learner:learn=false", "-o", tmp_path / "b", "--calib", folder / "text.txt")
     assert "no pass of this recipe uses calibration data" in said and learner[1].samples == []
+    few = ("--calib-samples", 2, "--calib-length", 16)
+    compile_with("learner", "-o", tmp_path / "few", "--calib", folder / "text.txt", *few)
+    assert [sample[0].shape for sample in learner[2].samples] == [(1, 16)] * 2
+    (tmp_path / "r.toml").write_text('passes = ["learner"]\ncalib_samples = 3\ncalib_length = 16')
+    recipe = ("--recipe", tmp_path / "r.toml", "--calib", folder / "text.txt", "--calib-length", 8)
+    CliRunner().invoke(app, [str(a) for a in ("compile", tmp_path / "model", "--no-verify", "-o", tmp_path / "r", *recipe)])
+    assert [sample[0].shape for sample in learner[3].samples] == [(1, 8)] * 3
     for name in ("none.txt", "model"):
         said = compile_with("learner", "-o", tmp_path / "c", "--calib", tmp_path / name, code=2)
         assert said.startswith("error[FXC-E2]") and not (tmp_path / "c").exists()
+
+
+def test_the_report_says_what_was_learned_from(learner):
+    model, inputs = build("mlp")
+    data = [torch.randn(2, 40) for _ in range(3)]
+
+    def told(given):
+        return fxc.optimize(model, inputs, "learner", calib=given, calib_samples=2, verify=False).report["calibration"]
+
+    assert told(data) | {"sha256": None} == {"samples": 2, "most": 2, "length": 128, "sha256": None}
+    assert told(data)["sha256"] == told(data)["sha256"] != told(data[1:])["sha256"]
+    assert "calibration" not in fxc.optimize(model, inputs, "learner", verify=False).report
