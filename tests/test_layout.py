@@ -30,7 +30,7 @@ ALLOWED = {
     "fxc.compilation": "passes",
     "fxc.artifact": "errors safety ir schemes source data",
     "fxc.lower": "errors ir neutral schemes fxc_kernels",
-    "fxc.options": "passes source data artifact lower",
+    "fxc.options": "errors passes source data artifact lower",
     "fxc.pipeline": "errors ir data passes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower",
