@@ -195,6 +195,7 @@ def int4_cases(chip: Chip, group: int) -> Iterator[Case]:
         _, outputs, columns = shape
         weight = torch.randint(0, 256, (outputs, columns // 2), generator=generator, device=chip.device, dtype=torch.uint8)
         scale = chip.scales(outputs, columns // group, generator=generator)
+        scale[::2] *= -1
         zero = torch.randint(0, 16, scale.shape, generator=generator, device=chip.device, dtype=torch.uint8)
         given = zero if at % 2 else None
         packed = int4.prepack(weight, group)

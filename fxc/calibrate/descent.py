@@ -59,7 +59,10 @@ def _fitted(values: Tensor, curvature: Tensor, steps: Tensor, scale: Tensor, lev
     # A group without steps has no say in its scale.
     ridge = matrix.diagonal(dim1=1, dim2=2) * 1e-6 + 1e-12
     found = torch.linalg.solve(matrix + torch.diag_embed(ridge), by_group(values @ curvature).unsqueeze(-1)).squeeze(-1)
-    found = torch.where(found.isfinite() & (matrix.diagonal(dim1=1, dim2=2) > 0), levels.stored(found), scale)
+    usable = found.isfinite() & (matrix.diagonal(dim1=1, dim2=2) > 0)
+    if not levels.full_range:
+        usable &= found > 0
+    found = torch.where(usable, levels.stored(found), scale)
 
     def loss(scales: Tensor) -> Tensor:
         gap = steps * scales.repeat_interleave(width, 1) - values

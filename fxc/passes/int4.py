@@ -41,15 +41,18 @@ class Int4(PackLinears):
     of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
     better.
-    Both pack layers in the order in which they run, each by what it reads behind packed ones, and use all sixteen levels, so
-    that the scale of a symmetric group may be negative. A layer that no sample reaches is packed as by rtn.
+    Both pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
+    is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
-    the middle of the range; false adds a zero point to each group, for weights that lie on one side.
+    the middle of the range; false adds a zero point to each group, for weights that lie on one side. full_range: the number of
+    largest magnitude in a symmetric group is the lowest of all sixteen levels, and the scale negative where it is positive;
+    false keeps scales of rounding to nearest positive, for tools that need that.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
     group: int = 128
     symmetric: bool = True
+    full_range: bool = True
     algorithm: Literal["rtn", "grid", "gptq"] = "rtn"
 
     name: ClassVar[str] = "int4"
@@ -82,7 +85,7 @@ class Int4(PackLinears):
 
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        levels = Levels(int4.BITS, self.group, self.symmetric, kept=kept)
+        levels = Levels(int4.BITS, self.group, self.symmetric, self.full_range, kept)
         if self.algorithm == "grid":
             made = grid(weight, levels, statistic.mean)
         else:

@@ -14,7 +14,7 @@
 
         w[k] ~= s[k // group] * (q[k] - z[k // group])
 
-Symmetric, q - 8 is in -8..7, and s may be negative, so that the number of largest magnitude can be at -8 whatever its sign.
+Symmetric, q - 8 is in -8..7, and s may be negative, so that the number of largest magnitude is at -8 whatever its sign.
 The op that uses them is in fxc_kernels.int4_linear.
 """
 
@@ -49,13 +49,16 @@ def pack(values: Tensor) -> Tensor:
     return values[..., 0::2] | values[..., 1::2] << BITS
 
 
-def quantize_weight(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_weight(
+    weight: Tensor, group: int, symmetric: bool, full_range: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round `weight` [N, K] (any float dtype) to int4: (packed uint8 [N, K/2], scale [N, K/group], zero or None).
 
-    With r = 1, symmetric: scale = r * amax(|group|) / 7; asymmetric: scale = r * (hi - lo) / 15 with lo <= 0 <= hi and
-    zero = round(-r * lo / scale). Of the shares r in `SHARES` each group has the one with the least squared error: where
-    few numbers are large it pays to cut them off. Groups of zeros have scale 1. The scale is float32, for a bfloat16
-    weight bfloat16, and it is that number which the weight is divided by.
+    With r = 1, symmetric: scale = r * m / -8, m the number of largest magnitude in the group with its sign, which is then
+    exact and all levels are used; without `full_range` scale = r * |m| / 7. Asymmetric: scale = r * (hi - lo) / 15 with
+    lo <= 0 <= hi and zero = round(-r * lo / scale). Of the shares r in `SHARES` each group has the one with the least squared
+    error: where few numbers are large it pays to cut them off. Groups of zeros have scale 1. The scale is float32, for a
+    bfloat16 weight bfloat16, and it is that number which the weight is divided by.
     Raises InputRefused when the weight is not a float matrix, holds NaN or Inf, or when `group` does not divide K.
     """
     check_weight(weight, "int4")
@@ -65,7 +68,7 @@ def quantize_weight(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor
     values = weight.detach().float().unflatten(1, (-1, group))
     best = least = None
     for share in SHARES:
-        found = _rounded(values, share, symmetric, kept)
+        found = _rounded(values, share, symmetric, full_range, kept)
         q, scale, zero = found
         error = (q - zero).mul_(scale).sub_(values).square_().sum(-1, keepdim=True)
         if best is None:
@@ -78,11 +81,14 @@ def quantize_weight(weight: Tensor, group: int, symmetric: bool) -> tuple[Tensor
     return packed, scale.squeeze(-1).to(kept), None if symmetric else zero.squeeze(-1).to(torch.uint8)
 
 
-def _rounded(values: Tensor, share: float, symmetric: bool, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _rounded(
+    values: Tensor, share: float, symmetric: bool, full_range: bool, kept: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """(q, scale, zero) of the groups `values` [N, K/group, group], all float32, when `share` of their range is used."""
     if symmetric:
-        span = values.abs().amax(dim=-1, keepdim=True)
-        scale = _scale(span, share * span / (LARGEST - MIDDLE), kept)
+        largest = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))
+        span = largest.abs()
+        scale = _scale(span, share * (largest / -MIDDLE if full_range else span / (LARGEST - MIDDLE)), kept)
         zero = torch.full_like(scale, MIDDLE)
     else:
         lo = values.amin(dim=-1, keepdim=True).clamp(max=0)
@@ -109,8 +115,8 @@ SCHEME = register(
         products=(Product(LINEAR, "int4_g{group}", "int4 linear"),),
         quantize=quantize_weight,
         dequantize=_dense,
-        options={"group": GROUPS, "symmetric": (True, False)},
-        multiple=lambda group, symmetric: (group, "a group"),
+        options={"group": GROUPS, "symmetric": (True, False), "full_range": (True, False)},
+        multiple=lambda group, **_: (group, "a group"),
         has_signed_scales=True,
     )
 )

@@ -264,6 +264,7 @@ def check_int4():
         x, bias, generator = tensors(shape, dtype)
         weight = torch.randint(0, 256, (outputs, shape[2] // 2), generator=generator, dtype=torch.uint8)
         scale = scales(outputs * groups, generator).reshape(outputs, groups)
+        scale[::2] *= -1
         zero = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
         packed = int4.prepack(weight, group)
         for given in (None, zero):
