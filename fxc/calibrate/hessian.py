@@ -1,7 +1,8 @@
 """Statistics of what a layer reads, added up batch by batch: nothing of a batch is kept.
 
 `Squares` is E[x^2] by channel (with mean and largest |x|), `Hessian` is H = 2/n X^T X, and with a second stream also the cross
-statistic G = 2/n X^T Y of X, what the layer reads, and Y, what it would read if the layers before it were not compressed.
+statistic G = 2/n X^T Y of X, what the layer reads, and Y, what it would read if the layers before it were not compressed,
+and 2/n Y^T Y.
 All are running means in float32 or float64, so any number of rows is as good as few.
 """
 
@@ -50,7 +51,7 @@ class Squares:
 
 
 class Hessian:
-    """mean: H = 2/n X^T X [K, K]; cross: G = 2/n X^T Y [K, K], or None without a second stream.
+    """mean: H = 2/n X^T X [K, K]; cross: G = 2/n X^T Y, uncompressed: 2/n Y^T Y, or None without a second stream.
 
     H is the second derivative of the layer's squared error by a row of its weight, the same for all rows.
     """
@@ -61,6 +62,7 @@ class Hessian:
         self.rows = 0
         self.mean = torch.zeros(width, width, dtype=dtype, device=device)
         self.cross = torch.zeros_like(self.mean) if cross else None
+        self.uncompressed = torch.zeros_like(self.mean) if cross else None
 
     def add(self, inputs: Tensor, uncompressed: Tensor | None = None) -> None:
         """Count `inputs` [*, K] in, and `uncompressed` of the same shape where there is a second stream.
@@ -80,6 +82,7 @@ class Hessian:
                 raise InputRefused("the two streams differ in rows", why=f"{len(x)} and {len(y)}")
             _refuse_infinite(y.square().mean(0))
             self.cross.mul_(kept).addmm_(x.t(), y, alpha=new)
+            self.uncompressed.mul_(kept).addmm_(y.t(), y, alpha=new)
         _refuse_infinite(x.square().mean(0))
         self.mean.mul_(kept).addmm_(x.t(), x, alpha=new)
         self.rows += len(x)

@@ -17,7 +17,8 @@ from torch import Tensor
 from fxc.calibrate.columns import BLOCK, cholesky
 from fxc.calibrate.gptq import DAMP, gptq
 from fxc.calibrate.grid import Scales
-from fxc.calibrate.levels import Levels, Quantized, checked
+from fxc.calibrate.hessian import Hessian
+from fxc.calibrate.levels import Levels, Quantized, checked, energy
 from fxc.errors import InputRefused
 
 CORRECTION_DAMP = 1e-3
@@ -54,3 +55,10 @@ def qronos(
     """
     aim = corrected(weight, hessian, cross, correction_damp)
     return gptq(aim, hessian, levels, scales, keep=keep, damp=damp, block=block)
+
+
+def missed(weight: Tensor, made: Tensor, streams: Hessian) -> float:
+    """|Y w - X m|^2 / |Y w|^2 of `weight` and `made` [N, K]: what is lost of what the layer gives in the uncompressed model."""
+    whole = energy(weight, streams.uncompressed)
+    mixed = ((made @ streams.cross.to(made.dtype)) * weight).sum(dtype=torch.float64)
+    return max(0.0, energy(made, streams.mean) - 2 * float(mixed) + whole) / whole if whole > 0 else 0.0

@@ -14,17 +14,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from fxc.calibrate.descent import descend
-from fxc.calibrate.gptq import gptq
-from fxc.calibrate.grid import grid
-from fxc.calibrate.hessian import Hessian, Squares
 from fxc.calibrate.levels import Levels
+from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.runner import Statistic
 from fxc.errors import UsageError
 from fxc.passes.base import Fact
@@ -40,8 +38,8 @@ class Int4(PackLinears):
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
     of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
-    better.
-    Both pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
+    better; and qronos: numbers first make up for what the layers before are off (Qronos, arXiv 2505.11695), then as gptq.
+    All pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
     is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
     the middle of the range; false adds a zero point to each group, for weights that lie on one side. full_range: the number of
@@ -53,7 +51,7 @@ class Int4(PackLinears):
     group: int = 128
     symmetric: bool = True
     full_range: bool = True
-    algorithm: Literal["rtn", "grid", "gptq"] = "rtn"
+    algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
 
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
@@ -77,8 +75,8 @@ class Int4(PackLinears):
         what_to_do = f"use int4:group={fits[-1]}" if fits else "no size of groups does: leave it, or use int8"
         return f"group={self.group} does not divide its rows of {columns}: {what_to_do}"
 
-    def statistic(self) -> type[Statistic] | None:
-        return {"rtn": None, "grid": Squares, "gptq": Hessian}[self.algorithm]
+    def statistic(self) -> Callable[[int], Statistic] | None:
+        return STATISTICS.get(self.algorithm)
 
     def needs_data(self) -> str | None:
         return f"algorithm={self.algorithm} is" if self.uses_data() else None
@@ -86,10 +84,6 @@ class Int4(PackLinears):
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         levels = Levels(int4.BITS, self.group, self.symmetric, self.full_range, kept)
-        if self.algorithm == "grid":
-            made = grid(weight, levels, statistic.mean)
-        else:
-            first = gptq(weight, statistic.mean, levels)
-            made = min(descend(weight, statistic.mean, first), first, key=lambda each: each.error)
+        made = quantized(self.algorithm, weight, statistic, levels)
         parts = {"qweight": int4.pack(made.q), "scale": made.scale, "zero": made.zero}
         return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error

@@ -29,15 +29,15 @@ from fxc.pipeline import run_passes
 from fxc.schemes import int4, int8
 from fxc.verify.gates import Budget, judge
 
-LEARN = ["grid", "gptq"]
+LEARN = ["grid", "gptq", "qronos"]
 
 
 @pytest.mark.parametrize("symmetric", ["true", "false"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_algorithm_is_better_than_the_one_before(dtype, symmetric):
     spec = f"int4:group=32:symmetric={symmetric}"
-    rtn, grid, gptq = (error(learned(f"{spec}:algorithm={each}", dtype)[0], dtype) for each in ("rtn", *LEARN))
-    assert gptq < 0.7 * rtn and grid < rtn
+    rtn, grid, gptq, qronos = (error(learned(f"{spec}:algorithm={each}", dtype)[0], dtype) for each in ("rtn", *LEARN))
+    assert qronos < 0.7 * rtn and gptq < 0.7 * rtn and grid < rtn
 
 
 @pytest.mark.parametrize("algorithm", LEARN)
@@ -171,6 +171,6 @@ def test_a_decoder_that_learned_from_text_is_nearer_on_other_text(tmp_path):
         program = fxc.optimize(folder, passes=spec, calib=argparse.__file__).program
         return sum((program.module()(*x)[0] - source.module()(*x)[0]).square().mean().item() for x in held_out) ** 0.5
 
-    rtn, grid, gptq = (gap(f"int4:group=32:algorithm={each}") for each in ("rtn", *LEARN))
+    rtn, grid, gptq, qronos = (gap(f"int4:group=32:algorithm={each}") for each in ("rtn", *LEARN))
     # What layers of a random decoder read has no directions that grid could favour.
-    assert grid < 1.1 * rtn and gptq < 0.8 * rtn
+    assert grid < 1.1 * rtn and gptq < 0.8 * rtn and qronos < gptq
