@@ -16,6 +16,8 @@ from fxc.calibrate.grid import assembled
 from fxc.calibrate.levels import Levels, Quantized, checked, lost
 
 PASSES = 4
+# The numbers of all A together, of as many rows as are fitted at a time.
+FITTED = 1 << 25
 
 
 def descend(
@@ -50,11 +52,15 @@ def descend(
 def _fitted(values: Tensor, curvature: Tensor, steps: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     """The scales [N, G] that are best for the steps c [N, K]: A s = b by row, A[g, h] = c_g^T H_gh c_h, b_g = c_g^T (H w)_g."""
     groups, width = scale.shape[1], steps.shape[1] // scale.shape[1]
+    rows = max(FITTED // groups**2, 1)
+    if len(values) > rows:
+        parts = zip(values.split(rows), steps.split(rows), scale.split(rows), strict=True)
+        return torch.cat([_fitted(some, curvature, *others, levels) for some, *others in parts])
 
     def by_group(products: Tensor) -> Tensor:
         return (products * steps).unflatten(1, (groups, width)).sum(-1)
 
-    parts = [steps[:, at : at + width] @ curvature[at : at + width] for at in range(0, steps.shape[1], width)]
+    parts = (steps[:, at : at + width] @ curvature[at : at + width] for at in range(0, steps.shape[1], width))
     matrix = torch.stack([by_group(part) for part in parts], 1)
     # A group without steps has no say in its scale.
     ridge = matrix.diagonal(dim1=1, dim2=2) * 1e-6 + 1e-12

@@ -2,6 +2,7 @@ import pytest
 import torch
 from layers import hessian_of, layer, output_loss
 
+from fxc.calibrate import descent
 from fxc.calibrate.descent import descend
 from fxc.calibrate.gptq import gptq
 from fxc.calibrate.grid import nearest
@@ -59,6 +60,17 @@ def test_scales_are_the_least_squares_ones_for_the_levels():
         columns = torch.block_diag(*steps[:, :, None]).double()
         best = torch.linalg.lstsq(half @ columns, half @ weight[row, :, None].double()).solution.squeeze(1)
         torch.testing.assert_close(made.scale[row].double(), best, rtol=1e-3, atol=1e-5)
+
+
+def test_scales_are_fitted_a_few_rows_at_a_time(monkeypatch):
+    weight, inputs = layer(rows=7)
+    hessian = hessian_of(inputs)
+    first = nearest(weight, Levels(4, 32))
+    whole = descend(weight, hessian, first)
+    monkeypatch.setattr(descent, "FITTED", 3 * 2 * 2)
+    parts = descend(weight, hessian, first)
+    assert torch.equal(parts.q, whole.q)
+    torch.testing.assert_close(parts.scale, whole.scale)
 
 
 def test_zeros_of_a_mask_stay():
