@@ -25,7 +25,7 @@ from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
-from fxc.progress import Track, untracked
+from fxc.progress import Say, Track, unsaid, untracked
 
 
 @one_at_a_time
@@ -59,11 +59,12 @@ def compile_captured(
     *,
     on_step: Callable[[Step, Program], None] | None = None,
     track: Track = untracked,
+    say: Say = unsaid,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
-    come with calibration samples."""
+    come with calibration samples; say: tells what a pass is going to take."""
     before = captured.program
-    context = Context(skip=options.skip, track=track, seed=options.seed)
+    context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
     calibration = None
     if options.calib is not None:

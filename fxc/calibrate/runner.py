@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.calibrate.blocks import Block, blocks
 from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.needs import Needs
 from fxc.calibrate.stream import State, Stream, alive_before
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_at
@@ -30,6 +31,8 @@ from fxc.progress import Track, untracked
 from fxc.schemes.ops import GROUPED_LINEAR
 
 Statistic = Hessian | Squares
+# So many copies of a weight in float32 the algorithms take at a time, besides three of its statistics.
+_WORK = 8
 Compress = Callable[[list[fx.Node], list[Statistic]], None]
 """Is given layers and the statistics of what they read: one, or one for each expert of a mixture, empty (`rows` is 0) where no
 row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards."""
@@ -56,27 +59,15 @@ class _Stage:
     readers: dict[_Unit, fx.Node]
 
 
-@dataclass(frozen=True)
-class Needs:
-    """What a run takes, in bytes. states: the hidden states of all samples where they are largest, as if they had nothing
-    in common; statistics: the most at one time; stages: of each, the names of its layers and the bytes of its statistics."""
-
-    states: int
-    statistics: int
-    stages: list[tuple[list[str], int]]
-
-    def __str__(self) -> str:
-        return f"{self.states / 1e6:.1f} MB of hidden states and {self.statistics / 1e6:.1f} MB of statistics"
-
-
 def needs(
     program: Program,
     layers: Collection[fx.Node],
     samples: Sequence[Sequence[Tensor]],
     statistic: Callable[[int], Statistic] = Hessian,
+    result: int = 0,
 ) -> Needs:
-    """What `run` with these arguments will take besides the program and the values of one sample in one block. Of a size that
-    depends on data nothing is known: it counts as 1."""
+    """What `run` with these arguments will take. result: bytes of what layers become. Of a size that depends on data nothing
+    is known: it counts as 1."""
     found, stages = _planned(program, layers)
     last = stages[-1].block if stages else 0
     known = [_symbols(program, sample) for sample in samples]
@@ -87,7 +78,13 @@ def needs(
     costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
     alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
     names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]
-    return Needs(streams * max(states, default=0), max(alive, default=0), list(zip(names, alive)))
+    largest = max(samples, key=lambda sample: sum(each.numel() for each in sample), default=None)
+    within = [_within(block, _symbols(program, largest)) for block in found[: last + 1]] if samples else []
+    work = [_WORK * _floats(program, unit) + 3 * cost // len(_widths(program, unit)) for unit, cost in costs.items()]
+    return Needs(
+        streams * max(states, default=0), max(alive, default=0), max(within, default=0), max(work, default=0),
+        list(zip(names, alive)), result,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -228,6 +225,29 @@ def _nbytes(value: Any, symbols: dict[Any, int]) -> int:
         return 0
     sizes = [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in value.shape]
     return value.element_size() * math.prod(int(size) if not getattr(size, "free_symbols", ()) else 1 for size in sizes)
+
+
+def _within(block: Block, symbols: dict[Any, int]) -> int:
+    """Bytes of what the block computes of one sample, where most of it is alive; a view counts as a copy."""
+    inside = set(block.nodes)
+    last = {each: node for node in block.nodes for each in node.all_input_nodes if each in inside}
+    ending: dict[fx.Node, list[fx.Node]] = {}
+    for each, node in last.items():
+        if all(user in inside for user in each.users):
+            ending.setdefault(node, []).append(each)
+    sizes = {node: _nbytes(node.meta["val"], symbols) for node in block.nodes}
+    now = most = 0
+    for node in block.nodes:
+        now += sizes[node]
+        most = max(most, now)
+        now -= sum(sizes[each] for each in ending.get(node, ()))
+    return most
+
+
+def _floats(program: Program, unit: _Unit) -> int:
+    """Bytes of the unit's largest weight in float32, of experts of one."""
+    weights = (program.constants[layer.args[1].target] for layer in unit.layers)
+    return 4 * max(math.prod(weight.shape[-2:]) for weight in weights)
 
 
 def _cost(program: Program, unit: _Unit, statistic: Callable[[int], Statistic]) -> int:

@@ -79,7 +79,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     stages = Stages(captured)
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
         on_step = _on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered})
-        model = compile_captured(captured, options, on_step=on_step, track=output.track)
+        model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note)
     record = model.record
     if record.coverage < request.min_coverage:
         raise VerificationFailed(

@@ -20,7 +20,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 from fxc.passes.patterns import check_patterns, matches
-from fxc.progress import Track, untracked
+from fxc.progress import Say, Track, unsaid, untracked
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Context:
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes
     such inputs for a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and
-    its inputs; track: shows how far a pass has come with its samples; original: the program before the first pass; seed: of all
-    that passes draw at random.
+    its inputs; track: shows how far a pass has come with its samples; say: tells what it is going to take; original: the
+    program before the first pass; seed: of all that passes draw at random.
     """
 
     skip: tuple[str, ...] = ()
@@ -113,6 +113,7 @@ class Context:
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
     track: Track = untracked
+    say: Say = unsaid
     original: Original | None = None
     seed: int = 0
 

@@ -56,6 +56,7 @@ class Int4(PackLinears):
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
+    lighter: ClassVar = "algorithm=grid"
     scheme: ClassVar = int4.SCHEME
     # A layer moves by about a tenth; what wrongly packed weights would do is far above both.
     limits: ClassVar[tuple[float, float]] = (0.5, 0.3)

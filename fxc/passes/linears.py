@@ -56,6 +56,8 @@ class PackLinears(Pass):
     only: str = field(default="", kw_only=True)
     """Patterns of the layers to pack, separated by ";", globs or "re:..." regular expressions; all where there is none."""
 
+    lighter: ClassVar[str | None] = None
+    """The option with which it learns from fewer statistics."""
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
     """The operators it looks at. The second argument of each is the weight, which ends in rows of K numbers."""
 
@@ -140,7 +142,11 @@ class PackLinears(Pass):
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
 
         statistic, count = self.statistic(), len(context.samples)
-        needs = runner.needs(program, chosen, context.samples, statistic)
+        planned = {node.args[1].target: program.constants[node.args[1].target] for node in chosen}
+        result_bytes = sum(_nbytes(t) for w in planned.values() for t in self.scheme.planned(w, **self._options()).values())
+        needs = runner.needs(program, chosen, context.samples, statistic, result_bytes)
+        context.say(f"{self} learns from {count} samples, with {needs}")
+        needs.check(str(self), self.lighter)
         runner.run(program, chosen, context.samples, compress, statistic=statistic, track=context.track)
         for node in chosen:
             if node.name not in seen:

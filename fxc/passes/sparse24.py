@@ -49,6 +49,7 @@ class Sparse24(PackLinears):
     name: ClassVar[str] = "sparse24"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
+    lighter: ClassVar = "criterion=wanda"
     scheme: ClassVar = sparse24.SCHEME
     # Half of the weights go: it is measured, reported, and limited only by --budget.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))

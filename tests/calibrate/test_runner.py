@@ -333,7 +333,10 @@ def test_the_bytes_that_a_run_needs_are_known_before():
     assert runner.needs(program, layers, samples, Squares).statistics == 3 * 4 * 40
     second = runner.needs(program, layers, samples, both)
     assert (second.states, second.statistics) == (2 * needs.states, 3 * needs.statistics)
-    assert "0.0 MB of hidden states" in str(needs)
+    # Of the larger sample in one block: what the first layer gives, its activation, the second's, their sum.
+    assert 8 * 17 * (24 + 40) < needs.block <= 8 * 17 * (2 * 24 + 2 * 40)
+    assert needs.total == needs.states + needs.statistics + needs.block + needs.work
+    assert runner.needs(program, layers, samples, wide, 7).total == needs.total + 7
 
 
 def test_layers_of_one_block_only_work():
