@@ -261,12 +261,20 @@ def _parse_option(where: str, kind: Any, value: str) -> Any:
         raise UsageError(f"{value!r} is not a value of it", where=where, hint=f"one of {values}")
     if kind is bool and value in ("true", "false"):
         return value == "true"
+    if typing.get_origin(kind) is typing.Union:
+        # A number, or one of some words.
+        kind, words = typing.get_args(kind)
+        if value in typing.get_args(words):
+            return value
+        others = "".join(f", nor {word}" for word in typing.get_args(words))
+    else:
+        others = ""
     if kind in (int, float, str):
         try:
             return kind(value)
         except ValueError:
             pass
-    raise UsageError(f"{value!r} is not a {kind.__name__}", where=where)
+    raise UsageError(f"{value!r} is not a {kind.__name__}{others}", where=where)
 
 
 def _print_option(value: Any) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -25,8 +25,10 @@ from fxc.calibrate.levels import Levels
 from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.runner import Statistic
 from fxc.errors import UsageError
-from fxc.passes.base import Fact
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.ir.names import layer_at
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Result
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, arguments
 from fxc.passes.linears import PackLinears
 from fxc.schemes import int4
 
@@ -41,14 +43,15 @@ class Int4(PackLinears):
     better; and qronos: numbers first make up for what the layers before are off (Qronos, arXiv 2505.11695), then as gptq.
     All pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
     is packed as by rtn.
-    group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. symmetric: true keeps 0 in
+    group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. auto is for each layer the
+    largest that does. symmetric: true keeps 0 in
     the middle of the range; false adds a zero point to each group, for weights that lie on one side. full_range: the number of
     largest magnitude in a symmetric group is the lowest of all sixteen levels, and the scale negative where it is positive;
     false keeps scales of rounding to nearest positive, for tools that need that.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
-    group: int = 128
+    group: int | Literal["auto"] = 128
     symmetric: bool = True
     full_range: bool = True
     algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
@@ -62,19 +65,40 @@ class Int4(PackLinears):
     limits: ClassVar[tuple[float, float]] = (0.5, 0.3)
 
     def __post_init__(self) -> None:
-        if self.group not in int4.GROUPS:
-            sizes = ", ".join(map(str, int4.GROUPS))
+        if self.group not in (*int4.GROUPS, "auto"):
+            sizes = ", ".join(map(str, (*int4.GROUPS, "auto")))
             raise UsageError(f"group={self.group} is not a size of groups", where="int4", hint=f"one of {sizes}")
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
         if reason := super().declines(node, weight):
             return reason
         columns = weight.shape[-1]
-        if columns % self.group == 0:
-            return None
         fits = [group for group in int4.GROUPS if columns % group == 0]
+        if self.group in fits or (self.group == "auto" and fits):
+            return None
+        if self.group == "auto":
+            return f"no size of groups divides its rows of {columns}: leave it, or use int8"
         what_to_do = f"use int4:group={fits[-1]}" if fits else "no size of groups does: leave it, or use int8"
         return f"group={self.group} does not divide its rows of {columns}: {what_to_do}"
+
+    def options(self, columns: int) -> dict[str, Any]:
+        return super().options(columns) | {"group": self._group(columns)}
+
+    def _group(self, columns: int) -> int:
+        """How many numbers share a scale in rows of `columns`."""
+        return self.group if self.group != "auto" else max(group for group in int4.GROUPS if columns % group == 0)
+
+    def run(self, program: Program, context: Context) -> Result:
+        result = super().run(program, context)
+        if self.group == "auto" and result.changed:
+            layers: dict[int, list[str]] = {}
+            for node in program.graph.nodes:
+                if node.target is int4.LINEAR and node.meta.get("by") == self.name:
+                    layers.setdefault(arguments(node)["group"], []).append(layer_at(program, node))
+            most, *others = sorted(layers, key=lambda group: -len(layers[group]))
+            said = "".join(f"; of {group} in {', '.join(layers[group])}" for group in others)
+            result.notes.append(f"groups of {most} in {len(layers[most])} layers{said}")
+        return result
 
     def statistic(self) -> Callable[[int], Statistic] | None:
         return STATISTICS.get(self.algorithm)
@@ -84,7 +108,7 @@ class Int4(PackLinears):
 
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        levels = Levels(int4.BITS, self.group, self.symmetric, self.full_range, kept)
+        levels = Levels(int4.BITS, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
         made = quantized(self.algorithm, weight, statistic, levels)
         parts = {"qweight": int4.pack(made.q), "scale": made.scale, "zero": made.zero}
         return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error

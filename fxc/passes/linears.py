@@ -72,6 +72,10 @@ class PackLinears(Pass):
             return f"there is no {self.scheme.label} form of the experts of a mixture: {others} has one"
         return None
 
+    def options(self, columns: int) -> dict[str, Any]:
+        """The format's options for a weight with rows of so many numbers."""
+        return {option: getattr(self, option) for option in self.scheme.options}
+
     def limited_to(self) -> tuple[str, ...]:
         return tuple(pattern for each in self.only.split(";") if (pattern := each.strip()))
 
@@ -176,7 +180,8 @@ class PackLinears(Pass):
             packed[weight] = self._replace(program, weight, node, pack)
         parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
         operator = self.operator(node.target)
-        given = {**arguments(node), **self._options(), **parts, "x": node.args[0]}
+        columns = node.args[0].meta["val"].shape[-1]
+        given = {**arguments(node), **self.options(columns), **parts, "x": node.args[0]}
         args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
         call(program, operator, args, replacing=node, by=self.name)
         result.changed += 1
@@ -215,7 +220,7 @@ class PackLinears(Pass):
             return reason
         if tensor.shape[-2] < MIN_OUTPUTS:
             return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
-        if sum(map(_nbytes, self.scheme.planned(tensor, **self._options()).values())) >= _nbytes(tensor):
+        if sum(map(_nbytes, self.scheme.planned(tensor, **self.options(tensor.shape[-1])).values())) >= _nbytes(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
@@ -225,7 +230,7 @@ class PackLinears(Pass):
         return user.target in self.layers and reads == [1]
 
     def _pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return self.scheme.pack(weight, **self._options())
+        return self.scheme.pack(weight, **self.options(weight.shape[-1]))
 
     def _replace(
         self, program: Program, weight: str, before: fx.Node, pack: Callable[[Tensor], dict[str, Tensor]]
@@ -247,9 +252,6 @@ class PackLinears(Pass):
         own = f"{base}.{self.name}"
         prefixes = itertools.chain([] if is_ambiguous(base) else [base], [own], (f"{own}_{n}" for n in itertools.count(2)))
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
-
-    def _options(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in self.scheme.options}
 
 
 def _name(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from families import build
-from formats import DTYPES, SPECS, captured, compiled, normal, refusals, targets
+from formats import DTYPES, SPECS, captured, compiled, learned, normal, refusals, targets
 from torch import nn
 
 import fxc
@@ -64,7 +64,20 @@ def test_layers_that_do_not_fit_are_left_and_it_says_what_to_do():
         run_passes(program, Context(), Options("int4"))
 
 
+def test_each_layer_has_the_largest_group_that_divides_its_rows_and_the_report_says_which():
+    program, steps = compiled("int4:group=auto")
+    sizes = {n: list(program.constants[f"{n}.scale"].shape) for n in ("q", "k", "v", "up", "down")}
+    assert sizes == {"q": [32, 1], "k": [32, 1], "v": [32, 1], "up": [96, 1], "down": [36, 3]}
+    assert steps[-1].notes == ["groups of 64 in 3 layers; of 32 in up, down"]
+    assert refusals(steps)["odd"] == "no size of groups divides its rows of 36: leave it, or use int8"
+    learned_one = learned("int4:group=auto:algorithm=grid")[0]
+    assert {n: list(learned_one.constants[f"{n}.scale"].shape) for n in sizes} == sizes
+    assert str(parse_passes("int4:group=auto")[0]) == "int4:group=auto"
+
+
 def test_a_group_that_is_none_is_refused_at_once():
+    with pytest.raises(UsageError, match="'some' is not a int, nor auto"):
+        parse_passes("int4:group=some")
     with pytest.raises(UsageError, match="one of 32, 64, 128"):
         parse_passes("int4:group=100")
     assert str(parse_passes("int4:group=64:symmetric=false")[0]) == "int4:group=64:symmetric=false"
