@@ -44,10 +44,9 @@ class Int4(PackLinears):
     All pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
     is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. auto is for each layer the
-    largest that does. symmetric: true keeps 0 in
-    the middle of the range; false adds a zero point to each group, for weights that lie on one side. full_range: the number of
-    largest magnitude in a symmetric group is the lowest of all sixteen levels, and the scale negative where it is positive;
-    false keeps scales of rounding to nearest positive, for tools that need that.
+    largest that does. symmetric: true keeps 0 in the middle of the range; false adds a zero point to each group, for weights
+    that lie on one side. full_range: the number of largest magnitude in a symmetric group is the lowest of all sixteen levels,
+    and the scale negative where it is positive; false keeps scales positive, for tools that need that.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 

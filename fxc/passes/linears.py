@@ -147,7 +147,7 @@ class PackLinears(Pass):
 
         statistic, count = self.statistic(), len(context.samples)
         planned = {node.args[1].target: program.constants[node.args[1].target] for node in chosen}
-        result_bytes = sum(_nbytes(t) for w in planned.values() for t in self.scheme.planned(w, **self._options()).values())
+        result_bytes = sum(map(self._packed_bytes, planned.values()))
         needs = runner.needs(program, chosen, context.samples, statistic, result_bytes)
         context.say(f"{self} learns from {count} samples, with {needs}")
         needs.check(str(self), self.lighter)
@@ -220,7 +220,7 @@ class PackLinears(Pass):
             return reason
         if tensor.shape[-2] < MIN_OUTPUTS:
             return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
-        if sum(map(_nbytes, self.scheme.planned(tensor, **self.options(tensor.shape[-1])).values())) >= _nbytes(tensor):
+        if self._packed_bytes(tensor) >= _nbytes(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
@@ -228,6 +228,9 @@ class PackLinears(Pass):
         """Whether `user` is one of the layers, and reads the constant `fqn` as its weight and as nothing else."""
         reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
         return user.target in self.layers and reads == [1]
+
+    def _packed_bytes(self, weight: Tensor) -> int:
+        return sum(map(_nbytes, self.scheme.planned(weight, **self.options(weight.shape[-1])).values()))
 
     def _pack(self, weight: Tensor) -> dict[str, Tensor]:
         return self.scheme.pack(weight, **self.options(weight.shape[-1]))
