@@ -24,6 +24,7 @@ from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import arguments, packed_weight
+from fxc.passes.patterns import patterns_in
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, products_for, scheme_of
 
@@ -77,7 +78,7 @@ class PackLinears(Pass):
         return {option: getattr(self, option) for option in self.scheme.options}
 
     def limited_to(self) -> tuple[str, ...]:
-        return tuple(pattern for each in self.only.split(";") if (pattern := each.strip()))
+        return patterns_in(self.only)
 
     def statistic(self) -> Callable[[int], Statistic] | None:
         """Of what the pass, with its options, learns a weight's numbers; None where it needs no data."""
@@ -87,6 +88,9 @@ class PackLinears(Pass):
         """The parts of `weight` [N, K] by the statistic of what it meets, and the error of the layer's output, a share of its
         energy."""
         raise NotImplementedError
+
+    def prepare(self, program: Program, chosen: list[fx.Node], context: Context) -> None:
+        """Replace the weights of the layers `chosen`, constants of `program`, before they are packed as without data."""
 
     def uses_data(self) -> bool:
         return self.statistic() is not None
@@ -108,9 +112,11 @@ class PackLinears(Pass):
             else:
                 chosen.append(node)
         packed: dict[str, dict[str, str]] = {}
-        if self.uses_data() and not program.is_on_meta:
+        if self.statistic() is not None and not program.is_on_meta:
             self._learn(program, chosen, context, packed, result)
         else:
+            if not program.is_on_meta:
+                self.prepare(program, chosen, context)
             for node in chosen:
                 self._rewrite(program, node, packed, result, self._pack)
         sweep(program)
@@ -158,9 +164,7 @@ class PackLinears(Pass):
                 unreached.append(_name(node))
                 self._rewrite(program, node, packed, result, self._pack)
         if errors:
-            worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
-            said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)
-            result.notes.append(f"learned from {count} samples, with {needs}; the largest errors of outputs: {said}")
+            result.notes.append(learned_note(errors, count, needs))
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
 
@@ -255,6 +259,13 @@ class PackLinears(Pass):
         own = f"{base}.{self.name}"
         prefixes = itertools.chain([] if is_ambiguous(base) else [base], [own], (f"{own}_{n}" for n in itertools.count(2)))
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
+
+
+def learned_note(errors: dict[str, float], count: int, needs: runner.Needs) -> str:
+    """What a report says of layers that were learned from `count` samples. errors: of their outputs, shares of the energy."""
+    worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
+    said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)
+    return f"learned from {count} samples, with {needs}; the largest errors of outputs: {said}"
 
 
 def _name(node: fx.Node) -> str:

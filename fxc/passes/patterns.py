@@ -27,6 +27,11 @@ def matches(pattern: str, fqn: str) -> bool:
     return any(fnmatch.fnmatchcase(f".{name}", glob) for name in _and_parents(fqn) for glob in globs)
 
 
+def patterns_in(text: str) -> tuple[str, ...]:
+    """The patterns in `text`, which stand between semicolons."""
+    return tuple(pattern for each in text.split(";") if (pattern := each.strip()))
+
+
 def check_patterns(patterns: Iterable[str], program: Program, where: str) -> None:
     """Raises `UsageError` for a pattern that matches no module and no weight of `program`; where: the option it stands in."""
     names = {n: None for fqn in [*program.constants, *program.aliases] for n in _and_parents(fqn)}

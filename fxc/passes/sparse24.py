@@ -14,18 +14,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
-from fxc.calibrate.hessian import Hessian, Squares
-from fxc.calibrate.masks import keep_n_of_m, pruned
-from fxc.calibrate.refit import refit
+from fxc.calibrate import gradients, prune
+from fxc.calibrate.masks import keep_n_of_m
 from fxc.calibrate.runner import Statistic
-from fxc.calibrate.sparsegpt import sparsegpt
-from fxc.calibrate.wanda import scores
-from fxc.passes.base import Fact
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.linears import GROUPED, PackLinears
 from fxc.schemes import sparse24
@@ -40,11 +40,12 @@ class Sparse24(PackLinears):
     they meet (Wanda, arXiv 2306.11695); and sparsegpt: those whose going the others can best make up for, which they do
     (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave (arXiv 2401.02938). Both take
     layers in the order in which they run, each by what it reads behind sparse ones. A layer that no sample reaches loses its
-    smaller numbers.
+    smaller numbers. taylor: those by whose going the loss changes less, to first order (Molchanov et al., CVPR 2019), which
+    takes the memory of a gradient and a score for each number.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparse24:only=*.mlp,int8.
     """
 
-    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
+    criterion: Literal["magnitude", "wanda", "sparsegpt", "taylor"] = "magnitude"
 
     name: ClassVar[str] = "sparse24"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
@@ -65,17 +66,25 @@ class Sparse24(PackLinears):
             rule = f"its rows of {columns} are not a multiple of 8, and a byte holds the places of two groups of four"
         return f"{rule}: leave it, or prune with round_to=8 where prune made the rows"
 
-    def statistic(self) -> type[Statistic] | None:
-        return {"magnitude": None, "wanda": Squares, "sparsegpt": Hessian}[self.criterion]
+    def statistic(self) -> Callable[[int], Statistic] | None:
+        return prune.STATISTICS.get(self.criterion)
+
+    def uses_data(self) -> bool:
+        return self.criterion != "magnitude"
 
     def needs_data(self) -> str | None:
         return f"criterion={self.criterion} is" if self.uses_data() else None
 
+    def prepare(self, program: Program, chosen: list[fx.Node], context: Context) -> None:
+        if self.criterion != "taylor":
+            return
+        check_data_is_given([self], bool(context.samples))
+        samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
+        weights = list(dict.fromkeys(node.args[1].target for node in chosen))
+        for fqn, scores in gradients.scores(program, weights, samples, context.seed).items():
+            program.constants[fqn] = torch.where(keep_n_of_m(scores), program.constants[fqn], 0)
+
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
-        if self.criterion == "wanda":
-            made = pruned(weight, keep_n_of_m(scores(weight, statistic.mean)), statistic.mean)
-        else:
-            first = sparsegpt(weight, statistic.mean)
-            made = min(refit(weight, first.keep, statistic.mean), first, key=lambda each: each.error)
+        made = prune.learned(self.criterion, weight, statistic, pattern=(2, 4))
         values, meta = sparse24.pack(made.weight.to(weight.dtype))
         return {"values": values, "meta": meta}, made.error

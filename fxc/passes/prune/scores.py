@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.analysis.groups import Group, WeightedSite
-from fxc.ir.cache import is_causal_lm
+from fxc.calibrate.gradients import loss
 from fxc.ir.observe import observe
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
@@ -141,8 +141,8 @@ def mask_gradients(
     found: dict[Group, list[Tensor]] = {g: [] for g in groups}
     for inputs in samples:
         with torch.enable_grad():
-            loss = _loss(program, module(*inputs), inputs, seed)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            total = loss(program, module(*inputs), inputs, seed)
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         for group, gradient in zip(parameters, gradients, strict=True):
             found[group].append(torch.zeros(group.size) if gradient is None else gradient)
     return {g: torch.stack(each).double() for g, each in found.items()}
@@ -182,17 +182,3 @@ def with_masks(program: Program, groups: Sequence[Group]) -> tuple[Program, dict
             product.meta["val"] = value
             consumer.args = tuple(product if i == site.operand else a for i, a in enumerate(consumer.args))
     return copy, masks
-
-
-def _loss(program: Program, outputs: Sequence[Tensor], inputs: Sequence[Tensor], seed: int) -> Tensor:
-    names = program.signature.outputs
-    if is_causal_lm(program):
-        logits, ids = outputs[names.index("logits")], inputs[0]
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(())
-    for output in outputs:
-        if output.is_floating_point() and output.requires_grad:
-            direction = torch.randn(output.shape, generator=generator)
-            total = total + (output.float() * direction).sum() / output.numel() ** 0.5
-    return total

@@ -1,0 +1,223 @@
+"""Linear layers and convolutions in whose weights a share of all numbers is zero, wherever they stand.
+
+    constant @up.weight: f32[2, 4]
+    values @up.weight[0] = 1
+    values @up.weight[1] = 2
+    %0: f32[s0, 4] = input "x"
+    %1: f32[s0, 2] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+    ---
+    constant @up.weight: f32[2, 4]
+    values @up.weight[0] = 0
+    values @up.weight[1] = 2
+    %0: f32[s0, 4] = input "x"
+    %1: f32[s0, 2] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxc.calibrate import gradients, prune, runner
+from fxc.calibrate.masks import keep_share
+from fxc.calibrate.ranking import Ranking, relative
+from fxc.calibrate.runner import Statistic
+from fxc.errors import InputRefused, UsageError
+from fxc.ir.names import layer_at
+from fxc.ir.program import Program, users_of
+from fxc.passes.base import Context, Fact, Pass, Refusal, Result, check_data_is_given
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.linears import GROUPED, LINEAR, learned_note
+from fxc.passes.patterns import patterns_in
+
+aten = torch.ops.aten
+CONVOLUTIONS = frozenset({
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
+    aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set a share of the numbers to zero in the weights of linear layers, experts and convolutions, wherever they stand. The
+    weights stay dense floats, as large and as fast as before: int4 and int8 keep the zeros, and pack stores them small.
+
+    sparsity: the share that is zero afterwards, as 0.5.
+    criterion: which go. magnitude: the smallest. From calibration data learn wanda: in each row the smallest times the norm of
+    what they meet (Wanda, arXiv 2306.11695); sparsegpt: those whose going the others can best make up for, which they do
+    (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave (arXiv 2401.02938); and
+    taylor: those by whose going the loss changes least, to first order (Molchanov et al., CVPR 2019), which takes the memory of
+    a gradient and a score for each number. wanda and sparsegpt take linear layers in the order in which they run, each by what
+    it reads behind sparse ones, and leave convolutions as they are. A layer that no sample reaches loses its smallest numbers.
+    scope: layer takes the same share of each layer. global ranks the numbers of all layers together, so that some lose more: by
+    taylor as they are, by the others as LAMP does (arXiv 2010.07611), each squared score as a share of those in its layer that
+    are not smaller; wanda and sparsegpt then see the data twice.
+    only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparsify:only=*.mlp.
+    """
+
+    sparsity: float = 0.5
+    criterion: Literal["magnitude", "wanda", "sparsegpt", "taylor"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    only: str = field(default="", kw_only=True)
+
+    name: ClassVar[str] = "sparsify"
+    is_policy: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    # How much goes is what the user says: it is measured, reported, and limited only by --budget.
+    limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sparsity < 1:
+            raise UsageError(f"sparsity={self.sparsity} is not between 0 and 1", where="sparsify", hint="0.5 is half of all")
+
+    def limited_to(self) -> tuple[str, ...]:
+        return patterns_in(self.only)
+
+    def uses_data(self) -> bool:
+        return self.criterion != "magnitude"
+
+    def needs_data(self) -> str | None:
+        return f"criterion={self.criterion} is" if self.uses_data() else None
+
+    def run(self, program: Program, context: Context) -> Result:
+        result = Result()
+        chosen = self._chosen(program, context, result)
+        if program.is_on_meta:
+            result.changed = len(chosen)
+            return result
+        check_data_is_given([self], not self.uses_data() or bool(context.samples))
+        if self.criterion in prune.STATISTICS:
+            self._learn(program, chosen, context, result)
+        else:
+            self._rank(program, chosen, context)
+        result.changed = len(chosen)
+        zeros, count = _zeros(program.constants[fqn] for fqn in chosen)
+        if count:
+            said = f"{zeros:,} of {count:,} numbers are zero ({zeros / count:.1%})"
+            result.notes.append(f"{said}: by itself that saves neither bytes nor time, the weights are dense floats as before")
+        return result
+
+    def _chosen(self, program: Program, context: Context, result: Result) -> dict[str, list[fx.Node]]:
+        """The weights that lose numbers, each with the layers that read it, in the order in which they run."""
+        chosen: dict[str, list[fx.Node]] = {}
+        refused: set[str] = set()
+        for node in program.graph.nodes:
+            if node.target not in CONVOLUTIONS and node.target not in (LINEAR, GROUPED):
+                continue
+            weight = node.args[1]
+            fqn = layer_at(program, node)
+            pattern = context.skips(fqn) if self.covers(fqn) else None
+            if reason := f"skipped by the pattern {pattern}" if pattern else self._refusal(program, node, fqn):
+                named = weight.target if weight.op == "get_attr" else node.name
+                nbytes = program.constants[named].nbytes if named in program.constants and named not in refused else 0
+                refused.add(named)
+                result.refusals.append(Refusal(fqn, reason, nbytes))
+            else:
+                chosen.setdefault(weight.target, []).append(node)
+        # A weight that one of its layers may not touch is left to all of them.
+        return {fqn: nodes for fqn, nodes in chosen.items() if fqn not in refused}
+
+    def _refusal(self, program: Program, node: fx.Node, fqn: str) -> str | None:
+        if not self.covers(fqn):
+            return f"outside of only={self.only}"
+        weight = node.args[1]
+        if weight.op != "get_attr":
+            return "its weight is computed while the model runs"
+        if not program.constants[weight.target].is_floating_point():
+            return f"its weight is {program.constants[weight.target].dtype}"
+        reads_as_weight = (
+            user.target in CONVOLUTIONS or user.target in (LINEAR, GROUPED) for user in users_of(program, weight.target)
+        )
+        if not all(reads_as_weight):
+            return "its weight is tied to another use (an embedding)"
+        if node.target in CONVOLUTIONS and self.criterion in prune.STATISTICS:
+            return f"a convolution, and criterion={self.criterion} is of linear layers: use magnitude or taylor"
+        return None
+
+    def _rank(self, program: Program, chosen: dict[str, list[fx.Node]], context: Context) -> None:
+        """Prune by scores that are known beforehand."""
+        if self.criterion == "taylor":
+            samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
+            scored = gradients.scores(program, chosen, samples, context.seed)
+        ranking = Ranking()
+
+        def scores(fqn: str) -> Tensor:
+            return scored[fqn] if self.criterion == "taylor" else _checked(fqn, program.constants[fqn]).square()
+
+        if self.scope == "global":
+            for fqn in chosen:
+                ranking.add(fqn, scores(fqn) if self.criterion == "taylor" else relative(scores(fqn)))
+        shares = ranking.shares(self.sparsity)
+        for fqn in chosen:
+            keep = keep_share(scores(fqn), shares.get(fqn, self.sparsity), by_row=False)
+            program.constants[fqn] = torch.where(keep, program.constants[fqn], 0)
+
+    def _learn(self, program: Program, chosen: dict[str, list[fx.Node]], context: Context, result: Result) -> None:
+        """Prune by what the layers read in the samples, each behind layers that are sparse already."""
+        layers = [node for nodes in chosen.values() for node in nodes]
+        statistic, samples = prune.STATISTICS[self.criterion], context.samples
+        ranking, errors, seen = Ranking(), {}, set()
+
+        def rank(nodes: list[fx.Node], statistics: list[Statistic]) -> None:
+            for fqn in dict.fromkeys(node.args[1].target for node in nodes):
+                for matrix, each in zip(_matrices(program.constants[fqn]), statistics, strict=True):
+                    ranking.add(fqn, relative(prune.costs(self.criterion, matrix, each)))
+
+        def compress(nodes: list[fx.Node], statistics: list[Statistic]) -> None:
+            for fqn in dict.fromkeys(node.args[1].target for node in nodes):
+                weight, made = program.constants[fqn], []
+                for matrix, each in zip(_matrices(weight), statistics, strict=True):
+                    share = shares.get(fqn, self.sparsity)
+                    if not each.rows:
+                        made.append(_without_smallest(fqn, matrix, share))
+                        continue
+                    found = prune.learned(self.criterion, matrix, each, sparsity=share)
+                    made.append(found.weight.to(weight.dtype))
+                    errors[fqn] = max(found.error, errors.get(fqn, 0.0))
+                seen.add(fqn)
+                program.constants[fqn] = torch.stack(made).view(weight.shape)
+
+        if self.scope == "global":
+            runner.run(program, layers, samples, rank, statistic=statistic, track=context.track)
+        shares = ranking.shares(self.sparsity)
+        needs = runner.needs(program, layers, samples, statistic)
+        runner.run(program, layers, samples, compress, statistic=statistic, track=context.track)
+        for fqn in chosen.keys() - seen:
+            # What reads it reads nothing but constants.
+            program.constants[fqn] = _without_smallest(fqn, program.constants[fqn], self.sparsity)
+        named = {fqn: layer_at(program, nodes[0]) for fqn, nodes in chosen.items()}
+        if errors:
+            result.notes.append(learned_note({named[fqn]: e for fqn, e in errors.items()}, len(samples), needs))
+        if unreached := [fqn for fqn in chosen if fqn not in errors]:
+            result.notes.append(f"no sample reached {', '.join(named[fqn] for fqn in unreached)}: the smallest numbers went")
+
+
+def _matrices(weight: Tensor) -> Iterable[Tensor]:
+    """[..., N, K] -> each [N, K]: one, or one for each expert."""
+    return weight.reshape(-1, *weight.shape[-2:]).unbind(0)
+
+
+def _without_smallest(fqn: str, weight: Tensor, share: float) -> Tensor:
+    return torch.where(keep_share(_checked(fqn, weight).abs(), share, by_row=False), weight, 0)
+
+
+def _checked(fqn: str, weight: Tensor) -> Tensor:
+    """`weight` in float32. Raises InputRefused where it holds NaN or Inf."""
+    values = weight.detach().float()
+    if not values.isfinite().all():
+        hint = "check the checkpoint, or leave this layer out with skip="
+        raise InputRefused("the weight holds NaN or Inf", where=fqn, hint=hint)
+    return values
+
+
+def _zeros(weights: Iterable[Tensor]) -> tuple[int, int]:
+    """How many numbers are zero, and of how many."""
+    pairs = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
+    return sum(zeros for zeros, _ in pairs), sum(count for _, count in pairs)
