@@ -42,10 +42,10 @@ def _ours(scheme: str) -> list[Contender]:
     """In a bfloat16 and, where that runs otherwise, in a float32 model. Activations may be rounded to int8, and so may int4
     weights be, once more."""
     found = known(scheme)
-    rounds = found.product.activations is torch.int8 or found.format is int4.SCHEME
+    rounds = found.product.activations is torch.int8 or found.format in int4.SCHEMES.values()
     made = []
     for dtype in (torch.bfloat16, torch.float32):
-        if dtype == torch.bfloat16 or found.format in (int8.SCHEME, int8_sparse24.SCHEME, int4.SCHEME):
+        if dtype == torch.bfloat16 or found.format in (int8.SCHEME, int8_sparse24.SCHEME, *int4.SCHEMES.values()):
             name = f"fxc {scheme}" + ("" if dtype == torch.bfloat16 else ", float32")
             tolerance = INT8 if rounds else HALF if dtype == torch.bfloat16 else EXACT
             build = partial(_lowered, scheme, dtype)

@@ -13,7 +13,7 @@ from fxc.kernel_bench.shapes import Shape
 from fxc.schemes import scheme as formats
 from fxc.schemes.scheme import LINEAR, Product, Scheme
 
-ALIASES = {"int4": "int4_g128"}
+ALIASES = {f"int{bits}": f"int{bits}_g128" for bits in (4, 3, 2)}
 # What follows the name of a scheme whose weights have zero points.
 _ZERO = "_zero"
 # Random rows that are packed: of more, each is one of these.

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxc.lower.siblings import Place, Siblings
 from fxc.schemes import int4, int8
+from fxc.schemes.scheme import scheme_of
 from fxc_kernels.cpu import int8_linear, int8_product
 from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR
 from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
@@ -19,6 +20,7 @@ from fxc_kernels.int8_linear import quantize_rows
 
 # int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
 INT4_AS_INT8 = 0.02
+_INT4 = {scheme.products[0].operator for scheme in int4.SCHEMES.values()}
 
 Trial = Callable[[Tensor, bool], Callable[[], object]]
 """(x [M, K], whether what surrounds the product counts too) -> the call to be timed."""
@@ -80,22 +82,22 @@ def _why_no_int8(group: Siblings) -> str | None:
         return "int8 products saturate on this CPU, which has no VNNI"
     if group.dtype not in (torch.float32, torch.bfloat16):
         return f"no int8 product takes {group.dtype} to {group.dtype} on a CPU"
-    if group.target is int4.LINEAR and not (more := _int8_weight(group)[2]) <= INT4_AS_INT8:
-        return f"as int8 the error of int4 would be {more:.1%} larger, by steps"
+    if group.target in _INT4 and not (more := _int8_weight(group)[2]) <= INT4_AS_INT8:
+        return f"as int8 the error of {scheme_of(group.target).label} would be {more:.1%} larger, by steps"
     return None
 
 
 def _rounding(group: Siblings) -> str:
-    if group.target is not int4.LINEAR:
+    if group.target not in _INT4:
         return ""
-    more = _int8_weight(group)[2]
-    return f"; int4 weights rounded once more, to int8: the error of int4 is {more:.1%} larger, by steps"
+    more, label = _int8_weight(group)[2], scheme_of(group.target).label
+    return f"; {label} weights rounded once more, to int8: the error of {label} is {more:.1%} larger, by steps"
 
 
 def _int8_weight(group: Siblings) -> tuple[Tensor, Tensor, float]:
     """(int8 [N, K], scale [N], by how much the error grows) of the group's layers: their own, or int4 ones rounded again."""
     if "int8" not in group.kept:
-        is_int4 = group.target is int4.LINEAR
+        is_int4 = group.target in _INT4
         scale = group.argument(2)
         group.kept["int8"] = rounded_to_int8(group.dense(torch.float32), scale) if is_int4 else (group.argument(1), scale, 0.0)
     return group.kept["int8"]
@@ -170,7 +172,7 @@ SPLIT = Candidate(
     name="int8",
     timed_as="int8",
     kind="weight-only",
-    targets=(int8.WEIGHT_ONLY, int4.LINEAR),
+    targets=(int8.WEIGHT_ONLY, *_INT4),
     rows=(1, 8, 32, 128, 256),  # twice as many in the product: beside a bfloat16 one it wins for few
     wins_for="few",
     why_not=_why_no_int8,

@@ -31,12 +31,18 @@ from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, arguments
 from fxc.passes.linears import PackLinears
 from fxc.schemes import int4
+from fxc.schemes.scheme import Scheme, scheme_of
+
+# Bits -> the largest errors of outputs and of a layer. A layer moves by about a tenth, a fifth and two fifths; what wrongly
+# packed weights would do is far above.
+LIMITS = {4: (0.5, 0.3), 3: (0.7, 0.45), 2: (1.0, 0.75)}
 
 
 @dataclass(frozen=True)
 class Int4(PackLinears):
     """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
+    bits: 4, or 3 or 2, which are stored as such.
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
     of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
@@ -53,17 +59,25 @@ class Int4(PackLinears):
     group: int | Literal["auto"] = 128
     symmetric: bool = True
     full_range: bool = True
+    bits: int = 4
     algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
 
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     lighter: ClassVar = "algorithm=grid"
-    scheme: ClassVar = int4.SCHEME
-    # A layer moves by about a tenth; what wrongly packed weights would do is far above both.
-    limits: ClassVar[tuple[float, float]] = (0.5, 0.3)
+
+    @property
+    def scheme(self) -> Scheme:
+        return int4.SCHEMES[self.bits]
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return LIMITS[self.bits]
 
     def __post_init__(self) -> None:
+        if self.bits not in int4.SCHEMES:
+            raise UsageError(f"bits={self.bits} is no number of bits that it stores", where="int4", hint="one of 4, 3, 2")
         if self.group not in (*int4.GROUPS, "auto"):
             sizes = ", ".join(map(str, (*int4.GROUPS, "auto")))
             raise UsageError(f"group={self.group} is not a size of groups", where="int4", hint=f"one of {sizes}")
@@ -92,7 +106,7 @@ class Int4(PackLinears):
         if self.group == "auto" and result.changed:
             layers: dict[int, list[str]] = {}
             for node in program.graph.nodes:
-                if node.target is int4.LINEAR and node.meta.get("by") == self.name:
+                if scheme_of(node.target) is self.scheme and node.meta.get("by") == self.name:
                     layers.setdefault(arguments(node)["group"], []).append(layer_at(program, node))
             most, *others = sorted(layers, key=lambda group: -len(layers[group]))
             said = "".join(f"; of {group} in {', '.join(layers[group])}" for group in others)
@@ -107,7 +121,7 @@ class Int4(PackLinears):
 
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        levels = Levels(int4.BITS, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
+        levels = Levels(self.bits, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
         made = quantized(self.algorithm, weight, statistic, levels)
-        parts = {"qweight": int4.pack(made.q), "scale": made.scale, "zero": made.zero}
+        parts = {"qweight": int4.pack(made.q, self.bits), "scale": made.scale, "zero": made.zero}
         return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error

@@ -16,7 +16,10 @@ from fxc.pipeline import run_passes
 from fxc.schemes import sparse24
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SPECS = ["int4:group=32", "int4:group=32:symmetric=false", "fp8", "fp8:mode=weight_only", "sparse24", "sparse24,int8"]
+SPECS = [
+    "int4:group=32", "int4:group=32:symmetric=false", "int4:bits=3:group=32", "int4:bits=2:group=32", "fp8",
+    "fp8:mode=weight_only", "sparse24", "sparse24,int8",
+]  # fmt: skip
 seeds = st.integers(0, 2**16)
 
 

@@ -18,8 +18,8 @@ def call_of(name: str, lead: tuple[int, ...], dtype: torch.dtype, bias: bool = T
     """Arguments of the operator: N = 7, K = 64."""
     x, weight = normal(*lead, 64, seed=1, dtype=dtype), normal(7, 64, seed=2)
     b = normal(7, seed=3, dtype=dtype) if bias else None
-    if name.startswith("int4"):
-        qweight, scale, zero = int4.quantize_weight(weight + 0.2, 32, name == "int4")
+    if (bits := BITS.get(name[:4])) is not None:
+        qweight, scale, zero = int4.quantize_weight(weight + 0.2, 32, "asymmetric" not in name, bits=bits)
         return x, qweight, scale.to(dtype if bias else torch.float32), zero, b, 32
     if name.startswith("fp8"):
         return x, *fp8.quantize_weight(weight), b
@@ -30,9 +30,14 @@ def call_of(name: str, lead: tuple[int, ...], dtype: torch.dtype, bias: bool = T
     return x, qweight, meta, scale, b
 
 
+BITS = {"int4": 4, "int3": 3, "int2": 2}
 OPS = {
     "int4": int4.LINEAR,
     "int4 asymmetric": int4.LINEAR,
+    "int3": torch.ops.fxc.int3_weight_only_linear.default,
+    "int3 asymmetric": torch.ops.fxc.int3_weight_only_linear.default,
+    "int2": torch.ops.fxc.int2_weight_only_linear.default,
+    "int2 asymmetric": torch.ops.fxc.int2_weight_only_linear.default,
     "fp8": fp8.LINEAR,
     "fp8 weight-only": fp8.WEIGHT_ONLY,
     "sparse24": sparse24.LINEAR,
@@ -42,13 +47,15 @@ OPS = {
 
 def naive(name: str, args: tuple) -> Tensor:
     """The formulas of the kernels' modules in float64, bit by bit."""
-    x, bias = args[0].double(), args[4] if name in ("int4", "int4 asymmetric", "int8 sparse24") else args[3]
-    if name.startswith("int4"):
+    bits = BITS.get(name[:4])
+    x, bias = args[0].double(), args[4] if bits or name == "int8 sparse24" else args[3]
+    if bits:
         _, qweight, scale, zero, _, group = args
         rows = []
         for n, row in enumerate(qweight.tolist()):
-            q = [byte >> shift & 15 for byte in row for shift in (0, 4)]
-            z = [8] * len(scale[n]) if zero is None else zero[n].tolist()
+            stream = sum(byte << 8 * at for at, byte in enumerate(row))
+            q = [stream >> bits * k & 2**bits - 1 for k in range(64)]
+            z = [2 ** (bits - 1)] * len(scale[n]) if zero is None else zero[n].tolist()
             rows.append([scale[n, k // group].item() * (v - z[k // group]) for k, v in enumerate(q)])
         weight = torch.tensor(rows, dtype=torch.float64)
     elif name.startswith("fp8"):
@@ -86,6 +93,8 @@ def test_an_operator_is_its_formula(name, dtype, lead):
         ("int4", 1, lambda q: q << 4 | q >> 4),
         ("int4 asymmetric", 3, lambda z: z + 1),
         ("int4", 2, lambda s: s.flip(1)),
+        ("int3", 1, lambda q: q << 1 | q >> 7),
+        ("int2", 1, lambda q: q << 2 | q >> 6),
         ("fp8", 2, lambda s: s.flip(0)),
         ("sparse24", 2, lambda m: m << 4 | m >> 4),
         ("int8 sparse24", 2, lambda m: (m & 0x33) << 2 | (m & 0xCC) >> 2),
@@ -110,7 +119,7 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", OPS)
 def test_wrong_operands_are_refused(name):
     args = call_of(name, (5,), torch.float32)
-    bias = len(args) - (2 if name.startswith("int4") else 1)
+    bias = len(args) - (2 if name[:4] in BITS else 1)
 
     def refused(kind, position, value):
         with pytest.raises(kind):
@@ -124,7 +133,7 @@ def test_wrong_operands_are_refused(name):
         if args[position] is not None:
             refused(ValueError, position, args[position][:3])
             refused(TypeError, position, args[position].double())
-    if name.startswith("int4"):
+    if name[:4] in BITS:
         refused(ValueError, 5, 48)
         refused(ValueError, 5, 128)
 

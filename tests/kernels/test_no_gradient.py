@@ -22,7 +22,7 @@ def arguments() -> dict[OpOverload, tuple]:
     values, meta = sparse24.pack(sparse)
     q, scale = int8.quantize_weight(weight)
     q8, scale8 = fp8.quantize_weight(weight)
-    q4, scale4, _ = int4.quantize_weight(weight, 32, True)
+    low = {bits: int4.quantize_weight(weight, 32, True, bits=bits)[:2] for bits in int4.SCHEMES}
     sparse_q, sparse_scale = int8.quantize_weight(values)
     offsets = torch.tensor([3, 5], dtype=torch.int32)
     experts = torch.stack([weight, weight])
@@ -30,7 +30,7 @@ def arguments() -> dict[OpOverload, tuple]:
         int8.LINEAR: (q, scale, None),
         int8.WEIGHT_ONLY: (q, scale, None),
         int8.GROUPED: (torch.stack([q, q]), torch.stack([scale, scale]), offsets),
-        int4.LINEAR: (q4, scale4, None, None, 32),
+        **{int4.SCHEMES[bits].products[0].operator: (q, scale, None, None, 32) for bits, (q, scale) in low.items()},
         fp8.LINEAR: (q8, scale8, None),
         fp8.WEIGHT_ONLY: (q8, scale8, None),
         sparse24.LINEAR: (values, meta, None),

@@ -26,6 +26,7 @@ from fxc.options import Options
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.passes.int4 import Int4
 from fxc.pipeline import run_passes
+from fxc.report.sizes import bytes_by_kind
 from fxc.schemes import int4, int8
 from fxc.verify.gates import Budget, judge
 
@@ -174,3 +175,21 @@ def test_a_decoder_that_learned_from_text_is_nearer_on_other_text(tmp_path):
     rtn, grid, gptq, qronos = (gap(f"int4:group=32:algorithm={each}") for each in ("rtn", *LEARN))
     # What layers of a random decoder read has no directions that grid could favour.
     assert grid < 1.1 * rtn and gptq < 0.8 * rtn and qronos < gptq
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_fewer_bits_take_as_many_bytes_and_are_learned_saved_and_loaded(bits, tmp_path):
+    spec = f"int4:group=32:bits={bits}"
+    rtn, grid, gptq = (error(learned(f"{spec}:algorithm={each}")[0]) for each in ("rtn", "grid", "gptq"))
+    assert gptq < grid < rtn
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32))
+    calib = [x[0].flatten(0, 1) for x in directed(4)]
+    compiled = fxc.optimize(model, (normal(5, 64),), passes=f"{spec}:algorithm=gptq", calib=calib)
+    assert sum(t.nbytes for name, t in compiled.program.constants.items() if "qweight" in name) * 8 == bits * 96 * (64 + 32)
+    assert bytes_by_kind(compiled.program).keys() == {f"int{bits} linear", "scales", "bias and other vectors"}
+    compiled.save(tmp_path / "a")
+    x = normal(5, 64, seed=5)
+    assert torch.equal(compiled(x), fxc.load(tmp_path / "a")(x))
+    with pytest.raises(UsageError, match="bits=5 is no number of bits"):
+        parse_passes("int4:bits=5")
