@@ -19,10 +19,11 @@ from fxc.artifact.companions import has_vocabulary, is_added_tokenizer
 from fxc.errors import InputRefused, UsageError
 from fxc.safety import check_contained, check_files, check_relative_name, listed, read_json
 
-FORMAT = 1
+FORMAT, CODED_FORMAT = 1, 2
+"""What is written: artifacts with coded constants are of a later format, so that what cannot read them says so."""
 MANIFEST = "fxc.json"
 DAMAGED = "the artifact was damaged or changed: copy it again or compile the model again"
-_OWN_KEYS = ("format", "format_version", "versions", "files", "sha256")
+_OWN_KEYS = ("format", "format_version", "versions", "files", "coded", "sha256")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 # transformers and fxc read files of these kinds when they find them, so that each of them has to be in the manifest.
 _READ_WHEN_THERE = {".json", ".safetensors", ".fxc", ".txt", ".model", ".jinja", ".spm", ".py"}
@@ -67,10 +68,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = content.get("format_version")
     if content.get("format") != "fxc" or type(version) is not int or version < 1:
         raise InputRefused("this is not the manifest of an artifact", where=where, hint=DAMAGED)
-    if version > FORMAT:
+    if version > CODED_FORMAT:
         versions = content.get("versions")
         raise InputRefused(
-            f"the artifact has format {version}, and this version of fxc reads up to {FORMAT}",
+            f"the artifact has format {version}, and this version of fxc reads up to {CODED_FORMAT}",
             where=where,
             why=f"it was written by fxc {str(versions.get('fxc'))[:40]}" if isinstance(versions, dict) else None,
             hint="upgrade fxc (pip install -U fxc)",

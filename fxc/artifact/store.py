@@ -1,7 +1,7 @@
 """The folder that a compiled model is: the text of its program, its constants, and a manifest of both.
 
     out/  program.fxc                        fxc.ir.text
-          model-00001-of-0000N.safetensors   constants, sorted by FQN
+          model-00001-of-0000N.safetensors   constants, sorted by FQN, as they are or, if the program says so, coded
           model.safetensors.index.json       which constant is in which of them
           fxc.json                           fxc.artifact.manifest
           config.json, tokenizer.json, ...   files of the source, as they were
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,8 +27,9 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 import fxc.schemes  # noqa: F401 - programs name its operators
-from fxc.artifact import companions
+from fxc.artifact import coding, companions
 from fxc.artifact.manifest import (
+    CODED_FORMAT,
     DAMAGED,
     MANIFEST,
     check_listed,
@@ -42,7 +44,7 @@ from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFail
 from fxc.ir.check import check
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
-from fxc.ir.text import print_program
+from fxc.ir.text import DTYPE_NAMES, DTYPES, print_program
 from fxc.safety import check_finite, check_json_size, check_relative_name, listed, read_json, safetensors_header
 from fxc.schemes.scheme import scheme_of
 from fxc.source.checkpoint import SAFE_INDEX, check_shard, index_files
@@ -111,10 +113,20 @@ def save(
         may_replace=replaceable if overwrite else None,
     ) as folder:
         (folder / TEXT).write_text(text, encoding="ascii")
-        _write_constants(program.constants, folder, max_shard_bytes, out)
+        stored, codes = _coded(program.constants) if program.is_stored_coded else (program.constants, {})
+        _write_constants(stored, folder, max_shard_bytes, out)
         companions.write(extra_files, folder)
+        content |= {"coded": codes, "format_version": CODED_FORMAT} if codes else {}
         (folder / MANIFEST).write_bytes(encode({**content, "files": describe(folder)}))
         _check_written(folder, out, program)
+
+
+def _coded(constants: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The constants as they are stored, and the dtype and shape of each that is coded: those that are smaller so."""
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(constants, pool.map(coding.coded, constants.values()), strict=True))
+    codes = {fqn: [DTYPE_NAMES[constants[fqn].dtype], *constants[fqn].shape] for fqn, made in found.items() if made is not None}
+    return {fqn: tensor if found[fqn] is None else found[fqn] for fqn, tensor in constants.items()}, codes
 
 
 def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
@@ -205,7 +217,8 @@ def read(path: str | Path) -> Artifact:
         check_listed(path, files)
         if TEXT not in files:
             raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
-        program = _read_text(path / TEXT, _read_constants(path, files))
+        constants = _read_constants(path, files)
+        program = _read_text(path / TEXT, constants | _expanded(path, manifest.get("coded", {}), constants))
         _check_values(program)
     except OSError as error:
         where, what = error.filename or path, error.strerror or error
@@ -243,6 +256,22 @@ def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
             # Whatever safetensors and torch object to (a dtype of another version, say), the file is at fault.
             raise InputRefused("the weights cannot be read", where=file, why=error, hint=DAMAGED) from None
     return constants
+
+
+def _expanded(path: Path, codes: object, constants: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The constants that are coded, as they were. codes: of each the dtype and shape, as a manifest says."""
+    if not isinstance(codes, dict) or not codes.keys() <= constants.keys():
+        raise InputRefused("the manifest says of constants that are not there that they are coded", where=path, hint=DAMAGED)
+    found = {}
+    for fqn, code in codes.items():
+        dtype = DTYPES.get(code[0]) if isinstance(code, list) and code and isinstance(code[0], str) else None
+        if dtype is None or not all(type(size) is int and size >= 0 for size in code[1:]):
+            raise InputRefused("the manifest says no dtype and shape of a coded constant", where=fqn, hint=DAMAGED)
+        try:
+            found[fqn] = coding.expanded(constants[fqn], dtype, tuple(code[1:]))
+        except InputRefused as error:
+            raise InputRefused(error.what, where=fqn, why=error.why, hint=DAMAGED) from None
+    return found
 
 
 def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:

@@ -110,6 +110,11 @@ class Program:
         root = {f"constants.{name}": t if device is None else t.to(device) for name, t in self.constants.items()}
         return fx.GraphModule(root, graph, class_name="Program").eval().requires_grad_(False)
 
+    @property
+    def is_stored_coded(self) -> bool:
+        """Whether artifacts hold its constants coded (`fxc.artifact.coding`): smaller, and expanded when they are loaded."""
+        return self.metadata.get("storage") == "coded"
+
     def nbytes(self) -> int:
         """Bytes of the constants; a tied weight counts once."""
         return sum(t.numel() * t.element_size() for t in self.constants.values())

@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -28,23 +28,17 @@ from fxc.calibrate import gradients, prune, runner
 from fxc.calibrate.masks import keep_share
 from fxc.calibrate.ranking import Ranking, relative
 from fxc.calibrate.runner import Statistic
-from fxc.errors import InputRefused, UsageError
+from fxc.errors import UsageError
 from fxc.ir.names import layer_at
-from fxc.ir.program import Program, users_of
-from fxc.passes.base import Context, Fact, Pass, Refusal, Result, check_data_is_given
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, LINEAR, learned_note
-from fxc.passes.patterns import patterns_in
-
-aten = torch.ops.aten
-CONVOLUTIONS = frozenset({
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding,
-    aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-})  # fmt: skip
+from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
+from fxc.passes.linears import learned_note
 
 
 @dataclass(frozen=True)
-class Sparsify(Pass):
+class Sparsify(FloatWeights):
     """Set a share of the numbers to zero in the weights of linear layers, experts and convolutions, wherever they stand. The
     weights stay dense floats, as large and as fast as before: int4 and int8 keep the zeros, and pack stores them small.
 
@@ -64,11 +58,8 @@ class Sparsify(Pass):
     sparsity: float = 0.5
     criterion: Literal["magnitude", "wanda", "sparsegpt", "taylor"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
-    only: str = field(default="", kw_only=True)
 
     name: ClassVar[str] = "sparsify"
-    is_policy: ClassVar[bool] = True
-    shrinks: ClassVar[bool] = False
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
     # How much goes is what the user says: it is measured, reported, and limited only by --budget.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
@@ -76,9 +67,6 @@ class Sparsify(Pass):
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise UsageError(f"sparsity={self.sparsity} is not between 0 and 1", where="sparsify", hint="0.5 is half of all")
-
-    def limited_to(self) -> tuple[str, ...]:
-        return patterns_in(self.only)
 
     def uses_data(self) -> bool:
         return self.criterion != "magnitude"
@@ -88,7 +76,7 @@ class Sparsify(Pass):
 
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
-        chosen = self._chosen(program, context, result)
+        chosen = self.chosen(program, context, result)
         if program.is_on_meta:
             result.changed = len(chosen)
             return result
@@ -104,39 +92,7 @@ class Sparsify(Pass):
             result.notes.append(f"{said}: by itself that saves neither bytes nor time, the weights are dense floats as before")
         return result
 
-    def _chosen(self, program: Program, context: Context, result: Result) -> dict[str, list[fx.Node]]:
-        """The weights that lose numbers, each with the layers that read it, in the order in which they run."""
-        chosen: dict[str, list[fx.Node]] = {}
-        refused: set[str] = set()
-        for node in program.graph.nodes:
-            if node.target not in CONVOLUTIONS and node.target not in (LINEAR, GROUPED):
-                continue
-            weight = node.args[1]
-            fqn = layer_at(program, node)
-            pattern = context.skips(fqn) if self.covers(fqn) else None
-            if reason := f"skipped by the pattern {pattern}" if pattern else self._refusal(program, node, fqn):
-                named = weight.target if weight.op == "get_attr" else node.name
-                nbytes = program.constants[named].nbytes if named in program.constants and named not in refused else 0
-                refused.add(named)
-                result.refusals.append(Refusal(fqn, reason, nbytes))
-            else:
-                chosen.setdefault(weight.target, []).append(node)
-        # A weight that one of its layers may not touch is left to all of them.
-        return {fqn: nodes for fqn, nodes in chosen.items() if fqn not in refused}
-
-    def _refusal(self, program: Program, node: fx.Node, fqn: str) -> str | None:
-        if not self.covers(fqn):
-            return f"outside of only={self.only}"
-        weight = node.args[1]
-        if weight.op != "get_attr":
-            return "its weight is computed while the model runs"
-        if not program.constants[weight.target].is_floating_point():
-            return f"its weight is {program.constants[weight.target].dtype}"
-        reads_as_weight = (
-            user.target in CONVOLUTIONS or user.target in (LINEAR, GROUPED) for user in users_of(program, weight.target)
-        )
-        if not all(reads_as_weight):
-            return "its weight is tied to another use (an embedding)"
+    def declines(self, node: fx.Node) -> str | None:
         if node.target in CONVOLUTIONS and self.criterion in prune.STATISTICS:
             return f"a convolution, and criterion={self.criterion} is of linear layers: use magnitude or taylor"
         return None
@@ -149,7 +105,7 @@ class Sparsify(Pass):
         ranking = Ranking()
 
         def scores(fqn: str) -> Tensor:
-            return scored[fqn] if self.criterion == "taylor" else _checked(fqn, program.constants[fqn]).square()
+            return scored[fqn] if self.criterion == "taylor" else checked(fqn, program.constants[fqn]).square()
 
         if self.scope == "global":
             for fqn in chosen:
@@ -205,16 +161,7 @@ def _matrices(weight: Tensor) -> Iterable[Tensor]:
 
 
 def _without_smallest(fqn: str, weight: Tensor, share: float) -> Tensor:
-    return torch.where(keep_share(_checked(fqn, weight).abs(), share, by_row=False), weight, 0)
-
-
-def _checked(fqn: str, weight: Tensor) -> Tensor:
-    """`weight` in float32. Raises InputRefused where it holds NaN or Inf."""
-    values = weight.detach().float()
-    if not values.isfinite().all():
-        hint = "check the checkpoint, or leave this layer out with skip="
-        raise InputRefused("the weight holds NaN or Inf", where=fqn, hint=hint)
-    return values
+    return torch.where(keep_share(checked(fqn, weight).abs(), share, by_row=False), weight, 0)
 
 
 def _zeros(weights: Iterable[Tensor]) -> tuple[int, int]:

@@ -30,9 +30,9 @@ def test_white_space_in_the_manifest_is_a_change_as_well(saved):
 
 def test_a_newer_format_is_refused_with_the_version(saved):
     content = json.loads((saved / "fxc.json").read_bytes())
-    content["format_version"], content["versions"]["fxc"] = 2, "9.9"
+    content["format_version"], content["versions"]["fxc"] = 3, "9.9"
     (saved / "fxc.json").write_bytes(manifest.encode(content))
-    refusal(saved, "format 2", "9.9", "upgrade")
+    refusal(saved, "format 3", "9.9", "upgrade")
 
 
 @pytest.mark.parametrize("name", ["../secret.bin", "/etc/hostname", "C:\\x", "\\\\host\\x", "a/../../b", "x\x1b[31m"])
