@@ -96,13 +96,7 @@ def reads(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, dict]:
 
 def prepare(calibration: int, windows: int) -> Bench:
     """The model with its linear layers (but the head), calibration windows and held-out tokens."""
-    sys.path.insert(0, str(PYLM.parent))
-    from train_pylm import END, corpus
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(PYLM)
-    training, held_out = (torch.tensor(tokenizer(END.join(texts))["input_ids"]) for texts in _thinned(*corpus()))
-    drawn = torch.randint(0, len(training) - WINDOW, (calibration,), generator=torch.Generator().manual_seed(0))
-    samples = torch.stack([training[start : start + WINDOW] for start in drawn.tolist()])
+    samples, held_out = tokens(calibration)
     model, whole = (AutoModelForCausalLM.from_pretrained(PYLM, dtype=torch.float32).eval() for _ in range(2))
     head = model.get_output_embeddings()
     linears = {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
@@ -123,6 +117,17 @@ def prepare(calibration: int, windows: int) -> Bench:
     for handle in handles:
         handle.remove()
     return Bench(model, whole, layers, list(samples.split(BATCH)), held_out, windows)
+
+
+def tokens(calibration: int) -> tuple[Tensor, Tensor]:
+    """Windows of the example's training text, drawn [calibration, WINDOW], and its held-out text [T]."""
+    sys.path.insert(0, str(PYLM.parent))
+    from train_pylm import END, corpus
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(PYLM)
+    training, held_out = (torch.tensor(tokenizer(END.join(texts))["input_ids"]) for texts in _thinned(*corpus()))
+    drawn = torch.randint(0, len(training) - WINDOW, (calibration,), generator=torch.Generator().manual_seed(0))
+    return torch.stack([training[start : start + WINDOW] for start in drawn.tolist()]), held_out
 
 
 def _thinned(training: list[str], held_out: list[str]) -> tuple[list[str], list[str]]:

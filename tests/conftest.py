@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("FXC_CACHE", tempfile.mkdtemp(prefix="fxc-tests-"))
 os.environ.setdefault("TRITON_CACHE_DIR", os.environ["FXC_CACHE"] + "/triton")
 
+import captures
 import hypothesis
 import pytest
 import torch
@@ -35,6 +37,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     is_worker, cache = hasattr(config, "workerinput"), Path(os.environ["FXC_CACHE"])
     if not is_worker and cache.name.startswith("fxc-tests-"):
         shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_captures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        captures.share(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,137 @@
+"""What compression costs in quality on the bundled language model: fxc beside llm-compressor and torchao, in one run.
+
+    python -m benchmarks.quality --threads 2
+    python -m benchmarks.quality --only "4 bits" --no-peers
+
+Every contender gets the same 128 windows of 256 tokens to calibrate on, and is measured on the same held-out windows. Each
+compresses in a process of its own, and is loaded and measured in another one from the folder that it wrote. The peers run in an
+environment of their own, which the first run makes (benchmarks/quality/environment.py). A full run writes
+benchmarks/results/quality-<cpu>.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from benchmarks import table
+from benchmarks.algorithms import CALIBRATION, EVALUATED, WINDOW, tokens
+from benchmarks.output import RESULTS, note, quiet, write
+from benchmarks.quality.contenders import CONTENDERS, Contender
+from benchmarks.quality.environment import peers_python
+from benchmarks.quality.report import markdown
+from benchmarks.quality.score import losses
+from benchmarks.workloads import PYLM
+from fxc.kernel_bench.files import slug
+from fxc.measure.perplexity import Perplexity, relative_change
+
+REPO = Path(__file__).resolve().parents[2]
+SECONDS = 900
+
+
+def run(command: list[str], job: dict[str, Any], scratch: Path, threads: int) -> tuple[dict[str, Any], int]:
+    """What a process prints last, as JSON, and the most bytes that it held. Raises RuntimeError with its last words."""
+    (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(scratch / "said.txt", "w+", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [*command, str(scratch / "job.json")], cwd=REPO, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        began = time.monotonic()
+        while not (found := os.wait4(process.pid, os.WNOHANG))[0]:
+            if time.monotonic() - began > SECONDS:
+                process.kill()
+            time.sleep(0.05)
+        process.returncode = os.waitstatus_to_exitcode(found[1])
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()] or ["no message"]
+    if process.returncode:
+        raise RuntimeError(f"ended with status {process.returncode}: {lines[-1][:300]}")
+    return json.loads(lines[-1]), found[2].ru_maxrss * 1024
+
+
+def measure(contender: Contender, job: dict[str, Any], scratch: Path, threads: int) -> dict[str, Any]:
+    """losses by window, seconds of compressing, peak bytes of that, bytes of the weights on disk; or failed: why not."""
+    out = scratch / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    job = job | {"out": str(out), "recipe": contender.recipe}
+    ours = [sys.executable, "-m", "benchmarks.quality.ours"]
+    command = ours if contender.is_ours else [str(peers_python()), str(Path(__file__).with_name("peer.py"))]
+    try:
+        made, memory = run(command, job | {"do": "compress"}, scratch, threads)
+        scored, _ = run(command, job | {"do": "score"}, scratch, threads)
+    except (RuntimeError, json.JSONDecodeError) as error:
+        return {"failed": str(error)}
+    nbytes = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    return {"losses": scored["losses"], "seconds": round(made["seconds"], 1), "memory": memory, "bytes": nbytes}
+
+
+def compared(before: list[float], entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its change of perplexity and its standard error in the place of its losses."""
+    if "losses" not in entry:
+        return entry
+    counts = [WINDOW - 1] * len(before)
+    scored = (Perplexity(0.0, sum(counts), WINDOW, each, counts) for each in (before, entry["losses"]))
+    change, spread = relative_change(*scored)
+    return {"change": change, "spread": spread, **{key: value for key, value in entry.items() if key != "losses"}}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="parts of the names of formats or contenders, with commas between")
+    parser.add_argument("--no-peers", action="store_true", help="fxc alone")
+    parser.add_argument("--quick", action="store_true", help="few windows: whether it works")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: benchmarks/results, for a full run")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    quiet()
+    torch.set_num_threads(options.threads)
+    wanted = [each.strip() for each in options.only.split(",") if each.strip()]
+    chosen = [
+        each
+        for each in CONTENDERS
+        if (each.is_ours or not options.no_peers) and (not wanted or any(w in f"{each.format}: {each.name}" for w in wanted))
+    ]
+    load = round(os.getloadavg()[0], 2)
+    calibration, evaluated = (8, 8) if options.quick else (CALIBRATION, EVALUATED)
+    protocol = {"threads": options.threads, "load_before": load}
+    protocol |= {"window": WINDOW, "calibration": calibration, "evaluated": evaluated}
+    report: dict[str, Any] = {"hardware": table.hardware(), "versions": table.versions(), "protocol": protocol, "formats": {}}
+    whole = not (options.quick or wanted or options.no_peers)
+    folder = options.out or (RESULTS if whole else None)
+    with tempfile.TemporaryDirectory(prefix="fxc-benchmark-") as name:
+        scratch = Path(name)
+        drawn, text = tokens(calibration)
+        held_out = text[: evaluated * WINDOW].view(evaluated, WINDOW)
+        save_file({"calibration": drawn, "held_out": held_out.contiguous()}, scratch / "tokens.safetensors")
+        before = losses(AutoModelForCausalLM.from_pretrained(PYLM, dtype="auto").eval(), held_out)
+        job = {"model": str(PYLM), "tokens": str(scratch / "tokens.safetensors")}
+        for contender in chosen:
+            entry = compared(before, measure(contender, job, scratch, options.threads))
+            report["formats"].setdefault(contender.format, {})[contender.name] = entry
+            said = entry.get("failed") or f"{entry['change']:+.2%} ±{entry['spread']:.2%}, {entry['seconds']} s"
+            note(f"{contender.format}: {contender.name}: {said}")
+            if folder:  # after each: a run that is stopped has what it found
+                write(folder / f"quality-{slug(report['hardware']['cpu'])}.json", report, md=markdown(report))
+    print(markdown(report))
+    return 0 if all("failed" not in e for f in report["formats"].values() for n, e in f.items() if n.startswith("fxc")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
