@@ -10,7 +10,8 @@ from pathlib import Path
 from benchmarks.output import note
 
 HERE = Path(__file__).resolve().parent
-FOLDER = HERE / ".venv"
+REPO = HERE.parents[1]
+FOLDER = REPO / ".venv-peers"
 REQUIREMENTS = HERE / "requirements.txt"
 
 
@@ -22,7 +23,7 @@ def peers_python() -> Path:
     wanted = _torch() + "\n" + REQUIREMENTS.read_text(encoding="utf-8")
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return python
-    note(f"making {FOLDER.relative_to(HERE.parents[1])} for the peers, once: some minutes")
+    note(f"making {FOLDER.name} for the peers, once: some minutes")
     venv.create(FOLDER, clear=True, with_pip=True)
     # torch first and alone: resolved together with the rest it may come with CUDA's packages.
     for what in ([_torch()], ["-r", str(REQUIREMENTS), _torch()]):
@@ -36,7 +37,7 @@ def peers_python() -> Path:
 
 
 def _torch() -> str:
-    constraints = (HERE.parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    constraints = (REPO / "constraints.txt").read_text(encoding="utf-8")
     return next(line for line in constraints.splitlines() if line.startswith("torch=="))
 
 

@@ -104,10 +104,12 @@ class Program:
         """A runnable module: flat input tensors positionally, a flat tuple of tensors back. Its constants share memory
         with the program's unless `device` asks for a copy elsewhere."""
         graph = self.copy().graph if device is None else self.graph_on(device)
-        # Under a name of their own, constants cannot collide with what a GraphModule has besides.
+        # Numbered, constants collide with nothing that a GraphModule has, and each is read in one step, where every dot of its
+        # name would cost a microsecond a call.
+        names = {name: f"constant_{number}" for number, name in enumerate(self.constants)}
         for node in graph.find_nodes(op="get_attr"):
-            node.target = f"constants.{node.target}"
-        root = {f"constants.{name}": t if device is None else t.to(device) for name, t in self.constants.items()}
+            node.target = names[node.target]
+        root = {names[name]: t if device is None else t.to(device) for name, t in self.constants.items()}
         return fx.GraphModule(root, graph, class_name="Program").eval().requires_grad_(False)
 
     @property
