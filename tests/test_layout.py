@@ -25,7 +25,7 @@ ALLOWED = {
     "fxc.data": "errors safety progress ir",
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
-    "fxc.calibrate": "errors progress memory ir schemes",
+    "fxc.calibrate": "errors progress memory ir schemes artifact",
     "fxc.passes": "errors progress ir analysis schemes calibrate",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes",

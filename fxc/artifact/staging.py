@@ -37,7 +37,7 @@ def staged(
         out = out.resolve()
         _check_target(out, source)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             _recover(out)
             _check_replaceable(out, may_replace)
             _check_space(out.parent, nbytes)
@@ -151,7 +151,8 @@ def _check_space(parent: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
+    """No other process writes `out` in the meantime. Raises `ResourceError` where one does."""
     path = out.with_name(out.name + ".lock")
     while True:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -211,10 +212,11 @@ def _open_to_others(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in [*sorted(folder.rglob("*")), folder]:
-        _sync_one(path)
+        sync(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -232,6 +234,6 @@ def _put_in_place(folder: Path, out: Path) -> None:
         if old.exists() and not out.exists():
             old.rename(out)
         raise
-    _sync_one(out.parent)
+    sync(out.parent)
     # The new folder is in place and synced. What cannot be removed of the old one, the next save tries again.
     shutil.rmtree(old, ignore_errors=True)

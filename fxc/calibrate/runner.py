@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.calibrate.blocks import Block, blocks
 from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.journal import Journal
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.stream import State, Stream, alive_before
 from fxc.errors import InputRefused
@@ -33,9 +35,11 @@ from fxc.schemes.ops import GROUPED_LINEAR
 Statistic = Hessian | Squares
 # So many copies of a weight in float32 the algorithms take at a time, besides three of its statistics.
 _WORK = 8
-Compress = Callable[[list[fx.Node], list[Statistic]], None]
+Compress = Callable[[list[fx.Node], list[Statistic]], Any]
 """Is given layers and the statistics of what they read: one, or one for each expert of a mixture, empty (`rows` is 0) where no
-row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards."""
+row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards. What it returns
+(tensors, numbers, text, lists and dicts of them) is what a `Restore` needs to do the same again."""
+Restore = Callable[[list[fx.Node], Any], None]
 
 
 @dataclass(eq=False)
@@ -96,13 +100,16 @@ def run(
     *,
     statistic: Callable[[int], Statistic] = Hessian,
     track: Track = untracked,
+    journal: Journal | None = None,
+    restore: Restore | None = None,
 ) -> None:
     """Give `compress` the statistics of what each of `layers` reads: products of `program` with a constant, `aten.linear` or
     `fxc.grouped_linear`.
 
     samples: lists of the program's inputs. statistic: makes what inputs of so many channels are added up in; one with a `cross`
     is given what a layer reads and what it would read had nothing been compressed. Of experts it is given the former twice:
-    their rows are not the same in both.
+    their rows are not the same in both. journal: where what is done is saved, and where the run goes on from what an earlier
+    one with the same arguments saved; restore: needed for that.
     Raises InputRefused where a layer reads NaN or Inf.
     """
     found, stages = _planned(program, layers)
@@ -114,9 +121,16 @@ def run(
     for number, stage in enumerate(stages):
         while block < stage.block:
             block += 1
-            if plain:
-                plain.flow(twins[found[block].nodes[0]])
-            stream.flow(found[block].nodes[0], beside=plain)
+            after = found[block].nodes[0]
+            streams = [(plain, twins[after], None)] if plain else []
+            _flow([*streams, (stream, after, plain)], block, journal)
+        ending = [unit for unit in stage.readers if unit.at[-1] == number]
+        if journal and number < journal.began:
+            for unit, made in zip(ending, journal.stage(number), strict=True):
+                _replace(unit, stream, partial(restore, unit.layers, made))
+            if number == journal.began - 1:
+                _take_up(program, stages, statistic, journal.pending() or {})
+            continue
         for unit in stage.readers:
             unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
@@ -127,9 +141,56 @@ def run(
                 _add(read(state), other(plain.states[at]) if plain else None)
             except InputRefused as error:
                 raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
-        for unit in stage.readers:
-            if unit.at[-1] == number:
-                _compress(unit, stream.states, compress)
+        made = []
+        for unit in ending:
+            made.append(_replace(unit, stream, partial(compress, unit.layers, unit.statistics)))
+            unit.statistics = []
+        if journal:
+            journal.save_stage(made, _pending(stages))
+
+
+def _flow(streams: list[tuple[Stream, fx.Node, Stream | None]], block: int, journal: Journal | None) -> None:
+    """Have the hidden states of each stream be those before `block`: let them flow on, or read what an earlier process wrote.
+    streams: each with the first node of the block in it, and the one that flowed before it."""
+    if journal is None:
+        for stream, after, beside in streams:
+            stream.flow(after, beside)
+        return
+    if block > journal.block:
+        spills = []
+        for at, (stream, after, beside) in enumerate(streams):
+            with journal.spilling(block, at) as spill:
+                stream.flow_to_disk(after, beside, spill, journal.in_memory)
+            spills.append(spill)
+            if not journal.in_memory:
+                stream.from_disk(*journal.file(spill), in_memory=False)
+        journal.keep_states(block, spills)
+    elif block == journal.block:
+        for (stream, *_), (path, offsets) in zip(streams, journal.states(), strict=True):
+            stream.from_disk(path, offsets, journal.in_memory)
+
+
+def _pending(stages: list[_Stage]) -> dict[int, list[dict[str, Any]]] | None:
+    """The statistics to which later stages will add, by the unit's number."""
+    found = {at: [vars(each) for each in unit.statistics] for at, unit in enumerate(_units(stages)) if unit.statistics}
+    return found or None
+
+
+def _take_up(
+    program: Program,
+    stages: list[_Stage],
+    statistic: Callable[[int], Statistic],
+    pending: dict[int, list[dict[str, Any]]],
+) -> None:
+    units = _units(stages)
+    for at, saved in pending.items():
+        units[at].statistics = [statistic(width) for width in _widths(program, units[at])]
+        for each, values in zip(units[at].statistics, saved, strict=True):
+            vars(each).update(values)
+
+
+def _units(stages: list[_Stage]) -> list[_Unit]:
+    return list(dict.fromkeys(unit for stage in stages for unit in stage.readers))
 
 
 def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block], list[_Stage]]:
@@ -196,16 +257,17 @@ def _add(reads: Reads, uncompressed: Reads | None) -> None:
             expert.add(*(each[begin:end] for each in streams))
 
 
-def _compress(unit: _Unit, states: list[State], compress: Compress) -> None:
+def _replace(unit: _Unit, stream: Stream, replace: Callable[[], Any]) -> Any:
+    """What `replace` returns, which replaces the unit's layers."""
     # Where a hidden state is what a layer gave (its weight was read again later), it is from now on that of its successor.
-    held = [layer for layer in unit.layers if layer.users and states and layer in states[0]]
+    known = stream.states[0] if stream.states else ()
+    held = [layer for layer in unit.layers if layer.users and layer in known]
     users = [next(iter(layer.users)) for layer in held]
     places = [user.all_input_nodes.index(layer) for user, layer in zip(users, held)]
-    compress(unit.layers, unit.statistics)
-    unit.statistics = []
+    made = replace()
     for layer, user, place in zip(held, users, places):
-        for state in states:
-            state[user.all_input_nodes[place]] = state.pop(layer)
+        stream.rename(layer, user.all_input_nodes[place])
+    return made
 
 
 def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:

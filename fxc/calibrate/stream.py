@@ -6,12 +6,15 @@ kept once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import io
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxc.calibrate.journal import Spill
 from fxc.ir.program import Program
 
 State = dict[fx.Node, Any]
@@ -23,7 +26,7 @@ class Stream:
 
     def __init__(self, program: Program, samples: Sequence[Sequence[Tensor]]) -> None:
         self.program = program
-        self.states: list[State] = [dict(zip(program.placeholders, sample, strict=True)) for sample in samples]
+        self.states: list[State] | Spilled = [dict(zip(program.placeholders, sample, strict=True)) for sample in samples]
 
     def reader(self, wanted: Iterable[fx.Node]) -> Callable[[State], State]:
         """What computes the values of the nodes `wanted` from one of `states`; others are freed after their last use."""
@@ -32,13 +35,76 @@ class Stream:
     def flow(self, after: fx.Node, beside: Stream | None = None) -> None:
         """Replace the states of all samples by the values that `after` and what follows will read. beside: a stream that is
         there already; what is equal in both is kept once."""
+        for at, state in enumerate(self._after(after, beside)):
+            self.states[at] = state
+
+    def flow_to_disk(self, after: fx.Node, beside: Stream | None, into: Spill, in_memory: bool) -> None:
+        """`flow`, with the states written one by one. Where they are not kept in memory too, `from_disk` is to take them."""
+        first = None
+        for at, state in enumerate(self._after(after, beside)):
+            first = state if first is None else first
+            into.add(_written(state, first if at else None))
+            if in_memory:
+                self.states[at] = state
+
+    def from_disk(self, path: Path, offsets: Sequence[int], in_memory: bool) -> None:
+        """The states that were written to a file, from then on. in_memory: all at once, or each when it is asked for."""
+        states = Spilled(path, offsets, {node.name: node for node in self.program.graph.nodes})
+        self.states = list(states) if in_memory else states
+
+    def rename(self, old: fx.Node, new: fx.Node) -> None:
+        """What was the value of `old` is that of `new`."""
+        if isinstance(self.states, Spilled):
+            self.states.rename(old, new)
+            return
+        for state in self.states:
+            state[new] = state.pop(old)
+
+    def _after(self, after: fx.Node, beside: Stream | None) -> Iterator[State]:
         read = self.reader(alive_before(self.program, after))
         common = list(beside.states[0].values()) if beside and beside.states else []
         for at, state in enumerate(self.states):
             values = {node: _kept_once(value, common) for node, value in read(state).items()}
-            self.states[at] = values
             if at == 0:
                 common += values.values()
+            yield values
+
+
+class Spilled(Sequence[State]):
+    """States in a file, read when they are asked for. What a sample has in common with the first one is kept in memory."""
+
+    def __init__(self, path: Path, offsets: Sequence[int], nodes: dict[str, fx.Node]) -> None:
+        self._path, self._offsets, self._nodes = path, offsets, nodes
+        self._first: dict[str, Any] = self._load(0)["values"]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, at: int) -> State:
+        values = self._first
+        if at != 0:
+            found = self._load(at)
+            values = found["values"] | {name: self._first[first] for name, first in found["as_first"].items()}
+        return {self._nodes[name]: value for name, value in values.items()}
+
+    def __iter__(self) -> Iterator[State]:
+        return map(self.__getitem__, range(len(self)))
+
+    def rename(self, old: fx.Node, new: fx.Node) -> None:
+        self._nodes = {name: new if node is old else node for name, node in self._nodes.items()}
+
+    def _load(self, at: int) -> dict[str, Any]:
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[at])
+            data = file.read(self._offsets[at + 1] - self._offsets[at])
+        return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def _written(state: State, first: State | None) -> dict[str, Any]:
+    """What a file keeps of a state: values by the names of nodes, and the names of those that the first state has."""
+    names = {id(value): node.name for node, value in (first or {}).items() if isinstance(value, Tensor)}
+    as_first = {node.name: names[id(value)] for node, value in state.items() if id(value) in names}
+    return {"values": {n.name: value for n, value in state.items() if n.name not in as_first}, "as_first": as_first}
 
 
 def alive_before(program: Program, after: fx.Node) -> list[fx.Node]:

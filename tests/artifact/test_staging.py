@@ -60,7 +60,7 @@ def test_the_output_cannot_touch_the_source(saved, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "no"),
                                    KeyboardInterrupt(), MemoryError()])  # fmt: skip
-@pytest.mark.parametrize("where", ["store.save_file", "store.describe", "store.read", "staging._sync_one",
+@pytest.mark.parametrize("where", ["store.save_file", "store.describe", "store.read", "staging.sync",
                                    "staging._put_in_place"])  # fmt: skip
 def test_whatever_fails_leaves_the_old_output_as_it_was(error, where, saved, tmp_path, monkeypatch):
     before = bytes_of(saved)
