@@ -112,7 +112,12 @@ def same(a: Run, b: Run) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "streams", "in_memory"),
-    [("residual", 1, True), ("residual", 2, False), ("mixtral", 1, False), pytest.param("qwen2", 2, True, marks=pytest.mark.slow)],
+    [
+        ("residual", 1, True),
+        ("residual", 2, False),
+        ("mixtral", 1, False),
+        pytest.param("qwen2", 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_breaks_off_goes_on_and_ends_as_if_it_had_not(name, streams, in_memory, tmp_path):
     whole = Run(name, None, streams=streams)
