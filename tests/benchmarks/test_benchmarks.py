@@ -222,6 +222,7 @@ def test_bad_options_are_refused(monkeypatch, arguments):
     assert exit.value.code == 2
 
 
+@pytest.mark.slow
 def test_strategies_on_the_example(capsys):
     from benchmarks import strategies
 

@@ -86,6 +86,7 @@ def test_on_a_gpu_graphs_come_first_and_few_tokens_are_launched_one_by_one():
     assert cells_of(options, "inductor") == [("decode", "graph", 1)]
 
 
+@pytest.mark.slow
 def test_a_recording_that_gives_other_tokens_fails(monkeypatch, tmp_path):
     row = {"passes": "int4", "backend": "eager", "what": "decode", "batch": 2, "tokens": [[1, 2, 3], [4, 5, 6]]}
     launched = row | {"tokens": [[1, 2], [4, 5]]}
@@ -106,6 +107,7 @@ def test_a_recording_that_gives_other_tokens_fails(monkeypatch, tmp_path):
     assert "failed: its tokens are not those of the same step" in written.read_text()
 
 
+@pytest.mark.slow
 def test_what_is_not_measured_is_named(tmp_path, capsys):
     assert decode.main([*OPTIONS, "--passes", "int4", "--seconds", "0", "--out", str(tmp_path)]) == 0
     assert "not measured: int4, eager: 0.0 s were over" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from benchmarks.gpu_checks.fault import FP8, Case, _ordinal, fault, poisoned, qu
 CHIP = Chip(torch.device("cpu"), 80, True)
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_all_kernels_pass_in_the_interpreter(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_checks", "--out", tmp_path]

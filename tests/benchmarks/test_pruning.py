@@ -162,6 +162,7 @@ def test_the_oracle_misses_no_output():
         exactness(sliced, short)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_cnn", "qwen2_6_2"])
 def test_fxc_takes_a_model_through_every_stage(name):
     with torch.no_grad():

@@ -178,6 +178,7 @@ class Deep(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_hidden_states_that_are_alive_do_not_grow_with_depth():
     def most(depth, statistic=wide):
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "groups"), [("DeepseekV2", 1), ("DeepseekV3", 2)])
 def test_it_generates_the_same_tokens(family, groups):
     torch.manual_seed(0)

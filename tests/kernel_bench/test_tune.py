@@ -19,6 +19,7 @@ from fxc.kernel_bench.weights import all_schemes, make
 needs_triton = pytest.mark.skipif(util.find_spec("triton") is None, reason="Triton is for Linux")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_of_a_gpu_is_called_rightly_and_the_table_is_one_that_kernels_read(tmp_path, monkeypatch):
     command = [sys.executable, str(REPO / "tests" / "helpers" / "kernel_bench_interpreted.py"), str(tmp_path)]

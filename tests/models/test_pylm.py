@@ -73,6 +73,7 @@ def test_the_command_that_the_project_is_for(pylm_dir, tmp_path, monkeypatch):
     assert 0 < rise < 0.03, "judged on texts that the model wrote itself"
 
 
+@pytest.mark.slow
 def test_prune_with_data_stays_within_its_budget_on_other_data(pylm_dir, tmp_path):
     text = (pylm_dir / "heldout.txt").read_text(encoding="utf-8")
     (tmp_path / "calib.txt").write_text(text[: len(text) // 2], encoding="utf-8")

@@ -163,6 +163,7 @@ def test_the_sign_of_a_scale_is_no_matter_to_who_rounds_again_to_int8():
     )
 
 
+@pytest.mark.slow
 def test_a_decoder_that_learned_from_text_is_nearer_on_other_text(tmp_path):
     folder = save("qwen2", tmp_path / "qwen2")
     source = capture_source(folder, None, Options("int4")).program

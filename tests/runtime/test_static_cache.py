@@ -79,6 +79,7 @@ def test_of_compressed_models(passes, device):
     torch.testing.assert_close(generate(model, True, given)[1], expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_with_inductor_longer_buffers_compile_nothing_anew():
     model = fxc.optimize(build("qwen2")[0], passes="", verify=False, backend="inductor")
@@ -244,6 +245,7 @@ def test_several_threads_may_generate_at_once():
     model._decoder = None
 
 
+@pytest.mark.slow
 def test_idle_steps_are_few():
     model = compiled("llama")
     model.use_static_cache(capacity=4)

@@ -146,6 +146,7 @@ def test_a_model_becomes_it_is_saved_loaded_and_lowered(folder, binary):
         assert (model(input_ids=ids).logits - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 def test_it_is_named_in_sizes_reports_and_comparisons(folder, binary):
     model = fxc.load(folder / "packed")
     kinds = sizes.bytes_by_kind(model.program)

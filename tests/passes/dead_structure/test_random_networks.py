@@ -25,7 +25,7 @@ from fxc.verify.compare import relative_error, run
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
 
 SHARDS = {"rows": 8, "tokens": 9, "images": 9}
-QUICK = 3  # shards of each family that a plain run of the tests has
+QUICK = 1  # shard of each family that a plain run of the tests has
 PER_SHARD = 20
 SIZES = [(3, LENGTH), (1, 2), (5, LENGTH + 2)]  # (batch, length of token sequences)
 
