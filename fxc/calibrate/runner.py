@@ -25,6 +25,7 @@ from fxc.calibrate.blocks import Block, blocks
 from fxc.calibrate.hessian import Hessian, Squares
 from fxc.calibrate.journal import Journal
 from fxc.calibrate.needs import Needs
+from fxc.calibrate.ranges import Range
 from fxc.calibrate.stream import State, Stream, alive_before
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_at
@@ -32,7 +33,7 @@ from fxc.ir.program import Program
 from fxc.progress import Track, untracked
 from fxc.schemes.ops import GROUPED_LINEAR
 
-Statistic = Hessian | Squares
+Statistic = Hessian | Squares | Range
 # So many copies of a weight in float32 the algorithms take at a time, besides three of its statistics.
 _WORK = 8
 Compress = Callable[[list[fx.Node], list[Statistic]], Any]
@@ -220,8 +221,9 @@ def _planned(program: Program, layers: Collection[fx.Node]) -> tuple[list[Block]
 
 def _widths(program: Program, unit: _Unit) -> list[int]:
     """How many channels its layers read, once, or once for each expert."""
-    weight = program.constants[unit.layers[0].args[1].target]
-    return [weight.shape[-1]] * math.prod(weight.shape[:-2])
+    layer = unit.layers[0]
+    weight = program.constants[layer.args[1].target]
+    return [weight.shape[-1]] * (len(weight) if layer.target is GROUPED_LINEAR else 1)
 
 
 def _reads_both(statistic: Callable[[int], Statistic]) -> bool:

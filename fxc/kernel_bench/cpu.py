@@ -82,6 +82,7 @@ def _lowered(scheme: str, dtype: torch.dtype, weights: Weights) -> Bind:
     found = known(scheme)
     constants = {f"layer.{part}": tensor for part, tensor in zip(found.format.parts, parts)}
     given = {"x": "%0", **{part: f"@layer.{part}" for part, _ in zip(found.format.parts, parts)}, **found.options}
+    given |= found.product.learned
     operator = found.product.operator
     arguments = [str(given.get(argument.name)) for argument in operator._schema.arguments]
     program = parse_program(

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from fxc.lower.siblings import Place, Siblings
 from fxc.schemes import int4, int8
-from fxc.schemes.scheme import scheme_of
+from fxc.schemes.scheme import product_of, scheme_of
 from fxc_kernels.cpu import int8_linear, int8_product
-from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR
+from fxc_kernels.cpu.int8_static import to_levels
+from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR, STATIC_LINEAR
 from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
 from fxc_kernels.cpu.split_linear import symmetric_scales
 from fxc_kernels.int8_linear import quantize_rows
@@ -132,6 +133,32 @@ def _make_int8(operator: object, place: CpuPlace, group: Siblings, dense: Tensor
     return place.call(operator, tuple(args), group)
 
 
+# Int8 products by a scale from data
+
+
+def _static_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
+    weight, zero_point = int8_product.pack_int8(qweight), torch.zeros(len(scale), dtype=torch.int32)
+    learned = tuple(product_of(int8.STATIC).learned.values())
+
+    def call_on(x: Tensor, whole: bool) -> Callable[[], object]:
+        return functools.partial(
+            STATIC_LINEAR, x if whole else to_levels(x, *learned), weight, scale, zero_point, None, *learned, dtype
+        )
+
+    return call_on
+
+
+def _make_static(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
+    qweight, scale = group.argument(1), group.argument(2)
+    args = [group.x, place.constant("weight", int8_product.pack_int8(qweight) if place.packed else qweight)]
+    args.append(place.constant("scale", scale))
+    args.append(place.constant("zero_point", torch.zeros(len(scale), dtype=torch.int32)))
+    args += [place.constant("bias", group.bias), *group.arguments[0][4:6], group.dtype, place.activation, None, 0]
+    if dense is not None:
+        args += [place.constant("dense", dense), limit]
+    return place.call(STATIC_LINEAR, tuple(args), group)
+
+
 # Float
 
 
@@ -182,7 +209,22 @@ SPLIT = Candidate(
 )
 """Activations kept, as two int8 products."""
 
-CANDIDATES = (INT8, SPLIT)
+STATIC = Candidate(
+    name="int8",
+    timed_as="int8",
+    kind="static",
+    targets=(int8.STATIC,),
+    rows=(1, 16, 128, 256),
+    wins_for="many",
+    why_not=_why_no_int8,
+    note=_rounding,
+    trial=_static_trial,
+    make=_make_static,
+    absorbs=True,
+)
+"""Activations rounded by a scale from data."""
+
+CANDIDATES = (INT8, SPLIT, STATIC)
 
 FLOAT = Candidate(
     name="dequantized",

@@ -13,7 +13,7 @@ from fxc.ir import edit
 from fxc.ir.check import check
 from fxc.ir.names import layer_name, layer_of
 from fxc.ir.program import Program
-from fxc.lower import choose
+from fxc.lower import choose, static
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
 from fxc.lower.choose import Choice
 from fxc.lower.remembered import Timing
@@ -57,6 +57,8 @@ def lower_cpu(
     if bf16 and backend == "inductor":
         attention_in_bfloat16(program)
     report = lower_layers(program, backend, measure or _measured(backend), expanded)
+    report += static.lower_convolutions(program, packed=backend == "eager")
+    report = static.chain(program, report)
     if bf16 and backend == "eager":
         report += pack_bfloat16_layers(program)
     relax_views(program)
@@ -108,7 +110,7 @@ def _comes_from_int8(node: fx.Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if current.target is int8.LINEAR:
+        if current.target in (int8.LINEAR, int8.STATIC):
             found = True
         elif current.target in (LINEAR, int8.WEIGHT_ONLY):
             return False

@@ -14,45 +14,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fxc.calibrate.ranges import Observer, Range
+from fxc.calibrate.runner import Statistic
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
-from fxc.passes.linears import GROUPED, LINEAR, PackLinears
+from fxc.passes.linears import GROUPED, LINEAR, PackLinears, Parts
 from fxc.schemes import int8, int8_sparse24, sparse24
+
+LINEARS = (LINEAR, GROUPED, sparse24.LINEAR)
 
 
 @dataclass(frozen=True)
 class Int8(PackLinears):
     """Quantize the weights of linear layers, experts of mixtures included, to int8 with one scale for each output channel.
 
-    mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them.
+    mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them;
+    "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
+    two-dimensional convolutions too.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
+    observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
+    thousand, mse what loses least by rounding and cutting off together.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
-    mode: Literal["dynamic", "weight_only"] = "dynamic"
+    mode: Literal["dynamic", "weight_only", "static"] = "dynamic"
+    observer: Observer = "mse"
 
     name: ClassVar[str] = "int8"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     scheme: ClassVar = int8.SCHEME
-    layers: ClassVar = (LINEAR, GROUPED, sparse24.LINEAR)
+    error_of: ClassVar[str] = "inputs"
+
+    @property
+    def layers(self) -> tuple[OpOverload, ...]:
+        return (*LINEARS, int8.CONV2D) if self.mode == "static" else LINEARS
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
-        if self.mode == "weight_only" and node.target is GROUPED:
-            return "experts have no weight-only form: use mode=dynamic"
-        if self.mode == "weight_only" and node.target is sparse24.LINEAR:
-            return "2:4 sparse layers have no weight-only form: use mode=dynamic"
-        return None
+        if self.mode == "dynamic" or node.target not in (GROUPED, sparse24.LINEAR):
+            return None
+        which = "experts" if node.target is GROUPED else "2:4 sparse layers"
+        return f"{which} have no {self.mode.replace('_', '-')} form: use mode=dynamic"
 
     def operator(self, layer: OpOverload) -> OpOverload:
         if layer is sparse24.LINEAR:
             return int8_sparse24.LINEAR
         if layer is GROUPED:
             return int8.GROUPED
-        return int8.LINEAR if self.mode == "dynamic" else int8.WEIGHT_ONLY
+        if layer is int8.CONV2D:
+            return int8.STATIC_CONV2D
+        return {"dynamic": int8.LINEAR, "weight_only": int8.WEIGHT_ONLY, "static": int8.STATIC}[self.mode]
+
+    def statistic(self) -> Callable[[int], Statistic] | None:
+        return Range if self.mode == "static" else None
+
+    def needs_data(self) -> str | None:
+        return "mode=static is" if self.mode == "static" else None
+
+    def learned(self, weight: Tensor, statistic: Range) -> tuple[Parts, float]:
+        scale, zero = statistic.scale_and_zero(self.observer)
+        return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)

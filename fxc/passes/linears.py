@@ -19,18 +19,21 @@ from torch._ops import OpOverload
 from fxc.calibrate import runner
 from fxc.calibrate.runner import Statistic
 from fxc.errors import InputRefused
+from fxc.ir.call import Call
 from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
-from fxc.passes.facts import arguments, packed_weight
+from fxc.passes.facts import packed_weight
 from fxc.passes.patterns import patterns_in
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
-from fxc.schemes.scheme import LINEAR, Scheme, products_for, scheme_of
+from fxc.schemes.scheme import LINEAR, Scheme, product_of, products_for, scheme_of
 
 MIN_OUTPUTS = 16
 # So many layers are named as the worst.
 WORST = 3
+Parts = dict[str, Any]
+"""The parts of a weight, tensors, and what else of a product's arguments was learned with them, numbers."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHAPES = {
@@ -59,6 +62,8 @@ class PackLinears(Pass):
 
     lighter: ClassVar[str | None] = None
     """The option with which it learns from fewer statistics."""
+    error_of: ClassVar[str] = "outputs"
+    """What the error is of that `learned` gives."""
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
     """The operators it looks at. The second argument of each is the weight, which ends in rows of K numbers."""
 
@@ -84,9 +89,9 @@ class PackLinears(Pass):
         """Of what the pass, with its options, learns a weight's numbers; None where it needs no data."""
         return None
 
-    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
-        """The parts of `weight` [N, K] by the statistic of what it meets, and the error of the layer's output, a share of its
-        energy."""
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[Parts, float]:
+        """The parts of `weight` [N, K] by the statistic of what it meets, what else of the operator's arguments is learned with
+        them, and the error (of the layer's `error_of`), a share of its energy."""
         raise NotImplementedError
 
     def prepare(self, program: Program, chosen: list[fx.Node], context: Context) -> None:
@@ -111,7 +116,7 @@ class PackLinears(Pass):
                 result.refusals.append(Refusal(fqn, reason, nbytes))
             else:
                 chosen.append(node)
-        packed: dict[str, dict[str, str]] = {}
+        packed: dict[str, Parts] = {}
         if self.statistic() is not None and not program.is_on_meta:
             self._learn(program, chosen, context, packed, result)
         else:
@@ -129,7 +134,7 @@ class PackLinears(Pass):
         return result
 
     def _learn(
-        self, program: Program, chosen: list[fx.Node], context: Context, packed: dict[str, dict[str, str]], result: Result
+        self, program: Program, chosen: list[fx.Node], context: Context, packed: dict[str, Parts], result: Result
     ) -> None:
         """Pack the weights of `chosen` by what they meet in the samples, each behind layers that are packed already."""
         check_data_is_given([self], bool(context.samples))
@@ -140,7 +145,7 @@ class PackLinears(Pass):
         def compress(layers: list[fx.Node], statistics: list[Statistic]) -> None:
             [statistic] = statistics
 
-            def pack(name: str, weight: Tensor) -> dict[str, Tensor]:
+            def pack(name: str, weight: Tensor) -> Parts:
                 if not statistic.rows:
                     unreached.append(name)
                     return self._pack(weight)
@@ -149,6 +154,8 @@ class PackLinears(Pass):
 
             seen.update(node.name for node in layers)
             for node in layers:
+                if not statistic.rows and self._is_lost_without_data(node, result):
+                    continue
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
 
         statistic, count = self.statistic(), len(context.samples)
@@ -161,31 +168,42 @@ class PackLinears(Pass):
         for node in chosen:
             if node.name not in seen:
                 # It reads nothing but constants.
+                if self._is_lost_without_data(node, result):
+                    continue
                 unreached.append(_name(node))
                 self._rewrite(program, node, packed, result, self._pack)
         if errors:
-            result.notes.append(learned_note(errors, count, needs))
+            result.notes.append(learned_note(errors, count, needs, self.error_of))
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
+
+    def _is_lost_without_data(self, node: fx.Node, result: Result) -> bool:
+        """Whether the product with it needs arguments that data alone tells; it is refused then."""
+        if not product_of(self.operator(node.target)).learned:
+            return False
+        nbytes = _nbytes(node.args[1].meta["val"])
+        result.refusals.append(Refusal(_name(node), "no sample reached it, so that nothing is known of what it reads", nbytes))
+        return True
 
     def _rewrite(
         self,
         program: Program,
         node: fx.Node,
-        packed: dict[str, dict[str, str]],
+        packed: dict[str, Parts],
         result: Result,
-        pack: Callable[[Tensor], dict[str, Tensor]],
+        pack: Callable[[Tensor], Parts],
     ) -> None:
-        """Replace `node` by the product with its packed weight. pack: of a weight that is not in `packed` yet, its parts."""
+        """Replace `node` by the product with its packed weight. pack: of a weight that is not in `packed` yet, its parts.
+        packed: of each weight its parts, by the names of their constants."""
         weight = node.args[1].target
         if weight not in packed:
             # What is packed already was counted by the pass that packed it.
             result.covered_bytes += 0 if scheme_of(node.target) else _nbytes(program.constants[weight])
             packed[weight] = self._replace(program, weight, node, pack)
-        parts = {part: read(program, name, before=node) for part, name in packed[weight].items()}
+        parts = {part: read(program, each, node) if isinstance(each, str) else each for part, each in packed[weight].items()}
         operator = self.operator(node.target)
         columns = node.args[0].meta["val"].shape[-1]
-        given = {**arguments(node), **self.options(columns), **parts, "x": node.args[0]}
+        given = {**product_of(operator).learned, **_arguments(node), **self.options(columns), **parts, "x": node.args[0]}
         args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
         call(program, operator, args, replacing=node, by=self.name)
         result.changed += 1
@@ -222,8 +240,8 @@ class PackLinears(Pass):
             return "its weight is tied to another use (an embedding)"
         if reason := self.declines(node, tensor):
             return reason
-        if tensor.shape[-2] < MIN_OUTPUTS:
-            return f"it has only {tensor.shape[-2]} outputs: nothing to gain, and such heads and routers are sensitive"
+        if (outputs := tensor.shape[0 if tensor.ndim == 4 else -2]) < MIN_OUTPUTS:
+            return f"it has only {outputs} outputs: nothing to gain, and such heads and routers are sensitive"
         if self._packed_bytes(tensor) >= _nbytes(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
@@ -234,24 +252,28 @@ class PackLinears(Pass):
         return user.target in self.layers and reads == [1]
 
     def _packed_bytes(self, weight: Tensor) -> int:
-        return sum(map(_nbytes, self.scheme.planned(weight, **self.options(weight.shape[-1])).values()))
+        matrix = weight.flatten(1) if weight.ndim == 4 else weight
+        return sum(map(_nbytes, self.scheme.planned(matrix, **self.options(matrix.shape[-1])).values()))
 
     def _pack(self, weight: Tensor) -> dict[str, Tensor]:
-        return self.scheme.pack(weight, **self.options(weight.shape[-1]))
+        if weight.ndim < 4:
+            return self.scheme.pack(weight, **self.options(weight.shape[-1]))
+        # Of a convolution: a row is all that an output channel sums over.
+        parts = self.scheme.pack(weight.flatten(1), **self.options(weight[0].numel()))
+        return parts | {self.scheme.numbers: parts[self.scheme.numbers].view(weight.shape)}
 
-    def _replace(
-        self, program: Program, weight: str, before: fx.Node, pack: Callable[[Tensor], dict[str, Tensor]]
-    ) -> dict[str, str]:
+    def _replace(self, program: Program, weight: str, before: fx.Node, pack: Callable[[Tensor], Parts]) -> Parts:
         """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
         try:
             parts = pack(program.constants[weight])
         except InputRefused as error:
             raise InputRefused(error.what, where=error.where or weight, why=error.why, hint=error.hint) from None
         base = _name(before)
-        names = {part: self._free_name(program, weight, base, part) for part in parts}
+        tensors = {part: tensor for part, tensor in parts.items() if isinstance(tensor, Tensor)}
+        names = {part: self._free_name(program, weight, base, part) for part in tensors}
         for part, name in names.items():
             constant(program, name, parts[part], before)
-        return names
+        return parts | names
 
     def _free_name(self, program: Program, weight: str, base: str, part: str) -> str:
         """`base.part`, or `base.int8.part`, `base.int8_2.part`, ... where the module has something of that name already, or is
@@ -261,11 +283,16 @@ class PackLinears(Pass):
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
 
 
-def learned_note(errors: dict[str, float], count: int, needs: runner.Needs) -> str:
-    """What a report says of layers that were learned from `count` samples. errors: of their outputs, shares of the energy."""
+def learned_note(errors: dict[str, float], count: int, needs: runner.Needs, error_of: str = "outputs") -> str:
+    """What a report says of layers that were learned from `count` samples. errors: of their `error_of`, shares of energy."""
     worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
     said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)
-    return f"learned from {count} samples, with {needs}; the largest errors of outputs: {said}"
+    return f"learned from {count} samples, with {needs}; the largest errors of {error_of}: {said}"
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a layer by their names, those too that were left out."""
+    return {argument.name: Call(node)[argument.name] for argument in node.target._schema.arguments}
 
 
 def _name(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""int8 weights: symmetric, one scale per output channel. The ops that use them are in fxc_kernels.int8_linear."""
+"""int8 weights: symmetric, one scale per output channel. Their ops are in fxc_kernels.int8_linear and int8_static."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,16 @@ from torch import Tensor
 from fxc.errors import InputRefused
 from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import Product, Scheme, register
+from fxc_kernels import int8_static as _int8_static  # noqa: F401 - registers its operators
 from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
 
 LINEAR = torch.ops.fxc.int8_linear.default
 WEIGHT_ONLY = torch.ops.fxc.int8_weight_only_linear.default
 GROUPED = torch.ops.fxc.int8_grouped_linear.default
+STATIC = torch.ops.fxc.int8_static_linear.default
+STATIC_CONV2D = torch.ops.fxc.int8_static_conv2d.default
+CONV2D = torch.ops.aten.conv2d.default
+_NORMAL = {"x_scale": 0.04, "x_zero": 128}
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +58,10 @@ SCHEME = register(
         parts={"qweight": None, "scale": "scales"},
         products=(
             Product(LINEAR, "int8", "int8 linear", activations=torch.int8),
+            Product(STATIC, "int8_static", "int8 linear", activations=torch.int8, learned=_NORMAL),
+            Product(
+                STATIC_CONV2D, "int8_static_conv2d", "int8 convolution", layer=CONV2D, activations=torch.int8, learned=_NORMAL
+            ),
             Product(WEIGHT_ONLY, "int8_weight_only", "int8 linear"),
             Product(GROUPED, "int8_grouped", "int8 experts", layer=GROUPED_LINEAR, activations=torch.int8),
         ),

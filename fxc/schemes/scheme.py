@@ -35,7 +35,8 @@ class Product:
     name: as measurements of kernels are kept by, its arguments in braces: "int8_weight_only", "int4_g{group}"; kind: what size
     tables call its weights; layer: the operator over float weights that it stands for; activations: what it rounds each row
     of x to as it runs, None where x stays as it is; why_not: compute capability (89 is 8.9) -> why a CUDA device of that
-    cannot run it, None where it can; instead: what to compile with for one that cannot.
+    cannot run it, None where it can; instead: what to compile with for one that cannot; learned: its arguments that come from
+    calibration data, and what they are for numbers of a standard normal distribution.
     """
 
     operator: OpOverload
@@ -45,6 +46,7 @@ class Product:
     activations: torch.dtype | None = None
     why_not: Callable[[int], str | None] = runs_anywhere
     instead: str | None = None
+    learned: Mapping[str, Any] = field(default_factory=dict)
 
     def arguments(self, args: Sequence[Any]) -> dict[str, Any]:
         """The positional arguments of a call by their names."""

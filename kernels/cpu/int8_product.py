@@ -49,7 +49,7 @@ def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -
     q: uint8 [M, K], an int8 row moved up by UINT8_ZERO: u8 x s8 is what AVX512-VNNI multiplies, and s8 x s8 runs oneDNN's
     reference code on every CPU without AMX. zero_point: the weight's, zeros [N].
     """
-    if q.shape[0] == 1 and _single_rows_are_slow():
+    if q.shape[0] == 1 and single_rows_are_slow():
         return _product(torch.cat([q, q]), packed, scale, zero_point)[:1]
     return _product(q, packed, scale, zero_point)
 
@@ -61,7 +61,7 @@ def _product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Te
 
 
 @functools.cache
-def _single_rows_are_slow() -> bool:
+def single_rows_are_slow() -> bool:
     """Whether a single row has to go through as two: with AMX, oneDNN 3.12 takes its reference code for M == 1 and some sizes
     (every layer with N == 256), which is 100 to 1000 times slower."""
     with unwatched():

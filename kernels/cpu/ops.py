@@ -4,10 +4,11 @@ Run one by one they take weights that are packed already, go through the rows in
 they are the second functions of FUNCTIONS, which it traces into, fuses with what is around them, and whose weights freezing
 packs.
 
-x is [..., K] and the result [..., N] in x's dtype; weight is int8 [N, K], or what `pack_int8` made of it; scale float32 [N] and
-zero_point zeros [N] are the weight's; bias [N] or None. dense: the weight in x's dtype, used instead where there are up to
-`limit` rows (of int8_linear) or more than that (of split_linear), or None. activation: "none" or one of `rows.ACTIVATIONS`, on
-the float32 result.
+Of linear layers x is [..., K] and the result [..., N] in x's dtype; weight is int8 [N, K], or what `pack_int8` made of it;
+scale float32 [N] and zero_point zeros [N] are the weight's; bias [N] or None. dense: the weight in x's dtype, used instead
+where there are up to `limit` rows (of int8_linear, int8_static_linear) or more than that (of split_linear), or None.
+activation: "none" or one of `rows.ACTIVATIONS`, on the float32 result. An operator without a second function is not traced
+into: what it calls writes, or has no form that Inductor compiles.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from fxc_kernels.cpu.gelu import gelu
 from fxc_kernels.cpu.int8_linear import int8_linear, int8_linear_compiled
+from fxc_kernels.cpu.int8_static import conv2d_shape, max_pool2d, static_conv2d, static_linear, to_levels
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.split_linear import split_linear, split_linear_compiled
 
 
-def _define(name: str, schema: str, eager: Callable, compiled: Callable, fake: Callable) -> torch._ops.OpOverload:
+def _define(name: str, schema: str, eager: Callable, compiled: Callable | None, fake: Callable) -> torch._ops.OpOverload:
     # Not torch.library.custom_op, and no rule for gradients: either costs 20 us a call, which small layers feel, and lowered
     # graphs run without gradients.
     torch.library.define(name, schema)
@@ -29,7 +31,7 @@ def _define(name: str, schema: str, eager: Callable, compiled: Callable, fake: C
     torch.library.register_fake(name, fake)
     namespace, _, short = name.partition("::")
     found = getattr(getattr(torch.ops, namespace), short).default
-    FUNCTIONS[found] = eager, compiled
+    FUNCTIONS[found] = eager, compiled or found
     return found
 
 
@@ -64,6 +66,66 @@ SPLIT_LINEAR = _define(
     _fake_linear,
 )
 """fxc::int8_weight_only_linear."""
+
+_LEVELS = "ScalarType dtype, str activation='none', float? y_scale=None, int y_zero=0"
+
+
+def _fake_static_linear(x, weight, scale, zero_point, bias, x_scale, x_zero, dtype, activation="none", y_scale=None, *rest):
+    return x.new_empty(*x.shape[:-1], scale.shape[0], dtype=dtype if y_scale is None else torch.uint8)
+
+
+STATIC_LINEAR = _define(
+    "fxc_cpu::int8_static_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor? bias, float x_scale, int x_zero, "
+    f"{_LEVELS}, Tensor? dense=None, int limit=0) -> Tensor",
+    static_linear,
+    static_linear,
+    _fake_static_linear,
+)
+"""fxc::int8_static_linear, see `int8_static.static_linear`."""
+
+
+def _fake_static_conv2d(
+    x, weight, scale, zero_point, bias, kernel, stride, padding, dilation, groups, x_scale, x_zero, dtype, activation="none",
+    y_scale=None, *rest,
+):  # fmt: skip
+    shape = conv2d_shape(x, scale, kernel, stride, padding, dilation)
+    made = x.new_empty(shape, dtype=dtype if y_scale is None else torch.uint8)
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+STATIC_CONV2D = _define(
+    "fxc_cpu::int8_static_conv2d",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor? bias, int[] kernel, int[] stride, int[] padding, "
+    f"int[] dilation, int groups, float x_scale, int x_zero, {_LEVELS}, Tensor? other=None, float other_scale=1.0, "
+    "int other_zero=0) -> Tensor",
+    static_conv2d,
+    None,
+    _fake_static_conv2d,
+)
+"""fxc::int8_static_conv2d, see `int8_static.static_conv2d`."""
+
+def _max_pool2d_compiled(x, kernel, stride, padding, dilation, ceil_mode):
+    return torch.nn.functional.max_pool2d(x.float(), kernel, stride or None, padding, dilation, ceil_mode).to(x.dtype)
+
+
+MAX_POOL2D = _define(
+    "fxc_cpu::max_pool2d",
+    "(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> Tensor",
+    max_pool2d,
+    _max_pool2d_compiled,
+    _max_pool2d_compiled,
+)
+"""aten::max_pool2d of levels, uint8."""
+
+TO_LEVELS = _define(
+    "fxc_cpu::to_levels",
+    "(Tensor x, float scale, int zero) -> Tensor",
+    to_levels,
+    to_levels,
+    lambda x, scale, zero: x.new_empty(x.shape, dtype=torch.uint8),
+)
+"""Numbers as levels, uint8."""
 
 DENSE_LINEAR = _define(
     "fxc_cpu::dense_linear",

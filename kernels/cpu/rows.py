@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import gelu, hardswish, relu, relu6, silu
 
 # Rows are gone through in blocks of this many: oneDNN wants hundreds at a time, and temporaries of thousands leave the cache.
 BLOCK_ROWS = 512
@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
     "silu": silu,
     "relu": relu,
+    "relu6": relu6,
+    "hardswish": hardswish,
 }
 
 

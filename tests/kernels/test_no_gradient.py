@@ -16,7 +16,7 @@ SPECS = [
 
 
 def arguments() -> dict[OpOverload, tuple]:
-    """What follows x [5, K] in a call of each operator that has no gradient."""
+    """What follows x, [5, K] or of `SHAPES`, in a call of each operator that has no gradient."""
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
     sparse = sparse24.mask_by_magnitude(weight)
     values, meta = sparse24.pack(sparse)
@@ -29,6 +29,8 @@ def arguments() -> dict[OpOverload, tuple]:
     return {
         int8.LINEAR: (q, scale, None),
         int8.WEIGHT_ONLY: (q, scale, None),
+        int8.STATIC_CONV2D: (q[:, :, None, None], scale, None, [1, 1], [0, 0], [1, 1], 1, 0.04, 128),
+        int8.STATIC: (q, scale, None, 0.04, 128),
         int8.GROUPED: (torch.stack([q, q]), torch.stack([scale, scale]), offsets),
         **{int4.SCHEMES[bits].products[0].operator: (q, scale, None, None, 32) for bits, (q, scale) in low.items()},
         fp8.LINEAR: (q8, scale8, None),
@@ -40,11 +42,12 @@ def arguments() -> dict[OpOverload, tuple]:
 
 
 ARGUMENTS = arguments()
+SHAPES = {int8.STATIC_CONV2D: (2, K, 3, 3)}
 
 
 @pytest.mark.parametrize("op", ARGUMENTS, ids=str)
 def test_an_operator_runs_and_refuses_in_the_backward_pass(op):
-    x = torch.randn(5, K, requires_grad=True)
+    x = torch.randn(*SHAPES.get(op, (5, K)), requires_grad=True)
     out = op(x, *ARGUMENTS[op])
     assert torch.equal(out, op(x.detach(), *ARGUMENTS[op]))
     with pytest.raises(RuntimeError, match=f"{op.namespace}::{op._opname} has no gradient.*train the original model"):

@@ -33,8 +33,8 @@ def test_a_value_may_stand_in_quotes(mark):
     ("spec", "says"),
     [
         ("int9", "did you mean 'int8'"),
-        ("int8:mod=dynamic", "its options: mode"),
-        ("int8:only", "its options: mode, only"),
+        ("int8:mod=dynamic", "its options: mode, observer"),
+        ("int8:only", "its options: mode, observer, only"),
         ("int8:mode=fast", "one of dynamic, weight_only"),
         ("int8:mode", "has no option"),
         ("int8,int8:mode=weight_only", "given twice"),
