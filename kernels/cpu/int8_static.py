@@ -78,6 +78,9 @@ def static_conv2d(
         return torch.empty(shape, dtype=out, device=x.device, memory_format=torch.channels_last)
     q = x if x.dtype == torch.uint8 else to_levels(x, x_scale, x_zero)
     q = q.contiguous(memory_format=torch.channels_last)
+    if _pads_before(kernel, padding, x_zero):
+        q = torch.nn.functional.pad(q, (padding[1], padding[1], padding[0], padding[0]), value=x_zero)
+        padding = [0, 0]
     name, numbers, variant = POST_OPS[activation]
     packed = _packed(weight, scale, x_scale, x_zero, stride, padding, dilation, groups)
     given = (q, x_scale, x_zero, packed, scale, zero_point)
@@ -110,9 +113,15 @@ def pack_conv2d(
     dilation: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """int8 [N, C / groups, h, w] -> an opaque oneDNN tensor for `static_conv2d` with these arguments."""
+    padding = [0, 0] if _pads_before(qweight.shape[2:], padding, x_zero) else padding
     return torch.ops.onednn.qconv_prepack(
         qweight.contiguous(), scale, x_scale, x_zero, stride, padding, dilation, groups, None
     )
+
+
+def _pads_before(kernel: Sequence[int], padding: Sequence[int], x_zero: int) -> bool:
+    """Whether the border has to be written out: of a kernel of width 1 oneDNN 3.12 pads with other levels than the zero point."""
+    return x_zero != 0 and any(padding) and 1 in kernel
 
 
 def conv2d_shape(
