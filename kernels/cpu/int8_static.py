@@ -120,7 +120,7 @@ def pack_conv2d(
 
 
 def _pads_before(kernel: Sequence[int], padding: Sequence[int], x_zero: int) -> bool:
-    """Whether the border has to be written out: of a kernel of width 1 oneDNN 3.12 pads with other levels than the zero point."""
+    """Whether the border has to be written out: of a kernel of width 1 oneDNN 3.12 does not pad with the zero point."""
     return x_zero != 0 and any(padding) and 1 in kernel
 
 
