@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,12 +14,14 @@ import torch
 from torch import nn
 
 from fxc.artifact import companions, config_json, store
+from fxc.calibrate.journal import Saves, remove, saving
 from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Calibration, Compilation, Configuration, Step
 from fxc.compiled.model import CompiledModel, compiled_model
-from fxc.data.calibration import calibration_samples, digest
+from fxc.data.calibration import calibration_samples
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
+from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
 from fxc.lower.target import check_target
 from fxc.neutral import one_at_a_time
@@ -49,7 +53,10 @@ def optimize(
     """
     chosen = Options(passes, **options)
     chosen.check()
-    return compile_captured(capture_source(model, example_inputs, chosen), chosen, on_step=on_step)
+    made = compile_captured(capture_source(model, example_inputs, chosen), chosen, on_step=on_step)
+    if chosen.resume is not None:
+        remove(Path(chosen.resume))
+    return made
 
 
 @one_at_a_time
@@ -62,7 +69,8 @@ def compile_captured(
     say: Say = unsaid,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
-    come with calibration samples; say: tells what a pass is going to take."""
+    come with calibration samples; say: tells what a pass is going to take. What passes saved in `options.resume`
+    stays there."""
     before = captured.program
     context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
@@ -73,7 +81,8 @@ def compile_captured(
             context.samples = calibration_samples(
                 before, options.calib, folder=folder, config=captured.config, limit=most, window=length, track=track
             )
-        calibration = Calibration(len(context.samples), most, length, digest(context.samples))
+        digest = digest_of(each for sample in context.samples for each in sample)
+        calibration = Calibration(len(context.samples), most, length, digest)
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
@@ -81,7 +90,8 @@ def compile_captured(
         if on_step is not None:
             on_step(step, after)
 
-    program, steps = run_passes(before, context, options, watch)
+    with _saves(options) as context.saves:
+        program, steps = run_passes(before, context, options, watch)
     if captured.borrowed:
         own_constants(program, before)
     config, changes = described.config, described.changes()
@@ -112,6 +122,25 @@ def compile_captured(
         device=options.device,
         backend=options.backend,
     )
+
+
+@contextmanager
+def _saves(options: Options) -> Iterator[Saves | None]:
+    """Where passes that learn save what they do, while they run."""
+    if options.calib is None or (options.resume is None and options.calib_disk is None):
+        yield None
+    elif options.resume is not None:
+        with saving(Path(options.resume), in_memory=options.calib_disk is None) as saves:
+            yield saves
+    else:
+        folder = Path(options.calib_disk)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix="fxc-", dir=folder))
+        try:
+            with saving(own, in_memory=False) as saves:
+                yield saves
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
 
 
 class _Described:

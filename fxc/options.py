@@ -31,6 +31,9 @@ class Options:
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it. calib_samples: at most
     so many samples are read of it; calib_length: tokens in each, of texts.
+    calib_disk: a folder in which the samples' hidden states are kept, and not in memory, while layers are compressed one after
+    another. resume: a folder in which passes save what they have learned, and from which they go on, to the same bytes, where
+    an earlier call with the same model, passes and data was killed; the hidden states are there too. It goes at the end.
     tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
     one; of a folder or hub id its own is taken.
     dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
@@ -50,6 +53,8 @@ class Options:
     calib: Any = None
     calib_samples: int = LIMIT
     calib_length: int = WINDOW
+    calib_disk: str | Path | None = None
+    resume: str | Path | None = None
     tokenizer: Any = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device | None = None
@@ -68,7 +73,7 @@ class Options:
         object.__setattr__(self, "passes", tuple(parse_passes(self.passes)))
 
     def check(self) -> None:
-        """What can be found out before a model is loaded: that data, dtype, device, backend and dump_dir are there and can be
+        """What can be found out before a model is loaded: that data, dtype, device, backend and folders are there and can be
         used. Raises `UsageError` or `ResourceError`."""
         check_amount(self.calib_samples, self.calib_length)
         if self.calib is not None:
@@ -79,8 +84,9 @@ class Options:
         as_dtype(self.dtype)
         check_target(self.device, self.backend)
         check_data_is_given(self.passes, self.calib is not None)
-        if self.dump_dir is not None:
-            check_writable(Path(self.dump_dir) / "program")
+        for folder in (self.dump_dir, self.calib_disk, self.resume):
+            if folder is not None:
+                check_writable(Path(folder) / "program")
 
 
 class Keywords(TypedDict, total=False):
@@ -91,6 +97,8 @@ class Keywords(TypedDict, total=False):
     calib: Any
     calib_samples: int
     calib_length: int
+    calib_disk: str | Path | None
+    resume: str | Path | None
     tokenizer: Any
     dtype: str | torch.dtype
     device: str | torch.device | None

@@ -38,13 +38,13 @@ ALLOWED = {
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
     "fxc.captured": "errors neutral ir source frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress neutral ir data passes compilation pipeline artifact lower options captured export "
-    "compiled",
+    "fxc.compiler": "errors progress neutral ir data calibrate passes compilation pipeline artifact lower options captured "
+    "export compiled",
     "fxc.measure": "errors progress ir source data frontend passes verify compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
-    "fxc.cli": "errors safety ir source data passes compilation artifact options captured lower compiled recipe compiler "
-    "measure kernel_bench report fxc",
+    "fxc.cli": "errors safety ir source data calibrate passes compilation artifact options captured lower compiled recipe "
+    "compiler measure kernel_bench report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler",
 }

@@ -68,11 +68,15 @@ def _on_disk(folder: Path) -> Iterator[None]:
 
 
 def remove(folder: Path) -> None:
-    """Remove what runs saved in `folder`, and the folder where that was all."""
-    for each in folder.glob(f"*/{JOURNAL}"):
-        shutil.rmtree(each.parent)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove what runs saved in `folder`, and the folder where that was all. Raises `ResourceError` where another process is
+    saving there."""
+    if not folder.is_dir():
+        return
+    with locked(folder), _on_disk(folder):
+        for each in folder.glob(f"*/{JOURNAL}"):
+            shutil.rmtree(each.parent)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class Journal:
@@ -145,6 +149,11 @@ class Journal:
         self._append({"block": block, "states": [spill.entry for spill in spills]})
         for path, _ in old:
             path.unlink()
+
+    def finish(self) -> None:
+        """All stages are done, and hidden states are needed no more."""
+        if self.states():
+            self.keep_states(self.block, [])
 
     def _lines(self, key: str) -> list[dict[str, Any]]:
         """As many lines as are whole and follow each other, if the first is of this key."""

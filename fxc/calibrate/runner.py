@@ -148,6 +148,8 @@ def run(
             unit.statistics = []
         if journal:
             journal.save_stage(made, _pending(stages))
+    if journal:
+        journal.finish()
 
 
 def _flow(streams: list[tuple[Stream, fx.Node, Stream | None]], block: int, journal: Journal | None) -> None:
@@ -166,7 +168,7 @@ def _flow(streams: list[tuple[Stream, fx.Node, Stream | None]], block: int, jour
             if not journal.in_memory:
                 stream.from_disk(*journal.file(spill), in_memory=False)
         journal.keep_states(block, spills)
-    elif block == journal.block:
+    elif block == journal.block and journal.states():
         for (stream, *_), (path, offsets) in zip(streams, journal.states(), strict=True):
             stream.from_disk(path, offsets, journal.in_memory)
 

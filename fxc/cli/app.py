@@ -143,6 +143,13 @@ def compile_(
     calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
     calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
     calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    calib_disk: Annotated[
+        Path | None, typer.Option(help="Keep the hidden states of --calib's samples in this folder and not in memory.")
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(help="Go on where the same command was killed; with --no-resume nothing is saved to go on from."),
+    ] = None,
     eval_text: Annotated[
         Path | None, typer.Option(help="Measure perplexity on this text after every pass; else it is not measured.")
     ] = None,
@@ -182,14 +189,14 @@ def compile_(
 
     options = {
         "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
-        "calib_length": calib_length, "dtype": dtype, "device": device, "revision": revision,
+        "calib_length": calib_length, "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(
         model, given, out, recipe, eval_text, min_coverage, overwrite, tuple(print_after or ()), measure, tuple(drop or ()),
-        plan, report,
+        plan, report, resume,
     )  # fmt: skip
     with _output(as_json) as output:
         compile_model(request, output)

@@ -13,6 +13,7 @@ import torch
 
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
+from fxc.calibrate.journal import remove
 from fxc.captured import Captured, capture_source
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
@@ -37,7 +38,8 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """What `fxc compile` was told. options: those of `Options` that were given, which come before what the recipe says."""
+    """What `fxc compile` was told. options: those of `Options` that were given, which come before what the recipe says; resume:
+    whether passes go on from what a killed run saved; None: they save, and begin anew; False: nothing is saved."""
 
     model: str
     options: dict[str, Any]
@@ -51,6 +53,7 @@ class CompileRequest:
     drop: tuple[str, ...]
     plan: Path | None
     report: bool
+    resume: bool | None
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
@@ -71,6 +74,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     least = _least_bytes(source, ordered) if source is not None else 0
     check_target(out, source, replaceable if request.overwrite else None, least)
 
+    options = _with_saves(request.resume, options, out)
+
     with output.doing(f"capturing {request.model}"):
         captured = capture_source(request.model, options=options)
     if unused := captured.source.get("unused"):
@@ -79,7 +84,12 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     stages = Stages(captured)
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
         on_step = _on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered})
-        model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note)
+        try:
+            model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note)
+        except BaseException:
+            if options.resume and Path(options.resume).is_dir():
+                output.note("what passes have learned is saved: the same command with --resume goes on from there")
+            raise
     record = model.record
     if record.coverage < request.min_coverage:
         raise VerificationFailed(
@@ -92,6 +102,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         record.stages, record.perplexity = stages.measure(scored, options.device, output, request.measure)
     with output.doing(f"writing {out}", elsewhere=False):
         model.save(out, overwrite=request.overwrite, source=source)
+    if options.resume:
+        remove(options.resume)
 
     before, after = captured.program, model.program
     was = sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes
@@ -111,6 +123,20 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     output.line(f"written to {out}")
     output.line(outputs.how_to_run(model, out))
     output.json(compilation.as_json(record, str(out)))
+
+
+def _with_saves(resume: bool | None, options: Options, out: Path) -> Options:
+    """Where passes that learn save what they do: beside the output, or on the disk for hidden states."""
+    if resume is False:
+        return options
+    if options.calib is None:
+        if resume:
+            raise UsageError("no pass learns from data, and others begin anew", where="--resume", hint="leave it out")
+        return options
+    folder = Path(options.calib_disk or out.parent) / f".{out.name}.fxc-resume"
+    if not resume:
+        remove(folder)
+    return replace(options, resume=folder)
 
 
 def default_out(model: str, passes: Sequence[Pass]) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fxc.data.images import SUFFIXES, Images, images_in
@@ -89,16 +87,6 @@ def check_amount(limit: int, window: int) -> None:
     """Raises `UsageError` for a number of samples, or of tokens in a window, that is none."""
     if limit < 1 or window < 2:
         raise UsageError(f"{limit} samples of {window} tokens", hint="at least one sample, and windows of two tokens")
-
-
-def digest(samples: Iterable[Sequence[Tensor]]) -> str:
-    """SHA-256 of the samples: two runs with the same one learn from the same data."""
-    made = hashlib.sha256()
-    for sample in samples:
-        for tensor in sample:
-            made.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-            made.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return made.hexdigest()
 
 
 def check_data(data: Any) -> None:

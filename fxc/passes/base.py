@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fxc.calibrate.journal import Saves
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
@@ -103,8 +104,8 @@ class Context:
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which gates and data-driven policies use; draw: makes
     such inputs for a program from nothing; limit, tried: the gate's relative error of the outputs, where the user set one, and
-    its inputs; track: shows how far a pass has come with its samples; say: tells what it is going to take; original: the
-    program before the first pass; seed: of all that passes draw at random.
+    its inputs; track: shows how far a pass has come with its samples; say: tells what it is going to take; saves: where it
+    saves what it has done, to go on from; original: the program before the first pass; seed: of all that passes draw at random.
     """
 
     skip: tuple[str, ...] = ()
@@ -114,6 +115,7 @@ class Context:
     tried: list[list[Tensor]] = field(default_factory=list)
     track: Track = untracked
     say: Say = unsaid
+    saves: Saves | None = None
     original: Original | None = None
     seed: int = 0
 

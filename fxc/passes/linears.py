@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxc.calibrate import runner
+from fxc.calibrate.needs import Needs
 from fxc.calibrate.runner import Statistic
 from fxc.errors import InputRefused
 from fxc.ir.call import Call
@@ -25,6 +25,7 @@ from fxc.ir.names import is_ambiguous, layer_name, layer_of
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import packed_weight
+from fxc.passes.learning import learn
 from fxc.passes.patterns import patterns_in
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, product_of, products_for, scheme_of
@@ -142,29 +143,37 @@ class PackLinears(Pass):
         unreached: list[str] = []
         seen: set[str] = set()
 
-        def compress(layers: list[fx.Node], statistics: list[Statistic]) -> None:
+        def compress(layers: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
             [statistic] = statistics
+            made: dict[str, Any] = {"reached": statistic.rows > 0, "parts": {}, "errors": {}}
 
             def pack(name: str, weight: Tensor) -> Parts:
-                if not statistic.rows:
-                    unreached.append(name)
-                    return self._pack(weight)
-                parts, errors[name] = self.learned(weight, statistic)
-                return parts
+                if statistic.rows:
+                    made["parts"][name], made["errors"][name] = self.learned(weight, statistic)
+                else:
+                    made["parts"][name] = self._pack(weight)
+                return made["parts"][name]
 
+            put(layers, made, pack)
+            return made
+
+        def restore(layers: list[fx.Node], made: dict[str, Any]) -> None:
+            put(layers, made, lambda name, weight: made["parts"][name])
+
+        def put(layers: list[fx.Node], made: dict[str, Any], pack: Callable[[str, Tensor], Parts]) -> None:
             seen.update(node.name for node in layers)
             for node in layers:
-                if not statistic.rows and self._is_lost_without_data(node, result):
+                if not made["reached"] and self._is_lost_without_data(node, result):
                     continue
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
+            errors.update(made["errors"])
+            unreached.extend(name for name in made["parts"] if name not in made["errors"])
 
-        statistic, count = self.statistic(), len(context.samples)
         planned = {node.args[1].target: program.constants[node.args[1].target] for node in chosen}
-        result_bytes = sum(map(self._packed_bytes, planned.values()))
-        needs = runner.needs(program, chosen, context.samples, statistic, result_bytes)
-        context.say(f"{self} learns from {count} samples, with {needs}")
-        needs.check(str(self), self.lighter)
-        runner.run(program, chosen, context.samples, compress, statistic=statistic, track=context.track)
+        needs = learn(
+            self, program, chosen, context, compress, restore, statistic=self.statistic(),
+            result=sum(map(self._packed_bytes, planned.values())), lighter=self.lighter,
+        )  # fmt: skip
         for node in chosen:
             if node.name not in seen:
                 # It reads nothing but constants.
@@ -173,7 +182,7 @@ class PackLinears(Pass):
                 unreached.append(_name(node))
                 self._rewrite(program, node, packed, result, self._pack)
         if errors:
-            result.notes.append(learned_note(errors, count, needs, self.error_of))
+            result.notes.append(learned_note(errors, len(context.samples), needs, self.error_of))
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
 
@@ -283,7 +292,7 @@ class PackLinears(Pass):
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
 
 
-def learned_note(errors: dict[str, float], count: int, needs: runner.Needs, error_of: str = "outputs") -> str:
+def learned_note(errors: dict[str, float], count: int, needs: Needs, error_of: str = "outputs") -> str:
     """What a report says of layers that were learned from `count` samples. errors: of their `error_of`, shares of energy."""
     worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
     said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from fxc.calibrate import gradients, prune, runner
+from fxc.calibrate import gradients, prune
 from fxc.calibrate.masks import keep_share
+from fxc.calibrate.needs import Needs
 from fxc.calibrate.ranking import Ranking, relative
 from fxc.calibrate.runner import Statistic
 from fxc.errors import UsageError
@@ -34,6 +35,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
+from fxc.passes.learning import learn
 from fxc.passes.linears import learned_note
 
 
@@ -121,12 +123,18 @@ class Sparsify(FloatWeights):
         statistic, samples = prune.STATISTICS[self.criterion], context.samples
         ranking, errors, seen = Ranking(), {}, set()
 
-        def rank(nodes: list[fx.Node], statistics: list[Statistic]) -> None:
-            for fqn in dict.fromkeys(node.args[1].target for node in nodes):
+        def rank(nodes: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
+            fqns = list(dict.fromkeys(node.args[1].target for node in nodes))
+            for fqn in fqns:
                 for matrix, each in zip(_matrices(program.constants[fqn]), statistics, strict=True):
                     ranking.add(fqn, relative(prune.costs(self.criterion, matrix, each)))
+            return {"counts": {fqn: ranking.counts[fqn] for fqn in fqns}}
 
-        def compress(nodes: list[fx.Node], statistics: list[Statistic]) -> None:
+        def restore_rank(nodes: list[fx.Node], found: dict[str, Any]) -> None:
+            ranking.counts.update(found["counts"])
+
+        def compress(nodes: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
+            done: dict[str, Any] = {"weights": {}, "errors": {}}
             for fqn in dict.fromkeys(node.args[1].target for node in nodes):
                 weight, made = program.constants[fqn], []
                 for matrix, each in zip(_matrices(weight), statistics, strict=True):
@@ -136,15 +144,23 @@ class Sparsify(FloatWeights):
                         continue
                     found = prune.learned(self.criterion, matrix, each, sparsity=share)
                     made.append(found.weight.to(weight.dtype))
-                    errors[fqn] = max(found.error, errors.get(fqn, 0.0))
-                seen.add(fqn)
-                program.constants[fqn] = torch.stack(made).view(weight.shape)
+                    done["errors"][fqn] = max(found.error, done["errors"].get(fqn, 0.0))
+                done["weights"][fqn] = torch.stack(made).view(weight.shape)
+            restore(nodes, done)
+            return done
+
+        def restore(nodes: list[fx.Node], done: dict[str, Any]) -> None:
+            program.constants.update(done["weights"])
+            seen.update(done["weights"])
+            errors.update(done["errors"])
+
+        def run(*arguments: Any, what: str = "learns") -> Needs:
+            return learn(self, program, layers, context, *arguments, statistic=statistic, lighter="criterion=wanda", what=what)
 
         if self.scope == "global":
-            runner.run(program, layers, samples, rank, statistic=statistic, track=context.track)
+            run(rank, restore_rank, what="ranks")
         shares = ranking.shares(self.sparsity)
-        needs = runner.needs(program, layers, samples, statistic)
-        runner.run(program, layers, samples, compress, statistic=statistic, track=context.track)
+        needs = run(compress, restore)
         for fqn in chosen.keys() - seen:
             # What reads it reads nothing but constants.
             program.constants[fqn] = _without_smallest(fqn, program.constants[fqn], self.sparsity)
