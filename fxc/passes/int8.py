@@ -25,6 +25,7 @@ from fxc.calibrate.ranges import Observer, Range
 from fxc.calibrate.runner import Statistic
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
 from fxc.passes.linears import GROUPED, LINEAR, PackLinears, Parts
 from fxc.schemes import int8, int8_sparse24, sparse24
 
@@ -37,7 +38,7 @@ class Int8(PackLinears):
 
     mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them;
     "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
-    two-dimensional convolutions too.
+    two-dimensional convolutions too, with batch norms folded into them.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
     thousand, mse what loses least by rounding and cutting off together.
@@ -48,10 +49,13 @@ class Int8(PackLinears):
     observer: Observer = "mse"
 
     name: ClassVar[str] = "int8"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     scheme: ClassVar = int8.SCHEME
     error_of: ClassVar[str] = "inputs"
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return frozenset({CANONICAL, FLOAT_WEIGHTS, *([FOLDED_BATCH_NORM] if self.mode == "static" else [])})
 
     @property
     def layers(self) -> tuple[OpOverload, ...]:

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 SPATIAL = "it is a height or a width"
 
 
-def _pads(call: Call) -> bool:
+def pads(call: Call) -> bool:
     """Whether it adds zeros at the border."""
     padding = call["padding"]
     return padding == "same" or any(padding if isinstance(padding, (list, tuple)) else [0 if padding == "valid" else padding])
@@ -65,7 +65,7 @@ def _known(state: State, call: Call) -> Known | None:
     if known is not None:
         known = widened(uniform(known, [0, *range(2, rank)]), 1, groups * inner)
         constant, values = known.mask.reshape(groups, 1, inner), known.values.reshape(groups, 1, inner)
-        if _pads(call):
+        if pads(call):
             constant = constant & (values == 0)
         result = ~(reads.reshape(groups, -1, inner) & ~constant).any(2)
         sums = (sums.reshape(groups, -1, inner) * torch.where(constant, values, 0).double()).sum(2)
@@ -90,7 +90,7 @@ def _dead(site: Site, call: Call, known: Mapping[fx.Node, Known]) -> Dead:
     if not (mask & ~skipped & (values != 0)).any():
         return Dead((skipped | mask).all(0))
     kept = None
-    if _pads(call):
+    if pads(call):
         kept = "it reads constants and pads with zeros, so that they are not constant at the border"
     elif is_computed(call):
         kept = COMPUTED
