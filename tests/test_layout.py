@@ -22,7 +22,7 @@ ALLOWED = {
     "fxc.ir": "errors",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
-    "fxc.data": "errors safety progress ir",
+    "fxc.data": "errors safety progress ir schemes",
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors progress memory ir schemes artifact",

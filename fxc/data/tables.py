@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
-_EMBEDDING = torch.ops.aten.embedding.default
+from fxc.schemes.scheme import EMBEDDING, product_of
+
 # Operators that keep the values of integers.
 _KEEPING = frozenset({"view", "reshape", "unsqueeze", "expand", "clone", "contiguous", "slice", "select", "to", "_to_copy"})
 
@@ -18,8 +18,8 @@ def table_size(node: fx.Node) -> int | None:
     while waiting:
         current = waiting.pop()
         for user in current.users:
-            if user.target is _EMBEDDING and user.args[1] is current:
-                sizes.append(user.args[0].meta["val"].shape[0])
+            if current is _indices(user):
+                sizes.append(_rows(user))
             elif user.op == "call_function" and getattr(user.target, "__name__", "").partition(".")[0] in _KEEPING:
                 waiting.append(user)
     return min(sizes, default=None)
@@ -28,8 +28,20 @@ def table_size(node: fx.Node) -> int | None:
 def bound_of(node: fx.Node) -> int:
     """Below what to draw integers for `node`: the size of the smallest table that they index, also after shifts by a constant;
     2 where none is found."""
-    sizes = [user.args[0].meta["val"].shape[0] for user in _readers(node) if user.target is _EMBEDDING]
-    return min(sizes, default=2)
+    return min((_rows(user) for user in _readers(node) if _indices(user) is not None), default=2)
+
+
+def _indices(node: fx.Node) -> fx.Node | None:
+    """What a lookup, in a table of floats or a packed one, is given to look up; None for any other node."""
+    if node.target is EMBEDDING:
+        return node.args[1]
+    product = product_of(node.target)
+    return node.args[0] if product and product.layer is EMBEDDING else None
+
+
+def _rows(lookup: fx.Node) -> int:
+    """How many rows the table of a lookup has."""
+    return lookup.args[0 if lookup.target is EMBEDDING else 1].meta["val"].shape[0]
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -37,7 +49,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
         found.append(user)
-        passes_on = user.op == "call_function" and user.target is not _EMBEDDING and user.args[:1] == (node,)
+        passes_on = user.op == "call_function" and _indices(user) is None and user.args[:1] == (node,)
         value = user.meta.get("val")
         if passes_on and isinstance(value, Tensor) and value.dtype == node.meta["val"].dtype:
             found += _readers(user)

@@ -23,7 +23,7 @@ from fxc.ir.program import Program
 from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
 from fxc.lower.siblings import LayerChoice, Place, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24
-from fxc.schemes.scheme import Product, product_of
+from fxc.schemes.scheme import EMBEDDING, Product, product_of
 from fxc_kernels.cuda import dispatch, int4_linear
 from fxc_kernels.cuda.interleaved import interleave
 from fxc_kernels.cuda.sparse24_prepacked import prepack
@@ -224,10 +224,11 @@ def _prepacked(place: _Place, values: Tensor, meta: Tensor) -> tuple[fx.Node, fx
 
 
 def _unchanged(program: Program, known: set[str]) -> list[LayerChoice]:
-    """Which of fxc's operators still run by their own definition."""
+    """Which of fxc's operators still run by their own definition, where another would be faster: lookups gather rows."""
     report = []
     for node in program.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "namespace", "") == "fxc":
+        product = product_of(node.target)
+        if getattr(node.target, "namespace", "") == "fxc" and not (product and product.layer is EMBEDDING):
             name = next((layer_of(node, a.target) for a in node.args if getattr(a, "op", "") == "get_attr"), node.name)
             if name not in known:
                 known.add(name)

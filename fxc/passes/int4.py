@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from fxc.calibrate.levels import Levels
 from fxc.calibrate.quantize import STATISTICS, quantized
@@ -29,8 +30,8 @@ from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, arguments
-from fxc.passes.linears import PackLinears
-from fxc.schemes import int4
+from fxc.passes.tables import PackTables
+from fxc.schemes import int4, int8
 from fxc.schemes.scheme import Scheme, scheme_of
 
 # Bits -> the largest errors of outputs and of a layer. A layer moves by about a tenth, a fifth and two fifths; what wrongly
@@ -39,7 +40,7 @@ LIMITS = {4: (0.5, 0.3), 3: (0.7, 0.45), 2: (1.0, 0.75)}
 
 
 @dataclass(frozen=True)
-class Int4(PackLinears):
+class Int4(PackTables):
     """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
     bits: 4, or 3 or 2, which are stored as such.
@@ -53,6 +54,8 @@ class Int4(PackLinears):
     largest that does. symmetric: true keeps 0 in the middle of the range; false adds a zero point to each group, for weights
     that lie on one side. full_range: the number of largest magnitude in a symmetric group is the lowest of all sixteen levels,
     and the scale negative where it is positive; false keeps scales positive, for tools that need that.
+    embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row and to nearest, with a head that is tied
+    to one; int4 with group, symmetric and full_range, and 4 bits.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
@@ -96,6 +99,16 @@ class Int4(PackLinears):
 
     def options(self, columns: int) -> dict[str, Any]:
         return super().options(columns) | {"group": self._group(columns)}
+
+    def tied(self, scheme: Scheme) -> OpOverload:
+        return int8.WEIGHT_ONLY if scheme is int8.SCHEME else int4.LINEAR
+
+    def table_options(self, scheme: Scheme, columns: int) -> dict[str, Any]:
+        given = super().table_options(scheme, columns)
+        if scheme is int8.SCHEME:
+            return given
+        group = given["group"] if self.group == "auto" else self.group if columns % self.group == 0 else 0
+        return {"group": group, "symmetric": self.symmetric, "full_range": self.full_range}
 
     def _group(self, columns: int) -> int:
         """How many numbers share a scale in rows of `columns`."""

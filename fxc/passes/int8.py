@@ -26,14 +26,16 @@ from fxc.calibrate.runner import Statistic
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
-from fxc.passes.linears import GROUPED, LINEAR, PackLinears, Parts
-from fxc.schemes import int8, int8_sparse24, sparse24
+from fxc.passes.linears import GROUPED, LINEAR, Parts
+from fxc.passes.tables import PackTables
+from fxc.schemes import int4, int8, int8_sparse24, sparse24
+from fxc.schemes.scheme import Scheme
 
 LINEARS = (LINEAR, GROUPED, sparse24.LINEAR)
 
 
 @dataclass(frozen=True)
-class Int8(PackLinears):
+class Int8(PackTables):
     """Quantize the weights of linear layers, experts of mixtures included, to int8 with one scale for each output channel.
 
     mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them;
@@ -42,6 +44,8 @@ class Int8(PackLinears):
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
     thousand, mse what loses least by rounding and cutting off together.
+    embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, which
+    static reads as dynamic does; int4 in the largest groups that divide a row.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 
@@ -85,3 +89,8 @@ class Int8(PackLinears):
     def learned(self, weight: Tensor, statistic: Range) -> tuple[Parts, float]:
         scale, zero = statistic.scale_and_zero(self.observer)
         return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
+
+    def tied(self, scheme: Scheme) -> OpOverload:
+        if scheme is int4.SCHEME:
+            return int4.LINEAR
+        return int8.WEIGHT_ONLY if self.mode == "weight_only" else int8.LINEAR

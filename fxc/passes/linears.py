@@ -35,7 +35,7 @@ MIN_OUTPUTS = 16
 WORST = 3
 Parts = dict[str, Any]
 """The parts of a weight, tensors, and what else of a product's arguments was learned with them, numbers."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHAPES = {
     torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.view.default,
@@ -101,18 +101,23 @@ class PackLinears(Pass):
     def uses_data(self) -> bool:
         return self.statistic() is not None
 
+    def pack_tables(self, program: Program, context: Context, result: Result) -> tuple[set[str], set[fx.Node]]:
+        """Pack what is looked up, before the layers: the constants that it said something about, and the nodes that it made."""
+        return set(), set()
+
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
-        told: set[str | None] = set()
+        told: set[str | None]
+        told, done = self.pack_tables(program, context, result)
         chosen: list[fx.Node] = []
         for node in program.graph.nodes:
-            if node.target not in self.layers and packed_weight(node) is None:
+            if node in done or (node.target not in self.layers and packed_weight(node) is None):
                 continue
             fqn = _name(node)
             pattern = context.skips(fqn) if self.covers(fqn) else None
             if reason := f"skipped by the pattern {pattern}" if pattern else self._refusal(program, node):
                 weight = node.args[1].target if node.args[1].op == "get_attr" else None
-                nbytes = 0 if weight is None or weight in told else _nbytes(program.constants[weight])
+                nbytes = 0 if weight is None or weight in told else nbytes_of(program.constants[weight])
                 told.add(weight)
                 result.refusals.append(Refusal(fqn, reason, nbytes))
             else:
@@ -131,7 +136,7 @@ class PackLinears(Pass):
                 fqn = layer_name(name)
                 pattern = context.skips(fqn)
                 reason = f"skipped by the pattern {pattern}" if pattern else reason
-                result.refusals.append(Refusal(fqn, reason, _nbytes(tensor)))
+                result.refusals.append(Refusal(fqn, reason, nbytes_of(tensor)))
         return result
 
     def _learn(
@@ -190,7 +195,7 @@ class PackLinears(Pass):
         """Whether the product with it needs arguments that data alone tells; it is refused then."""
         if not product_of(self.operator(node.target)).learned:
             return False
-        nbytes = _nbytes(node.args[1].meta["val"])
+        nbytes = nbytes_of(node.args[1].meta["val"])
         result.refusals.append(Refusal(_name(node), "no sample reached it, so that nothing is known of what it reads", nbytes))
         return True
 
@@ -207,8 +212,8 @@ class PackLinears(Pass):
         weight = node.args[1].target
         if weight not in packed:
             # What is packed already was counted by the pass that packed it.
-            result.covered_bytes += 0 if scheme_of(node.target) else _nbytes(program.constants[weight])
-            packed[weight] = self._replace(program, weight, node, pack)
+            result.covered_bytes += 0 if scheme_of(node.target) else nbytes_of(program.constants[weight])
+            packed[weight] = self.add_parts(program, weight, _name(node), node, pack)
         parts = {part: read(program, each, node) if isinstance(each, str) else each for part, each in packed[weight].items()}
         operator = self.operator(node.target)
         columns = node.args[0].meta["val"].shape[-1]
@@ -220,7 +225,7 @@ class PackLinears(Pass):
     def _left_alone(self, program: Program, name: str, tensor: Tensor) -> str | None:
         """Why the constant `name`, which is no linear layer's weight, stays as it is; None for vectors, for what is not
         floating point, and for what is packed already."""
-        if tensor.dtype not in _FLOATS or tensor.ndim < 2:
+        if tensor.dtype not in FLOATS or tensor.ndim < 2:
             return None
         readers = list(users_of(program, name))
         while readers and readers[0].target in _SHAPES and readers[0].users:
@@ -241,7 +246,7 @@ class PackLinears(Pass):
         if weight.op != "get_attr":
             return "its weight is computed while the model runs"
         tensor = program.constants[weight.target]
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             return f"its weight is {tensor.dtype}"
         if tensor.numel() == 0:
             return "its weight is empty"
@@ -251,7 +256,7 @@ class PackLinears(Pass):
             return reason
         if (outputs := tensor.shape[0 if tensor.ndim == 4 else -2]) < MIN_OUTPUTS:
             return f"it has only {outputs} outputs: nothing to gain, and such heads and routers are sensitive"
-        if self._packed_bytes(tensor) >= _nbytes(tensor):
+        if self._packed_bytes(tensor) >= nbytes_of(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
@@ -262,7 +267,7 @@ class PackLinears(Pass):
 
     def _packed_bytes(self, weight: Tensor) -> int:
         matrix = weight.flatten(1) if weight.ndim == 4 else weight
-        return sum(map(_nbytes, self.scheme.planned(matrix, **self.options(matrix.shape[-1])).values()))
+        return sum(map(nbytes_of, self.scheme.planned(matrix, **self.options(matrix.shape[-1])).values()))
 
     def _pack(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.ndim < 4:
@@ -271,13 +276,14 @@ class PackLinears(Pass):
         parts = self.scheme.pack(weight.flatten(1), **self.options(weight[0].numel()))
         return parts | {self.scheme.numbers: parts[self.scheme.numbers].view(weight.shape)}
 
-    def _replace(self, program: Program, weight: str, before: fx.Node, pack: Callable[[Tensor], Parts]) -> Parts:
-        """Add the parts of the constant `weight`, which will go: part -> the name of its constant."""
+    def add_parts(
+        self, program: Program, weight: str, base: str, before: fx.Node, pack: Callable[[Tensor], Parts]
+    ) -> Parts:
+        """Add the parts of the constant `weight`, which will go, to the module `base`: part -> the name of its constant."""
         try:
             parts = pack(program.constants[weight])
         except InputRefused as error:
             raise InputRefused(error.what, where=error.where or weight, why=error.why, hint=error.hint) from None
-        base = _name(before)
         tensors = {part: tensor for part, tensor in parts.items() if isinstance(tensor, Tensor)}
         names = {part: self._free_name(program, weight, base, part) for part in tensors}
         for part, name in names.items():
@@ -310,5 +316,5 @@ def _name(node: fx.Node) -> str:
     return layer_of(node, weight.target) if weight.op == "get_attr" else node.meta.get("fqn") or str(node)
 
 
-def _nbytes(tensor: Tensor) -> int:
+def nbytes_of(tensor: Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()

@@ -37,14 +37,19 @@ class Layer:
 def kinds_of(program: Program) -> dict[str, str]:
     """FQN of each constant -> its kind: embedding, linear, int8 linear, scale, norm, bias, convolution, ..."""
     readers: defaultdict[str, set[str]] = defaultdict(set)
-    packed: dict[str, str] = {}
+    packed: defaultdict[str, set[str]] = defaultdict(set)
     for node in program.graph.nodes:
         for argument in node.all_input_nodes if node.op == "call_function" else ():
             if argument.op == "get_attr":
                 readers[argument.target].add(_kind_of_operator(node))
         for part, fqn in parts_of(node).items():
-            packed[fqn] = scheme_of(node.target).parts[part] or product_of(node.target).kind
-    return {fqn: packed.get(fqn) or _kind(program, fqn, readers[fqn]) for fqn in program.constants}
+            packed[fqn].add(scheme_of(node.target).parts[part] or product_of(node.target).kind)
+    return {f: _packed(packed[f]) if f in packed else _kind(program, f, readers[f]) for f in program.constants}
+
+
+def _packed(kinds: set[str]) -> str:
+    lookup = next((kind for kind in kinds if kind.endswith("embedding")), None)
+    return f"{lookup}, tied to a linear" if lookup and len(kinds) > 1 else min(kinds)
 
 
 def _kind_of_operator(node: fx.Node) -> str:

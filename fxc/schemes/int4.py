@@ -38,12 +38,14 @@ from torch import Tensor
 
 from fxc.errors import InputRefused
 from fxc.schemes.checks import check_weight
-from fxc.schemes.scheme import Product, Scheme, register
+from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
+from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
 from fxc_kernels.int4_linear import BITS, GROUPS, columns_of, dequantize, unit, unpack
 
 __all__ = ["BITS", "GROUPS", "LINEAR", "SCHEME", "SCHEMES", "dequantize", "pack", "quantize_weight", "unpack"]
 
 LINEAR = torch.ops.fxc.int4_weight_only_linear.default
+LOOKUP = torch.ops.fxc.int4_embedding.default
 
 # A group whose range is not above this counts as all zero: below it, 1/scale would overflow float32.
 ZERO_GROUP = 1e-30
@@ -131,11 +133,12 @@ def _dense(bits: int, qweight: Tensor, scale: Tensor, zero: Tensor | None) -> Te
 def _scheme(bits: int) -> Scheme:
     name = f"int{bits}"
     linear = getattr(torch.ops.fxc, f"{name}_weight_only_linear").default
+    lookup = (Product(LOOKUP, "int4_embedding", "int4 embedding", layer=EMBEDDING),) if bits == BITS else ()
     return Scheme(
         name=name,
         label=name,
         parts={"qweight": None, "scale": "scales", "zero": "zero points"},
-        products=(Product(linear, f"{name}_g{{group}}", f"{name} linear"),),
+        products=(Product(linear, f"{name}_g{{group}}", f"{name} linear"), *lookup),
         quantize=functools.partial(quantize_weight, bits=bits),
         dequantize=functools.partial(_dense, bits),
         options={"group": GROUPS, "symmetric": (True, False), "full_range": (True, False)},

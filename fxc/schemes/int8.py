@@ -5,13 +5,15 @@ from torch import Tensor
 
 from fxc.errors import InputRefused
 from fxc.schemes.ops import GROUPED_LINEAR
-from fxc.schemes.scheme import Product, Scheme, register
+from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
+from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
 from fxc_kernels import int8_static as _int8_static  # noqa: F401 - registers its operators
 from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
 
 LINEAR = torch.ops.fxc.int8_linear.default
 WEIGHT_ONLY = torch.ops.fxc.int8_weight_only_linear.default
 GROUPED = torch.ops.fxc.int8_grouped_linear.default
+LOOKUP = torch.ops.fxc.int8_embedding.default
 STATIC = torch.ops.fxc.int8_static_linear.default
 STATIC_CONV2D = torch.ops.fxc.int8_static_conv2d.default
 CONV2D = torch.ops.aten.conv2d.default
@@ -64,6 +66,7 @@ SCHEME = register(
             ),
             Product(WEIGHT_ONLY, "int8_weight_only", "int8 linear"),
             Product(GROUPED, "int8_grouped", "int8 experts", layer=GROUPED_LINEAR, activations=torch.int8),
+            Product(LOOKUP, "int8_embedding", "int8 embedding", layer=EMBEDDING),
         ),
         quantize=quantize_weight,
         dequantize=dequantize,

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from fxc.ir import names
 
 LINEAR = torch.ops.aten.linear.default
+EMBEDDING = torch.ops.aten.embedding.default
 
 
 def runs_anywhere(capability: int) -> None:
@@ -30,7 +31,8 @@ def any_number(**options: Any) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Product:
-    """One operator that multiplies by the weights of a format: `x`, the parts of the weight by their names, `bias` if any.
+    """One operator that multiplies by the weights of a format: `x`, the parts of the weight by their names, `bias` if any; or
+    that looks rows of them up: `indices`, the parts, and the `dtype` of what it returns.
 
     name: as measurements of kernels are kept by, its arguments in braces: "int8_weight_only", "int4_g{group}"; kind: what size
     tables call its weights; layer: the operator over float weights that it stands for; activations: what it rounds each row

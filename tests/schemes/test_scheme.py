@@ -6,7 +6,7 @@ from torch import nn
 
 from fxc.schemes.int8 import CONV2D
 from fxc.schemes.ops import GROUPED_LINEAR
-from fxc.schemes.scheme import SCHEMES, product_of, products_for, scheme_of
+from fxc.schemes.scheme import EMBEDDING, SCHEMES, product_of, products_for, scheme_of
 
 N, K = 24, 256
 EVERY = [(scheme, product) for scheme in SCHEMES.values() for product in scheme.products if product.layer is not CONV2D]
@@ -32,9 +32,14 @@ def test_an_operator_multiplies_by_what_its_scheme_dequantizes(scheme, product):
     assert dense.shape == (*lead, N, K) and torch.equal(dense, scheme.fake(weight().expand(*lead, N, K), **options))
     x = torch.randn(6, K, generator=torch.Generator().manual_seed(1))
     given = {"x": x, "bias": torch.ones(N), "offsets": torch.tensor([3, 6], dtype=torch.int32)}
-    given |= {**options, **product.learned, **parts}
+    indices = torch.tensor([[3, 0], [N - 1, 3]])
+    given |= {**options, **product.learned, **parts, "indices": indices, "dtype": torch.float32}
     names = [argument.name for argument in product.operator._schema.arguments]
     args = [given.get(name) for name in names]
+    if product.layer is EMBEDDING:
+        assert torch.equal(product.operator(*args), dense[indices])
+        assert product.operator(*args[:-1], torch.bfloat16).dtype == torch.bfloat16
+        return
     expected = nn.functional.linear(x, dense.reshape(-1, N, K)[0], torch.ones(N) if "bias" in names else None)
     assert (product.operator(*args) - expected).norm() < ROUNDED[product.activations] * expected.norm()
     assert product.arguments(args) == dict(zip(names, args))
