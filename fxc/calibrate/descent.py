@@ -87,7 +87,7 @@ def _settled(
     keep: Tensor | None,
     block: int,
 ) -> Tensor:
-    """One pass over the columns. scale, lowest: [N, K], of each number its scale and the lowest step that it can take."""
+    """One pass over the columns. scale, lowest: [N, K], of each number its scale and the step of level 0."""
     scale, lowest, steps = (each.t().contiguous() for each in (scale, lowest, steps))
     kept = None if keep is None else keep.t()
     made = steps * scale
@@ -99,7 +99,7 @@ def _settled(
         changes = made.new_empty(end - begin, rows)
         for j in range(begin, end):
             best = ((made[j] + slope[j] / curvature[j, j]) / scale[j]).round_()
-            best = torch.clamp(best, lowest[j], lowest[j] + levels.largest)
+            best = torch.clamp(best, lowest[j] + levels.least, lowest[j] + levels.largest)
             if kept is not None:
                 best = torch.where(kept[j], best, 0.0)
             changes[j - begin] = best * scale[j] - made[j]

@@ -29,8 +29,9 @@ def nearest_scales(weight: Tensor, levels: Levels) -> Scales:
     """(scale float32 [N, K / group], zero float32 or None) from the range of each group of `weight` [N, K].
 
     Symmetric: the number of largest magnitude, with its sign, over -2^(bits-1); without full range its magnitude over
-    2^(bits-1) - 0.5. Not symmetric: (hi - lo) / (2^bits - 1) with lo <= 0 <= hi, zero = round(-lo / scale). A group of zeros
-    has scale 1. Raises InputRefused when groups do not divide K, or for a weight that is no matrix of finite numbers.
+    2^(bits-1) - 0.5, of balanced levels over 2^(bits-1) - 1. Not symmetric: (hi - lo) / (2^bits - 1) with lo <= 0 <= hi,
+    zero = round(-lo / scale). A group of zeros has scale 1. Raises InputRefused when groups do not divide K, or for a weight
+    that is no matrix of finite numbers.
     """
     return _by_range(_grouped(checked(weight), levels), levels)
 
@@ -95,7 +96,7 @@ def _by_range(groups: Tensor, levels: Levels) -> Scales:
         return _between(lo, hi, levels)
     if levels.full_range:
         return levels.stored(_largest(groups) / -levels.middle), None
-    return levels.stored(groups.abs().amax(-1) / (levels.middle - 0.5)), None
+    return levels.stored(groups.abs().amax(-1) / (levels.middle - (1 if levels.balanced else 0.5))), None
 
 
 def _largest(groups: Tensor) -> Tensor:

@@ -87,6 +87,12 @@ class Hessian:
         self.mean.mul_(kept).addmm_(x.t(), x, alpha=new)
         self.rows += len(x)
 
+    def squares(self) -> Squares:
+        """E[x^2] alone of the same rows."""
+        found = Squares(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
+        found.rows, found.mean = self.rows, self.mean.diagonal() / 2
+        return found
+
     @property
     def dead(self) -> Tensor:
         """bool [K]: the channels that were zero in every row (all, where there was no row)."""

@@ -23,7 +23,8 @@ ZERO_GROUP = 1e-30
 
 @dataclass(frozen=True)
 class Levels:
-    """bits: 2, 3, 4 or 8; group: 32, 64, 128, or -1 for a whole row; kept: the dtype that scales are stored in.
+    """bits: 2, 3, 4 or 8; group: 32, 64, 128, or -1 for a whole row; kept: the dtype that scales are stored in; balanced:
+    as many levels below zero as above it, for symmetric levels without full range.
 
     Raises InputRefused for other bits and groups.
     """
@@ -33,12 +34,17 @@ class Levels:
     symmetric: bool = True
     full_range: bool = True
     kept: torch.dtype = torch.float32
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise InputRefused(f"weights of {self.bits} bits cannot be made", why=f"bits are {BITS}")
         if self.group not in GROUPS:
             raise InputRefused(f"groups of {self.group} cannot be made", why=f"groups are {GROUPS}, -1 for a whole row")
+
+    @property
+    def least(self) -> int:
+        return int(self.balanced)
 
     @property
     def largest(self) -> int:
@@ -62,8 +68,8 @@ class Levels:
         return torch.where(held.abs() <= ZERO_GROUP, 1.0, held)
 
     def codes(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """The nearest level of each of `values`, as a float32 number 0 .. largest; `scale` and `zero` broadcast."""
-        return (values / scale).round_().add_(self.middle if zero is None else zero).clamp_(0, self.largest)
+        """The nearest level of each of `values`, as a float32 number least .. largest; `scale` and `zero` broadcast."""
+        return (values / scale).round_().add_(self.middle if zero is None else zero).clamp_(self.least, self.largest)
 
     def values(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """What levels stand for, float32: `codes` undone; `scale` and `zero` broadcast."""

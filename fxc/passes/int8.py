@@ -18,11 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fxc.calibrate.levels import Levels
+from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.ranges import Observer, Range
 from fxc.calibrate.runner import Statistic
+from fxc.errors import UsageError
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
@@ -32,6 +36,7 @@ from fxc.schemes import int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import Scheme
 
 LINEARS = (LINEAR, GROUPED, sparse24.LINEAR)
+LEVELS = Levels(bits=8, group=-1, full_range=False, balanced=True)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Int8(PackTables):
     "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
     two-dimensional convolutions too, with batch norms folded into them.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
+    algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq and qronos, which int4
+    explains, with one scale for a row; an expert that fewer tokens reach than it has columns is packed by grid, or by rtn.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
     thousand, mse what loses least by rounding and cutting off together.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, which
@@ -51,11 +58,21 @@ class Int8(PackTables):
 
     mode: Literal["dynamic", "weight_only", "static"] = "dynamic"
     observer: Observer = "mse"
+    algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
 
     name: ClassVar[str] = "int8"
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     scheme: ClassVar = int8.SCHEME
-    error_of: ClassVar[str] = "inputs"
+    lighter: ClassVar = "algorithm=grid"
+
+    def __post_init__(self) -> None:
+        if self.mode == "static" and self.algorithm != "rtn":
+            hint = "mode=dynamic or weight_only, or algorithm=rtn"
+            raise UsageError(f"static layers are rounded to nearest, not by {self.algorithm}", where="int8", hint=hint)
+
+    @property
+    def error_of(self) -> str:
+        return "inputs" if self.mode == "static" else "outputs"
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -66,6 +83,8 @@ class Int8(PackTables):
         return (*LINEARS, int8.CONV2D) if self.mode == "static" else LINEARS
 
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
+        if node.target is sparse24.LINEAR and self.algorithm != "rtn":
+            return f"2:4 sparse weights are rounded to nearest, not by {self.algorithm}: use algorithm=rtn"
         if self.mode == "dynamic" or node.target not in (GROUPED, sparse24.LINEAR):
             return None
         which = "experts" if node.target is GROUPED else "2:4 sparse layers"
@@ -81,14 +100,19 @@ class Int8(PackTables):
         return {"dynamic": int8.LINEAR, "weight_only": int8.WEIGHT_ONLY, "static": int8.STATIC}[self.mode]
 
     def statistic(self) -> Callable[[int], Statistic] | None:
-        return Range if self.mode == "static" else None
+        return Range if self.mode == "static" else STATISTICS.get(self.algorithm)
 
     def needs_data(self) -> str | None:
-        return "mode=static is" if self.mode == "static" else None
+        if self.mode == "static":
+            return "mode=static is"
+        return f"algorithm={self.algorithm} is" if self.uses_data() else None
 
-    def learned(self, weight: Tensor, statistic: Range) -> tuple[Parts, float]:
-        scale, zero = statistic.scale_and_zero(self.observer)
-        return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[Parts, float]:
+        if self.mode == "static":
+            scale, zero = statistic.scale_and_zero(self.observer)
+            return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
+        made = quantized(self.algorithm, weight, statistic, LEVELS)
+        return {"qweight": (made.q.short() - LEVELS.middle).to(torch.int8), "scale": made.scale.squeeze(-1)}, made.error
 
     def tied(self, scheme: Scheme) -> OpOverload:
         if scheme is int4.SCHEME:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fxc.calibrate.hessian import Hessian
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.runner import Statistic
 from fxc.errors import InputRefused
@@ -146,17 +147,20 @@ class PackLinears(Pass):
         check_data_is_given([self], bool(context.samples))
         errors: dict[str, float] = {}
         unreached: list[str] = []
+        few: list[str] = []
         seen: set[str] = set()
 
         def compress(layers: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
-            [statistic] = statistics
-            made: dict[str, Any] = {"reached": statistic.rows > 0, "parts": {}, "errors": {}}
+            reached = any(each.rows for each in statistics)
+            made: dict[str, Any] = {"reached": reached, "parts": {}, "errors": {}, "few": []}
 
             def pack(name: str, weight: Tensor) -> Parts:
-                if statistic.rows:
-                    made["parts"][name], made["errors"][name] = self.learned(weight, statistic)
-                else:
+                if not reached:
                     made["parts"][name] = self._pack(weight)
+                elif weight.ndim == 3:
+                    made["parts"][name], made["errors"][name] = self._experts(name, weight, statistics, made["few"])
+                else:
+                    made["parts"][name], made["errors"][name] = self.learned(weight, statistics[0])
                 return made["parts"][name]
 
             put(layers, made, pack)
@@ -172,6 +176,7 @@ class PackLinears(Pass):
                     continue
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
             errors.update(made["errors"])
+            few.extend(made["few"])
             unreached.extend(name for name in made["parts"] if name not in made["errors"])
 
         planned = {node.args[1].target: program.constants[node.args[1].target] for node in chosen}
@@ -190,6 +195,28 @@ class PackLinears(Pass):
             result.notes.append(learned_note(errors, len(context.samples), needs, self.error_of))
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
+        if few:
+            result.notes.append(f"experts that fewer tokens reach than they have columns, by {self.lighter}: {', '.join(few)}")
+
+    def _experts(
+        self, name: str, weight: Tensor, statistics: list[Statistic], few: list[str]
+    ) -> tuple[dict[str, Tensor], float]:
+        """As `learned`, of the experts [E, N, K] one by one. few: takes the names of those that fewer rows reached than they
+        have columns: what a Hessian of so few makes is worse than rounding to nearest, so that the lighter option is used."""
+        made = []
+        for at, (one, statistic) in enumerate(zip(weight, statistics, strict=True)):
+            if not statistic.rows:
+                few.append(f"{name}[{at}] (none: as without data)")
+                made.append((self._pack(one), 0.0))
+            elif isinstance(statistic, Hessian) and statistic.rows < one.shape[-1]:
+                few.append(f"{name}[{at}] ({statistic.rows})")
+                option, _, value = self.lighter.partition("=")
+                made.append(replace(self, **{option: value}).learned(one, statistic.squares()))
+            else:
+                made.append(self.learned(one, statistic))
+        parts = {part: torch.stack([each[part] for each, _ in made]) for part in made[0][0]}
+        rows = [statistic.rows for statistic in statistics]
+        return parts, sum(error * count for (_, error), count in zip(made, rows)) / sum(rows)
 
     def _is_lost_without_data(self, node: fx.Node, result: Result) -> bool:
         """Whether the product with it needs arguments that data alone tells; it is refused then."""
