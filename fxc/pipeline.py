@@ -19,6 +19,9 @@ from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
 from fxc.verify.gates import Budget, judge
 
+# So many samples judge a pass that fits them.
+JUDGED = 4
+
 
 def run_passes(
     program: Program,
@@ -75,7 +78,8 @@ def run_passes(
             budget, layer_budget = options.budget, options.layer_budget
             own = step.limits
             limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
-            gates = judge(step, program, after, result, tried, limits, context)
+            judged = context.samples[:JUDGED] if step.fits_data() and context.samples else tried
+            gates = judge(step, program, after, result, judged, limits, context)
             done.gates, done.layer_errors = gates.outcome, gates.layers
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")

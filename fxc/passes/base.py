@@ -185,6 +185,10 @@ class Pass:
         """What the pass, with its options, cannot do without `Context.samples`, in words."""
         return None
 
+    def fits_data(self) -> bool:
+        """Whether what the pass makes is right only for inputs like `Context.samples`, so that it is judged on those."""
+        return False
+
     def may_change_nothing(self) -> bool:
         """Whether that nothing could be changed is an answer, and no fault of what was asked."""
         return False

@@ -102,6 +102,9 @@ class Int8(PackTables):
     def statistic(self) -> Callable[[int], Statistic] | None:
         return Range if self.mode == "static" else STATISTICS.get(self.algorithm)
 
+    def fits_data(self) -> bool:
+        return self.mode == "static"
+
     def needs_data(self) -> str | None:
         if self.mode == "static":
             return "mode=static is"

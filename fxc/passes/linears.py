@@ -124,6 +124,7 @@ class PackLinears(Pass):
             else:
                 chosen.append(node)
         packed: dict[str, Parts] = {}
+        weights = {node.args[1].target for node in chosen}
         if self.statistic() is not None and not program.is_on_meta:
             self._learn(program, chosen, context, packed, result)
         else:
@@ -133,7 +134,7 @@ class PackLinears(Pass):
                 self._rewrite(program, node, packed, result, self._pack)
         sweep(program)
         for name, tensor in program.constants.items():
-            if name not in told and (reason := self._left_alone(program, name, tensor)):
+            if name not in told | weights and (reason := self._left_alone(program, name, tensor)):
                 fqn = layer_name(name)
                 pattern = context.skips(fqn)
                 reason = f"skipped by the pattern {pattern}" if pattern else reason
