@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fxc.errors import UsageError
 from fxc.ir import edit
 from fxc.ir.check import check
-from fxc.ir.names import layer_of
+from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
 from fxc.lower.siblings import LayerChoice, Place, Siblings, find_siblings, module_name, relax_views, replace
@@ -60,6 +60,10 @@ def lower_cuda(
     device = torch.device(device)
     capability = capability or dispatch.capability_of(torch.empty(0, device=device))
     program = program.copy()
+    for node in program.graph.nodes:
+        # A head that is tied to a packed table shares its numbers on the device too.
+        if (product := product_of(node.target)) and product.layer is EMBEDDING:
+            program.constants |= {fqn: program.constants[fqn].to(device) for fqn in parts_of(node).values()}
     report = lower_layers(program, Chip(device, dispatch.chip_of(device), capability), compressed)
     fuse_norms(program)
     if backend == "eager":  # Inductor fuses these itself, with what is around them

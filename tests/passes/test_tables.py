@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import build
 from formats import normal
+from lowered import for_cuda
 from pass_text import program_of
 from torch import nn
 
@@ -175,3 +176,12 @@ return "out" %2'''
     assert first.run(program, Context()).changed == 2
     result = second.run(program, Context())
     assert result.changed == 0 and {r.reason for r in result.refusals} == {"already int4"}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lowered_for_cuda_the_lookup_stays_and_needs_no_kernel(spec):
+    program = made(spec).program
+    lowered, report = for_cuda(program)
+    assert {choice.fqn for choice in report} == {"tokens", "layer"} and all(choice.op != "unchanged" for choice in report)
+    expected = program.module()(IDS)[0]
+    assert (lowered(IDS)[0] - expected).norm() < 1e-5 * expected.norm()
