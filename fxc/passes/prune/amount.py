@@ -180,8 +180,8 @@ class Judge:
     ):
         copy, names = with_masks(program, groups)
         self._module = copy.module()
-        constants = self._module.get_submodule("constants")
-        self._masks = {g: getattr(constants, name) for g, name in names.items()}
+        # The module reads these very tensors.
+        self._masks = {g: copy.constants[name] for g, name in names.items()}
         self._mask_input = next((i for i, d in enumerate(program.signature.inputs) if d.name == "attention_mask"), None)
         self._outputs = judged_outputs(program)
         self._by_loss, self._limit = by_loss, math.inf if limit is None else limit

@@ -135,7 +135,8 @@ def mask_gradients(
     the loss, where it draws a direction."""
     masked, masks = with_masks(program, groups)
     module = masked.module()
-    parameters = {g: getattr(module.get_submodule("constants"), name) for g, name in masks.items()}
+    # The module reads these very tensors.
+    parameters = {g: masked.constants[name] for g, name in masks.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     found: dict[Group, list[Tensor]] = {g: [] for g in groups}
