@@ -72,10 +72,11 @@ class Configuration:
 
 @dataclass
 class Calibration:
-    """What passes learned from: so many samples, at most `most` of which were asked for, of texts each `length` tokens long or
-    shorter; sha256: of all their tensors, the same for the same data."""
+    """What passes learned from: so many samples, and how many more they were judged on; at most `most` were asked for, of texts
+    each `length` tokens long or shorter; sha256: of all their tensors, the same for the same data."""
 
     samples: int
+    held_out: int
     most: int
     length: int
     sha256: str

@@ -18,7 +18,7 @@ from fxc.calibrate.journal import Saves, remove, saving
 from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Calibration, Compilation, Configuration, Step
 from fxc.compiled.model import CompiledModel, compiled_model
-from fxc.data.calibration import calibration_samples
+from fxc.data.calibration import calibration_samples, held_out
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.digest import digest_of
@@ -82,7 +82,8 @@ def compile_captured(
                 before, options.calib, folder=folder, config=captured.config, limit=most, window=length, track=track
             )
         digest = digest_of(each for sample in context.samples for each in sample)
-        calibration = Calibration(len(context.samples), most, length, digest)
+        context.samples, context.held_out = held_out(context.samples)
+        calibration = Calibration(len(context.samples), len(context.held_out), most, length, digest)
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:

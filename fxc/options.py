@@ -29,8 +29,8 @@ class Options:
     skip: a pattern of module names to leave alone, with all that is in them, or several: globs or "re:...". One that matches
     nothing is a `UsageError`; the report's "skipped" says what each was applied to.
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
-    of what one call takes (see `fxc.data.calibration.calibration_samples`); the gates do not use it. calib_samples: at most
-    so many samples are read of it; calib_length: tokens in each, of texts.
+    of what one call takes (see `fxc.data.calibration.calibration_samples`). calib_samples: at most so many samples are
+    read of it; every eighth passes do not see, and gates judge them by it. calib_length: tokens in each, of texts.
     calib_disk: a folder in which the samples' hidden states are kept, and not in memory, while layers are compressed one after
     another. resume: a folder in which passes save what they have learned, and from which they go on, to the same bytes, where
     an earlier call with the same model, passes and data was killed; the hidden states are there too. It goes at the end.

@@ -85,7 +85,9 @@ def run_passes(
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
         tried = [result.interface.inputs(program, inputs) for inputs in tried]
         # A copy: a caller's context is not changed.
-        context = replace(context, samples=[result.interface.inputs(program, inputs) for inputs in context.samples])
+        given = {"samples": context.samples, "held_out": context.held_out}
+        given = {name: [result.interface.inputs(program, inputs) for inputs in some] for name, some in given.items()}
+        context = replace(context, **given)
         original = replace(original, interface=original.interface.then(result.interface))
         program = after
         steps.append(done)

@@ -65,16 +65,18 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     _check_print_after(request.print_after, ordered)
     text = read_text(request.eval_text, "--eval-text") if request.eval_text else None
     options.check()
-    if options.calib and not any(each.uses_data() for each in ordered):
-        output.warn(f"--calib {options.calib}: no pass of this recipe uses calibration data, so it changes nothing")
-        options = replace(options, calib=None)
+    learns = any(each.uses_data() for each in ordered)
+    if options.calib and not learns:
+        left = "only the gates read it" if options.verify else "it changes nothing"
+        output.warn(f"--calib {options.calib}: no pass of this recipe uses calibration data, so {left}")
+        options = options if options.verify else replace(options, calib=None)
     local = kind_of(request.model) in ("folder", "artifact")
     source = Path(request.model).expanduser() if local else None
     out = request.out or default_out(request.model, wanted)
     least = _least_bytes(source, ordered) if source is not None else 0
     check_target(out, source, replaceable if request.overwrite else None, least)
 
-    options = _with_saves(request.resume, options, out)
+    options = _with_saves(request.resume, options, out, learns)
 
     with output.doing(f"capturing {request.model}"):
         captured = capture_source(request.model, options=options)
@@ -125,11 +127,11 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     output.json(compilation.as_json(record, str(out)))
 
 
-def _with_saves(resume: bool | None, options: Options, out: Path) -> Options:
+def _with_saves(resume: bool | None, options: Options, out: Path, learns: bool) -> Options:
     """Where passes that learn save what they do: beside the output, or on the disk for hidden states."""
     if resume is False:
         return options
-    if options.calib is None:
+    if options.calib is None or not learns:
         if resume:
             raise UsageError("no pass learns from data, and others begin anew", where="--resume", hint="leave it out")
         return options

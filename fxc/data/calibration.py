@@ -20,6 +20,8 @@ from fxc.progress import Track, untracked
 
 LIMIT = 64
 WINDOW = 128
+EVERY = 8
+HELD_OUT = 16
 
 _NOT_TEXT = {
     ".json": "write one JSON object on each line of a .jsonl file",
@@ -87,6 +89,12 @@ def check_amount(limit: int, window: int) -> None:
     """Raises `UsageError` for a number of samples, or of tokens in a window, that is none."""
     if limit < 1 or window < 2:
         raise UsageError(f"{limit} samples of {window} tokens", hint="at least one sample, and windows of two tokens")
+
+
+def held_out(samples: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """The samples to learn from, and those to judge by: of eight or more every eighth, and of many `HELD_OUT` from all over."""
+    step = max(EVERY, -(-len(samples) // HELD_OUT))
+    return [s for at, s in enumerate(samples, 1) if at % step], [s for at, s in enumerate(samples, 1) if not at % step]
 
 
 def check_data(data: Any) -> None:

@@ -50,7 +50,7 @@ def judge(
     context: Context | None = None,
 ) -> Gates:
     """Check what `step` made of `before`. samples: inputs, those of the sizes of capture first; other sizes that `before`
-    itself refuses are left out; context: what the pass was given.
+    itself refuses are left out; context: what the pass was given, with samples that it was not.
 
     Raises `VerificationFailed` naming the pass, the gate and the node or layer.
     """
@@ -71,6 +71,8 @@ def judge(
         gates.outcome["meaning"] = "ok: nothing changed"
     elif step.is_policy:
         _within_budget(step, before, after, samples, budget, gates)
+        if context is not None and context.held_out:
+            gates.outcome["held_out"] = _on_held_out(step, before, after, context.held_out, budget)
     else:
         gates.outcome["meaning"] = _unchanged(step, before, after, samples, result.interface, context or Context())
     return gates
@@ -212,6 +214,27 @@ def _within_budget(
         if gates.layers
         else "not measured: no layer has a finite value to compare"
     )
+
+
+def _on_held_out(step: Pass, before: Program, after: Program, samples: list[list[Tensor]], budget: Budget) -> str:
+    """The same limits, on real data that the pass has not seen: all samples together, and of each layer the worst of them."""
+    total = _compared(step, before, after, samples).total
+    layers: dict[str, float] = {}
+    for inputs in samples:
+        for name, error in layer_errors(before, after, inputs, step.name).items():
+            layers[name] = max(error, layers.get(name, 0.0))
+    layer, most = max(layers.items(), key=lambda item: item[1], default=("", 0.0))
+    where = f"on {len(samples)} sample{'s' * (len(samples) != 1)} of the calibration data that it has not seen"
+    if total.error > budget.outputs:
+        what = f"{where} the outputs differ by {total.error:.3f}, the budget is {budget.outputs}; most in it: {most:.3f}"
+        raise _fail(step, "held_out", what, layer, program=after)
+    if most > budget.layer:
+        what = f"{where} it alone differs by {most:.3f}, the budget of a layer is {budget.layer}"
+        raise _fail(step, "held_out", what, layer, program=after)
+    if total.finite == total.integers:
+        return f"not measured: no output has a finite floating-point number {where}"
+    said = f"the largest error of {len(layers)} layers {most:.2e}, {_within(budget.layer)}" if layers else "no layer to compare"
+    return f"ok: {where} outputs differ by {total.error:.2e} of their size, {_within(budget.outputs)}; {said}"
 
 
 def _unchanged(

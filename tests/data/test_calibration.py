@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import fxc
 from fxc.cli.app import app
-from fxc.data.calibration import check_data
+from fxc.data.calibration import check_data, held_out
 from fxc.errors import UsageError
 from fxc.passes.base import Pass, Result
 
@@ -89,6 +89,14 @@ def test_the_command_line_reads_the_data_where_a_pass_uses_it(learner, folder, t
         assert said.startswith("error[FXC-E2]") and not (tmp_path / "c").exists()
 
 
+def test_every_eighth_sample_is_kept_from_passes_and_few_of_many():
+    assert held_out([[n] for n in range(7)]) == ([[n] for n in range(7)], [])
+    seen, kept = held_out([[n] for n in range(20)])
+    assert kept == [[7], [15]] and sorted(seen + kept) == [[n] for n in range(20)]
+    seen, kept = held_out([[n] for n in range(512)])
+    assert len(kept) == 16 and len(seen) == 496
+
+
 def test_the_report_says_what_was_learned_from(learner):
     model, inputs = build("mlp")
     data = [torch.randn(2, 40) for _ in range(3)]
@@ -96,6 +104,6 @@ def test_the_report_says_what_was_learned_from(learner):
     def told(given):
         return fxc.optimize(model, inputs, "learner", calib=given, calib_samples=2, verify=False).report["calibration"]
 
-    assert told(data) | {"sha256": None} == {"samples": 2, "most": 2, "length": 128, "sha256": None}
+    assert told(data) | {"sha256": None} == {"samples": 2, "held_out": 0, "most": 2, "length": 128, "sha256": None}
     assert told(data)["sha256"] == told(data)["sha256"] != told(data[1:])["sha256"]
     assert "calibration" not in fxc.optimize(model, inputs, "learner", verify=False).report

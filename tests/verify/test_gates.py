@@ -325,3 +325,41 @@ def test_complex_numbers_are_promoted_too():
     (found,), (expected,) = run(wide, inputs), run(program, [inputs[0].float()])
     assert found.dtype == torch.float64 and relative_error([found], [expected]) < 1e-5
     assert "in float64" in gates(program, "canonicalize")["meaning"]
+
+
+def drifting(after: float):
+    """A policy that doubles what its layer gives beyond `after`, which made-up inputs never reach."""
+
+    def edit(program: Program) -> None:
+        [layer] = [node for node in program.graph.nodes if node.target is aten.linear.default]
+        users = list(layer.users)
+        over = insert(program, aten.threshold.default, (layer, after, 0.0), before=users[0], by="edit", fqn="0")
+        total = insert(program, aten.add.Tensor, (layer, over), before=users[0], by="edit", fqn="0")
+        total.meta["replaces"] = layer.name
+        for user in users:
+            user.replace_input_with(layer, total)
+
+    return edit
+
+
+def test_policies_are_judged_on_data_that_they_have_not_seen():
+    @dataclass(frozen=True)
+    class Drift(Edit):
+        name: ClassVar[str] = "edit"
+        is_policy: ClassVar[bool] = True
+        shrinks: ClassVar[bool] = False
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    step = Drift(how=drifting(100.0))
+    near = [[torch.randn(3, 8)] for _ in range(2)]
+    far = [[1e4 * torch.randn(3, 8)]]
+
+    def passed(context):
+        program = fxc.capture(model, (torch.randn(3, 8),))
+        return run_passes(program, context, Options([step]))[1][-1].gates
+
+    assert "held_out" not in passed(Context(samples=near))
+    assert passed(Context(samples=far, held_out=near))["held_out"].startswith("ok: on 2 samples of the calibration data that ")
+    with pytest.raises(VerificationFailed, match=r"'held_out': on 3 samples.*differ") as caught:
+        passed(Context(samples=near, held_out=near + far))
+    assert caught.value.exit_code == 5
