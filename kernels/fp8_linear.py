@@ -1,13 +1,15 @@
-"""The fp8 linear ops: ``fxc::fp8_linear`` and ``fxc::fp8_weight_only_linear``.
+"""The fp8 linear ops: ``fxc::fp8_linear``, ``fxc::fp8_static_linear`` and ``fxc::fp8_weight_only_linear``.
 
-The plain torch functions ``fp8_linear_reference`` and ``fp8_weight_only_linear_reference`` are the meaning of the ops:
-every kernel and every lowering is judged against them. Weights are e4m3 (4 bits of exponent, 3 of mantissa, no
+The plain torch functions of these names, with ``_reference`` where an op has kernels, are the meaning of the ops: every kernel
+and every lowering is judged against them. Weights are e4m3 (4 bits of exponent, 3 of mantissa, no
 infinities, at most 448), one float32 scale per row.
 
 ``fp8_linear`` quantizes each row (token) of x by itself when it runs:
 
     s = amax(|row|) / 448      q = e4m3(clamp(row * (1 / s), -448, 448))      row ~= s * q
     y[n] = s * scale[n] * sum_k q[k] * w[n, k] + bias[n]
+
+``fp8_static_linear`` does the same with one s for all of x, x_scale, that was learned from data.
 """
 
 import torch
@@ -85,6 +87,30 @@ def fp8_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -
 def fp8_weight_only_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """See `fp8_weight_only_linear_reference`."""
     return fp8_weight_only_linear_reference(x, qweight, scale, bias)
+
+
+@operator("fxc::fp8_static_linear")
+def fp8_static_linear(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: float) -> Tensor:
+    """Linear layer on fp8 weights, all activations quantized by one scale, by the module's formula.
+
+    Shapes, dtypes and errors as in ``fp8_linear_reference``, and ValueError for a scale that is not positive and finite.
+    """
+    check(x, qweight, scale, bias, FP8)
+    _check_scale(x_scale)
+    q = round_to_fp8(x.float() * (1 / x_scale))
+    out = torch.nn.functional.linear(q.float(), qweight.float()) * (scale * x_scale)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def _check_scale(x_scale: float) -> None:
+    if not 0 < x_scale < float("inf"):
+        raise ValueError(f"x_scale has to be positive and finite: {x_scale}")
+
+
+@fp8_static_linear.register_fake
+def _(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: float) -> Tensor:
+    _check_scale(x_scale)
+    return _fake(x, qweight, scale, bias)
 
 
 def _fake(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

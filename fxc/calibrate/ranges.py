@@ -7,6 +7,7 @@ lies outside, so that the result does not depend on the order of samples; the sm
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -45,6 +46,11 @@ class Range:
     def high(self) -> float:
         return self.ends[1].item()
 
+    @property
+    def middles(self) -> Tensor:
+        """Of the bins, float64."""
+        return (torch.arange(-HALF, HALF, dtype=torch.float64, device=self.counts.device) + 0.5) * self.width
+
     def add(self, inputs: Tensor) -> None:
         """Count `inputs` in, of any shape. Raises InputRefused for NaN and Inf, and for integers."""
         if not inputs.is_floating_point():
@@ -80,7 +86,7 @@ class Range:
         ten thousand, cut off half on either side, mse those where rounding and cutting off together lose least."""
         if observer == "minmax" or not self.width:
             return self.low, self.high
-        middles = (torch.arange(-HALF, HALF, dtype=torch.float64, device=self.counts.device) + 0.5) * self.width
+        middles = self.middles
         if observer == "percentile":
             below = self.counts.cumsum(0) / self.counts.sum()
             low = middles[int((below <= (1 - SHARE) / 2).sum())].item()
@@ -104,11 +110,23 @@ class Range:
             return 1.0, 0
         return scale, min(max(round(-low / scale), 0), LEVELS - 1)
 
+    def float_scale(self, largest: float) -> float:
+        """The scale, a number of float32, that puts the largest magnitude at `largest`; 1 where all was zero."""
+        scale = torch.tensor(max(-self.low, self.high) / largest, dtype=torch.float32).item()
+        return scale if scale >= torch.finfo(torch.float32).tiny else 1.0
+
+    def error_of(self, rounded: Callable[[Tensor], Tensor]) -> float:
+        """What `rounded` loses of the numbers, taken for the middles of their bins, a share of their energy."""
+        if not self.width:
+            return 0.0
+        lost = (self.counts * (self.middles - rounded(self.middles)).square()).sum()
+        return (lost / (self.counts * self.middles.square()).sum()).item()
+
     def error(self, scale: float, zero: int) -> float:
         """What the levels lose of the numbers, a share of their energy: 0 where all were zero."""
         if not self.width:
             return 0.0
-        middles = (torch.arange(-HALF, HALF, dtype=torch.float64, device=self.counts.device) + 0.5) * self.width
+        middles = self.middles
         kept = middles.clamp(-zero * scale, (LEVELS - 1 - zero) * scale)
         inside = self.counts.sum() - self.zeros
         lost = (self.counts * (middles - kept).square()).sum() + inside * scale * scale / 12

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import Product, Scheme, register
-from fxc_kernels.fp8_linear import FP8, FP8_CAPABILITY, dequantize, round_to_fp8, row_scales
+from fxc_kernels.fp8_linear import FP8, FP8_CAPABILITY, FP8_MAX, dequantize, round_to_fp8, row_scales
 
-__all__ = ["LINEAR", "SCHEME", "WEIGHT_ONLY", "dequantize", "pack", "quantize_weight", "unpack"]
+__all__ = ["FP8_MAX", "LINEAR", "SCHEME", "STATIC", "WEIGHT_ONLY", "dequantize", "pack", "quantize_weight", "unpack"]
 
 LINEAR = torch.ops.fxc.fp8_linear.default
+STATIC = torch.ops.fxc.fp8_static_linear.default
 WEIGHT_ONLY = torch.ops.fxc.fp8_weight_only_linear.default
 
 
@@ -71,6 +72,8 @@ SCHEME = register(
                 why_not=_why_not,
                 instead="compile with fp8:mode=weight_only, which runs on any chip, or with int8",
             ),
+            # By its definition everywhere, so that any chip runs it.
+            Product(STATIC, "fp8_static", "fp8 linear", activations=FP8, learned={"x_scale": 0.0125}),
             Product(WEIGHT_ONLY, "fp8_weight_only", "fp8 linear"),
         ),
         quantize=quantize_weight,

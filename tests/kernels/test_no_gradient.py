@@ -35,6 +35,7 @@ def arguments() -> dict[OpOverload, tuple]:
         **{int4.SCHEMES[bits].products[0].operator: (q, scale, None, None, 32) for bits, (q, scale) in low.items()},
         fp8.LINEAR: (q8, scale8, None),
         fp8.WEIGHT_ONLY: (q8, scale8, None),
+        fp8.STATIC: (q8, scale8, None, 0.0125),
         sparse24.LINEAR: (values, meta, None),
         int8_sparse24.LINEAR: (sparse_q, meta, sparse_scale, None),
         ops.GROUPED_MM: (experts.transpose(1, 2), offsets),

@@ -34,7 +34,7 @@ def test_a_value_may_stand_in_quotes(mark):
     [
         ("int9", "did you mean 'int8'"),
         ("int8:mod=dynamic", "its options: mode, observer"),
-        ("int8:only", "its options: mode, observer, only"),
+        ("int8:only", "its options: mode, observer, algorithm, only"),
         ("int8:mode=fast", "one of dynamic, weight_only"),
         ("int8:mode", "has no option"),
         ("int8,int8:mode=weight_only", "given twice"),
