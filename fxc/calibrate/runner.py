@@ -225,7 +225,9 @@ def _widths(program: Program, unit: _Unit) -> list[int]:
     """How many channels its layers read, once, or once for each expert."""
     layer = unit.layers[0]
     weight = program.constants[layer.args[1].target]
-    return [weight.shape[-1]] * (len(weight) if layer.target is GROUPED_LINEAR else 1)
+    # A weight that is packed as 2:4 has fewer columns than its layer reads.
+    width = layer.args[0].meta["val"].shape[-1] if weight.ndim == 2 else weight.shape[-1]
+    return [width] * (len(weight) if layer.target is GROUPED_LINEAR else 1)
 
 
 def _reads_both(statistic: Callable[[int], Statistic]) -> bool:

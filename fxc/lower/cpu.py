@@ -11,18 +11,18 @@ from torch import fx
 from fxc.errors import UsageError
 from fxc.ir import edit
 from fxc.ir.check import check
-from fxc.ir.names import layer_name, layer_of
+from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.lower import choose, static
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
 from fxc.lower.choose import Choice
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
-from fxc.schemes import int8, int8_sparse24
+from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
+from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
 from fxc_kernels.cpu import ops
 from fxc_kernels.cpu.packed_linear import pack_bfloat16
-from fxc_kernels.sparse24_linear import unpack as unpack_sparse24
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
@@ -53,7 +53,7 @@ def lower_cpu(
         raise UsageError("a program without weights cannot run", where="lowering")
     bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     program = program.copy()
-    expanded = sparse_int8_as_dense(program)
+    expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)
     if bf16 and backend == "inductor":
         attention_in_bfloat16(program)
     report = lower_layers(program, backend, measure or _measured(backend), expanded)
@@ -67,22 +67,6 @@ def lower_cpu(
     edit.sweep(program)
     check(program, lowered=True)
     return program, report
-
-
-def sparse_int8_as_dense(program: Program) -> set[str]:
-    """2:4 sparse int8 layers become int8 ones, with their zeros: the product is the same, and fast here. Returns which."""
-    made: dict[str, fx.Node] = {}
-    layers = set()
-    for node in program.graph.find_nodes(op="call_function", target=int8_sparse24.LINEAR):
-        x, values, meta, scale, bias = node.args
-        layers.add(layer_of(node, values.target))
-        if values.target not in made:
-            dense = unpack_sparse24(program.constants[values.target], program.constants[meta.target])
-            fqn = edit.free_name(program, f"{values.target}_dense")
-            made[values.target] = edit.constant(program, fqn, dense, node)
-        edit.call(program, int8.LINEAR, (x, made[values.target], scale, bias), replacing=node, by="lower")
-    edit.sweep(program)
-    return layers
 
 
 def attention_in_bfloat16(program: Program) -> None:

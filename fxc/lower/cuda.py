@@ -7,6 +7,7 @@ kernel runs in, is read from the table that was measured on the chip (`fxc_kerne
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
 from fxc.lower.siblings import LayerChoice, Place, Siblings, find_siblings, module_name, relax_views, replace
+from fxc.lower.sparse_as_dense import sparse_int4_as_dense
 from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import EMBEDDING, Product, product_of
 from fxc_kernels.cuda import dispatch, int4_linear
@@ -64,7 +66,10 @@ def lower_cuda(
         # A head that is tied to a packed table shares its numbers on the device too.
         if (product := product_of(node.target)) and product.layer is EMBEDDING:
             program.constants |= {fqn: program.constants[fqn].to(device) for fqn in parts_of(node).values()}
+    expanded = sparse_int4_as_dense(program)
     report = lower_layers(program, Chip(device, dispatch.chip_of(device), capability), compressed)
+    sparse = "; 2:4 sparse as dense int4: no kernel of its own"
+    report = [dataclasses.replace(each, reason=each.reason + sparse) if each.fqn in expanded else each for each in report]
     fuse_norms(program)
     if backend == "eager":  # Inductor fuses these itself, with what is around them
         fuse_float_norms(program)

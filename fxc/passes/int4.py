@@ -29,9 +29,10 @@ from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, arguments
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, arguments
+from fxc.passes.linears import GROUPED, LINEAR
 from fxc.passes.tables import PackTables
-from fxc.schemes import int4, int8
+from fxc.schemes import int4, int4_sparse24, int8, sparse24
 from fxc.schemes.scheme import Scheme, scheme_of
 
 # Bits -> the largest errors of outputs and of a layer. A layer moves by about a tenth, a fifth and two fifths; what wrongly
@@ -54,6 +55,8 @@ class Int4(PackTables):
     largest that does. symmetric: true keeps 0 in the middle of the range; false adds a zero point to each group, for weights
     that lie on one side. full_range: the number of largest magnitude in a symmetric group is the lowest of all sixteen levels,
     and the scale negative where it is positive; false keeps scales positive, for tools that need that.
+    Zeros stay zero (sparsify), and of 2:4 sparse weights (sparse24) the numbers that are left are rounded: by gptq and qronos
+    those make up for both.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row and to nearest, with a head that is tied
     to one; int4 with group, symmetric and full_range, and 4 bits.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
@@ -66,9 +69,10 @@ class Int4(PackTables):
     algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
 
     name: ClassVar[str] = "int4"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     lighter: ClassVar = "algorithm=grid"
+    layers: ClassVar = (LINEAR, GROUPED, sparse24.LINEAR)
 
     @property
     def scheme(self) -> Scheme:
@@ -85,7 +89,25 @@ class Int4(PackTables):
             sizes = ", ".join(map(str, (*int4.GROUPS, "auto")))
             raise UsageError(f"group={self.group} is not a size of groups", where="int4", hint=f"one of {sizes}")
 
+    def operator(self, layer: OpOverload) -> OpOverload | None:
+        if layer is sparse24.LINEAR:
+            return int4_sparse24.LINEAR if self.bits == int4.BITS else None
+        return super().operator(layer)
+
+    def weight(self, program: Program, node: fx.Node) -> Tensor:
+        tensor = super().weight(program, node)
+        if node.target is not sparse24.LINEAR:
+            return tensor
+        return sparse24.unpack(tensor, program.constants[arguments(node)["meta"].target])
+
+    def stored(self, program: Program, node: fx.Node, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        if node.target is not sparse24.LINEAR:
+            return parts
+        return parts | {"qweight": int4_sparse24.thinned(parts["qweight"], program.constants[arguments(node)["meta"].target])}
+
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
+        if node.target is sparse24.LINEAR and self.operator(node.target) is None:
+            return f"there is no 2:4 form of {self.bits} bits: use bits=4"
         if reason := super().declines(node, weight):
             return reason
         columns = weight.shape[-1]
@@ -119,7 +141,7 @@ class Int4(PackTables):
         if self.group == "auto" and result.changed:
             layers: dict[int, list[str]] = {}
             for node in program.graph.nodes:
-                if scheme_of(node.target) is self.scheme and node.meta.get("by") == self.name:
+                if scheme_of(node.target) in (self.scheme, int4_sparse24.SCHEME) and node.meta.get("by") == self.name:
                     layers.setdefault(arguments(node)["group"], []).append(layer_at(program, node))
             most, *others = sorted(layers, key=lambda group: -len(layers[group]))
             said = "".join(f"; of {group} in {', '.join(layers[group])}" for group in others)
@@ -135,6 +157,7 @@ class Int4(PackTables):
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         levels = Levels(self.bits, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
-        made = quantized(self.algorithm, weight, statistic, levels)
+        keep = weight != 0
+        made = quantized(self.algorithm, weight, statistic, levels, keep=None if keep.all() else keep)
         parts = {"qweight": int4.pack(made.q, self.bits), "scale": made.scale, "zero": made.zero}
         return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error

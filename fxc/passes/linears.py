@@ -80,6 +80,14 @@ class PackLinears(Pass):
             return f"there is no {self.scheme.label} form of the experts of a mixture: {others} has one"
         return None
 
+    def weight(self, program: Program, node: fx.Node) -> Tensor:
+        """The float weight of a layer that is to be packed."""
+        return program.constants[node.args[1].target]
+
+    def stored(self, program: Program, node: fx.Node, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stands in the place of `weight` when it was packed to `parts`."""
+        return parts
+
     def options(self, columns: int) -> dict[str, Any]:
         """The format's options for a weight with rows of so many numbers."""
         return {option: getattr(self, option) for option in self.scheme.options}
@@ -180,10 +188,10 @@ class PackLinears(Pass):
             few.extend(made["few"])
             unreached.extend(name for name in made["parts"] if name not in made["errors"])
 
-        planned = {node.args[1].target: program.constants[node.args[1].target] for node in chosen}
+        planned = {node.args[1].target: node for node in chosen}
         needs = learn(
             self, program, chosen, context, compress, restore, statistic=self.statistic(),
-            result=sum(map(self._packed_bytes, planned.values())), lighter=self.lighter,
+            result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()), lighter=self.lighter,
         )  # fmt: skip
         for node in chosen:
             if node.name not in seen:
@@ -241,7 +249,8 @@ class PackLinears(Pass):
         if weight not in packed:
             # What is packed already was counted by the pass that packed it.
             result.covered_bytes += 0 if scheme_of(node.target) else nbytes_of(program.constants[weight])
-            packed[weight] = self.add_parts(program, weight, _name(node), node, pack)
+            whole = lambda _: self.stored(program, node, pack(self.weight(program, node)))  # noqa: E731
+            packed[weight] = self.add_parts(program, weight, _name(node), node, whole)
         parts = {part: read(program, each, node) if isinstance(each, str) else each for part, each in packed[weight].items()}
         operator = self.operator(node.target)
         columns = node.args[0].meta["val"].shape[-1]
@@ -273,7 +282,7 @@ class PackLinears(Pass):
         weight = node.args[1]
         if weight.op != "get_attr":
             return "its weight is computed while the model runs"
-        tensor = program.constants[weight.target]
+        tensor = self.weight(program, node)
         if tensor.dtype not in FLOATS:
             return f"its weight is {tensor.dtype}"
         if tensor.numel() == 0:

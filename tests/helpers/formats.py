@@ -19,6 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPECS = [
     "int4:group=32", "int4:group=32:symmetric=false", "int4:bits=3:group=32", "int4:bits=2:group=32", "fp8",
     "fp8:mode=weight_only", "sparse24", "sparse24,int8",
+    "sparse24,int4:group=32", "sparse24,int4:group=32:symmetric=false",
 ]  # fmt: skip
 seeds = st.integers(0, 2**16)
 

@@ -7,7 +7,7 @@ import torch
 from formats import DTYPES, normal
 from torch import Tensor
 
-from fxc.schemes import fp8, int4, int8_sparse24, sparse24
+from fxc.schemes import fp8, int4, int4_sparse24, int8_sparse24, sparse24
 from fxc.schemes.int8 import quantize_weight
 from fxc_kernels.fp8_linear import fp8_linear_reference, quantize_rows
 
@@ -18,6 +18,9 @@ def call_of(name: str, lead: tuple[int, ...], dtype: torch.dtype, bias: bool = T
     """Arguments of the operator: N = 7, K = 64."""
     x, weight = normal(*lead, 64, seed=1, dtype=dtype), normal(7, 64, seed=2)
     b = normal(7, seed=3, dtype=dtype) if bias else None
+    if name.startswith("int4 sparse24"):
+        qweight, meta, scale, zero = int4_sparse24.quantize_weight(weight + 0.2, 32, "asymmetric" not in name)
+        return x, qweight, meta, scale.to(dtype if bias else torch.float32), zero, b, 32
     if (bits := BITS.get(name[:4])) is not None:
         qweight, scale, zero = int4.quantize_weight(weight + 0.2, 32, "asymmetric" not in name, bits=bits)
         return x, qweight, scale.to(dtype if bias else torch.float32), zero, b, 32
@@ -42,12 +45,24 @@ OPS = {
     "fp8 weight-only": fp8.WEIGHT_ONLY,
     "sparse24": sparse24.LINEAR,
     "int8 sparse24": int8_sparse24.LINEAR,
+    "int4 sparse24": int4_sparse24.LINEAR,
+    "int4 sparse24 asymmetric": int4_sparse24.LINEAR,
 }
 
 
 def naive(name: str, args: tuple) -> Tensor:
     """The formulas of the kernels' modules in float64, bit by bit."""
     bits = BITS.get(name[:4])
+    if name.startswith("int4 sparse24"):
+        x, qweight, meta, scale, zero, bias, group = args
+        weight = torch.zeros(7, 64, dtype=torch.float64)
+        for n in range(7):
+            for i in range(32):
+                at = 4 * (i // 2) + (int(meta[n, i // 4]) >> 2 * (i % 4) & 3)
+                q = int(qweight[n, i // 2]) >> 4 * (i % 2) & 15
+                weight[n, at] = scale[n, at // group].item() * (q - (8 if zero is None else int(zero[n, at // group])))
+        out = x.double() @ weight.t()
+        return out if bias is None else out + bias.double()
     x, bias = args[0].double(), args[4] if bits or name == "int8 sparse24" else args[3]
     if bits:
         _, qweight, scale, zero, _, group = args
@@ -97,6 +112,9 @@ def test_an_operator_is_its_formula(name, dtype, lead):
         ("int2", 1, lambda q: q << 2 | q >> 6),
         ("fp8", 2, lambda s: s.flip(0)),
         ("sparse24", 2, lambda m: m << 4 | m >> 4),
+        ("int4 sparse24", 1, lambda q: q << 4 | q >> 4),
+        ("int4 sparse24", 2, lambda m: m << 4 | m >> 4),
+        ("int4 sparse24 asymmetric", 4, lambda z: z + 1),
         ("int8 sparse24", 2, lambda m: (m & 0x33) << 2 | (m & 0xCC) >> 2),
     ],
 )
@@ -134,8 +152,8 @@ def test_wrong_operands_are_refused(name):
             refused(ValueError, position, args[position][:3])
             refused(TypeError, position, args[position].double())
     if name[:4] in BITS:
-        refused(ValueError, 5, 48)
-        refused(ValueError, 5, 128)
+        refused(ValueError, len(args) - 1, 48)
+        refused(ValueError, len(args) - 1, 128)
 
 
 def test_fp8_rows_of_zeros_and_of_what_is_not_finite():

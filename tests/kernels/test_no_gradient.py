@@ -6,12 +6,13 @@ from torch import nn
 from torch._ops import OpOverload
 
 import fxc
-from fxc.schemes import fp8, int4, int8, int8_sparse24, ops, sparse24
+from fxc.schemes import fp8, int4, int4_sparse24, int8, int8_sparse24, ops, sparse24
 from fxc.schemes.scheme import EMBEDDING, SCHEMES
 
 N, K = 32, 64
 SPECS = [
     "int8", "int8:mode=weight_only", "int4:group=32", "fp8", "fp8:mode=weight_only", "sparse24", "sparse24,int8",
+    "sparse24,int4:group=32",
 ]  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def arguments() -> dict[OpOverload, tuple]:
         fp8.WEIGHT_ONLY: (q8, scale8, None),
         fp8.STATIC: (q8, scale8, None, 0.0125),
         sparse24.LINEAR: (values, meta, None),
+        int4_sparse24.LINEAR: (*int4_sparse24.quantize_weight(weight, 32, True), None, 32),
         int8_sparse24.LINEAR: (sparse_q, meta, sparse_scale, None),
         ops.GROUPED_MM: (experts.transpose(1, 2), offsets),
     }

@@ -97,16 +97,18 @@ def test_experts_and_tied_embeddings_have_no_such_form(spec, kind):
     assert [(r.fqn, "tied" in r.reason) for r in steps[-1].refusals] == [("model.embed_tokens", True)]
 
 
-@pytest.mark.parametrize("first", ["int8", "int4:group=32", "fp8", "sparse24", "sparse24,int8"])
+@pytest.mark.parametrize("first", ["int8", "int4:group=32", "fp8", "sparse24", "sparse24,int8", "sparse24,int4:group=32"])
 @pytest.mark.parametrize("second", ["int4:group=32", "fp8", "sparse24", "prune:ffn=0.5"])
 def test_what_is_packed_already_is_refused(first, second):
     small, _ = compiled(first)
+    if (first, second) == ("sparse24", "int4:group=32"):
+        return  # What 2:4 leaves is rounded.
     with pytest.raises(UsageError, match=r"is a (quantized|2:4 sparse) weight") as caught:
         run_passes(small, Context(), Options(second))
     assert "start from the original model" in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", ["int4,int8", "int4,fp8", "fp8,int8", "sparse24,int4", "fp8,sparse24"])
+@pytest.mark.parametrize("spec", ["int4,int8", "int4,fp8", "fp8,int8", "fp8,sparse24"])
 def test_two_formats_of_one_weight_are_refused(spec):
     with pytest.raises(UsageError, match="each have to run before the other"):
         order(parse_passes(spec))

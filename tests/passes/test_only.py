@@ -80,7 +80,7 @@ def test_the_layers_are_those_that_each_format_alone_would_make():
         # One format in two ways.
         ("int8,int8:mode=weight_only:only=up", {"up": "int8_weight_only", "down": "int8", "head": "int8"}),
         ("sparse24:only=up,int4:group=32:only=down,int8", {"up": "int8_sparse24", "down": "int4_weight_only", "head": "int8"}),
-        ("sparse24:only=up,int4:group=32", {"up": "sparse24", "down": "int4_weight_only", "head": "int4_weight_only"}),
+        ("sparse24:only=up,int4:group=32", {"up": "int4_sparse24", "down": "int4_weight_only", "head": "int4_weight_only"}),
     ],
 )
 def test_who_takes_which_layer(spec, made):
@@ -104,7 +104,7 @@ def test_the_reason_for_the_order_is_said():
     assert ordered.reasons[-1][-1] == "int4 is for a, b alone, and int8 takes the rest"
 
 
-@pytest.mark.parametrize("spec", ["int4,int8", "int4:only=up,int8,fp8", "int8,int8:mode=weight_only", "sparse24,int4"])
+@pytest.mark.parametrize("spec", ["int4,int8", "int4:only=up,int8,fp8", "int8,int8:mode=weight_only", "sparse24,fp8"])
 def test_two_that_are_for_all_layers_are_still_refused(spec):
     with pytest.raises(UsageError, match=r"each have to run before the other|given twice"):
         order(parse_passes(spec))
