@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -18,3 +19,21 @@ def unsaid(text: str) -> None:
 
 def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     return items
+
+
+class Pace:
+    """How long what is left will take. weights: of each part, what share of the time it may take; first: the first that is done
+    now, and not earlier by somebody else."""
+
+    def __init__(self, weights: Sequence[float], first: int = 0) -> None:
+        self._weights, self._first, self._began = weights, first, time.monotonic()
+
+    def left(self, at: int) -> str | None:
+        """Before part `at`, in words; None before the first."""
+        done = sum(self._weights[self._first : at])
+        if not done:
+            return None
+        seconds = (time.monotonic() - self._began) / done * sum(self._weights[at:])
+        if seconds >= 5400:
+            return f"{seconds / 3600:.1f} h left"
+        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"

@@ -30,7 +30,7 @@ from fxc.calibrate.stream import State, Stream, alive_before
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
-from fxc.progress import Track, untracked
+from fxc.progress import Pace, Track, untracked
 from fxc.schemes.ops import GROUPED_LINEAR
 
 Statistic = Hessian | Squares | Range
@@ -39,7 +39,8 @@ _WORK = 8
 Compress = Callable[[list[fx.Node], list[Statistic]], Any]
 """Is given layers and the statistics of what they read: one, or one for each expert of a mixture, empty (`rows` is 0) where no
 row came. Replaces the layers in the program (`edit.call`), or leaves them. The statistics are freed afterwards. What it returns
-(tensors, numbers, text, lists and dicts of them) is what a `Restore` needs to do the same again."""
+(tensors, numbers, text, lists and dicts of them) is what a `Restore` needs to do the same again; of a dict the entry "errors"
+is shown: of layers, the errors of their outputs as shares of the energy."""
 Restore = Callable[[list[fx.Node], Any], None]
 
 
@@ -118,14 +119,15 @@ def run(
     if _reads_both(statistic):
         plain = Stream(program.copy(), samples)
         twins = dict(zip(program.graph.nodes, plain.program.graph.nodes, strict=True))
-    block = 0
-    for number, stage in enumerate(stages):
+    block, before = 0, None
+    ends = [[unit for unit in stage.readers if unit.at[-1] == number] for number, stage in enumerate(stages)]
+    pace = Pace([sum(_floats(program, unit) for unit in ending) for ending in ends], journal.began if journal else 0)
+    for number, (stage, ending) in enumerate(zip(stages, ends)):
         while block < stage.block:
             block += 1
             after = found[block].nodes[0]
             streams = [(plain, twins[after], None)] if plain else []
             _flow([*streams, (stream, after, plain)], block, journal)
-        ending = [unit for unit in stage.readers if unit.at[-1] == number]
         if journal and number < journal.began:
             for unit, made in zip(ending, journal.stage(number), strict=True):
                 _replace(unit, stream, partial(restore, unit.layers, made))
@@ -137,7 +139,9 @@ def run(
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
         read = _reader(stream, stage.readers)
         other = _reader(plain, {unit: twins[layer] for unit, layer in stage.readers.items()}) if plain else None
-        for at, state in enumerate(track(stream.states, f"calibrating {names} ({number + 1} of {len(stages)})", len(samples))):
+        place = f"block {block + 1} of {len(found)}, {names} ({number + 1} of {len(stages)})"
+        said = ", ".join(filter(None, (place, before, pace.left(number))))
+        for at, state in enumerate(track(stream.states, said, len(samples))):
             try:
                 _add(read(state), other(plain.states[at]) if plain else None)
             except InputRefused as error:
@@ -146,6 +150,8 @@ def run(
         for unit in ending:
             made.append(_replace(unit, stream, partial(compress, unit.layers, unit.statistics)))
             unit.statistics = []
+        errors = [each for one in made if isinstance(one, dict) for each in one.get("errors", {}).values()]
+        before = f"the error before {max(errors) ** 0.5:.1%}" if errors else None
         if journal:
             journal.save_stage(made, _pending(stages))
     if journal:

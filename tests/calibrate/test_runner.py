@@ -356,5 +356,8 @@ def test_progress_is_shown_by_stage():
         said.append((what, count))
         return items
 
-    runner.run(program, layers_of(program), rows(program, 2), lambda *_: None, statistic=wide, track=track)
-    assert said[0] == ("calibrating parts.0.0 (1 of 4)", 2) and len(said) == 4
+    made = iter([{"errors": {"parts.0.0": 0.04, "x": 0.01}}, None, {}, {}])
+    runner.run(program, layers_of(program), rows(program, 2), lambda *_: next(made), statistic=wide, track=track)
+    assert said[0] == ("block 1 of 3, parts.0.0 (1 of 4)", 2) and len(said) == 4
+    assert said[1][0].startswith("block 2 of 3, parts.0.1 (2 of 4), the error before 20.0%, ") and said[1][0].endswith(" left")
+    assert "parts.1.0 (3 of 4), " in said[2][0] and "error" not in said[2][0]

@@ -27,7 +27,7 @@ def test_what_it_needs_is_said_before_it_begins():
 
     run_passes(captured(), Context(samples=directed(4), track=track, say=said.append), Options(GPTQ))
     assert said[0].startswith("int4:group=32:algorithm=gptq learns from 4 samples, with ")
-    assert "MB of statistics" in said[0] and said[1].startswith("calibrating")
+    assert "MB of statistics" in said[0] and said[1].startswith("block 1 of ")
 
 
 @pytest.mark.parametrize(("spec", "lighter"), [(GPTQ, "algorithm=grid"), ("sparse24:criterion=sparsegpt", "criterion=wanda")])
