@@ -57,8 +57,8 @@ class Int4(PackTables):
     and the scale negative where it is positive; false keeps scales positive, for tools that need that.
     Zeros stay zero (sparsify), and of 2:4 sparse weights (sparse24) the numbers that are left are rounded: by gptq and qronos
     those make up for both.
-    embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row and to nearest, with a head that is tied
-    to one; int4 with group, symmetric and full_range, and 4 bits.
+    embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, to
+    nearest; int4 with group, symmetric and full_range, 4 bits, and with bits=4 by the algorithm if a head is tied to it.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
     """
 

@@ -114,6 +114,9 @@ class PackLinears(Pass):
         """Pack what is looked up, before the layers: the constants that it said something about, and the nodes that it made."""
         return set(), set()
 
+    def follow(self, program: Program, packed: dict[str, Parts], result: Result) -> None:
+        """Let what else reads the weights of layers that were packed read their parts."""
+
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         told: set[str | None]
@@ -140,6 +143,7 @@ class PackLinears(Pass):
                 self.prepare(program, chosen, context)
             for node in chosen:
                 self._rewrite(program, node, packed, result, self._pack)
+        self.follow(program, packed, result)
         sweep(program)
         for name, tensor in program.constants.items():
             if name not in told | weights and (reason := self._left_alone(program, name, tensor)):
@@ -287,7 +291,7 @@ class PackLinears(Pass):
             return f"its weight is {tensor.dtype}"
         if tensor.numel() == 0:
             return "its weight is empty"
-        if not all(self._is_only_weight_of(user, weight.target) for user in users_of(program, weight.target)):
+        if not all(self.may_read(user, weight.target) for user in users_of(program, weight.target)):
             return "its weight is tied to another use (an embedding)"
         if reason := self.declines(node, tensor):
             return reason
@@ -297,7 +301,7 @@ class PackLinears(Pass):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
-    def _is_only_weight_of(self, user: fx.Node, fqn: str) -> bool:
+    def may_read(self, user: fx.Node, fqn: str) -> bool:
         """Whether `user` is one of the layers, and reads the constant `fqn` as its weight and as nothing else."""
         reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
         return user.target in self.layers and reads == [1]

@@ -26,7 +26,7 @@ from fxc.ir.edit import call, read, sweep
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Refusal, Result
-from fxc.passes.linears import FLOATS, PackLinears, nbytes_of
+from fxc.passes.linears import FLOATS, PackLinears, Parts, nbytes_of
 from fxc.schemes import int4, int8
 from fxc.schemes.scheme import EMBEDDING, LINEAR, Scheme
 
@@ -39,7 +39,8 @@ class PackTables(PackLinears):
     """Base of the passes that pack tables too."""
 
     embeddings: Literal["float", "int8", "int4"] = field(default="float", kw_only=True)
-    """What the tables that tokens are looked up in are packed as, by row and to nearest, with a head that is tied to one."""
+    """What the tables that tokens are looked up in are packed as, by row, with a head that is tied to one. Numbers are rounded
+    to nearest, unless the layers learn theirs in the same format: then a tied head does as well, and the table has its."""
 
     def tied(self, scheme: Scheme) -> OpOverload:
         """The product of a head whose table is packed as `scheme`."""
@@ -58,7 +59,7 @@ class PackTables(PackLinears):
         made: set[fx.Node] = set()
         if self.embeddings == "float":
             return told, made
-        scheme = {"int8": int8.SCHEME, "int4": int4.SCHEME}[self.embeddings]
+        scheme = self._table_scheme()
         tables = dict.fromkeys(
             node.args[0].target
             for node in program.graph.find_nodes(op="call_function", target=EMBEDDING)
@@ -69,15 +70,33 @@ class PackTables(PackLinears):
             fqn, table = layer_name(name), program.constants[name]
             pattern = context.skips(fqn) if self.covers(fqn) else None
             reason = f"skipped by the pattern {pattern}" if pattern else self._declines_table(program, name, scheme)
-            if reason is None and rows[name] < SMALL * max(rows.values()):
+            is_tied = any(user.target is LINEAR for user in users_of(program, name))
+            if reason is None and not is_tied and rows[name] < SMALL * max(rows.values()):
                 reason = f"a table of {rows[name]} rows beside one of {max(rows.values())}: nothing to gain"
             if reason:
                 told.add(name)
                 result.refusals.append(Refusal(fqn, reason, nbytes_of(table)))
-            else:
+            elif not (is_tied and self._learns_heads()):
                 made |= self._pack_table(program, name, scheme, result)
         sweep(program)
         return told, made
+
+    def may_read(self, user: fx.Node, fqn: str) -> bool:
+        return super().may_read(user, fqn) or (self._learns_heads() and _reads_as_table(user, fqn))
+
+    def follow(self, program: Program, packed: dict[str, Parts], result: Result) -> None:
+        scheme = self._table_scheme()
+        for name in packed if self._learns_heads() else ():
+            lookups = [user for user in users_of(program, name) if user.target is EMBEDDING]
+            options = self.table_options(scheme, program.constants[name].shape[1]) if lookups else {}
+            self._rewrite_users(program, lookups, packed[name], scheme, options, result)
+
+    def _table_scheme(self) -> Scheme | None:
+        return {"float": None, "int8": int8.SCHEME, "int4": int4.SCHEME}[self.embeddings]
+
+    def _learns_heads(self) -> bool:
+        """Whether a head that is tied to a table is a layer like others to what learns, and the table has its numbers."""
+        return self._table_scheme() is self.scheme and self.statistic() is not None
 
     def _declines_table(self, program: Program, name: str, scheme: Scheme) -> str | None:
         """Why the table `name` stays as it is, or None."""
@@ -101,12 +120,18 @@ class PackTables(PackLinears):
         users = list(users_of(program, name))
         names = self.add_parts(program, name, layer_name(name), users[0], lambda weight: scheme.pack(weight, **options))
         result.covered_bytes += nbytes_of(table)
+        return self._rewrite_users(program, users, names, scheme, options, result)
+
+    def _rewrite_users(
+        self, program: Program, users: list[fx.Node], names: Parts, scheme: Scheme, options: dict[str, Any], result: Result
+    ) -> set[fx.Node]:
+        """Let lookups and heads read packed parts: the nodes that do it. names: of the constants, by part."""
         lookup = next(product.operator for product in scheme.products if product.layer is EMBEDDING)
         made: set[fx.Node] = set()
         for user in users:
             parts = {part: read(program, fqn, before=user) for part, fqn in names.items()}
             if user.target is EMBEDDING:
-                operator, given = lookup, {"indices": user.args[1], "dtype": table.dtype}
+                operator, given = lookup, {"indices": user.args[1], "dtype": user.meta["val"].dtype}
             else:
                 operator, given = self.tied(scheme), {"x": user.args[0], "bias": user.args[2] if len(user.args) > 2 else None}
             given |= options | parts

@@ -15,7 +15,7 @@ from fxc.captured import capture_source
 from fxc.data.tables import bound_of, table_size
 from fxc.errors import UsageError
 from fxc.ir import parse_program, print_program
-from fxc.ir.names import layer_of
+from fxc.ir.names import layer_of, parts_of
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
@@ -146,6 +146,37 @@ def test_shapes_are_planned_without_weights_and_what_learns_takes_packed_tables(
     plain = run_passes(program, Context(), Options("int4:group=32:embeddings=int8"))[0]
     assert torch.equal(real.constants["tokens.qweight"], plain.constants["tokens.qweight"])
     assert not torch.equal(real.constants["layer.qweight"], plain.constants["layer.qweight"])
+
+
+def test_a_tied_head_learns_as_other_layers_do_and_the_table_has_its_numbers():
+    program = fxc.capture(Tied(), (IDS,), check=False)
+    samples = [[(IDS * step + step) % 96] for step in range(1, 12)]
+    spec = "int4:group=32:embeddings=int4"
+    rtn, gptq = (
+        run_passes(program, Context(samples=samples), Options(f"{spec}:algorithm={each}"))[0] for each in ("rtn", "gptq")
+    )
+    assert operators(gptq) == operators(rtn) and "tokens.weight" not in gptq.constants
+    lookup, head = (n for n in gptq.graph.nodes if parts_of(n).get("qweight") == "tokens.qweight")
+    assert (lookup.target, head.target) == (int4.LOOKUP, int4.LINEAR) and parts_of(lookup) == parts_of(head)
+
+    def gap(made):
+        # Of the head alone: what it reads is the same.
+        weight, scheme = Tied().tokens.weight, int4.SCHEME
+        hidden = torch.cat([hidden_of(ids) for [ids] in samples])
+        made = scheme.dense({part: made.constants[f"tokens.{part}"] for part in ("qweight", "scale")})
+        return (hidden @ (made - weight).T).norm().item()
+
+    def hidden_of(ids):
+        model = Tied()
+        x = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
+        return torch.relu(model.layer(x)).flatten(0, 1)
+
+    with torch.no_grad():
+        assert gap(gptq) < 0.8 * gap(rtn)
+    meta = program.copy()
+    meta.constants = {name: t.to("meta") for name, t in meta.constants.items()}
+    planned = run_passes(meta, Context(), Options(f"{spec}:algorithm=gptq"))[0]
+    assert {n: t.shape for n, t in planned.constants.items()} == {n: t.shape for n, t in gptq.constants.items()}
 
 
 def test_rows_that_are_not_there_and_wrong_operands_are_refused():
