@@ -27,13 +27,14 @@ from fxc.kernel_bench.files import slug, versions_text
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench
 from fxc.measure.perplexity import perplexity
+from fxc.passes.base import parse_passes
 from fxc.report.sizes import on_disk
 from fxc.source.load import load_source
 
 PRUNE = "prune:heads=0.25:ffn=0.3:criterion=taylor"
 STRATEGIES = (
     "int8", "int8:mode=weight_only", "int4", "int4:group=32", "fp8", "sparse24", "sparse24,int8",
-    PRUNE, f"int8,{PRUNE}", f"int4,{PRUNE}",
+    "int4:group=32:algorithm=gptq", "sparse24:criterion=sparsegpt", PRUNE, f"int8,{PRUNE}", f"int4,{PRUNE}",
 )  # fmt: skip
 WINDOWS = 200
 
@@ -49,7 +50,8 @@ def measure(strategies: tuple[str, ...], backend: str, windows: int, rounds: int
         calibration.write_text(python_source(), encoding="utf-8")
         for index, passes in enumerate(strategies):
             note(f"compiling with {passes}")
-            made = fxc.optimize(PYLM, passes=passes, calib=calibration if "taylor" in passes else None)
+            learns = any(each.uses_data() for each in parse_passes(passes))
+            made = fxc.optimize(PYLM, passes=passes, calib=calibration if learns else None)
             out = Path(scratch) / str(index)
             made.save(out)
             entries += bench.entries_of(str(out), backend=backend)

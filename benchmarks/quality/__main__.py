@@ -58,7 +58,7 @@ def run(command: list[str], job: dict[str, Any], scratch: Path, threads: int) ->
         said.seek(0)
         lines = [line for line in said.read().splitlines() if line.strip()] or ["no message"]
     if process.returncode:
-        raise RuntimeError(f"ended with status {process.returncode}: {lines[-1][:300]}")
+        raise RuntimeError(f"ended with status {process.returncode}: {'; '.join(lines[-3:])[-300:]}")
     return json.loads(lines[-1]), found[2].ru_maxrss * 1024
 
 
