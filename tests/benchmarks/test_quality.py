@@ -48,7 +48,7 @@ def test_a_process_says_its_result_and_its_memory_and_a_failure_its_last_words(t
     made, memory = quality.run([sys.executable, str(script)], {"a": 1}, tmp_path, 1)
     assert made == {"got": {"a": 1}} and 1e6 < memory < 1e9
     script.write_text("raise SystemExit('it does not work')")
-    with pytest.raises(RuntimeError, match="status 1: .*it does not work"):
+    with pytest.raises(RuntimeError, match=r"status 1: .*it does not work"):
         quality.run([sys.executable, str(script)], {}, tmp_path, 1)
 
 
