@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from fxc.errors import FxcError
     from fxc.frontend.capture import capture
     from fxc.ir.program import Program
+    from fxc.measure.sensitivity import sensitivity
     from fxc.options import Options
     from fxc.passes.base import Pass
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "load", "optimize"]
+__all__ = ["CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "load", "optimize", "sensitivity"]
 
 _HOMES = {
     "CompiledModel": "fxc.compiled.model",
@@ -31,6 +32,7 @@ _HOMES = {
     "capture": "fxc.frontend.capture",
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",
+    "sensitivity": "fxc.measure.sensitivity",
 }
 
 

@@ -40,13 +40,14 @@ ALLOWED = {
     "fxc.recipe": "errors",
     "fxc.compiler": "errors progress neutral ir data calibrate passes compilation pipeline artifact lower options captured "
     "export compiled",
-    "fxc.measure": "errors progress ir source data frontend passes verify compiler compiled",
+    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation artifact options captured "
+    "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
     "fxc.cli": "errors safety ir source data calibrate passes compilation artifact options captured lower compiled recipe "
     "compiler measure kernel_bench report fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler",
+    "fxc": "errors ir frontend passes options compiled compiler measure",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

@@ -261,6 +261,31 @@ def eval_(
 
 
 @app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    calib: Annotated[Path | None, typer.Option(help="Data to measure on, and to learn from: as of 'fxc compile'.")] = None,
+    passes: Annotated[str, typer.Option(help="What each layer is tried with, as in int4:group=32.")] = "int8",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Draw the bars to this file too: .svg, .png or .pdf.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what each layer alone costs when it is compressed, the worst first."""
+    from fxc.cli.sensitivity import show_sensitivity
+
+    options = {
+        "passes": passes, "calib": calib, "skip": skip, "calib_samples": calib_samples, "calib_length": calib_length,
+        "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    with _output(as_json) as output:
+        show_sensitivity(output, model, {name: value for name, value in options.items() if value is not None}, out)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,

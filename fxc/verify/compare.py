@@ -77,7 +77,7 @@ def _difference(found: Tensor, expected: Tensor) -> Difference:
 def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: str) -> dict[str, float]:
     """Relative error of every layer that the pass `by` rewrote, each given the inputs that it had before. A layer whose
     shape the pass changed cannot be compared, nor one that has no finite value before: they are left out."""
-    rewritten = _rewritten(before, after, by)
+    pairs = rewritten(before, after, by)
     differences: dict[str, Difference] = {}
 
     def compared(node: fx.Node, expected: object) -> Watch:
@@ -93,13 +93,13 @@ def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: 
         return watch
 
     with torch.no_grad():
-        values = values_at(before.module(), inputs, set(rewritten.values()))
-        nodes = [node for node in after.graph.nodes if node.name in rewritten]
-        observe(after.module(), inputs, {node.name: compared(node, values[rewritten[node.name]]) for node in nodes})
+        values = values_at(before.module(), inputs, set(pairs.values()))
+        nodes = [node for node in after.graph.nodes if node.name in pairs]
+        observe(after.module(), inputs, {node.name: compared(node, values[pairs[node.name]]) for node in nodes})
     return {name: d.error for name, d in differences.items() if d.finite > d.integers}
 
 
-def _rewritten(before: Program, after: Program, by: str) -> dict[str, str]:
+def rewritten(before: Program, after: Program, by: str) -> dict[str, str]:
     """The names of the nodes that the pass `by` made in the place of another, of those whose call it changed, and of those
     that read a constant that it changed -> the names of their counterparts before."""
     old = {node.name: node for node in before.graph.nodes if node.op == "call_function"}

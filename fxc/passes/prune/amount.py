@@ -18,6 +18,7 @@ from torch import Tensor
 from fxc.analysis.groups import NAMES, Group
 from fxc.errors import UsageError, first_line
 from fxc.ir.cache import is_causal_lm, is_present
+from fxc.ir.next_token import next_token_loss
 from fxc.ir.program import Program
 from fxc.passes.base import Context
 from fxc.passes.prune.scores import by_unit, scores, with_masks
@@ -227,12 +228,7 @@ class Judge:
 
     def _loss(self, logits: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """The sum of the losses of the next token, [] float64."""
-        ids = inputs[0]
-        each = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        if self._mask_input is not None:
-            mask = inputs[self._mask_input][:, -ids.shape[1] :] != 0
-            each = each * (mask[:, 1:] & mask[:, :-1]).flatten()
-        return each.double().sum()
+        return next_token_loss(logits, inputs[0], None if self._mask_input is None else inputs[self._mask_input])
 
     def _compare(self, index: int, before: Tensor, after: Tensor) -> tuple[float, float]:
         """By how much it moved, and the whole that this is a share of."""
