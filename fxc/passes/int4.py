@@ -44,7 +44,6 @@ LIMITS = {4: (0.5, 0.3), 3: (0.7, 0.45), 2: (1.0, 0.75)}
 class Int4(PackTables):
     """Round the weights of linear layers to int4, with one scale for each group along a row: of six the nearest.
 
-    bits: 4, or 3 or 2, which are stored as such.
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
     of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
@@ -54,7 +53,8 @@ class Int4(PackTables):
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. auto is for each layer the
     largest that does. symmetric: true keeps 0 in the middle of the range; false adds a zero point to each group, for weights
     that lie on one side. full_range: the number of largest magnitude in a symmetric group is the lowest of all sixteen levels,
-    and the scale negative where it is positive; false keeps scales positive, for tools that need that.
+    and the scale negative where it is positive; false keeps scales positive, for tools that need that. bits: 4, or 3 or 2, and
+    so many are stored.
     Zeros stay zero (sparsify), and of 2:4 sparse weights (sparse24) the numbers that are left are rounded: by gptq and qronos
     those make up for both.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, to
@@ -138,11 +138,12 @@ class Int4(PackTables):
 
     def run(self, program: Program, context: Context) -> Result:
         result = super().run(program, context)
-        if self.group == "auto" and result.changed:
-            layers: dict[int, list[str]] = {}
+        layers: dict[int, list[str]] = {}
+        if self.group == "auto":
             for node in program.graph.nodes:
                 if scheme_of(node.target) in (self.scheme, int4_sparse24.SCHEME) and node.meta.get("by") == self.name:
                     layers.setdefault(arguments(node)["group"], []).append(layer_at(program, node))
+        if layers:
             most, *others = sorted(layers, key=lambda group: -len(layers[group]))
             said = "".join(f"; of {group} in {', '.join(layers[group])}" for group in others)
             result.notes.append(f"groups of {most} in {len(layers[most])} layers{said}")

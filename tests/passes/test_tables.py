@@ -127,6 +127,11 @@ def test_what_is_skipped_left_out_or_used_otherwise_stays_with_a_reason():
     assert reason("int8:embeddings=int8", Other()) == "it is tied to something else than a linear layer"
 
 
+def test_tables_alone_are_packed_where_only_says_so():
+    program = made("int4:group=auto:embeddings=int8:only=tokens").program
+    assert set(operators(program).values()) == {"int8_embedding", "int8_weight_only_linear"}
+
+
 def test_groups_of_tables_are_those_of_int4_and_the_largest_beside_int8():
     for spec, groups in (("int8:embeddings=int4", 1), ("int4:group=auto:embeddings=int4", 1), (SPECS[3], 2)):
         assert made(spec).program.constants["tokens.scale"].shape == (96, groups)
