@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from fxc.ir.cache import is_present
 from fxc.ir.edit import insert, replace, sweep, type_of
-from fxc.ir.observe import values_at
+from fxc.ir.observe import observe
 from fxc.ir.program import Program
 
 aten = torch.ops.aten
@@ -122,17 +123,29 @@ def _has_residual(block: Block) -> bool:
 
 
 def influence(program: Program, found: Sequence[Block], samples: Iterable[Sequence[Tensor]]) -> dict[Block, float]:
-    """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, block influence)."""
+    """How much each block changes its input: 1 - the mean cosine of the two (Men et al. 2024, block influence). What enters a
+    block is kept until it leaves it, and no longer."""
     sums: Counter[Block] = Counter()
     counts: Counter[Block] = Counter()
+    entering: dict[str, Tensor] = {}
+
+    def watch(value: Tensor, name: str) -> None:
+        for block in found:
+            if block.exit.name == name:
+                before, after = entering[block.entry.name].double(), value.double()
+                # Of images the channels come second, of tokens last.
+                cosine = torch.nn.functional.cosine_similarity(before, after, dim=1 if after.ndim == 4 else -1)
+                sums[block] += cosine.sum().item()
+                counts[block] += cosine.numel()
+                waiting[block.entry.name] -= 1
+        if waiting[name] > 0:
+            entering[name] = value
+        for each in [each for each in entering if not waiting[each]]:
+            del entering[each]
+
     module, ends = program.module(), {node.name for block in found for node in (block.entry, block.exit)}
     for inputs in samples:
+        waiting = Counter(block.entry.name for block in found)
         with torch.no_grad():
-            values = values_at(module, inputs, ends)
-        for block in found:
-            before, after = (values[node.name].double() for node in (block.entry, block.exit))
-            # Of images the channels come second, of tokens last.
-            cosine = torch.nn.functional.cosine_similarity(before, after, dim=1 if after.ndim == 4 else -1)
-            sums[block] += cosine.sum().item()
-            counts[block] += cosine.numel()
+            observe(module, inputs, {name: partial(watch, name=name) for name in ends})
     return {b: 1 - sums[b] / counts[b] for b in found}

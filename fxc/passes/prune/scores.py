@@ -10,6 +10,11 @@ mask_gradient: |dL/dm| of a mask m = 1 on the unit, averaged over the samples (M
 taylor: (dL/dm)^2 averaged over the samples: by the chain rule dL/dm is the sum of gradient x weight over the weights that read
   the unit (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning")
 
+wanda runs forward only: each value of a sample is freed after its last use, so that besides the weights the memory is that of
+one block, and a number for each channel. mask_gradient and taylor need gradients through the whole model: what a backward pass
+reads of one sample is kept of all blocks at once, and grows with the depth of the model and the length of a sample; shorter
+samples (--calib-length) need less, and more of them do not need more.
+
 L is the loss of the next token where the program is a causal language model, and else a fixed random combination of the
 outputs, whose squared gradients are those of the outputs themselves in expectation.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from families import build
@@ -10,9 +12,12 @@ from removal import sliced
 from torch import Tensor
 
 import fxc.passes
+from fxc.analysis.groups import groups
 from fxc.compiled.model import compiled_model
 from fxc.data.samples import samples
 from fxc.passes.float64 import in_float64
+from fxc.passes.prune import blocks as prune_blocks
+from fxc.passes.prune import scores
 from fxc.passes.prune.blocks import blocks, influence
 
 
@@ -67,3 +72,35 @@ def test_dropping_a_layer_of_a_decoder_is_leaving_it_out():
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     wide = compiled_model(in_float64(compiled.program, typed=True), {}, config=compiled.config)
     assert torch.equal(wide.generate(ids, **options), model.double().generate(ids, **options))
+
+
+@pytest.mark.parametrize("what", ["influence", "wanda"])
+def test_what_runs_forward_only_keeps_no_more_of_a_deep_model(what, monkeypatch):
+    module = scores if what == "wanda" else prune_blocks
+    true = module.observe
+
+    def most(depth: int) -> int:
+        program = stack(*(Residual() for _ in range(depth)))
+        seen = []
+
+        def counting(observed, inputs, watches):
+            def counted(watch):
+                def both(value):
+                    result = watch(value)
+                    seen.append(sum(type(each) is Tensor and each.shape[:1] == (23,) for each in gc.get_objects()))
+                    return result
+
+                return both
+
+            return true(observed, inputs, {name: counted(watch) for name, watch in watches.items()})
+
+        monkeypatch.setattr(module, "observe", counting)
+        inputs = [[torch.randn(23, 5, 10)]]
+        if what == "wanda":
+            assert scores.scores(program, groups(program), "wanda", inputs)
+        else:
+            assert len(influence(program, blocks(program)[0], inputs)) == depth
+        assert len(seen) >= depth
+        return max(seen)
+
+    assert most(3) == most(9)
