@@ -19,6 +19,7 @@ STATISTICS: Mapping[str, Callable[[int], Hessian | Squares]] = {
     "grid": Squares,
     "gptq": Hessian,
     "qronos": partial(Hessian, cross=True),
+    "round": partial(Hessian, cross=True),
 }
 """Of each algorithm, what makes the statistic that it reads."""
 
@@ -28,13 +29,14 @@ def quantized(
 ) -> Quantized:
     """`weight` [N, K] by `algorithm`, one of `STATISTICS`, and a statistic of what that makes.
 
+    round is qronos, from which `signround` goes on with all layers of a block.
     keep: bool [N, K], what is False becomes exactly zero. error: as in `Quantized`; of qronos it is the gap to what the layer
     gave in the uncompressed model, which the layers before it have a part in.
     Raises InputRefused as the algorithms do.
     """
     if algorithm == "grid":
         return grid(weight if keep is None else weight * keep, levels, statistic.mean)
-    aim = weight if algorithm == "gptq" else corrected(weight, statistic.mean, statistic.cross)
+    aim = weight if statistic.cross is None else corrected(weight, statistic.mean, statistic.cross)
     first = gptq(aim, statistic.mean, levels, keep=keep)
     found = min(descend(aim, statistic.mean, first, keep=keep), first, key=lambda each: each.error)
-    return found if algorithm == "gptq" else replace(found, error=missed(weight, found.dense(), statistic))
+    return found if statistic.cross is None else replace(found, error=missed(weight, found.dense(), statistic))

@@ -12,7 +12,7 @@ the statistics of all: the layers between run with that weight as it was. No ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from fxc.calibrate.hessian import Hessian, Squares
 from fxc.calibrate.journal import Journal
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.ranges import Range
-from fxc.calibrate.stream import State, Stream, alive_before
+from fxc.calibrate.stream import Passage, State, Stream, alive_before
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
@@ -42,6 +42,9 @@ row came. Replaces the layers in the program (`edit.call`), or leaves them. The 
 (tensors, numbers, text, lists and dicts of them) is what a `Restore` needs to do the same again; of a dict the entry "errors"
 is shown: of layers, the errors of their outputs as shares of the energy."""
 Restore = Callable[[list[fx.Node], Any], None]
+Finish = Callable[[Passage], Any]
+"""Is given a block all of whose layers were given to `Compress`, and may change the constants that this put in. What it returns
+is for a `Restore`, which is given no layers with it."""
 
 
 @dataclass(eq=False)
@@ -101,6 +104,7 @@ def run(
     compress: Compress,
     *,
     statistic: Callable[[int], Statistic] = Hessian,
+    finish: Finish | None = None,
     track: Track = untracked,
     journal: Journal | None = None,
     restore: Restore | None = None,
@@ -110,13 +114,14 @@ def run(
 
     samples: lists of the program's inputs. statistic: makes what inputs of so many channels are added up in; one with a `cross`
     is given what a layer reads and what it would read had nothing been compressed. Of experts it is given the former twice:
-    their rows are not the same in both. journal: where what is done is saved, and where the run goes on from what an earlier
-    one with the same arguments saved; restore: needed for that.
+    their rows are not the same in both. finish: called at the end of each block with such layers. journal: where what is done
+    is saved, and where the run goes on from what an earlier one with the same arguments saved; restore: needed for that.
     Raises InputRefused where a layer reads NaN or Inf.
     """
     found, stages = _planned(program, layers)
     stream, plain, twins = Stream(program, samples), None, {}
-    if _reads_both(statistic):
+    both = _reads_both(statistic)
+    if both or finish:
         plain = Stream(program.copy(), samples)
         twins = dict(zip(program.graph.nodes, plain.program.graph.nodes, strict=True))
     block, before = 0, None
@@ -128,9 +133,13 @@ def run(
             after = found[block].nodes[0]
             streams = [(plain, twins[after], None)] if plain else []
             _flow([*streams, (stream, after, plain)], block, journal)
+        is_last = number + 1 == len(stages) or stages[number + 1].block > block
         if journal and number < journal.began:
-            for unit, made in zip(ending, journal.stage(number), strict=True):
+            saved = journal.stage(number)
+            for unit, made in zip(ending, saved):
                 _replace(unit, stream, partial(restore, unit.layers, made))
+            for made in saved[len(ending) :]:
+                restore([], made)
             if number == journal.began - 1:
                 _take_up(program, stages, statistic, journal.pending() or {})
             continue
@@ -138,12 +147,12 @@ def run(
             unit.statistics = unit.statistics or [statistic(width) for width in _widths(program, unit)]
         names = ", ".join(dict.fromkeys(layer_at(program, layer) for layer in stage.readers.values()))
         read = _reader(stream, stage.readers)
-        other = _reader(plain, {unit: twins[layer] for unit, layer in stage.readers.items()}) if plain else None
+        other = _reader(plain, {unit: twins[layer] for unit, layer in stage.readers.items()}) if both else None
         place = f"block {block + 1} of {len(found)}, {names} ({number + 1} of {len(stages)})"
         said = ", ".join(filter(None, (place, before, pace.left(number))))
         for at, state in enumerate(track(stream.states, said, len(samples))):
             try:
-                _add(read(state), other(plain.states[at]) if plain else None)
+                _add(read(state), other(plain.states[at]) if both else None)
             except InputRefused as error:
                 raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
         made = []
@@ -152,6 +161,8 @@ def run(
             unit.statistics = []
         errors = [each for one in made if isinstance(one, dict) for each in one.get("errors", {}).values()]
         before = f"the error before {max(errors) ** 0.5:.1%}" if errors else None
+        if finish and is_last and samples:
+            made.append(finish(_passage(found[block], twins, plain, stream)))
         if journal:
             journal.save_stage(made, _pending(stages))
     if journal:
@@ -280,6 +291,27 @@ def _replace(unit: _Unit, stream: Stream, replace: Callable[[], Any]) -> Any:
     for layer, user, place in zip(held, users, places):
         stream.rename(layer, user.all_input_nodes[place])
     return made
+
+
+def _passage(block: Block, twins: Mapping[fx.Node, fx.Node], plain: Stream, stream: Stream) -> Passage:
+    """The passage through `block`, before whose begin the streams are."""
+    nodes = [twins[node] for node in block.nodes]
+    inside, reached = set(nodes), {twins[layer] for group in block.groups for layer in group}
+    for node in nodes:
+        if any(each in reached for each in node.all_input_nodes):
+            reached.add(node)
+    leaves = twins.get(block.leaves)
+    outputs = [leaves] if leaves else [node for node in dict.fromkeys(plain.program.results) if node in inside & reached]
+    read = plain.reader(outputs)
+    named = {node.name: node for node in plain.program.graph.nodes}
+
+    def reads(at: int) -> State:
+        return {named[node.meta.get("replaces", node.name)]: value for node, value in stream.states[at].items()}
+
+    def gave(at: int) -> list[Tensor]:
+        return list(read(plain.states[at]).values())
+
+    return Passage(plain.program, nodes, len(stream.states), outputs, reads, gave)
 
 
 def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:

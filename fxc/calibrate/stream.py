@@ -7,7 +7,8 @@ kept once.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Stream:
 
     def reader(self, wanted: Iterable[fx.Node]) -> Callable[[State], State]:
         """What computes the values of the nodes `wanted` from one of `states`; others are freed after their last use."""
-        return _reader(self.program, wanted, self.states[0] if self.states else ())
+        return reader(self.program, wanted, self.states[0] if self.states else ())
 
     def flow(self, after: fx.Node, beside: Stream | None = None) -> None:
         """Replace the states of all samples by the values that `after` and what follows will read. beside: a stream that is
@@ -107,6 +108,32 @@ def _written(state: State, first: State | None) -> dict[str, Any]:
     return {"values": {n.name: value for n, value in state.items() if n.name not in as_first}, "as_first": as_first}
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A block as it was before it was compressed.
+
+    program: the uncompressed one; nodes: the block's, of it; count: of samples; outputs: the nodes of what the block gives;
+    reads: of a sample what the block is given now, behind blocks that are compressed, by nodes of `program`; gave: the values
+    of `outputs` in the uncompressed program.
+    """
+
+    program: Program
+    nodes: Sequence[fx.Node]
+    count: int
+    outputs: Sequence[fx.Node]
+    reads: Callable[[int], State]
+    gave: Callable[[int], Sequence[Tensor]]
+
+    @property
+    def own(self) -> set[str]:
+        """The constants that the block reads, and nothing else does."""
+        inside = set(self.nodes)
+        users: dict[str, list[fx.Node]] = {}
+        for node in self.program.graph.find_nodes(op="get_attr"):
+            users.setdefault(node.target, []).extend(node.users)
+        return {name for name, some in users.items() if some and all(user in inside for user in some)}
+
+
 def alive_before(program: Program, after: fx.Node) -> list[fx.Node]:
     """The values made before `after` that are read by it or later, other than to be returned. Constants are read anew."""
     nodes = list(program.graph.nodes)
@@ -124,9 +151,18 @@ def _kept_once(value: Any, others: Iterable[Any]) -> Any:
     return next((each for each in tensors if torch.equal(value, each)), value)
 
 
-def _reader(program: Program, wanted: Iterable[fx.Node], known: Collection[fx.Node]) -> Callable[[State], State]:
-    """What computes the values of the nodes `wanted` from a state that has those of `known`, which all samples' have alike;
-    others are freed after their last use."""
+def _called(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    return node.target(*args, **kwargs)
+
+
+def reader(
+    program: Program,
+    wanted: Iterable[fx.Node],
+    known: Collection[fx.Node],
+    call: Callable[[fx.Node, tuple, dict], Any] = _called,
+) -> Callable[..., State]:
+    """What computes the values of the nodes `wanted` from a state that has those of `known`, which all samples' have alike, and
+    perhaps other tensors for some constants, by name; values are freed after their last use. call: what a node gives."""
     wanted = list(dict.fromkeys(wanted))
     path, todo = set(), list(wanted)
     while todo:
@@ -141,14 +177,14 @@ def _reader(program: Program, wanted: Iterable[fx.Node], known: Collection[fx.No
         if each not in wanted:
             ending.setdefault(node, []).append(each)
 
-    def read(state: State) -> State:
-        values = dict(state)
+    def read(state: State, constants: Mapping[str, Tensor] | None = None) -> State:
+        values, others = dict(state), constants or {}
         for node in order:
             if node.op == "get_attr":
-                values[node] = program.constants[node.target]
+                values[node] = others[node.target] if node.target in others else program.constants[node.target]
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                values[node] = call(node, args, kwargs)
             for each in ending.get(node, ()):
                 del values[each]
         return {node: values[node] for node in wanted}

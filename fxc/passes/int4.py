@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxc.calibrate.levels import Levels
+from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.runner import Statistic
+from fxc.calibrate.signround import Rounding
 from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, arguments
-from fxc.passes.linears import GROUPED, LINEAR
+from fxc.passes.linears import GROUPED, LINEAR, Parts
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int4_sparse24, int8, sparse24
 from fxc.schemes.scheme import Scheme, scheme_of
@@ -47,7 +48,9 @@ class Int4(PackTables):
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid: of 200 scales the best by E[x^2]
     of what the layer reads (as AutoRound without training, arXiv 2309.05516); and gptq: numbers make up for the rounding of
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
-    better; and qronos: numbers first make up for what the layers before are off (Qronos, arXiv 2505.11695), then as gptq.
+    better; qronos: numbers first make up for what the layers before are off (Qronos, arXiv 2505.11695), then as gptq; and
+    round: from there levels and scales of half a block are trained together by what it gives (SignRound, arXiv 2309.05516), and
+    kept where that is better on samples held out; it takes some times as long.
     All pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
     is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. auto is for each layer the
@@ -66,7 +69,7 @@ class Int4(PackTables):
     symmetric: bool = True
     full_range: bool = True
     bits: int = 4
-    algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
+    algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
 
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
@@ -155,10 +158,23 @@ class Int4(PackTables):
     def needs_data(self) -> str | None:
         return f"algorithm={self.algorithm} is" if self.uses_data() else None
 
-    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[dict[str, Tensor], float]:
-        kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        levels = Levels(self.bits, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
+    def learned(self, weight: Tensor, statistic: Statistic) -> tuple[Parts, float]:
         keep = weight != 0
-        made = quantized(self.algorithm, weight, statistic, levels, keep=None if keep.all() else keep)
+        made = quantized(self.algorithm, weight, statistic, self._levels(weight), keep=None if keep.all() else keep)
+        return self.settled(made), made.error
+
+    @property
+    def trains(self) -> bool:
+        return self.algorithm == "round"
+
+    def settled(self, made: Quantized) -> Parts:
         parts = {"qweight": int4.pack(made.q, self.bits), "scale": made.scale, "zero": made.zero}
-        return {part: tensor for part, tensor in parts.items() if tensor is not None}, made.error
+        return {part: tensor for part, tensor in parts.items() if tensor is not None}
+
+    def rounding(self, weight: Tensor, parts: Parts) -> Rounding | None:
+        q = int4.unpack(parts["qweight"], self.bits)
+        return Rounding(weight, Quantized(self._levels(weight), q, parts["scale"], parts.get("zero"), 0.0))
+
+    def _levels(self, weight: Tensor) -> Levels:
+        kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+        return Levels(self.bits, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxc.calibrate.levels import Levels
+from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.ranges import Observer, Range
 from fxc.calibrate.runner import Statistic
+from fxc.calibrate.signround import Rounding
 from fxc.errors import UsageError
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
@@ -47,8 +48,8 @@ class Int8(PackTables):
     "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
     two-dimensional convolutions too, with batch norms folded into them.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
-    algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq and qronos, which int4
-    explains, with one scale for a row; an expert that fewer tokens reach than it has columns is packed by grid, or by rtn.
+    algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq, qronos and round, which
+    int4 explains, with one scale for a row; an expert that fewer tokens reach than it has columns is packed by grid, or by rtn.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
     thousand, mse what loses least by rounding and cutting off together.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, which
@@ -58,7 +59,7 @@ class Int8(PackTables):
 
     mode: Literal["dynamic", "weight_only", "static"] = "dynamic"
     observer: Observer = "mse"
-    algorithm: Literal["rtn", "grid", "gptq", "qronos"] = "rtn"
+    algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
 
     name: ClassVar[str] = "int8"
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
@@ -114,8 +115,22 @@ class Int8(PackTables):
         if self.mode == "static":
             scale, zero = statistic.scale_and_zero(self.observer)
             return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
-        made = quantized(self.algorithm, weight, statistic, LEVELS)
-        return {"qweight": (made.q.short() - LEVELS.middle).to(torch.int8), "scale": made.scale.squeeze(-1)}, made.error
+        keep = weight != 0
+        made = quantized(self.algorithm, weight, statistic, LEVELS, keep=None if keep.all() else keep)
+        return self.settled(made), made.error
+
+    @property
+    def trains(self) -> bool:
+        return self.algorithm == "round"
+
+    def settled(self, made: Quantized) -> Parts:
+        return {"qweight": (made.q.short() - LEVELS.middle).to(torch.int8), "scale": made.scale.squeeze(-1)}
+
+    def rounding(self, weight: Tensor, parts: Parts) -> Rounding | None:
+        if weight.ndim != 2:
+            return None
+        q = (parts["qweight"].short() + LEVELS.middle).to(torch.uint8)
+        return Rounding(weight, Quantized(LEVELS, q, parts["scale"].unsqueeze(-1), None, 0.0))
 
     def tied(self, scheme: Scheme) -> OpOverload:
         if scheme is int4.SCHEME:

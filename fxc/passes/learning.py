@@ -13,7 +13,7 @@ from torch import fx
 
 from fxc.calibrate import runner
 from fxc.calibrate.needs import Needs
-from fxc.calibrate.runner import Compress, Restore, Statistic
+from fxc.calibrate.runner import Compress, Finish, Restore, Statistic
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Pass
@@ -28,6 +28,7 @@ def learn(
     restore: Restore,
     *,
     statistic: Callable[[int], Statistic],
+    finish: Finish | None = None,
     result: int = 0,
     lighter: str | None = None,
     what: str = "learns",
@@ -46,7 +47,8 @@ def learn(
     if journal and journal.began:
         context.say(f"{by} goes on: {journal.began} of {len(needs.stages)} stages are done")
     runner.run(
-        program, layers, samples, compress, statistic=statistic, track=context.track, journal=journal, restore=restore
+        program, layers, samples, compress, statistic=statistic, finish=finish, track=context.track, journal=journal,
+        restore=restore,
     )  # fmt: skip
     return needs
 

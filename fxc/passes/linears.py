@@ -17,8 +17,12 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fxc.calibrate.hessian import Hessian
+from fxc.calibrate.levels import Quantized
 from fxc.calibrate.needs import Needs
+from fxc.calibrate.reconstruct import Fit
 from fxc.calibrate.runner import Statistic
+from fxc.calibrate.signround import Rounding, learn_rounding
+from fxc.calibrate.stream import Passage
 from fxc.errors import InputRefused
 from fxc.ir.call import Call
 from fxc.ir.edit import call, constant, is_free, read, sweep
@@ -64,6 +68,8 @@ class PackLinears(Pass):
 
     lighter: ClassVar[str | None] = None
     """The option with which it learns from fewer statistics."""
+    trains: ClassVar[bool] = False
+    """Whether what was packed is trained at the end of each block."""
     error_of: ClassVar[str] = "outputs"
     """What the error is of that `learned` gives."""
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
@@ -106,6 +112,14 @@ class PackLinears(Pass):
 
     def prepare(self, program: Program, chosen: list[fx.Node], context: Context) -> None:
         """Replace the weights of the layers `chosen`, constants of `program`, before they are packed as without data."""
+
+    def settled(self, made: Quantized) -> Parts:
+        """The parts of a weight whose levels are known."""
+        raise NotImplementedError
+
+    def rounding(self, weight: Tensor, parts: Parts) -> Rounding | None:
+        """What training may change of the `parts` that `weight` [N, K] was packed to by `settled`; None where it may not."""
+        return None
 
     def uses_data(self) -> bool:
         return self.statistic() is not None
@@ -161,6 +175,7 @@ class PackLinears(Pass):
         errors: dict[str, float] = {}
         unreached: list[str] = []
         few: list[str] = []
+        fits: list[Fit] = []
         seen: set[str] = set()
 
         def compress(layers: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
@@ -180,7 +195,10 @@ class PackLinears(Pass):
             return made
 
         def restore(layers: list[fx.Node], made: dict[str, Any]) -> None:
-            put(layers, made, lambda name, weight: made["parts"][name])
+            if layers:
+                put(layers, made, lambda name, weight: made["parts"][name])
+            else:
+                settle(made)
 
         def put(layers: list[fx.Node], made: dict[str, Any], pack: Callable[[str, Tensor], Parts]) -> None:
             seen.update(node.name for node in layers)
@@ -192,9 +210,31 @@ class PackLinears(Pass):
             few.extend(made["few"])
             unreached.extend(name for name in made["parts"] if name not in made["errors"])
 
+        def finish(passage: Passage) -> dict[str, Any]:
+            own, roundings = passage.own, {}
+            layers = [node for node in passage.nodes if node.target is LINEAR]
+            for weight in dict.fromkeys(each.args[1].target for each in layers if each.args[1].op == "get_attr"):
+                if weight not in packed or weight not in own:
+                    continue
+                parts = {p: program.constants[each] if isinstance(each, str) else each for p, each in packed[weight].items()}
+                if found := self.rounding(passage.program.constants[weight], parts):
+                    roundings[weight] = found
+            what = f"learning to round {', '.join(map(layer_name, roundings))}"
+            fit = learn_rounding(passage, roundings, seed=context.seed, track=context.track, what=what) if roundings else None
+            weights = {weight: self.settled(each.made()) for weight, each in roundings.items()} if fit else {}
+            made = {"weights": weights, "fit": vars(fit) if fit else None}
+            settle(made)
+            return made
+
+        def settle(made: dict[str, Any]) -> None:
+            for weight, parts in made["weights"].items():
+                program.constants.update({packed[weight][part]: tensor for part, tensor in parts.items()})
+            if made["fit"]:
+                fits.append(Fit(**made["fit"]))
+
         planned = {node.args[1].target: node for node in chosen}
         needs = learn(
-            self, program, chosen, context, compress, restore, statistic=self.statistic(),
+            self, program, chosen, context, compress, restore, statistic=self.statistic(), finish=finish if self.trains else None,
             result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()), lighter=self.lighter,
         )  # fmt: skip
         for node in chosen:
@@ -206,6 +246,11 @@ class PackLinears(Pass):
                 self._rewrite(program, node, packed, result, self._pack)
         if errors:
             result.notes.append(learned_note(errors, len(context.samples), needs, self.error_of))
+        if fits:
+            better = [fit for fit in fits if fit.after < fit.before]
+            shares = [(sum(each) / len(fits)) ** 0.5 for each in ([fit.before for fit in fits], [fit.after for fit in fits])]
+            said = f"errors of blocks on held-out samples {shares[0]:.2%} -> {shares[1]:.2%}"
+            result.notes.append(f"rounding learned in {len(better)} of {len(fits)} blocks, no better in the others: {said}")
         if unreached:
             result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
         if few:

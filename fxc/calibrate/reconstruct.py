@@ -1,0 +1,115 @@
+"""Train tensors that stand for constants of a block until it gives what it should, sample by sample.
+
+What is minimised is the squared error of the block's outputs, as a share of their energy: of half a block of a transformer that
+is the best unit there is (BRECQ, Li et al., arXiv 2102.05426; "A Free Lunch in LLM Compression", arXiv 2510.14444). No gradient
+goes through any other block. Some samples are held out, and the best state of the tensors by these is what they are left in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxc.calibrate.stream import Passage, reader
+from fxc.progress import Track, untracked
+from fxc.schemes.scheme import product_of, scheme_of
+
+# One of so many samples is held out.
+HELD_OUT = 8
+# So many times the held-out samples are looked at.
+LOOKS = 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training did for held-out samples: the share of the energy of the block's outputs that is lost, before and after.
+    Where it was no better the tensors are as they were, and the two are the same."""
+
+    before: float
+    after: float
+
+
+def reconstruct(
+    passage: Passage,
+    constants: Mapping[str, Callable[[], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    schedule: Callable[[float], float] = lambda done: 1 - done,
+    steps: int = 200,
+    batch: int = 8,
+    seed: int = 0,
+    track: Track = untracked,
+    what: str = "",
+) -> Fit | None:
+    """Let `optimizer` train its tensors, so that with `constants` (name -> what it is, of these tensors) the block gives what
+    it gave; they are left as they were best for held-out samples.
+
+    schedule: share of the steps that is done -> what the rates at the beginning are multiplied by. batch: samples for each
+    step, drawn by `seed`. None where there are fewer than two samples: then there is nothing to judge by, and nothing changes.
+    """
+    if passage.count < 2:
+        return None
+    held_out = range(0, passage.count, HELD_OUT)
+    training = [at for at in range(passage.count) if at not in held_out]
+    read = reader(passage.program, passage.outputs, passage.reads(0), call=trainable)
+    squares = torch.tensor([[float(each.float().square().sum()) for each in passage.gave(at)] for at in range(passage.count)])
+    weights = squares.mean(0).clamp(min=1e-30).reciprocal().tolist()
+
+    def lost(at: int, made: Mapping[str, Tensor]) -> Tensor:
+        """Of one sample, the share of the energy of a mean one."""
+        given = read(passage.reads(at), made)
+        gaps = [(given[node].float() - aim.float()).square().sum() for node, aim in zip(passage.outputs, passage.gave(at))]
+        return sum(gap * weight for gap, weight in zip(gaps, weights)) / len(weights)
+
+    def judged() -> float:
+        with torch.no_grad():
+            made = {name: make() for name, make in constants.items()}
+            return sum(float(lost(at, made)) for at in held_out) / len(held_out)
+
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    before = best = judged()
+    kept = [tensor.detach().clone() for tensor in tensors]
+    order = torch.Generator().manual_seed(seed)
+    looks = {round(steps * n / LOOKS) for n in range(1, LOOKS + 1)}
+    for step in track(range(1, steps + 1), what, steps):
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule((step - 1) / steps)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            made = {name: make() for name, make in constants.items()}
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
+            chosen = torch.randperm(len(training), generator=order)[:batch].tolist()
+            for at in chosen:
+                (lost(training[at], leaves) / len(chosen)).backward()
+            # What a block gives need not depend on all of them.
+            reached = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+            torch.autograd.backward([made[name] for name in reached], list(reached.values()))
+        optimizer.step()
+        if step in looks and (now := judged()) < best:
+            best, kept = now, [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        for tensor, value in zip(tensors, kept):
+            tensor.copy_(value)
+    return Fit(before, best)
+
+
+def trainable(node: fx.Node, args: tuple, kwargs: dict) -> object:
+    """What `node` gives, of operators with gradients: a product with a packed weight is one with the weight that it stands for.
+    Where it rounds its activations it gives what it gives, with the gradient of one that does not."""
+    product = product_of(node.target)
+    if product is None:
+        return node.target(*args, **kwargs)
+    given = dict(zip((argument.name for argument in node.target._schema.arguments), args)) | kwargs
+    scheme, x = scheme_of(node.target), given["x"]
+    weight = scheme.dense({part: given.get(part) for part in scheme.parts}).to(x.dtype)
+    others = [given[name] for name in ("bias", "offsets") if name in given]
+    value = product.layer(x, weight, *others)
+    if product.activations is None:
+        return value
+    with torch.no_grad():
+        exact = node.target(*args, **kwargs)
+    return value + (exact - value).detach()
