@@ -28,8 +28,9 @@ from fxc.calibrate.ranges import Observer, Range
 from fxc.calibrate.runner import Statistic
 from fxc.calibrate.signround import Rounding
 from fxc.errors import UsageError
+from fxc.ir.program import Program
 from fxc.passes.base import Fact
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, arguments
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
 from fxc.passes.linears import GROUPED, LINEAR, Parts
 from fxc.passes.tables import PackTables
@@ -47,7 +48,7 @@ class Int8(PackTables):
     mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them;
     "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
     two-dimensional convolutions too, with batch norms folded into them.
-    Of 2:4 sparse weights (sparse24) the numbers that are left are quantized.
+    Of 2:4 sparse weights (sparse24) the numbers that are left are quantized; zeros stay zero, by every algorithm.
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq, qronos and round, which
     int4 explains, with one scale for a row; an expert that fewer tokens reach than it has columns is packed by grid, or by rtn.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
@@ -83,9 +84,21 @@ class Int8(PackTables):
     def layers(self) -> tuple[OpOverload, ...]:
         return (*LINEARS, int8.CONV2D) if self.mode == "static" else LINEARS
 
+    def weight(self, program: Program, node: fx.Node) -> Tensor:
+        tensor = super().weight(program, node)
+        # Rounded to nearest, zeros are no matter.
+        return sparse24.unpack(tensor, _places(program, node)) if self._learns_sparse(node) else tensor
+
+    def stored(self, program: Program, node: fx.Node, parts: Parts) -> Parts:
+        if not self._learns_sparse(node):
+            return parts
+        fours = parts["qweight"].unflatten(1, (-1, 4))
+        return parts | {"qweight": fours.gather(-1, sparse24.unpack_positions(_places(program, node))).flatten(1)}
+
+    def _learns_sparse(self, node: fx.Node) -> bool:
+        return node.target is sparse24.LINEAR and self.algorithm != "rtn"
+
     def declines(self, node: fx.Node, weight: Tensor) -> str | None:
-        if node.target is sparse24.LINEAR and self.algorithm != "rtn":
-            return f"2:4 sparse weights are rounded to nearest, not by {self.algorithm}: use algorithm=rtn"
         if self.mode == "dynamic" or node.target not in (GROUPED, sparse24.LINEAR):
             return None
         which = "experts" if node.target is GROUPED else "2:4 sparse layers"
@@ -136,3 +149,7 @@ class Int8(PackTables):
         if scheme is int4.SCHEME:
             return int4.LINEAR
         return int8.WEIGHT_ONLY if self.mode == "weight_only" else int8.LINEAR
+
+
+def _places(program: Program, node: fx.Node) -> Tensor:
+    return program.constants[arguments(node)["meta"].target]

@@ -234,8 +234,9 @@ class PackLinears(Pass):
 
         planned = {node.args[1].target: node for node in chosen}
         needs = learn(
-            self, program, chosen, context, compress, restore, statistic=self.statistic(), finish=finish if self.trains else None,
-            result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()), lighter=self.lighter,
+            self, program, chosen, context, compress, restore, statistic=self.statistic(), lighter=self.lighter,
+            finish=finish if self.trains else None,
+            result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()),
         )  # fmt: skip
         for node in chosen:
             if node.name not in seen:
