@@ -21,14 +21,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from fxc.calibrate.codebook import clustered
 from fxc.errors import UsageError
-from fxc.ir.program import Program
+from fxc.ir.call import Call
+from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.float_weights import FloatWeights, checked
 
 SIZES = (16, 256)
+# A bias with so many times the numbers of a codebook shares values too.
+LONG = 3
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ class Pack(FloatWeights):
     in time the model is as before (Deep Compression, Han et al., arXiv 1510.00149).
 
     What is not zero is stored with its place, and all of it in Huffman codes, without loss; packed weights of other passes too.
-    codebook: before that, let the weights of linear layers, experts and convolutions that are still floats share so many values
-    each, 16 to 256: the centroids of their numbers by k-means, zeros aside. 0 leaves the numbers as they are.
+    codebook: before that, let the weights of linear layers, experts and convolutions that are still floats, and biases that are
+    long beside it, share so many values each, 16 to 256: the centroids of their numbers by k-means, zeros aside. 0 leaves the
+    numbers as they are.
     only: patterns of the layers that share values, separated by ";", globs or "re:...". Stored small is everything.
     """
 
@@ -60,9 +66,16 @@ class Pack(FloatWeights):
         program.metadata["storage"] = "coded"
         result.notes.append("smaller on disk alone: once loaded the model is as large and as fast as before")
         chosen = self.chosen(program, context, result) if self.codebook else {}
-        for fqn in chosen:
+        for fqn in [*chosen, *self._biases(program, chosen)]:
             if not program.is_on_meta:
                 checked(fqn, program.constants[fqn])
                 program.constants[fqn] = clustered(program.constants[fqn], self.codebook)
         result.changed += len(chosen)
         return result
+
+    def _biases(self, program: Program, chosen: dict[str, list[fx.Node]]) -> list[str]:
+        """The biases of the layers that share values: those that are many times longer than a codebook."""
+        read = (Call(node).get("bias") for nodes in chosen.values() for node in nodes)
+        names = dict.fromkeys(bias.target for bias in read if isinstance(bias, fx.Node) and bias.op == "get_attr")
+        alone = (fqn for fqn in names if len(users_of(program, fqn)) == 1)
+        return [fqn for fqn in alone if program.constants[fqn].numel() >= LONG * self.codebook]

@@ -65,6 +65,14 @@ def test_only_limits_the_codebook_and_what_is_no_float_has_none():
     assert list(step.layer_errors) == ["head"]
 
 
+def test_long_biases_share_values_too_and_short_ones_stay():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 20)).eval()
+    program, _ = run_passes(fxc.capture(net, (normal(2, 16),), check=False), Context(), Options("pack:codebook=16"))
+    assert len(program.constants["0.bias"].unique()) <= 16
+    assert torch.equal(program.constants["2.bias"], net[2].bias)
+
+
 def test_it_runs_after_what_prunes_and_quantizes_and_twice_is_nothing():
     names = [each.name for each in order(parse_passes("pack:codebook=32,int8,sparsify")).passes]
     assert names[-3:] == ["sparsify", "int8", "pack"]
