@@ -174,6 +174,8 @@ def _keys(value: fx.Node) -> Iterator[Key | None]:
 def _works_on_levels(user: fx.Node, value: fx.Node) -> bool:
     if user.target in (aten.relu.default, aten.max_pool2d.default):
         return True
+    if user.target is aten.pad.default:
+        return Call(user)["mode"] == "constant" and not Call(user)["value"]
     return user.target in _MOVES and user.args[0] is value
 
 
@@ -197,6 +199,9 @@ def _pass_on(program: Program, value: fx.Node, levels: fx.Node, key: Key) -> Non
             call = Call(user)
             how = [call[each] for each in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")]
             made = _insert(program, ops.MAX_POOL2D, (levels, *how), user)
+        elif user.target is aten.pad.default:
+            pads = user.args[1]
+            made = _insert(program, user.target, (levels, pads, "constant", float(key[1])), user) if any(pads) else levels
         else:
             made = _insert(program, user.target, (levels, *user.args[1:]), user, user.kwargs)
         _pass_on(program, user, made, key)
