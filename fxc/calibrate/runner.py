@@ -79,16 +79,16 @@ def needs(
     is known: it counts as 1."""
     found, stages = _planned(program, layers)
     last = stages[-1].block if stages else 0
-    known = [_symbols(program, sample) for sample in samples]
+    known = [symbols_of(program, sample) for sample in samples]
     ends = [alive_before(program, block.nodes[0]) for block in found[1 : last + 1]]
     ends = [[node.meta["val"] for node in end if node.op != "placeholder"] for end in ends]
-    states = [sum(_nbytes(value, symbols) for value in end for symbols in known) for end in ends]
+    states = [sum(nbytes_of(value, symbols) for value in end for symbols in known) for end in ends]
     streams = 2 if _reads_both(statistic) else 1
     costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
     alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
     names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]
     largest = max(samples, key=lambda sample: sum(each.numel() for each in sample), default=None)
-    within = [_within(block, _symbols(program, largest)) for block in found[: last + 1]] if samples else []
+    within = [_within(block, symbols_of(program, largest)) for block in found[: last + 1]] if samples else []
     work = [_WORK * _floats(program, unit) + 3 * cost // len(_widths(program, unit)) for unit, cost in costs.items()]
     return Needs(
         streams * max(states, default=0), max(alive, default=0), max(within, default=0), max(work, default=0),
@@ -314,7 +314,7 @@ def _passage(block: Block, twins: Mapping[fx.Node, fx.Node], plain: Stream, stre
     return Passage(plain.program, nodes, len(stream.states), outputs, reads, gave)
 
 
-def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
+def symbols_of(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
     """Of the symbols in the shapes of the program's inputs, their values for this sample."""
     found = {}
     for node, tensor in zip(program.placeholders, sample, strict=True):
@@ -324,9 +324,9 @@ def _symbols(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
     return found
 
 
-def _nbytes(value: Any, symbols: dict[Any, int]) -> int:
+def nbytes_of(value: Any, symbols: dict[Any, int]) -> int:
     if isinstance(value, tuple | list):
-        return sum(_nbytes(each, symbols) for each in value)
+        return sum(nbytes_of(each, symbols) for each in value)
     if not isinstance(value, Tensor):
         return 0
     sizes = [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in value.shape]
@@ -341,7 +341,7 @@ def _within(block: Block, symbols: dict[Any, int]) -> int:
     for each, node in last.items():
         if all(user in inside for user in each.users):
             ending.setdefault(node, []).append(each)
-    sizes = {node: _nbytes(node.meta["val"], symbols) for node in block.nodes}
+    sizes = {node: nbytes_of(node.meta["val"], symbols) for node in block.nodes}
     now = most = 0
     for node in block.nodes:
         now += sizes[node]

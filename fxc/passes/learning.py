@@ -14,8 +14,10 @@ from torch import fx
 from fxc.calibrate import runner
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.runner import Compress, Finish, Restore, Statistic
+from fxc.errors import ResourceError
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
+from fxc.memory import available
 from fxc.passes.base import Context, Pass
 
 
@@ -51,6 +53,26 @@ def learn(
         restore=restore,
     )  # fmt: skip
     return needs
+
+
+def announce_backward(by: Pass, program: Program, context: Context, numbers: int = 0) -> None:
+    """Say what gradients through the whole of `program` are going to take for the pass `by`, by sample. numbers: how many
+    have a gradient and a score. Raises `ResourceError` where there is not enough memory."""
+    if not context.samples:
+        return
+    largest = max(context.samples, key=lambda sample: sum(each.numel() for each in sample))
+    sizes = runner.symbols_of(program, largest)
+    values = sum(runner.nbytes_of(node.meta["val"], sizes) for node in program.graph.nodes if node.op == "call_function")
+    scores, left = 8 * numbers, available()
+    said = f"{values / 1e6:.1f} MB for what one sample gives in all layers and {scores / 1e6:.1f} MB for gradients and scores"
+    context.say(f"{by} needs gradients through the whole model, with {said}")
+    if left is not None and values + scores > left:
+        raise ResourceError(
+            f"its gradients need {(values + scores) / 1e9:.2f} GB of memory and {left / 1e9:.2f} GB are left",
+            where=str(by),
+            why=said,
+            hint="shorter samples (--calib-length); or criterion=wanda, which needs no gradients",
+        )
 
 
 def _key(by: Pass, program: Program, layers: Collection[fx.Node], context: Context, what: str) -> dict[str, Any]:

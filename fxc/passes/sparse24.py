@@ -27,6 +27,7 @@ from fxc.calibrate.runner import Statistic
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.learning import announce_backward
 from fxc.passes.linears import GROUPED, PackLinears
 from fxc.schemes import sparse24
 
@@ -79,8 +80,9 @@ class Sparse24(PackLinears):
         if self.criterion != "taylor":
             return
         check_data_is_given([self], bool(context.samples))
-        samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
         weights = list(dict.fromkeys(node.args[1].target for node in chosen))
+        announce_backward(self, program, context, sum(program.constants[fqn].numel() for fqn in weights))
+        samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
         for fqn, scores in gradients.scores(program, weights, samples, context.seed).items():
             program.constants[fqn] = torch.where(keep_n_of_m(scores), program.constants[fqn], 0)
 

@@ -35,7 +35,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
-from fxc.passes.learning import learn
+from fxc.passes.learning import announce_backward, learn
 from fxc.passes.linears import learned_note
 
 
@@ -102,6 +102,7 @@ class Sparsify(FloatWeights):
     def _rank(self, program: Program, chosen: dict[str, list[fx.Node]], context: Context) -> None:
         """Prune by scores that are known beforehand."""
         if self.criterion == "taylor":
+            announce_backward(self, program, context, sum(program.constants[fqn].numel() for fqn in chosen))
             samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
             scored = gradients.scores(program, chosen, samples, context.seed)
         ranking = Ranking()

@@ -8,6 +8,7 @@ from formats import captured, directed
 from fxc.calibrate import needs
 from fxc.errors import ResourceError
 from fxc.options import Options
+from fxc.passes import learning
 from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
@@ -36,3 +37,14 @@ def test_what_cannot_fit_is_refused_before_it_begins(spec, lighter, monkeypatch)
     with pytest.raises(ResourceError, match=r"of memory and 0\.00 GB are left") as caught:
         run_passes(captured(), Context(samples=directed(4), track=untouchable), Options(spec))
     assert caught.value.where.startswith(spec.split(":")[0]) and lighter in caught.value.hint
+
+
+@pytest.mark.parametrize("spec", ["sparsify:criterion=taylor", "sparse24:criterion=taylor", "prune:ffn=0.25:criterion=taylor"])
+def test_gradients_through_the_whole_model_are_said_and_refused_where_they_cannot_fit(spec, monkeypatch):
+    said: list[str] = []
+    run_passes(captured(), Context(samples=directed(4), say=said.append), Options(spec))
+    assert "gradients through the whole model" in said[0]
+    monkeypatch.setattr(learning, "available", lambda: 10_000)
+    with pytest.raises(ResourceError, match="gradients need") as caught:
+        run_passes(captured(), Context(samples=directed(4), track=untouchable), Options(spec))
+    assert "--calib-length" in caught.value.hint

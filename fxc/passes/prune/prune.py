@@ -39,11 +39,12 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result, check_data_is_given
 from fxc.passes.dead_structure.dead_structure import NO_DEAD_STRUCTURE
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.learning import announce_backward
 from fxc.passes.prune.amount import choose
 from fxc.passes.prune.blocks import Block, block_at, blocks, influence, take_out
 from fxc.passes.prune.mask import mask, unmaskable
 from fxc.passes.prune.plan import Drop, parse_drops, read_plan
-from fxc.passes.prune.scores import NEED_DATA, Criterion, scores
+from fxc.passes.prune.scores import NEED_DATA, NEED_GRADIENTS, Criterion, scores
 
 BUDGET = 0.02
 _PLURALS = {"head": "heads", "ffn": "ffn", "channel": "channels"}
@@ -166,6 +167,8 @@ class Prune(Pass):
         kinds = self._candidates(program, _PLURALS, context, result)
         candidates = [g for its in kinds.values() for g in its if g.size > 1]
         criterion = "taylor" if self.criterion == "auto" else self.criterion
+        if criterion in NEED_GRADIENTS:
+            announce_backward(self, program, context)
         choice = choose(program, candidates, context, self.budget, criterion, self._amounts)
         result.refusals += [Refusal(g.name, f"{criterion} says nothing about it") for g in choice.unscored]
         drops = []
@@ -195,6 +198,8 @@ class Prune(Pass):
         criterion = "l2" if self.criterion == "auto" else self.criterion
         candidates = self._candidates(program, shares, context, result)
         groups = [g for gs in candidates.values() for g in gs]
+        if criterion in NEED_GRADIENTS:
+            announce_backward(self, program, context)
         found = scores(program, groups, criterion, context.samples, context.track, context.seed)
         for kind, share in shares.items():
             scored = [g for g in candidates[kind] if g in found]

@@ -38,6 +38,7 @@ aten = torch.ops.aten
 Criterion = Literal["l2", "l1", "bn_scale", "taylor", "wanda", "mask_gradient"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 NEED_DATA = ("taylor", "wanda", "mask_gradient")
+NEED_GRADIENTS = ("taylor", "mask_gradient")
 
 
 def scores(
