@@ -11,6 +11,7 @@ from fxc.calibrate.gptq import DAMP
 from fxc.calibrate.hessian import Hessian, Squares
 from fxc.calibrate.masks import Pruned, keep_n_of_m, keep_share, pruned
 from fxc.calibrate.refit import refit
+from fxc.calibrate.reselect import reselect
 from fxc.calibrate.sparsegpt import sparsegpt
 from fxc.calibrate.wanda import scores
 
@@ -24,14 +25,23 @@ def learned(
     """`weight` [N, K] by `criterion`, one of `STATISTICS`, and a statistic of what that makes.
 
     pattern: (n, m), n of m neighbours stay in each row; None: the share `sparsity` goes, of wanda that of each row.
-    What sparsegpt leaves is fitted once more to what the layer gave, where that is better. Raises InputRefused as they do.
+    What sparsegpt leaves is fitted once more to what the layer gave, and with a pattern also chosen anew, where that is better.
+    Raises InputRefused as they do.
     """
     if criterion == "wanda":
         by = scores(weight, statistic.mean)
         keep = keep_share(by, sparsity, by_row=True) if pattern is None else keep_n_of_m(by, *pattern)
         return pruned(weight, keep, statistic.mean)
     first = sparsegpt(weight, statistic.mean, pattern, sparsity)
-    return min(refit(weight, first.keep, statistic.mean), first, key=lambda each: each.error)
+    found = min(refit(weight, first.keep, statistic.mean), first, key=_error)
+    if pattern is not None:
+        moved = reselect(weight, found, statistic.mean, pattern)
+        found = min(refit(weight, moved.keep, statistic.mean), moved, found, key=_error)
+    return found
+
+
+def _error(made: Pruned) -> float:
+    return made.error
 
 
 def costs(criterion: str, weight: Tensor, statistic: Hessian | Squares) -> Tensor:

@@ -39,10 +39,10 @@ class Sparse24(PackLinears):
 
     criterion: which go. magnitude: the smaller ones. From calibration data learn wanda: the smaller ones times the norm of what
     they meet (Wanda, arXiv 2306.11695); and sparsegpt: those whose going the others can best make up for, which they do
-    (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave (arXiv 2401.02938). Both take
-    layers in the order in which they run, each by what it reads behind sparse ones. A layer that no sample reaches loses its
-    smaller numbers. taylor: those by whose going the loss changes less, to first order (Molchanov et al., CVPR 2019), which
-    takes the memory of a gradient and a score for each number.
+    (SparseGPT, arXiv 2301.00774), then each four choose anew, all others known, and all that stay are fitted once more to what
+    the layer gave (arXiv 2401.02938). Both take layers in the order in which they run, each by what it reads behind sparse
+    ones. A layer that no sample reaches loses its smaller numbers. taylor: those by whose going the loss changes less, to first
+    order (Molchanov et al., CVPR 2019), which takes the memory of a gradient and a score for each number.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparse24:only=*.mlp,int8.
     """
 
