@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +29,13 @@ class Step:
     layer_errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     repeat: str | None = None
+
+
+def decibels(error: float) -> float:
+    """A relative error as a ratio of signal to noise: 20 log10(1 / error), infinite where there is none."""
+    if error == 0:
+        return math.inf
+    return -20 * math.log10(error) if error < math.inf else -math.inf
 
 
 @dataclass

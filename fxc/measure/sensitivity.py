@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxc.artifact import companions
 from fxc.captured import Captured, capture_source
-from fxc.compilation import Step
+from fxc.compilation import Step, decibels
 from fxc.compiler import compile_captured
 from fxc.data.calibration import calibration_samples
 from fxc.errors import UsageError
@@ -163,8 +163,7 @@ class _Measured:
                 signal += theirs[i].double().square().sum().item()
         error = math.sqrt(noise / signal) if signal else math.inf if noise else 0.0
         loss = None if before is None else self._loss(found) - before
-        decibels = math.inf if error == 0 else -20 * math.log10(error) if error < math.inf else -math.inf
-        return Effect(name, error, decibels, loss, _bytes(self.base, layer), _bytes(self.after, layer.values()))
+        return Effect(name, error, decibels(error), loss, _bytes(self.base, layer), _bytes(self.after, layer.values()))
 
     def _with(self, layer: dict[fx.Node, fx.Node], sample: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs of the base whose nodes compute what their counterparts in `layer` do."""

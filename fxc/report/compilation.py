@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fxc.analysis.groups import NAMES
-from fxc.compilation import Compilation, Stage, Step
+from fxc.compilation import Compilation, Stage, Step, decibels
 from fxc.passes.base import Removal
 from fxc.report.console import Output, ratio, size
 
@@ -79,7 +79,8 @@ def show_all(output: Output, record: Compilation, kinds: tuple[dict[str, int], d
     skipped = [row for p in record.passes for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
     errors = sorted(((e, f) for p in record.passes for f, e in p.layer_errors.items()), reverse=True)[:_WORST]
-    output.table("largest relative errors of single layers", ["layer", ">error"], [(f, f"{e:.4f}") for e, f in errors])
+    rows = [(f, f"{e:.4f}", f"{decibels(e):.1f}") for e, f in errors]
+    output.table("largest relative errors of single layers", ["layer", ">error", ">signal to noise, dB"], rows)
 
 
 def _removed(record: Compilation) -> list[Removal]:
