@@ -74,16 +74,17 @@ def needs(
     samples: Sequence[Sequence[Tensor]],
     statistic: Callable[[int], Statistic] = Hessian,
     result: int = 0,
+    finish: Finish | None = None,
 ) -> Needs:
-    """What `run` with these arguments will take. result: bytes of what layers become. Of a size that depends on data nothing
-    is known: it counts as 1."""
+    """What `run` with these arguments will take, without what `finish` does. result: bytes of what layers become. Of a size
+    that depends on data nothing is known: it counts as 1."""
     found, stages = _planned(program, layers)
     last = stages[-1].block if stages else 0
     known = [symbols_of(program, sample) for sample in samples]
     ends = [alive_before(program, block.nodes[0]) for block in found[1 : last + 1]]
     ends = [[node.meta["val"] for node in end if node.op != "placeholder"] for end in ends]
     states = [sum(nbytes_of(value, symbols) for value in end for symbols in known) for end in ends]
-    streams = 2 if _reads_both(statistic) else 1
+    streams = 2 if finish or _reads_both(statistic) else 1
     costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
     alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
     names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]

@@ -41,7 +41,7 @@ def learn(
     does, where it runs more than once. Raises `ResourceError` where there is not enough memory.
     """
     samples = context.samples
-    needs = runner.needs(program, layers, samples, statistic, result)
+    needs = runner.needs(program, layers, samples, statistic, result, finish)
     here = replace(needs, on_disk=context.saves is not None and not context.saves.in_memory)
     context.say(f"{by} {what} from {len(samples)} samples, with {here}")
     here.check(str(by), None if lighter is None or lighter in str(by) else lighter)

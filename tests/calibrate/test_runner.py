@@ -338,6 +338,7 @@ def test_the_bytes_that_a_run_needs_are_known_before():
     assert 8 * 17 * (24 + 40) < needs.block <= 8 * 17 * (2 * 24 + 2 * 40)
     assert needs.total == needs.states + needs.statistics + needs.block + needs.work
     assert runner.needs(program, layers, samples, wide, 7).total == needs.total + 7
+    assert runner.needs(program, layers, samples, wide, finish=print).states == 2 * needs.states
 
 
 def test_layers_of_one_block_only_work():
