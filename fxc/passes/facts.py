@@ -95,3 +95,20 @@ FLOAT_WEIGHTS = _of_layers("float_weights", lambda scheme: scheme.is_quantized, 
 
 DENSE_WEIGHTS = _of_layers("dense_weights", lambda scheme: scheme.is_sparse, "2:4 sparse")
 """No weight is packed as 2:4, which leaves numbers out: every weight that is not quantized has its own shape."""
+
+
+def _scaled(program: Program) -> dict[str, str]:
+    return {"": "scales were moved between its layers"} if program.metadata.get("scaled") else {}
+
+
+UNSCALED = Fact("unscaled", _scaled)
+"""No pass has moved scales between layers: how large a weight is says what it said in the model."""
+
+
+def _halved(program: Program) -> dict[str, str]:
+    half = program.metadata.get("half")
+    return {"": f"the pass {half} has rounded its weights"} if half else {}
+
+
+FULL_PRECISION = Fact("full_precision", _halved)
+"""No pass has rounded weights to bf16 or fp16: they have the precision that the model came with."""

@@ -32,7 +32,7 @@ from fxc.ir.edit import constant, free_name, replace, sweep
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Refusal, Result
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION
 
 aten = torch.ops.aten
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
@@ -130,7 +130,7 @@ class FoldBatchNorm(Pass):
     follows, or of all that read it where that changes nothing: there may be no zeros around what they read."""
 
     name: ClassVar[str] = "fold_batch_norm"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION})
     gives: ClassVar[frozenset[Fact]] = frozenset({FOLDED_BATCH_NORM})
     rounds: ClassVar[bool] = True
 

@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 
 from fxc.calibrate.ranges import Range
 from fxc.passes.base import Fact
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION
 from fxc.passes.linears import LINEAR, PackLinears, Parts
 from fxc.schemes import fp8
 
@@ -39,7 +39,7 @@ class Fp8(PackLinears):
     mode: Literal["dynamic", "weight_only", "static"] = "dynamic"
 
     name: ClassVar[str] = "fp8"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     scheme: ClassVar = fp8.SCHEME
     error_of: ClassVar[str] = "inputs"

@@ -30,7 +30,7 @@ from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, arguments
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
 from fxc.passes.linears import GROUPED, LINEAR, Parts
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int4_sparse24, int8, sparse24
@@ -72,7 +72,7 @@ class Int4(PackTables):
     algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
 
     name: ClassVar[str] = "int4"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION})
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
     lighter: ClassVar = "algorithm=grid"
     layers: ClassVar = (LINEAR, GROUPED, sparse24.LINEAR)

@@ -30,7 +30,7 @@ from fxc.calibrate.signround import Rounding
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, arguments
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
 from fxc.passes.linears import GROUPED, LINEAR, Parts
 from fxc.passes.tables import PackTables
@@ -78,7 +78,7 @@ class Int8(PackTables):
 
     @property
     def needs(self) -> frozenset[Fact]:
-        return frozenset({CANONICAL, FLOAT_WEIGHTS, *([FOLDED_BATCH_NORM] if self.mode == "static" else [])})
+        return frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, *([FOLDED_BATCH_NORM] if self.mode == "static" else [])})
 
     @property
     def layers(self) -> tuple[OpOverload, ...]:

@@ -16,9 +16,9 @@ import networkx as nx
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact, Pass
-from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 
-_AT_FIRST = (FLOAT_WEIGHTS, DENSE_WEIGHTS)
+_AT_FIRST = (FLOAT_WEIGHTS, DENSE_WEIGHTS, UNSCALED, FULL_PRECISION)
 """What is true of every model that was not compressed before."""
 
 

@@ -26,7 +26,7 @@ from fxc.calibrate.masks import keep_n_of_m
 from fxc.calibrate.runner import Statistic
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, check_data_is_given
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION
 from fxc.passes.learning import announce_backward
 from fxc.passes.linears import GROUPED, PackLinears
 from fxc.schemes import sparse24
@@ -49,7 +49,7 @@ class Sparse24(PackLinears):
     criterion: Literal["magnitude", "wanda", "sparsegpt", "taylor"] = "magnitude"
 
     name: ClassVar[str] = "sparse24"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({DENSE_WEIGHTS})
     lighter: ClassVar = "criterion=wanda"
     scheme: ClassVar = sparse24.SCHEME

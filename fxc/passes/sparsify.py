@@ -33,7 +33,7 @@ from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
 from fxc.passes.learning import announce_backward, learn
 from fxc.passes.linears import learned_note
@@ -62,7 +62,7 @@ class Sparsify(FloatWeights):
     scope: Literal["layer", "global"] = "layer"
 
     name: ClassVar[str] = "sparsify"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS, UNSCALED})
     # How much goes is what the user says: it is measured, reported, and limited only by --budget.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 

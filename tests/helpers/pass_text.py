@@ -104,7 +104,7 @@ def run(example: Example) -> tuple[Program, Program, Result]:
     for each in first:
         each.run(after, Context())
     before, after = after, after.copy()
-    return before, after, last.run(after, Context())
+    return before, after, last.run(after, Context(samples=[_inputs(before)]))
 
 
 def check(example: Example) -> None:
@@ -126,7 +126,9 @@ def check(example: Example) -> None:
 def _inputs(program: Program) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     values = [node.meta["val"] for node in program.placeholders]
-    return [torch.randn([int(n) for n in v.shape], generator=generator).to(v.dtype) for v in values]
+    # int(symbol) would fix its size in the program.
+    sizes = [[n if isinstance(n, int) else n.node.hint for n in value.shape] for value in values]
+    return [torch.randn(size, generator=generator).to(value.dtype) for size, value in zip(sizes, values, strict=True)]
 
 
 def accept(path: Path, example: Example) -> None:

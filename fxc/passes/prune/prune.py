@@ -38,7 +38,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Pass, Refusal, Removal, Result, check_data_is_given
 from fxc.passes.dead_structure.dead_structure import NO_DEAD_STRUCTURE
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.learning import announce_backward
 from fxc.passes.prune.amount import choose
 from fxc.passes.prune.blocks import Block, block_at, blocks, influence, take_out
@@ -81,7 +81,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
     is_policy: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS, UNSCALED})
     breaks: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     owes: ClassVar[frozenset[Fact]] = frozenset({NO_DEAD_STRUCTURE})
     # How far the outputs move is what the user asked for: it is measured, reported, and limited only by --budget.

@@ -1,0 +1,167 @@
+"""smooth and awq move scales of channels between layers, change nothing, and say where they do not apply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, build
+from torch import nn
+
+import fxc
+from fxc.analysis.channels import reach
+from fxc.data.samples import drawn
+from fxc.errors import UsageError
+from fxc.options import Options
+from fxc.passes.base import Context, parse_passes
+from fxc.passes.order import order
+from fxc.pipeline import run_passes
+from fxc.schemes.scheme import LINEAR
+
+QUICK = {"gemma", "vit", "mixtral", "whisper_encoder"}
+NOWHERE = {"resnet", "mobilenetv2", "mlp"}
+
+
+def ran(model: nn.Module, example, spec: str, **options):
+    """(program before, after, the step of the last pass)"""
+    program = fxc.capture(model, example) if example else fxc.capture(model)
+    context = Context(samples=drawn(program, seed=0)[:4], **options)
+    after, steps = run_passes(program, context, Options(spec))
+    return program, after, steps[-1]
+
+
+@pytest.mark.parametrize("spec", ["smooth", "awq:group=32"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in FAMILIES])
+def test_nothing_changes_in_any_family(name, spec):
+    model, example = build(name)
+    _, _, step = ran(model, example, spec)
+    assert (step.changed == 0) == (name in NOWHERE)
+    # The gate compares in float64 and allows 1e-10.
+    assert name in NOWHERE or "in float64, run there too" in step.gates["meaning"]
+
+
+class Block(nn.Module):
+    """Attention with heads that share values, and a gated part, as encoders have them."""
+
+    def __init__(self, shared: bool = True):
+        super().__init__()
+        self.shared = shared
+        self.norm, self.norm2 = nn.LayerNorm(32), nn.RMSNorm(32, elementwise_affine=False)
+        self.q, self.kv = nn.Linear(32, 32), nn.Linear(32, 2 * (16 if shared else 32))
+        self.o, self.gate_up, self.down = nn.Linear(32, 32), nn.Linear(32, 128), nn.Linear(64, 32)
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, (k, v) = self.q(y), self.kv(y).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=self.shared)
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+def reached(program, layer: str):
+    [source] = [n for n in program.graph.nodes if n.target is LINEAR and n.args[1].target == f"{layer}.weight"]
+    return reach(program, source)
+
+
+def test_channels_are_followed_through_heads_and_halves():
+    torch.manual_seed(0)
+    program, after, step = ran(Block().eval().double(), (torch.randn(2, 5, 32, dtype=torch.float64),), "smooth")
+    found = reached(program, "kv")
+    [(o, channels)] = found.readers.items()
+    # Four query heads of eight read two heads of values, which are the second half of kv.
+    values = torch.arange(16, 32).reshape(2, 8)
+    assert o.args[1].target == "o.weight" and torch.equal(channels, values.repeat_interleave(2, 0).flatten())
+    assert set(found.blocked) == set(range(16)) and "attention" in found.blocked[0]
+    found = reached(program, "gate_up")
+    assert torch.equal(found.readers.popitem()[1], torch.arange(64, 128)) and set(found.blocked) == set(range(64))
+    assert step.changed == 4 and not step.refusals
+    # The norm without a gain has one now, and keys stay as they were.
+    assert "norm2.weight" in after.constants
+    before, now = program.constants["kv.bias"], after.constants["kv.bias"]
+    assert torch.equal(before[:16], now[:16]) and not torch.isclose(before[16:], now[16:]).any()
+
+
+def test_the_scale_is_that_of_the_paper():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16)).eval().double()
+    nn.init.uniform_(model[0].weight, 0.1, 9)
+    program = fxc.capture(model, (torch.randn(7, 8, dtype=torch.float64),))
+    samples = drawn(program, seed=0)
+    after, _ = run_passes(program, Context(samples=samples), Options("smooth:alpha=0.7"))
+    with torch.no_grad():
+        largest = torch.cat([model[0](s[0]) for s in samples]).abs().amax(0)
+    s = largest**0.7 / model[1].weight.abs().amax(0) ** 0.3
+    torch.testing.assert_close(after.constants["1.weight"], model[1].weight.detach() * s, rtol=1e-5, atol=0)
+    torch.testing.assert_close(after.constants["0.weight"], model[0].weight.detach() / s, rtol=1e-5, atol=0)
+
+
+def test_awq_loses_less_where_some_channels_are_large():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64, bias=False)).eval()
+    with torch.no_grad():
+        # Each group of 32 has a large weight, by which the others are rounded.
+        model[0].weight[:4], model[1].weight[:, [10, 40]] = 30, 1
+    program = fxc.capture(model, (torch.randn(7, 64),))
+    samples = drawn(program, seed=0)
+
+    def loss(spec: str) -> float:
+        after, _ = run_passes(program, Context(samples=samples), Options(spec, layer_budget=9.0, budget=9.0))
+        x = samples[0]
+        return float((after.module()(*x)[0] - program.module()(*x)[0]).norm())
+
+    assert loss("awq:group=32,int4:group=32") < 0.8 * loss("int4:group=32")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.a(y) + self.b(self.norm(2 * x)), torch.sigmoid(y)
+
+
+@pytest.mark.parametrize(
+    "model, why",
+    [
+        (Tied(), "read by others too"),
+        (nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)), "aten.gelu"),
+        (nn.Sequential(nn.LayerNorm(32), nn.Sigmoid(), nn.Linear(32, 32)), "aten.sigmoid"),
+    ],
+)
+def test_it_declines_with_the_reason(model, why):
+    _, _, step = ran(model.eval(), (torch.randn(3, 32),), "smooth")
+    assert step.changed == 0 and any(why in refusal.reason for refusal in step.refusals), step.refusals
+
+
+def test_relu_passes_a_scale_and_a_skipped_layer_keeps_its_weight():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    _, after, step = ran(model, (torch.randn(3, 32),), "smooth")
+    assert step.changed == 1 and after.metadata["scaled"]
+    _, _, step = ran(model, (torch.randn(3, 32),), "smooth", skip="2")
+    assert step.changed == 0 and any("skipped by the pattern 2" in refusal.reason for refusal in step.refusals)
+
+
+def test_awq_says_which_group_fits_and_where_values_are_shared():
+    example = (torch.randn(2, 5, 32),)
+    _, _, step = ran(Block().eval(), example, "awq")
+    assert step.changed == 0 and any("use group=32" in refusal.reason for refusal in step.refusals)
+    _, _, step = ran(Block().eval(), example, "awq:group=32")
+    assert any("one channel" in refusal.reason for refusal in step.refusals) and step.changed == 3
+
+
+@pytest.mark.parametrize("name", ["smooth", "awq"])
+def test_without_data_and_out_of_order(name):
+    program = fxc.capture(nn.Linear(32, 32).eval(), (torch.randn(3, 32),))
+    with pytest.raises(UsageError, match="measured on calibration data"):
+        run_passes(program, Context(), Options(name))
+    ordered = [p.name for p in order(parse_passes(f"int8,{name},prune:ffn=0.25")).passes]
+    assert ordered.index("prune") < ordered.index(name) < ordered.index("int8")
+
+
+def test_what_does_not_exist():
+    for spec in ("smooth:alpha=2", "awq:bits=5", "awq:group=7"):
+        with pytest.raises(UsageError):
+            parse_passes(spec)
