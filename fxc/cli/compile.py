@@ -110,7 +110,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     before, after = captured.program, model.program
     was = sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes
     packed = FLOAT_WEIGHTS.broken(after) | DENSE_WEIGHTS.broken(after)
-    compilation.show(output, record, (was, sizes.on_disk(out)), (before.nbytes(), after.nbytes()), packed)
+    disk = was, sizes.on_disk(out)
+    compilation.show(output, record, disk, (before.nbytes(), after.nbytes()), packed)
     if request.report:
         compilation.show_all(output, record, (sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)))
     if any(p.is_policy and p.shrinks for p in ordered) and record.coverage < compilation.LOW_COVERAGE:
@@ -124,7 +125,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
     output.line(f"written to {out}")
     output.line(outputs.how_to_run(model, out))
-    output.json(compilation.as_json(record, str(out)))
+    output.json(compilation.as_json(record, str(out), disk))
 
 
 def _with_saves(resume: bool | None, options: Options, out: Path, learns: bool) -> Options:

@@ -107,14 +107,16 @@ def why_so_little(record: Compilation) -> str:
     return named or "most of the bytes are not in layers that the passes rewrite"
 
 
-def as_json(record: Compilation, out: str) -> dict[str, Any]:
-    """The object of `fxc compile --json`; its passes begin with those that an artifact went through before, without times."""
+def as_json(record: Compilation, out: str, disk: tuple[int, int]) -> dict[str, Any]:
+    """The object of `fxc compile --json`; its passes begin with those that an artifact went through before, without times.
+    disk: bytes on disk (before, after)."""
     report = record.as_json()
     keys = ("bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes")
     gates = {p["name"]: p["gates"] for p in report["passes"] if "gates" in p}
     perplexity = {"perplexity": report["perplexity"]} if record.perplexity else {}
     stages = [stage.as_json() for stage in record.stages]
-    return {key: report[key] for key in keys} | {"gates": gates, "out": out} | perplexity | {"stages": stages}
+    own = {"gates": gates, "out": out, "disk_before": disk[0], "disk_after": disk[1]}
+    return {key: report[key] for key in keys} | own | perplexity | {"stages": stages}
 
 
 def _gates(gates: dict[str, str]) -> str:

@@ -24,7 +24,7 @@ def test_compile_json_has_the_promised_keys_and_nothing_else_is_on_stdout(folder
     made = fxc_json("compile", folder / "qwen2", "-o", tmp_path / "out", "--passes", "int8:mode=weight_only")
     assert set(made) == {
         "bytes_before", "bytes_after", "parameters_before", "parameters_after", "coverage", "passes", "gates", "out",
-        "stages",
+        "disk_before", "disk_after", "stages",
     }  # fmt: skip
     assert [stage["name"] for stage in made["stages"]] == ["as captured", "canonicalize", "int8:mode=weight_only"]
     assert all(set(stage["milliseconds"]) == {"prefill", "decode"} for stage in made["stages"])
