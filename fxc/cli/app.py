@@ -243,6 +243,7 @@ def eval_(
     against: Annotated[str | None, typer.Option(help="Measure agreement with this model too, usually the original.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="With --against, name the first layer that is off by more.")] = 0.01,
     backend: Backend = "eager",
     device: Device = None,
     dtype: Dtype = None,
@@ -254,7 +255,7 @@ def eval_(
     from fxc.cli.evaluate import EvalRequest, evaluate
 
     request = EvalRequest(
-        model, text, against, window, windows, backend, _device(device), _dtype(dtype), revision, trust_remote_code
+        model, text, against, window, windows, tolerance, backend, _device(device), _dtype(dtype), revision, trust_remote_code
     )
     with _output(as_json) as output:
         evaluate(request, output)

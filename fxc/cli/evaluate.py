@@ -15,7 +15,7 @@ from fxc.data.comparison import inputs_for
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm
-from fxc.measure.agreement import agreement, layer_agreement
+from fxc.measure.agreement import Parting, agreement, compare_layers
 from fxc.measure.perplexity import Perplexity, perplexity, relative_change
 from fxc.options import Options
 from fxc.report.compilation import change_text
@@ -24,6 +24,7 @@ from fxc.source.load import kind_of, load_source
 
 _LARGEST_LAYERS = 15
 _LAYER_INPUTS = 4
+_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EvalRequest:
     against: str | None
     window: int
     windows: int | None
+    tolerance: float
     backend: str
     device: str | None
     dtype: str
@@ -93,9 +95,12 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
     inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
     found = agreement(model, original, inputs, track=output.track)
     with output.doing("comparing layers"):
-        layers = layer_agreement(model.program, original.program, inputs[:_LAYER_INPUTS])
+        layers, parting = compare_layers(model.program, original.program, inputs[:_LAYER_INPUTS], request.tolerance)
     result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
+    result["parting"] = dataclasses.asdict(parting)
     output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])
+    for line in parting_lines(parting, found["relative_error"]):
+        output.line(line)
     reshaped = [layer.name for layer in layers if layer.own == float("inf")]
     layers = [layer for layer in layers if layer.name not in reshaped]
     changed = [layer for layer in layers if layer.own > 0]
@@ -111,6 +116,27 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
         result |= {"perplexity": after.value, "perplexity_against": before.value, "tokens": after.tokens}
         result |= {"window": after.window, "perplexity_change": relative, "perplexity_change_standard_error": error}
     return result | {"layers": [dataclasses.asdict(layer) for layer in layers], "reshaped": reshaped}
+
+
+def parting_lines(parting: Parting, at_output: float) -> list[str]:
+    """Where the two part, for people. at_output: the relative error of the model's output."""
+    if parting.bits is not None:
+        lines = [f"bit for bit the same up to {parting.bits.name}, which is off by {parting.bits.accumulated:.2e}"]
+    elif at_output:
+        lines = ["all layers that both have give the same bits; what differs comes after the last of them"]
+    else:
+        lines = ["all layers that both have give the same bits"]
+    if parting.beyond is not None:
+        off = parting.beyond.accumulated
+        how = "gives another shape" if off == float("inf") else f"is off by {off:.2%}"
+        lines.append(f"the first layer beyond {parting.tolerance:.2%} is {parting.beyond.name}, which {how}")
+    elif parting.bits is not None:
+        lines.append(f"no layer is off by more than {parting.tolerance:.2%}")
+    for names, which in ((parting.gone, "the original"), (parting.new, "the model")):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(f"only {which} has {', '.join(names[:_NAMED])}{more}")
+    return lines
 
 
 def _as_program(request: EvalRequest, source: str, output: Output) -> tuple[CompiledModel, Path | None]:

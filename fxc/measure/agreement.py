@@ -27,11 +27,28 @@ from fxc.verify.compare import relative_error
 @dataclass(frozen=True)
 class LayerError:
     """Relative errors of one layer's output. own: given the inputs that the original's layer has; accumulated: given
-    those that reach it through the layers before it. Infinite where the shapes differ."""
+    those that reach it through the layers before it. Infinite where the shapes differ. place: its number among the original's
+    layers in the order in which they run, from 0; identical: whether dtype, shape and all bits are the same, given what reaches
+    it."""
 
     name: str
     own: float
     accumulated: float
+    place: int
+    identical: bool
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two programs part, in the order in which the original runs: the first layer whose output is not the same bit for
+    bit (`bits`), and the first that is off by more than `tolerance`, a relative error (`beyond`), with what reaches them; None
+    where none is. gone, new: the layers that only the original has, and only the other."""
+
+    tolerance: float
+    bits: LayerError | None
+    beyond: LayerError | None
+    gone: list[str]
+    new: list[str]
 
 
 def agreement(
@@ -81,16 +98,27 @@ def agreement(
 
 
 def layer_agreement(program: Program, original: Program, inputs: Sequence[list[Tensor]]) -> list[LayerError]:
-    """The errors of every layer that both programs have, by the operators' own definitions, the mean over `inputs`.
+    """The errors of every layer that both programs have, by the operators' own definitions, the mean over `inputs`, the largest
+    of their own first.
 
     Layers are paired by the name of the weight that they read, packed or not, and by how often it was read before.
     """
+    return compare_layers(program, original, inputs)[0]
+
+
+def compare_layers(
+    program: Program, original: Program, inputs: Sequence[list[Tensor]], tolerance: float = 0.01
+) -> tuple[list[LayerError], Parting]:
+    """`layer_agreement`, and where the two first part."""
     programs = [p.copy() for p in (program, original)]
     for each in programs:
         Canonicalize().run(each, Context())
     found, expected = map(_layers, programs)
     pairs = {found[key].name: expected[key].name for key in found.keys() & expected.keys()}
     names = {node.name: key[0] for key, node in found.items()}
+    theirs, ours = (list(dict.fromkeys(name for name, _ in each)) for each in (expected, found))
+    places = {name: place for place, name in enumerate(theirs)}
+    identical = dict.fromkeys(places, True)
     own: defaultdict[str, list[float]] = defaultdict(list)
     accumulated: defaultdict[str, list[float]] = defaultdict(list)
     modules = [p.module() for p in programs]
@@ -103,11 +131,26 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
                 def watch(value: Tensor, name: str, errors=errors, put_back=put_back, truth=truth) -> Tensor | None:
                     expected = truth[pairs[name]]
                     errors[names[name]].append(relative_error([value], [expected]))
+                    if not put_back:
+                        identical[names[name]] &= _same_bits(value, expected)
                     return expected if put_back and value.shape == expected.shape else None
 
                 observe(modules[0], given[0], {name: partial(watch, name=name) for name in pairs})
-    layers = [LayerError(n, sum(own[n]) / len(own[n]), sum(accumulated[n]) / len(accumulated[n])) for n in own]
-    return sorted(layers, key=lambda layer: (-layer.own, layer.name))
+    layers = [
+        LayerError(n, sum(own[n]) / len(own[n]), sum(accumulated[n]) / len(accumulated[n]), places[n], identical[n])
+        for n in sorted(own, key=places.__getitem__)
+    ]
+    bits = next((each for each in layers if not each.identical), None)
+    beyond = next((each for each in layers if not each.accumulated <= tolerance), None)
+    gone, new = [n for n in theirs if n not in own], [n for n in ours if n not in own]
+    return sorted(layers, key=lambda layer: (-layer.own, layer.name)), Parting(tolerance, bits, beyond, gone, new)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether dtype, shape and every bit agree; a NaN is the same as itself, and 0 is not -0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
 
 
 def _layers(program: Program) -> dict[tuple[str, int], fx.Node]:

@@ -20,6 +20,10 @@ def test_eval_measures_agreement(folder):
     assert found["outputs"]["next_token"] > 0.8 and found["outputs"]["relative_error"] < 0.05
     assert len(found["layers"]) == 16 and found["layers"][0]["own"] >= found["layers"][-1]["own"]
     assert found["perplexity"] == pytest.approx(found["perplexity_against"], rel=0.02)
+    first = found["parting"]["bits"]["name"]
+    assert first.startswith("model.layers.0.") and found["parting"]["gone"] == found["parting"]["new"] == []
+    said = fxc("eval", folder / "qwen2-int8", *options, "--against", folder / "qwen2", "--tolerance", 0).stdout
+    assert f"bit for bit the same up to {first}" in said and f"the first layer beyond 0.00% is {first}" in said
     done = fxc("eval", folder / "vit-int8", "--against", folder / "vit")
     assert "cosine_mean" in done.stdout and "made-up inputs" in done.stdout
 

@@ -12,7 +12,7 @@ from fxc.captured import Captured, capture_source
 from fxc.compiler import compile_captured
 from fxc.data.comparison import inputs_for
 from fxc.errors import UsageError
-from fxc.measure.agreement import agreement, layer_agreement
+from fxc.measure.agreement import agreement, compare_layers, layer_agreement
 from fxc.options import Options
 from fxc.report import sizes
 
@@ -38,6 +38,33 @@ def test_layers_are_paired_by_name_and_blamed_for_their_own_error(pair):
     damaged = packed.program.copy()
     damaged.constants["model.layers.1.mlp.up_proj.scale"] = packed.program.constants["model.layers.1.mlp.up_proj.scale"] * 2
     assert layer_agreement(damaged, original.program, inputs)[0].name == "model.layers.1.mlp.up_proj"
+
+
+def test_two_programs_part_at_the_first_layer_that_was_changed(pair):
+    original, _ = pair
+    inputs, _ = inputs_for(original.program, byte_tokenizer(), "import os\n" * 8, 32, 1)
+    _, same = compare_layers(original.program, original.program.copy(), inputs)
+    assert same.bits is None and same.beyond is None and same.gone == same.new == []
+    damaged = original.program.copy()
+    last, middle = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
+    for layer, by in ((middle, 1e-5), (last, 1.0)):
+        weight = damaged.constants[f"{layer}.weight"]
+        damaged.constants[f"{layer}.weight"] = weight * (1 + by)
+    layers, found = compare_layers(damaged, original.program, inputs, 0.1)
+    assert (found.bits.name, found.beyond.name) == (middle, last)
+    assert 0 < found.bits.accumulated < 1e-4 and found.beyond.own == pytest.approx(1, rel=1e-3)
+    places = {each.name: each for each in layers}
+    assert all(each.identical == (each.place < places[middle].place) for each in layers)
+    assert compare_layers(damaged, original.program, inputs, 0.0)[1].beyond.name == middle
+
+
+def test_parting_names_the_layers_that_one_alone_has_and_a_layer_of_another_shape():
+    wide = fxc.capture(torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3))), (torch.ones(2, 8),), check=False)
+    narrow = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Linear(5, 8))
+    narrow.add_module("other", torch.nn.Linear(8, 8))
+    found = compare_layers(fxc.capture(narrow, (torch.ones(2, 8),), check=False), wide, [[torch.randn(2, 8)]])[1]
+    assert found.gone == ["2"] and found.new == ["other"]
+    assert found.bits.name == found.beyond.name == "0" and found.beyond.accumulated == float("inf")
 
 
 @functools.cache
