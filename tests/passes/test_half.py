@@ -86,7 +86,12 @@ def test_a_recipe_of_three_formats_is_saved_loaded_and_run(tmp_path):
     assert constants["model.layers.0.self_attn.q_proj.qweight"].dtype == torch.int8
 
 
-def test_quantizers_come_first_and_small_stays():
+def test_a_model_that_is_small_already_stays():
+    _, _, step = ran(nn.Linear(8, 8).bfloat16().eval(), (torch.randn(3, 8).bfloat16(),), "bf16")
+    assert step.changed == 0
+
+
+def test_quantizers_come_first():
     ordered = [p.name for p in order(parse_passes("bf16,int8,prune:ffn=0.25")).passes]
     assert ordered.index("prune") < ordered.index("int8") < ordered.index("bf16")
 
