@@ -37,10 +37,11 @@ from fxc.ir.edit import call, constant, free_name, replace, sweep
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Refusal, Result
-from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.linears import GROUPED, LINEAR
 
 aten = torch.ops.aten
+SPARSE = 0.1
 EMBEDDING = aten.embedding.default
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _NORMS = {aten.rms_norm.default, aten.layer_norm.default}
@@ -239,7 +240,7 @@ class Rotate(Pass):
     seed: int = 0
 
     name: ClassVar[str] = "rotate"
-    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, DENSE_WEIGHTS})
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS, UNSCALED})
     rounds: ClassVar[bool] = True
 
     def run(self, program: Program, context: Context) -> Result:
@@ -248,6 +249,7 @@ class Rotate(Pass):
         for stream in _streams(program):
             try:
                 stream.trace()
+                _check_dense(program, stream)
             except _Stays as why:
                 result.refusals.append(Refusal(_called(stream), f"the stream of {stream.atom.size} channels stays: {why}"))
                 continue
@@ -306,6 +308,20 @@ def _called(stream: _Stream) -> str:
 # Of the operators that write the stream, which arguments do, and along which dimension.
 _WRITTEN = {EMBEDDING: {0: -1}, LINEAR: {1: -2, 2: -1}, GROUPED: {1: -2}}
 _CONVOLVED = {1: 0, 2: 0}
+
+
+def _check_dense(program: Program, stream: _Stream) -> None:
+    """Raises `_Stays` where a layer has zeros that a rotation would fill, besides whole rows of them."""
+    if program.is_on_meta:
+        return
+    read = [(layer.args[1], -1) for layer in stream.readers]
+    first = {layer: next(iter(_WRITTEN.get(layer.target, _CONVOLVED).items())) for layer in stream.writers}
+    for weight, dim in read + [(layer.args[at], dim) for layer, (at, dim) in first.items()]:
+        rows = program.constants[weight.target].movedim(dim, -1) != 0
+        rows = rows[rows.any(-1)]
+        if len(rows) and rows.float().mean() < 1 - SPARSE:
+            share = f"{1 - rows.float().mean():.0%} of {weight.target}"
+            raise _Stays(f"{share} are zeros, which would be filled: rotate before they are made")
 
 
 def _turn(program: Program, stream: _Stream, matrix: Tensor) -> None:

@@ -67,6 +67,19 @@ def test_a_rotation_is_orthogonal_and_spreads(size):
         torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
 
+def test_zeros_that_were_made_are_not_filled():
+    program = family("llama")
+    name = next(fqn for fqn in program.constants if fqn.endswith("down_proj.weight"))
+    kept = program.constants[name].clone()
+    kept[:, ::2] = 0
+    program.constants[name] = kept
+    assert rotated(program)[1].changed, "whole columns stay what they are"
+    kept[::2, 1::2] = 0
+    after, result = rotated(program)
+    assert not result.changed and f"of {name} are zeros" in result.refusals[0].reason
+    assert torch.equal(after.constants[name], kept)
+
+
 def test_a_tied_head_is_untied_and_the_cost_is_said():
     program = family("gpt2")
     after, result = rotated(program)
