@@ -12,8 +12,10 @@ from fxc.passes.base import Refusal, Removal
 @dataclass
 class Step:
     """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
-    the weights that it rewrote, as they were before it; layer_errors are relative, by FQN; repeat: the pass that makes the same
-    decisions again, of one that chose by itself."""
+    the weights that it rewrote, as they were before it; layer_errors are relative, of the output of a layer that is given the
+    inputs that it had before, by FQN; judged_on: what these inputs are; saturation: the share of the numbers of a packed weight
+    that are at the ends of the format's range, by FQN; repeat: the pass that makes the same decisions again, of one that chose
+    by itself."""
 
     name: str
     changed: int
@@ -29,6 +31,28 @@ class Step:
     layer_errors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     repeat: str | None = None
+    saturation: dict[str, float] = field(default_factory=dict)
+    judged_on: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Of layers that were measured also signal_to_noise in dB, None where it is infinite; what was not measured is left
+        out."""
+        content = asdict(self)
+        if self.layer_errors:
+            ratios = {name: decibels(error) for name, error in self.layer_errors.items()}
+            content["signal_to_noise"] = {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
+        unmeasured = {name for name in ("saturation", "judged_on") if not content[name]}
+        return {name: value for name, value in content.items() if name not in unmeasured}
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A layer that lost much in the pass `by`: its relative error, and its saturation where its weight was packed."""
+
+    layer: str
+    by: str
+    error: float
+    saturation: float | None
 
 
 def decibels(error: float) -> float:
@@ -117,11 +141,18 @@ class Compilation:
     perplexity: PerplexityChange | None = None
     stages: list[Stage] = field(default_factory=list)
 
+    def worst(self, count: int = 5) -> list[Worst]:
+        """The layers with the largest errors in any pass, the worst first."""
+        layers = [Worst(f, p.name, e, p.saturation.get(f)) for p in self.passes for f, e in p.layer_errors.items()]
+        return sorted(layers, key=lambda each: (-each.error, each.layer))[:count]
+
     def as_json(self) -> dict[str, Any]:
         """The report: `passes` are all that the model went through; what was not measured or did not change is left out."""
         content = asdict(self)
         del content["stages"]
-        content["passes"] = content.pop("earlier") + content["passes"]
+        content["passes"] = content.pop("earlier") + [each.as_json() for each in self.passes]
+        if worst := self.worst():
+            content["worst"] = [asdict(each) for each in worst]
         return {name: value for name, value in content.items() if value is not None}
 
 

@@ -80,7 +80,9 @@ def run_passes(
             limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
             judged = context.samples[:JUDGED] if step.fits_data() and context.samples else tried
             gates = judge(step, program, after, result, judged, limits, context)
-            done.gates, done.layer_errors = gates.outcome, gates.layers
+            done.gates, done.layer_errors, done.saturation = gates.outcome, gates.layers, gates.saturation
+            if gates.layers:
+                done.judged_on = "made-up inputs" if judged is tried else "calibration data"
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
         tried = [result.interface.inputs(program, inputs) for inputs in tried]

@@ -13,6 +13,7 @@ from fxc.report.console import Output, ratio, size
 
 LOW_COVERAGE = 0.5
 _WORST = 5
+_WORST_IN_SHORT = 3
 
 
 def show(
@@ -45,6 +46,8 @@ def show(
             output.line(f"{step.name}: {note}")
     if any(p.covered_bytes for p in record.passes):
         output.line(coverage_text(record, packed))
+    if worst := _worst_text(record):
+        output.line(worst)
 
 
 def _unmeasured(record: Compilation, nbytes: int) -> list[Stage]:
@@ -78,9 +81,21 @@ def show_all(output: Output, record: Compilation, kinds: tuple[dict[str, int], d
     output.table("passes", ["pass", ">seconds", "gates", "meaning"], passes)
     skipped = [row for p in record.passes for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
-    errors = sorted(((e, f) for p in record.passes for f, e in p.layer_errors.items()), reverse=True)[:_WORST]
-    rows = [(f, f"{e:.4f}", f"{decibels(e):.1f}") for e, f in errors]
-    output.table("largest relative errors of single layers", ["layer", ">error", ">signal to noise, dB"], rows)
+    ends = {each: "-" if each.saturation is None else f"{each.saturation:.2%}" for each in record.worst(_WORST)}
+    rows = [(each.layer, each.by, f"{each.error:.4f}", f"{decibels(each.error):.1f}", share) for each, share in ends.items()]
+    header = ["layer", "pass", ">error", ">signal to noise, dB", ">at the ends of the range"]
+    output.table(f"largest relative errors of single layers, {_judged_on(record)}", header, rows)
+
+
+def _judged_on(record: Compilation) -> str:
+    """On which inputs layers were measured."""
+    return " and ".join(dict.fromkeys(f"on {p.judged_on}" for p in record.passes if p.judged_on))
+
+
+def _worst_text(record: Compilation) -> str:
+    """The worst layers in a line."""
+    named = ", ".join(f"{each.layer} {decibels(each.error):.1f} dB" for each in record.worst(_WORST_IN_SHORT) if each.error)
+    return f"worst layers by signal to noise, {_judged_on(record)}: {named}" if named else ""
 
 
 def _removed(record: Compilation) -> list[Removal]:

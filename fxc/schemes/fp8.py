@@ -78,5 +78,6 @@ SCHEME = register(
         ),
         quantize=quantize_weight,
         dequantize=dequantize,
+        levels=lambda qweight: (qweight.float(), -FP8_MAX, FP8_MAX),
     )
 )

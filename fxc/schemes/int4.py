@@ -144,6 +144,7 @@ def _scheme(bits: int) -> Scheme:
         options={"group": GROUPS, "symmetric": (True, False), "full_range": (True, False)},
         multiple=lambda group, **_: (group, "a group"),
         has_signed_scales=True,
+        levels=lambda qweight: (unpack(qweight, bits), 0, (1 << bits) - 1),
     )
 
 

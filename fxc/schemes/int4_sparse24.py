@@ -66,5 +66,6 @@ SCHEME = register(
         multiple=int4.SCHEME.multiple,
         is_sparse=True,
         has_signed_scales=True,
+        levels=int4.SCHEME.levels,
     )
 )

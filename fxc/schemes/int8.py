@@ -53,6 +53,11 @@ def dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
     return qweight.float() * scale[:, None]
 
 
+def levels(qweight: Tensor) -> tuple[Tensor, int, int]:
+    """What `Scheme.levels` is of int8."""
+    return qweight, -INT8_MAX, INT8_MAX
+
+
 SCHEME = register(
     Scheme(
         name="int8",
@@ -70,5 +75,6 @@ SCHEME = register(
         ),
         quantize=quantize_weight,
         dequantize=dequantize,
+        levels=levels,
     )
 )

@@ -37,5 +37,6 @@ SCHEME = register(
         dequantize=dequantize,
         multiple=sparse24.SCHEME.multiple,
         is_sparse=True,
+        levels=int8.levels,
     )
 )

@@ -66,7 +66,9 @@ class Scheme:
     InputRefused where the format cannot hold it; dequantize: the parts in that order -> the numbers that they stand for;
     options: the choices for each; multiple: options -> what K has to be a multiple of, and what so many numbers are;
     is_quantized: whether those are other numbers than the model's, and no longer of its dtype; is_sparse: whether some of a
-    weight's numbers are left out; has_signed_scales: whether a scale may be negative, which it is nowhere else.
+    weight's numbers are left out; has_signed_scales: whether a scale may be negative, which it is nowhere else; levels: the
+    part that holds the numbers -> each of them as stored, and the lowest and the highest that there may be, None where
+    numbers stay as they are.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Scheme:
     is_quantized: bool = True
     is_sparse: bool = False
     has_signed_scales: bool = False
+    levels: Callable[[Tensor], tuple[Tensor, float, float]] | None = None
 
     @property
     def numbers(self) -> str:
@@ -104,6 +107,14 @@ class Scheme:
         lead = parts[self.numbers].shape[:-1]
         flat = [None if (t := parts.get(part)) is None else t.flatten(0, len(lead) - 1) for part in self.parts]
         return self.dequantize(*flat).unflatten(0, lead)
+
+    def saturation(self, numbers: Tensor) -> float | None:
+        """The share of the stored numbers, of the part `numbers`, that are at an end of the range; None without a range or
+        without numbers."""
+        if self.levels is None or numbers.numel() == 0:
+            return None
+        values, low, high = self.levels(numbers)
+        return int(((values <= low) | (values >= high)).sum()) / values.numel()
 
     def fake(self, weight: Tensor, **options: Any) -> Tensor:
         """What is left of `weight` [..., N, K] when it is packed, in its dtype and without a gradient."""

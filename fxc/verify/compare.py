@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxc.ir.names import layer_at
+from fxc.ir.names import layer_at, parts_of
 from fxc.ir.observe import Watch, observe, values_at
 from fxc.ir.program import Program
+from fxc.schemes.scheme import scheme_of
 
 
 def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -97,6 +98,18 @@ def layer_errors(before: Program, after: Program, inputs: Sequence[Tensor], by: 
         nodes = [node for node in after.graph.nodes if node.name in pairs]
         observe(after.module(), inputs, {node.name: compared(node, values[pairs[node.name]]) for node in nodes})
     return {name: d.error for name, d in differences.items() if d.finite > d.integers}
+
+
+def saturation(program: Program, by: str) -> dict[str, float]:
+    """Of the layers that the pass `by` packed, the share of their weights' numbers at the ends of the format's range."""
+    shares = {}
+    for node in program.graph.nodes:
+        scheme, parts = scheme_of(node.target), parts_of(node)
+        if node.meta.get("by") == by and scheme is not None and scheme.numbers in parts:
+            share = scheme.saturation(program.constants[parts[scheme.numbers]])
+            if share is not None:
+                shares[layer_at(program, node)] = share
+    return shares
 
 
 def rewritten(before: Program, after: Program, by: str) -> dict[str, str]:

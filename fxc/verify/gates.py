@@ -18,17 +18,19 @@ from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.float64 import in_float64, widened
 from fxc.passes.interface import Interface
 from fxc.schemes.scheme import scheme_of
-from fxc.verify.compare import Difference, difference, layer_errors, run
+from fxc.verify.compare import Difference, difference, layer_errors, run, saturation
 
 MECHANISM_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @dataclass
 class Gates:
-    """What the gates measured: gate -> "ok" and what was seen, or why it was not run; layers: FQN -> relative error."""
+    """What the gates measured: gate -> "ok" and what was seen, or why it was not run; layers: FQN -> relative error;
+    saturation: FQN -> share of the numbers of a packed weight that are at the ends of the range."""
 
     outcome: dict[str, str] = field(default_factory=dict)
     layers: dict[str, float] = field(default_factory=dict)
+    saturation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def judge(
         gates.outcome["meaning"] = "ok: nothing changed"
     elif step.is_policy:
         _within_budget(step, before, after, samples, budget, gates)
+        gates.saturation = saturation(after, step.name)
         if context is not None and context.held_out:
             gates.outcome["held_out"] = _on_held_out(step, before, after, context.held_out, budget)
     else:

@@ -63,6 +63,19 @@ def test_what_is_packed_is_as_it_was_planned(scheme):
         assert (packed_again - left).float().norm() < 0.06 * left.float().norm()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda each: each.name)
+def test_the_numbers_at_the_ends_of_the_range_are_counted(scheme):
+    parts = scheme.pack(torch.full((N, K), 2.0), **options_of(scheme))
+    expected = {True: 1.0, False: None}[scheme.is_quantized]
+    assert scheme.saturation(parts[scheme.numbers]) == expected
+    assert scheme.saturation(parts[scheme.numbers][:0]) is None
+    if scheme.is_quantized:
+        rising = torch.linspace(-1, 1, K).expand(N, K)
+        few = scheme.saturation(scheme.pack(rising, **options_of(scheme))[scheme.numbers])
+        levels, low, high = scheme.levels(scheme.pack(rising, **options_of(scheme))[scheme.numbers])
+        assert 0 < few < 1 and few == sum(v in (low, high) for v in levels.flatten().tolist()) / levels.numel()
+
+
 def test_all_choices_of_int4_dequantize():
     int4 = SCHEMES["int4"]
     for group in int4.options["group"]:
