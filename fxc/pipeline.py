@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from fxc.compilation import Step
-from fxc.data.samples import drawn, samples
+from fxc.data.samples import samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.options import Options
@@ -45,14 +44,13 @@ def run_passes(
         _dump(program, dump_dir / "00-capture.fxc")
     tried = samples(program) if options.verify and not program.is_on_meta else []
     original = Original(program, context.samples)
-    draw = partial(drawn, seed=context.seed)
     steps = []
     for number, step in enumerate(ordered, 1):
         after = program.copy()
         began = time.perf_counter()
         try:
             limit = options.budget if options.verify else None
-            result = step.run(after, replace(context, draw=draw, limit=limit, tried=tried, original=original))
+            result = step.run(after, replace(context, limit=limit, tried=tried, original=original))
         except FxcError:
             raise
         except Exception as error:

@@ -26,7 +26,7 @@ ALLOWED = {
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors progress memory ir schemes artifact",
-    "fxc.passes": "errors progress memory ir analysis schemes calibrate",
+    "fxc.passes": "errors progress memory ir data analysis schemes calibrate",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes",
     "fxc.artifact": "errors safety ir schemes source data",

@@ -103,7 +103,7 @@ class Context:
     skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; one that matches a module means all that
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which data-driven policies use; held_out: others of
-    that data, on which gates judge policies; draw: makes such inputs for a program from nothing; limit, tried: the gate's
+    that data, on which gates judge policies; limit, tried: the gate's
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
     before the first pass; seed: of all that passes draw at random.
@@ -112,7 +112,6 @@ class Context:
     skip: tuple[str, ...] = ()
     samples: list[list[Tensor]] = field(default_factory=list)
     held_out: list[list[Tensor]] = field(default_factory=list)
-    draw: Callable[[Program], list[list[Tensor]]] | None = None
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
     track: Track = untracked

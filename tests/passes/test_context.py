@@ -78,14 +78,18 @@ def test_a_callers_context_is_not_changed():
 def test_a_seed_gives_other_random_numbers_and_0_the_usual_ones():
     for program in (fxc.capture(Mlp(), (torch.randn(2, 40),)), fxc.capture(build("qwen2")[0], check=False)):
         usual = drawn(program)
-        made = {}
-        for seed in (0, 7):
-            look = Look()
-            run_passes(program, Context(seed=seed), Options([look], verify=False))
-            made[seed] = look.given[0][1].draw(program)
+        made = {seed: drawn(program, seed=seed) for seed in (0, 7)}
         assert all(torch.equal(a[0], b[0]) for a, b in zip(made[0], usual, strict=True))
         assert not any(torch.equal(a[0], b[0]) for a, b in zip(made[7], usual, strict=True))
         assert [t.shape for t in made[7][0]] == [t.shape for t in usual[0]]
+
+
+def test_how_much_may_go_is_judged_on_what_the_seed_draws(monkeypatch):
+    seeds = []
+    monkeypatch.setattr("fxc.passes.prune.amount.drawn", lambda p, seed: seeds.append(seed) or drawn(p, seed=seed))
+    program = fxc.capture(Mlp(), (torch.randn(2, 40),))
+    run_passes(program, Context(seed=7), Options("prune", verify=False, allow_noop=True))
+    assert seeds == [7]
 
 
 def test_pruning_draws_by_the_seed():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fxc.analysis.groups import NAMES, Group
+from fxc.data.samples import drawn
 from fxc.errors import UsageError, first_line
 from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.next_token import next_token_loss
@@ -60,9 +61,7 @@ def choose(
         return Choice(notes=[f"amount=auto: nothing can go: {why}"])
     choice = Choice()
     given = bool(context.samples)
-    samples = context.samples if given or context.draw is None else context.draw(program)
-    if not samples:
-        raise UsageError("amount=auto is judged on data, and there is none", where="prune", hint="--calib FILE")
+    samples = context.samples or drawn(program, seed=context.seed)
     ranking, judging = halves(program, samples)
     try:
         found = scores(program, candidates, criterion, ranking, context.track, context.seed)
