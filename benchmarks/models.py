@@ -127,8 +127,7 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in options.sizes.split(",")):
         parser.error(f"--sizes {options.sizes}: write batch x length, such as {SIZES}")
-    if options.threads < 1 or options.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
+    table.check_counts(parser, options)
     return options
 
 
@@ -138,9 +137,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     only = [name.strip() for name in options.only.split(",") if name.strip()]
     protocol = {
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "load_before": round(os.getloadavg()[0], 2),
+        **table.protocol(options),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
     }
     report = {"hardware": table.hardware(), "versions": table.versions(), "protocol": protocol, "workloads": []}

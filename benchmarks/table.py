@@ -1,5 +1,6 @@
 """The results of one run as plain data (JSON), as a rich table and as markdown."""
 
+import argparse
 import os
 import platform
 
@@ -29,6 +30,16 @@ def hardware() -> dict:
 def versions() -> dict[str, str | None]:
     """Of each package, its version, or None when it is not installed."""
     return versions_of(PACKAGES)
+
+
+def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.threads < 1 or options.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+
+
+def protocol(options: argparse.Namespace) -> dict:
+    """How it is measured, and how busy the machine is before."""
+    return {"threads": options.threads, "rounds": options.rounds, "load_before": round(os.getloadavg()[0], 2)}
 
 
 def conditions(report: dict) -> str:

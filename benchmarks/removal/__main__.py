@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write; .md and .svg go beside it")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 7)
-    if options.threads < 1 or options.rounds < 1:
-        parser.error("--threads and --rounds must be at least 1")
+    table.check_counts(parser, options)
     return options
 
 
@@ -52,9 +50,7 @@ def main() -> int:
     quiet()
     torch.set_num_threads(options.threads)
     protocol = {
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "load_before": round(os.getloadavg()[0], 2),
+        **table.protocol(options),
         "quick": options.quick,
         "criterion": CRITERION,
     }
