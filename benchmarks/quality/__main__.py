@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +40,21 @@ REPO = Path(__file__).resolve().parents[2]
 SECONDS = 900
 
 
-def run(command: list[str], job: dict[str, Any], scratch: Path, threads: int) -> tuple[dict[str, Any], int]:
-    """What a process prints last, as JSON, and the most bytes that it held. Raises RuntimeError with its last words."""
+def run(command: list[str], job: dict[str, Any], scratch: Path, threads: int) -> dict[str, Any]:
+    """What a process prints last, as JSON. Raises RuntimeError with its last words."""
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(scratch / "said.txt", "w+", encoding="utf-8") as said:
-        process = subprocess.Popen(
-            [*command, str(scratch / "job.json")], cwd=REPO, env=environment, stdout=said, stderr=subprocess.STDOUT
-        )
-        began = time.monotonic()
-        while not (found := os.wait4(process.pid, os.WNOHANG))[0]:
-            if time.monotonic() - began > SECONDS:
-                process.kill()
-            time.sleep(0.05)
-        process.returncode = os.waitstatus_to_exitcode(found[1])
-        said.seek(0)
-        lines = [line for line in said.read().splitlines() if line.strip()] or ["no message"]
-    if process.returncode:
-        raise RuntimeError(f"ended with status {process.returncode}: {'; '.join(lines[-3:])[-300:]}")
-    return json.loads(lines[-1]), found[2].ru_maxrss * 1024
+    try:
+        done = subprocess.run(
+            [*command, str(scratch / "job.json")], cwd=REPO, env=environment, timeout=SECONDS, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"no result in {SECONDS} s") from None
+    lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no message"]
+    if done.returncode:
+        raise RuntimeError(f"ended with status {done.returncode}: {'; '.join(lines[-3:])[-300:]}")
+    return json.loads(lines[-1])
 
 
 def measure(contender: Contender, job: dict[str, Any], scratch: Path, threads: int) -> dict[str, Any]:
@@ -70,12 +65,12 @@ def measure(contender: Contender, job: dict[str, Any], scratch: Path, threads: i
     ours = [sys.executable, "-m", "benchmarks.quality.ours"]
     command = ours if contender.is_ours else [str(peers_python()), str(Path(__file__).with_name("peer.py"))]
     try:
-        made, memory = run(command, job | {"do": "compress"}, scratch, threads)
-        scored, _ = run(command, job | {"do": "score"}, scratch, threads)
+        made = run(command, job | {"do": "compress"}, scratch, threads)
+        scored = run(command, job | {"do": "score"}, scratch, threads)
     except (RuntimeError, json.JSONDecodeError) as error:
         return {"failed": str(error)}
     nbytes = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    return {"losses": scored["losses"], "seconds": round(made["seconds"], 1), "memory": memory, "bytes": nbytes}
+    return {"losses": scored["losses"], "seconds": round(made["seconds"], 1), "memory": made["memory"], "bytes": nbytes}
 
 
 def compared(before: list[float], entry: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fxc
 from benchmarks.output import quiet
-from benchmarks.quality.score import ROWS, losses
+from benchmarks.quality.score import ROWS, losses, peak
 
 
 def compress(job: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def compress(job: dict[str, Any]) -> dict[str, Any]:
     model = fxc.optimize(job["model"], passes=job["recipe"]["passes"], calib=list(calibration.split(ROWS)))
     seconds = time.perf_counter() - began
     model.save(job["out"])
-    return {"seconds": seconds}
+    return {"seconds": seconds, "memory": peak()}
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from score import losses
+from score import losses, peak
 
 
 def compress(job: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def compress(job: dict[str, Any]) -> dict[str, Any]:
     zeros = [(each.weight == 0).float().mean().item() for each in _linears(model)] if "prune" in recipe else []
     if zeros and max(zeros) < 0.1:
         raise RuntimeError("it reports success, and has written no zeros")
-    return {"seconds": seconds}
+    return {"seconds": seconds, "memory": peak()}
 
 
 def score(job: dict[str, Any]) -> dict[str, Any]:

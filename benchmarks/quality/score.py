@@ -10,6 +10,13 @@ from torch import Tensor
 ROWS = 8
 
 
+def peak() -> int:
+    """The most bytes that this process has held. Its own account: to what waits for it the parent counts as well, as it was
+    when this one began."""
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
 @torch.inference_mode()
 def losses(model: Any, windows: Tensor) -> list[float]:
     """Of each window [S] of `windows` [N, S], the sum in nats over all tokens but the first."""

@@ -18,9 +18,9 @@ def test_without_typer_and_rich_the_same_runs(tmp_path, capsys):
            "import importlib.util as u\nfound = u.find_spec\n" \
            "u.find_spec = lambda name, *rest: None if name in ('typer', 'rich') else found(name, *rest)\n" \
            "import fxc.kernel_bench.cuda_platform\n" \
-           "from benchmarks.kernels import main\nsys.exit(main(['--scheme', 'int3']))"  # fmt: skip
+           "from benchmarks.kernels import main\nsys.exit(main(['--scheme', 'int7']))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and "error[FXC-E2]: --scheme: there is no scheme 'int3'" in done.stderr, done.stderr
+    assert done.returncode == 2 and "error[FXC-E2]: --scheme: there is no scheme 'int7'" in done.stderr, done.stderr
 
 
 def test_the_benchmark_is_the_command_with_a_place_for_a_full_runs_results():

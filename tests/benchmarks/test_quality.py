@@ -1,10 +1,12 @@
 """benchmarks.quality: what is compared with what, and that a contender that fails is a row and no end."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
+from repo import REPO
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -42,11 +44,16 @@ def test_a_change_is_paired_by_window():
     assert entry["spread"] == pytest.approx(0, abs=1e-12) and "losses" not in entry
 
 
-def test_a_process_says_its_result_and_its_memory_and_a_failure_its_last_words(tmp_path):
+def test_a_process_knows_its_own_peak():
+    code = "from benchmarks.quality.score import peak; b = bytearray(700_000_000); del b; print(peak())"
+    found = int(subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout)
+    assert 7e8 < found < 1.5e9
+
+
+def test_a_process_says_its_result_and_a_failure_its_last_words(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import json, sys\nprint('noise')\nprint(json.dumps({'got': json.load(open(sys.argv[1]))}))")
-    made, memory = quality.run([sys.executable, str(script)], {"a": 1}, tmp_path, 1)
-    assert made == {"got": {"a": 1}} and 1e6 < memory < 1e9
+    assert quality.run([sys.executable, str(script)], {"a": 1}, tmp_path, 1) == {"got": {"a": 1}}
     script.write_text("raise SystemExit('it does not work')")
     with pytest.raises(RuntimeError, match=r"status 1: .*it does not work"):
         quality.run([sys.executable, str(script)], {}, tmp_path, 1)

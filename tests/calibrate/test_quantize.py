@@ -18,7 +18,7 @@ def streams(samples=300, dead=0, rank=0):
 
 def statistic(algorithm, x, y):
     made = STATISTICS[algorithm](64)
-    made.add(*((x, y) if algorithm == "qronos" else (x,)))
+    made.add(*((x, y) if algorithm in ("qronos", "round") else (x,)))
     return made
 
 
