@@ -15,6 +15,7 @@ from fxc.frontend.calls import Call
 from fxc.ir.program import Program
 
 _KEPT: dict[str, Program] = {}
+LARGEST = 100_000_000
 _calls_of, _freest = capture.calls_of, capture._freest
 
 
@@ -35,7 +36,8 @@ def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
         return _freest(model, calls, check)
     if key not in _KEPT:
         program = _freest(model, calls, check)
-        _KEPT[key] = _own(program)
+        if program.nbytes() < LARGEST:
+            _KEPT[key] = _own(program)
         return program
     return _own(_KEPT[key])
 
