@@ -121,12 +121,13 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
         {"name": f.name, "default": str(f.default).lower() if f.type == "bool" else f.default, "values": str(f.type)}
         for f in options_of(cls)
     ]
+    usual = cls()  # what a pass needs may depend on its options
     return {
         "name": cls.name,
         "kind": "policy" if cls.is_policy else "mechanism",
         "doc": " ".join((cls.__doc__ or "").split()),
         "options": options,
-        **{relation: sorted(map(str, getattr(cls, relation))) for relation in ("needs", "gives", "breaks", "owes")},
+        **{relation: sorted(map(str, getattr(usual, relation))) for relation in ("needs", "gives", "breaks", "owes")},
     }
 
 

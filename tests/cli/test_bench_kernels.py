@@ -77,8 +77,8 @@ def test_a_wrong_product_of_fxc_is_reported_and_then_an_error(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--scheme", "int3"], "there is no scheme 'int3'"),
-        (["--scheme", "int3"], "int8_weight_only"),
+        (["--scheme", "int7"], "there is no scheme 'int7'"),
+        (["--scheme", "int7"], "int8_weight_only"),
         (["--shapes", "4096"], "half of a shape"),
         (["--shapes", "bert"], "qwen2.5-7b"),
         (["--shapes", "64,100", "--scheme", "int8,int4"], "K = 100 is not a multiple of 128"),

@@ -8,7 +8,7 @@ from families import FAMILIES, build
 from torch import nn
 
 import fxc
-from fxc.errors import InputRefused
+from fxc.errors import InputRefused, VerificationFailed
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.order import order
@@ -27,6 +27,11 @@ def ran(model: nn.Module, example, spec: str, **options):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in FAMILIES])
 def test_weights_of_every_family_take_half(name, spec):
     model, example = build(name)
+    if (name, spec) == ("mobilenetv2", "fp16"):
+        # Its activations, with these weights, are smaller than any number of fp16, and batch norms would make them large again.
+        with pytest.raises(VerificationFailed, match="did not go through"):
+            ran(model, example, spec)
+        return
     before, after, _ = ran(model, example, spec)
     assert after.nbytes() < 0.56 * before.nbytes()
     types = [[node.meta["val"].dtype for node in p.results] for p in (before, after)]
