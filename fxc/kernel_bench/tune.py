@@ -124,9 +124,12 @@ class Choices:
 
     def entrants(self, shape: Shape, m: int, x: Tensor, held: dict[str, Weights]) -> list[Entrant]:
         """Of each scheme, its fastest configuration for x, ready to be timed with the others."""
+        from fxc_kernels.cuda.dispatch import SCHEMES
+
         found = []
         for scheme in self.schemes:
-            if unfit(scheme, shape) or known(scheme).product.why_not(self.capability):
+            # One without a kernel of its own has nothing to choose, and no place in a table.
+            if scheme not in SCHEMES or unfit(scheme, shape) or known(scheme).product.why_not(self.capability):
                 continue
             if self.deadline is not None and time.monotonic() > self.deadline:
                 break

@@ -22,6 +22,7 @@ from fxc.kernel_bench.clock import GraphClock, Telemetry
 from fxc.kernel_bench.run import Sweep, run
 from fxc.kernel_bench.shapes import Shape
 from fxc.kernel_bench.weights import all_schemes
+from fxc_kernels.cuda.dispatch import SCHEMES
 from fxc_kernels.cuda.tile import Config
 
 # The interpreter cuts float8 off where a chip rounds.
@@ -73,7 +74,7 @@ def main(folder: Path) -> None:
     mma_emulation.install()
     platform = FakePlatform()
     shape, rows = Shape("tiny", 32, 128), (1, 70)
-    schemes = tuple(scheme for scheme in all_schemes() if scheme not in ("int4_g32", "int4_g64"))
+    schemes = tuple(scheme for scheme in all_schemes() if scheme in SCHEMES and scheme not in ("int4_g32", "int4_g64"))
     tuner = tune.Choices(platform, 90, schemes, candidates=few)
     peaks = (limits.datasheet("nvidia-h200"), None)
     result = run(Sweep((shape,), schemes, rows, rounds=2), platform, tuner=tuner, peaks=peaks)

@@ -83,7 +83,7 @@ def test_prune_with_data_stays_within_its_budget_on_other_data(pylm_dir, tmp_pat
     removed = sum(r["removed"] for r in step["removed"])
     assert 400 < removed < 1920 and all(2 * r["removed"] <= r["before"] for r in step["removed"])
     tokens = encode(tokenizer_of(pylm_dir), text[len(text) // 2 :])
-    assert _rise(model, pylm_dir, tokens) == pytest.approx(0.02, abs=0.01)
+    assert 0.002 < _rise(model, pylm_dir, tokens) < 0.03
 
 
 def _rise(model, original, tokens) -> float:
