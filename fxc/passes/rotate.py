@@ -47,6 +47,7 @@ _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _NORMS = {aten.rms_norm.default, aten.layer_norm.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor}
 _SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.neg.default}
+_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
 # They move numbers about, and one along another dimension does not touch the stream's own.
 _MOVES = {
     aten.to.dtype, aten.type_as.default, aten._to_copy.default, aten.clone.default, aten.contiguous.default,
@@ -54,7 +55,7 @@ _MOVES = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.repeat.default, aten.permute.default,
     aten.transpose.int, aten.flatten.using_ints, aten.slice.Tensor, aten.select.int, aten.index.Tensor,
     aten.index_select.default, aten.gather.default, aten.cat.default, aten.index_add.default, aten.sum.dim_IntList,
-    aten.repeat.default,
+   
 }  # fmt: skip
 
 
@@ -130,7 +131,7 @@ class _Stream:
             self.labels[node] = node
             self.gains.append(node)
             self._keep_normed(node, [value])
-        elif (target in _SCALES and len(given) == 1) or (target in _MOVES and self._moves(node, given)):
+        elif self._scales(node, given) or (target in _MOVES and self._moves(node, given)):
             values = self._values(node, given)
             labels = {self.labels[each] for each in values} | ({None} if len(values) < len(given) else set())
             if len(labels) > 1:
@@ -166,6 +167,10 @@ class _Stream:
             return False
         rank = len(node.args[0].meta["val"].shape)
         return [d % rank for d in node.args[1] or ()] == self.dims(node.args[0])
+
+    def _scales(self, node: fx.Node, given: list[fx.Node]) -> bool:
+        """Whether `node` multiplies the stream by what is the same for all its channels, or divides it by that."""
+        return node.target in _SCALES and len(given) == 1 and (given[0] is node.args[0] or node.target not in _QUOTIENTS)
 
     def _moves(self, node: fx.Node, given: list[fx.Node]) -> bool:
         """Whether the stream's dimension comes out as it went in."""
@@ -234,7 +239,8 @@ class Rotate(Pass):
     The gains of norms become a part of the layers that read them. Before layer norms the layers that write lose their mean,
     which the norms would subtract. A tied table is untied, which costs its bytes. A stream that something else than linear
     maps and norms touches, or that the model returns, stays as it is.
-    seed: of the signs of the Hadamard matrix, and of the rotation that stands in where a width is not a power of two.
+    seed: of the signs of the Hadamard matrix, and of the rotation that stands in where a width is no power of two; the seed of
+    the compilation is added to it.
     """
 
     seed: int = 0
@@ -253,7 +259,8 @@ class Rotate(Pass):
             except _Stays as why:
                 result.refusals.append(Refusal(_called(stream), f"the stream of {stream.atom.size} channels stays: {why}"))
                 continue
-            _turn(program, stream, rotation(stream.atom.size, self.seed))
+            matrix = rotation(stream.atom.size, self.seed + context.seed)
+            _turn(program, stream, matrix.to("meta") if program.is_on_meta else matrix)
             result.changed += len(stream.writers) + len(stream.readers)
         sweep(program)
         if (more := program.nbytes() - before) > 0:

@@ -67,6 +67,19 @@ def test_a_rotation_is_orthogonal_and_spreads(size):
         torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
 
+def test_the_seed_of_the_compilation_counts_and_on_meta_it_is_planned():
+    program = family("llama")
+    after, _ = rotated(program)
+    other = program.copy()
+    Rotate().run(other, Context(seed=1))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(other.constants[name], after.constants[name])
+    planned = program.copy()
+    planned.constants.update({fqn: tensor.to("meta") for fqn, tensor in planned.constants.items()})
+    Rotate().run(planned, Context())
+    assert {fqn: t.shape for fqn, t in planned.constants.items()} == {fqn: t.shape for fqn, t in after.constants.items()}
+
+
 def test_zeros_that_were_made_are_not_filled():
     program = family("llama")
     name = next(fqn for fqn in program.constants if fqn.endswith("down_proj.weight"))
