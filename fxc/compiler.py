@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
@@ -76,11 +76,8 @@ def compile_captured(
     context.check_skip(before)
     calibration = None
     if options.calib is not None:
-        with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
-            most, length = options.calib_samples, options.calib_length
-            context.samples = calibration_samples(
-                before, options.calib, folder=folder, config=captured.config, limit=most, window=length, track=track
-            )
+        most, length = options.calib_samples, options.calib_length
+        context.samples = samples_of(captured, options, track)
         digest = digest_of(each for sample in context.samples for each in sample)
         context.samples, context.held_out = held_out(context.samples)
         calibration = Calibration(len(context.samples), len(context.held_out), most, length, digest)
@@ -123,6 +120,15 @@ def compile_captured(
         device=options.device,
         backend=options.backend,
     )
+
+
+def samples_of(captured: Captured, options: Options, track: Track = untracked) -> list[list[Tensor]]:
+    """What `options.calib` is for the captured program: flat inputs, sample by sample."""
+    with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
+        return calibration_samples(
+            captured.program, options.calib, folder=folder, config=captured.config, limit=options.calib_samples,
+            window=options.calib_length, track=track,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -40,7 +40,7 @@ ALLOWED = {
     "fxc.recipe": "errors",
     "fxc.compiler": "errors progress neutral ir data calibrate passes compilation pipeline artifact lower options captured "
     "export compiled",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation artifact options captured "
+    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,11 +11,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, fx, nn
 
-from fxc.artifact import companions
 from fxc.captured import Captured, capture_source
 from fxc.compilation import Step, decibels
-from fxc.compiler import compile_captured
-from fxc.data.calibration import calibration_samples
+from fxc.compiler import compile_captured, samples_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.names import layer_at
@@ -82,11 +79,7 @@ def sensitivity_of(captured: Captured, options: Options, track: Track = untracke
     _checked(options)
     if not isinstance(options.calib, (str, Path, Tensor, Mapping)):
         options = replace(options, calib=list(options.calib))
-    with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
-        samples = calibration_samples(
-            captured.program, options.calib, folder=folder, config=captured.config, limit=options.calib_samples,
-            window=options.calib_length, track=track,
-        )  # fmt: skip
+    samples = samples_of(captured, options, track)
     chain = _Chain(captured.program, options.passes)
     made = compile_captured(captured, options, on_step=chain.follow, track=track)
     gone = [step.name for step in made.record.passes if step.removed]

@@ -333,6 +333,7 @@ def _check_dense(program: Program, stream: _Stream) -> None:
 
 def _turn(program: Program, stream: _Stream, matrix: Tensor) -> None:
     centred = any(node.target is aten.layer_norm.default for node in stream.norms)
+
     def turned(tensor: Tensor, dim: int) -> Tensor:
         rows = tensor.double().movedim(dim, -1)
         rows = rows - rows.mean(-1, keepdim=True) if centred else rows
