@@ -87,7 +87,9 @@ def run_passes(
         # A copy: a caller's context is not changed.
         given = {"samples": context.samples, "held_out": context.held_out}
         given = {name: [result.interface.inputs(program, inputs) for inputs in some] for name, some in given.items()}
-        context = replace(context, **given)
+        gone = {name: each for name, each in program.constants.items() if name not in after.constants}
+        floats = {name: each for name, each in gone.items() if each.is_floating_point() and each.ndim > 1}
+        context = replace(context, floats=context.floats | floats, **given)
         original = replace(original, interface=original.interface.then(result.interface))
         program = after
         steps.append(done)

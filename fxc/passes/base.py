@@ -106,7 +106,8 @@ class Context:
     that data, on which gates judge policies; limit, tried: the gate's
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
-    before the first pass; seed: of all that passes draw at random.
+    before the first pass; floats: weights that passes have packed, as they were just before, by name; seed: of all that passes
+    draw at random.
     """
 
     skip: tuple[str, ...] = ()
@@ -118,6 +119,7 @@ class Context:
     say: Say = unsaid
     saves: Saves | None = None
     original: Original | None = None
+    floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
 
     skipped: dict[str, list[str]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import Product, Scheme, register
-from fxc_kernels.fp8_linear import FP8, FP8_CAPABILITY, FP8_MAX, dequantize, round_to_fp8, row_scales
+from fxc_kernels.fp8_linear import FP8, FP8_CAPABILITY, FP8_MAX, dequantize, quantize_rows, round_to_fp8, row_scales
 
 __all__ = ["FP8_MAX", "LINEAR", "SCHEME", "STATIC", "WEIGHT_ONLY", "dequantize", "pack", "quantize_weight", "unpack"]
 
@@ -52,6 +52,16 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_fp8(values / scale), scale.squeeze(1)
 
 
+def _rounded_rows(x: Tensor) -> Tensor:
+    """x [..., K] as `fxc::fp8_linear` rounds it, row by row, float32."""
+    q, scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+    return (q.float() * scale).view(x.shape)
+
+
+def _rounded_by(x: Tensor, x_scale: float) -> Tensor:
+    return round_to_fp8(x.float() * (1 / x_scale)).float() * x_scale
+
+
 def _why_not(capability: int) -> str | None:
     if capability >= FP8_CAPABILITY:
         return None
@@ -71,9 +81,12 @@ SCHEME = register(
                 activations=FP8,
                 why_not=_why_not,
                 instead="compile with fp8:mode=weight_only, which runs on any chip, or with int8",
+                rounded=_rounded_rows,
             ),
             # By its definition everywhere, so that any chip runs it.
-            Product(STATIC, "fp8_static", "fp8 linear", activations=FP8, learned={"x_scale": 0.0125}),
+            Product(
+                STATIC, "fp8_static", "fp8 linear", activations=FP8, learned={"x_scale": 0.0125}, rounded=_rounded_by
+            ),
             Product(WEIGHT_ONLY, "fp8_weight_only", "fp8 linear"),
         ),
         quantize=quantize_weight,

@@ -145,6 +145,7 @@ def _scheme(bits: int) -> Scheme:
         multiple=lambda group, **_: (group, "a group"),
         has_signed_scales=True,
         levels=lambda qweight: (unpack(qweight, bits), 0, (1 << bits) - 1),
+        stored=lambda levels, parts: pack(levels.to(torch.uint8), bits),
     )
 
 

@@ -67,5 +67,6 @@ SCHEME = register(
         is_sparse=True,
         has_signed_scales=True,
         levels=int4.SCHEME.levels,
+        stored=lambda levels, parts: thinned(int4.pack(levels.to(torch.uint8)), parts["meta"]),
     )
 )

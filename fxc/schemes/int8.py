@@ -8,7 +8,8 @@ from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
 from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
 from fxc_kernels import int8_static as _int8_static  # noqa: F401 - registers its operators
-from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW
+from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW, quantize_rows
+from fxc_kernels.int8_static import levels as static_levels
 
 LINEAR = torch.ops.fxc.int8_linear.default
 WEIGHT_ONLY = torch.ops.fxc.int8_weight_only_linear.default
@@ -53,6 +54,17 @@ def dequantize(qweight: Tensor, scale: Tensor) -> Tensor:
     return qweight.float() * scale[:, None]
 
 
+def rounded_rows(x: Tensor) -> Tensor:
+    """x [..., K] as `fxc::int8_linear` rounds it, row by row, float32."""
+    q, scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]))
+    return ((q.float() - zero_point) * scale).view(x.shape)
+
+
+def rounded_by(x: Tensor, x_scale: float, x_zero: int) -> Tensor:
+    """x of any shape as the static products round it, float32."""
+    return (static_levels(x, x_scale, x_zero) - x_zero) * x_scale
+
+
 def levels(qweight: Tensor) -> tuple[Tensor, int, int]:
     """What `Scheme.levels` is of int8."""
     return qweight, -INT8_MAX, INT8_MAX
@@ -64,17 +76,26 @@ SCHEME = register(
         label="int8",
         parts={"qweight": None, "scale": "scales"},
         products=(
-            Product(LINEAR, "int8", "int8 linear", activations=torch.int8),
-            Product(STATIC, "int8_static", "int8 linear", activations=torch.int8, learned=_NORMAL),
+            Product(LINEAR, "int8", "int8 linear", activations=torch.int8, rounded=rounded_rows),
+            Product(STATIC, "int8_static", "int8 linear", activations=torch.int8, learned=_NORMAL, rounded=rounded_by),
             Product(
-                STATIC_CONV2D, "int8_static_conv2d", "int8 convolution", layer=CONV2D, activations=torch.int8, learned=_NORMAL
+                STATIC_CONV2D,
+                "int8_static_conv2d",
+                "int8 convolution",
+                layer=CONV2D,
+                activations=torch.int8,
+                learned=_NORMAL,
+                rounded=rounded_by,
             ),
             Product(WEIGHT_ONLY, "int8_weight_only", "int8 linear"),
-            Product(GROUPED, "int8_grouped", "int8 experts", layer=GROUPED_LINEAR, activations=torch.int8),
+            Product(
+                GROUPED, "int8_grouped", "int8 experts", layer=GROUPED_LINEAR, activations=torch.int8, rounded=rounded_rows
+            ),
             Product(LOOKUP, "int8_embedding", "int8 embedding", layer=EMBEDDING),
         ),
         quantize=quantize_weight,
         dequantize=dequantize,
         levels=levels,
+        stored=lambda levels, parts: levels.to(torch.int8),
     )
 )

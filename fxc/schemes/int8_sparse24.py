@@ -32,11 +32,12 @@ SCHEME = register(
         name="int8_sparse24",
         label="int8 2:4 sparse",
         parts={"qweight": None, "meta": "2:4 places", "scale": "scales"},
-        products=(Product(LINEAR, "int8_sparse24", "int8 2:4 linear", activations=torch.int8),),
+        products=(Product(LINEAR, "int8_sparse24", "int8 2:4 linear", activations=torch.int8, rounded=int8.rounded_rows),),
         quantize=quantize_weight,
         dequantize=dequantize,
         multiple=sparse24.SCHEME.multiple,
         is_sparse=True,
         levels=int8.levels,
+        stored=lambda levels, parts: sparse24.at_places(levels, parts["meta"]).to(torch.int8),
     )
 )

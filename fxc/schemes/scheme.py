@@ -38,7 +38,8 @@ class Product:
     tables call its weights; layer: the operator over float weights that it stands for; activations: what it rounds each row
     of x to as it runs, None where x stays as it is; why_not: compute capability (89 is 8.9) -> why a CUDA device of that
     cannot run it, None where it can; instead: what to compile with for one that cannot; learned: its arguments that come from
-    calibration data, and what they are for numbers of a standard normal distribution.
+    calibration data, and what they are for numbers of a standard normal distribution; rounded: x [..., K] and the learned
+    arguments by name -> the numbers that it multiplies by in the place of x, float32, None where x stays as it is.
     """
 
     operator: OpOverload
@@ -49,6 +50,7 @@ class Product:
     why_not: Callable[[int], str | None] = runs_anywhere
     instead: str | None = None
     learned: Mapping[str, Any] = field(default_factory=dict)
+    rounded: Callable[..., Tensor] | None = None
 
     def arguments(self, args: Sequence[Any]) -> dict[str, Any]:
         """The positional arguments of a call by their names."""
@@ -68,7 +70,8 @@ class Scheme:
     is_quantized: whether those are other numbers than the model's, and no longer of its dtype; is_sparse: whether some of a
     weight's numbers are left out; has_signed_scales: whether a scale may be negative, which it is nowhere else; levels: the
     part that holds the numbers -> each of them as stored, and the lowest and the highest that there may be, None where
-    numbers stay as they are.
+    numbers stay as they are; stored: levels [N, K] as float, as `levels` counts them, and the parts -> the part that holds the
+    numbers, None where `levels` is.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Scheme:
     is_sparse: bool = False
     has_signed_scales: bool = False
     levels: Callable[[Tensor], tuple[Tensor, float, float]] | None = None
+    stored: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
     @property
     def numbers(self) -> str:

@@ -23,7 +23,7 @@ from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import Product, Scheme, register
 from fxc_kernels.sparse24_linear import BYTE, unpack, unpack_positions
 
-__all__ = ["BYTE", "LINEAR", "SCHEME", "mask_by_magnitude", "pack", "unpack", "unpack_positions"]
+__all__ = ["BYTE", "LINEAR", "SCHEME", "at_places", "mask_by_magnitude", "pack", "unpack", "unpack_positions"]
 
 LINEAR = torch.ops.fxc.sparse24_linear.default
 
@@ -46,6 +46,11 @@ def pack(matrix: Tensor) -> tuple[Tensor, Tensor]:
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=matrix.device)
     places = positions.to(torch.uint8).reshape(matrix.shape[0], matrix.shape[1] // BYTE, 4)
     return values, (places << shifts).sum(-1, dtype=torch.uint8)
+
+
+def at_places(matrix: Tensor, meta: Tensor) -> Tensor:
+    """Of a matrix [N, K] the numbers at the places that `meta` uint8 [N, K/8] tells, [N, K/2]."""
+    return matrix.unflatten(1, (-1, 4)).gather(-1, unpack_positions(meta)).flatten(1)
 
 
 def mask_by_magnitude(weight: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def run(example: Example) -> tuple[Program, Program, Result]:
     for each in first:
         each.run(after, Context())
     before, after = after, after.copy()
-    return before, after, last.run(after, Context(samples=[_inputs(before)]))
+    return before, after, last.run(after, Context(samples=2 * [_inputs(before)]))
 
 
 def check(example: Example) -> None:

@@ -1,0 +1,145 @@
+"""Train what other passes have left, until it does again what the model did.
+
+    constant @up.weight: f32[2, 4]
+    %0: f32[s0, 4] = input "x"
+    %1: f32[s0, 2] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+    ---
+    constant @up.weight: f32[2, 4]
+    %0: f32[s0, 4] = input "x"
+    %1: f32[s0, 2] = aten.linear(%0, @up.weight)  # up
+    return "out" %1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.program import Program
+from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
+from fxc.passes.facts import CANONICAL
+from fxc.train.batches import Batches
+from fxc.train.loop import Plan, train
+from fxc.train.losses import Loss, default_loss
+from fxc.train.taught import Taught
+from fxc.train.trainable import Trainable
+
+HELD_OUT = 8
+# The packed program gives what the trained one gave, to so much of it: what differs is the order of sums, in the program's
+# dtype.
+SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+KINDS = {"all": ("weight", "vector", "scale"), "norms": ("vector",), "scales": ("scale", "vector")}
+
+
+@dataclass(frozen=True)
+class Recover(Pass):
+    """Train what other passes have left on calibration data, by what the model gave before the first of them. What is packed is
+    trained as float with what packing rounds (quantization-aware training) and packed again, what is zero stays zero, and what
+    is removed stays so. What was best on samples held out is kept: where nothing was better, everything stays as it was.
+
+    loss: a weighted sum, as kl+0.5*task. kl: soft labels, the divergence from the model's logits at `temperature` (Hinton et
+    al., arXiv 1503.02531); task: the next token, or labels; outputs: squared error of what the model gives. By default kl where
+    it gives logits, else outputs.
+    steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
+    which rises and falls by `schedule`. train: all weights; norms: gains and biases alone; scales: those of packed weights,
+    with gains and biases.
+    precision: what products run in while it trains; weights are float32.
+    """
+
+    loss: str = ""
+    temperature: float = 1.0
+    steps: int = 400
+    minutes: float = 0.0
+    batch: int = 8
+    rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    train: Literal["all", "norms", "scales"] = "all"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    name: ClassVar[str] = "recover"
+    is_policy: ClassVar[bool] = True
+    shrinks: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
+    # It goes back towards the model, by how much is what it is for: before and after are measured on held-out samples.
+    limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
+
+    def __post_init__(self) -> None:
+        self._plan(0)
+        if self.loss:
+            Loss.parse(self.loss, self.temperature)
+
+    def uses_data(self) -> bool:
+        return True
+
+    def needs_data(self) -> str | None:
+        return "what it is trained on is"
+
+    def may_change_nothing(self) -> bool:
+        return True
+
+    def run(self, program: Program, context: Context) -> Result:
+        if program.is_on_meta:
+            return Result(notes=["not trained: the weights are on meta"])
+        check_data_is_given([self], bool(context.samples))
+        training, held_out = _split(context)
+        loss = Loss.parse(self.loss or default_loss(program), self.temperature)
+        original = context.original or Original(program.copy())
+        student = Trainable(program, context.floats)
+        student.train_only(KINDS[self.train])
+        parameters = student.named()
+        if not parameters:
+            raise UsageError(f"train={self.train} has nothing to train in it", where=str(self), hint="train=all")
+        taught = Taught(
+            student, original.program, loss, precision=self.precision,
+            as_teacher=original.inputs, as_student=original.outputs,
+        )  # fmt: skip
+        count = sum(each.numel() for each in parameters.values())
+        context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
+        fit = train(
+            parameters, taught.steps(Batches(training, self.batch, context.seed)), taught.judged(held_out),
+            self._plan(context.seed), track=context.track, what="recovering",
+        )  # fmt: skip
+        if fit.after < fit.before:
+            student.write()
+            self._check(student, program, held_out[0])
+        better = fit.after < fit.before
+        said = f"{fit.before:.4g} -> {fit.after:.4g}" if better else f"{fit.before:.4g}, and never better: nothing was changed"
+        note = f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}"
+        return Result(changed=len(student.latents) if better else 0, notes=[note])
+
+    def _plan(self, seed: int) -> Plan:
+        return Plan(
+            self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, precision=self.precision, seed=seed
+        )
+
+    @torch.no_grad()
+    def _check(self, student: Trainable, program: Program, sample: list[Tensor]) -> None:
+        """Raises VerificationFailed unless the program, packed again, gives what was trained."""
+        for name, mine, packed in zip(program.signature.outputs, student(*sample), program.module()(*sample), strict=True):
+            if not mine.is_floating_point() or not mine.numel():
+                continue
+            gap = float((mine.float() - packed.float()).norm() / packed.float().norm().clamp(min=1e-12))
+            if not gap <= SAME.get(mine.dtype, 1e-3):
+                raise VerificationFailed(
+                    f"the pass {self}: what was trained and what was packed of it differ by {gap:.2g}", where=name,
+                    hint="this is a fault of fxc; report it with the model's configuration",
+                )  # fmt: skip
+
+
+def _split(context: Context) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """The samples to train on and those to judge by: those that the context holds out, else every eighth. Raises UsageError for
+    fewer than two."""
+    if context.held_out:
+        return context.samples, context.held_out
+    if len(context.samples) < 2:
+        raise UsageError("one sample is too few to train on: what is trained is judged by others", where="recover")
+    held = set(range(0, len(context.samples), HELD_OUT))
+    return (
+        [sample for at, sample in enumerate(context.samples) if at not in held],
+        [sample for at, sample in enumerate(context.samples) if at in held],
+    )

@@ -1,0 +1,183 @@
+"""What is trained of one weight, what the program computes with meanwhile, and what is stored of it in the end.
+
+A latent is a module without inputs: called, it gives the weight that a step computes with, in float32 and with a gradient;
+`stored` gives the constants that stand for it. What was zero in the weight stays zero. Both are the same weight
+(`tests/train`): there is no difference between what was trained and what is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fxc.schemes.scheme import Scheme
+
+# A scale may fall to so much of itself, and no further: it never changes its sign.
+LEAST_FACTOR = 0.1
+
+
+class Latent(nn.Module):
+    """Base of the latents. kind: "weight", "vector" (biases, gains of norms) or "scale" of each of its parameters, by name."""
+
+    kind: Mapping[str, str]
+
+    def forward(self) -> Tensor:
+        """The weight to compute with, float32."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """What stands for it in the program: part -> tensor; of a constant that is not packed the part is ""."""
+        raise NotImplementedError
+
+
+def zeros_of(weight: Tensor) -> Tensor | None:
+    """Where a float weight of two dimensions or more is not zero, bool; None where it is so everywhere,
+    and where it is nothing but zeros, as some layers begin."""
+    keep = weight != 0
+    return None if weight.ndim < 2 or bool(keep.all()) or not bool(keep.any()) else keep
+
+
+class Float(Latent):
+    """A float constant, trained as it is: a master copy of at least float32, rounded to the constant's dtype only in the
+    end."""
+
+    def __init__(self, constant: Tensor, keep: Tensor | None = None) -> None:
+        super().__init__()
+        self.dtype = constant.dtype
+        self.weight = nn.Parameter(constant.detach().to(torch.promote_types(constant.dtype, torch.float32)).clone())
+        self.register_buffer("keep", zeros_of(constant) if keep is None else keep)
+        self.kind = {"weight": "weight" if constant.ndim > 1 and constant.numel() > max(constant.shape) else "vector"}
+
+    def forward(self) -> Tensor:
+        return self.weight if self.keep is None else self.weight * self.keep
+
+    def stored(self) -> dict[str, Tensor]:
+        return {"": self().detach().to(self.dtype)}
+
+
+class Thin(Latent):
+    """A weight of which a format stores some numbers as they are (2:4): these are trained, at their places."""
+
+    def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.scheme, self.numbers = scheme, Float(parts[scheme.numbers])
+        self.others = {part: tensor for part, tensor in parts.items() if part != scheme.numbers}
+        self.kind = {f"numbers.{name}": kind for name, kind in self.numbers.kind.items()}
+
+    def forward(self) -> Tensor:
+        return dense_of(self.scheme, {**self.others, self.scheme.numbers: self.numbers()})
+
+    def stored(self) -> dict[str, Tensor]:
+        return {self.scheme.numbers: self.numbers.stored()[""]}
+
+
+class Rounded(Latent):
+    """A weight in levels with scales, trained before it is rounded, and its scales with it (Esser et al., "Learned Step Size
+    Quantization", ICLR 2020): codes = clamp(round(w / (f s)) + zero), weight = f s (codes - zero). Gradients go through the
+    rounding as if it were none. f is a factor around 1 for each group, because steps of a size are no size for scales.
+
+    Where the weight is not trained, levels stay, whatever becomes of scales. It begins at exactly the weight that is packed.
+    original: the weight before it was packed, towards which w lies within its level, so that a number between two levels
+    changes to the other more easily.
+    """
+
+    def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme, self.parts = scheme, dict(parts)
+        numbers, scale = parts[scheme.numbers], parts["scale"]
+        _, self.least, self.largest = scheme.levels(numbers[:1])
+        dense = dense_of(scheme, parts)
+        self.shape = dense.shape
+        flat = dense.flatten(1) if numbers.ndim == 4 else dense.reshape(-1, dense.shape[-1])
+        self.groups = scale.numel() // len(flat)
+        self.register_buffer("scale", scale.detach().float().reshape(len(flat), self.groups, 1))
+        middle = torch.full_like(self.scale, -(-(self.least + self.largest) // 2))
+        zero = parts.get("zero")
+        self.register_buffer("zero", middle if zero is None else zero.float().reshape(self.scale.shape))
+        values = flat.view(len(flat), self.groups, -1)
+        codes = (values / self.scale).round() + self.zero
+        self.register_buffer("start", codes)
+        self.register_buffer("keep", self._kept(original, codes))
+        if original is not None and original.shape == dense.shape:
+            gap = (original.detach().float().reshape(values.shape) - values) / self.scale
+            values = values + gap.clamp(-0.49, 0.49) * self.scale
+        self.weight = nn.Parameter(values.clone())
+        self.factor = nn.Parameter(torch.ones_like(self.scale))
+        self.kind = {"weight": "weight", "factor": "scale"}
+
+    def _kept(self, original: Tensor | None, codes: Tensor) -> Tensor | None:
+        """What is not zero because it was pruned: of 2:4 weights what is stored, else what was not zero before it was
+        packed."""
+        if self.scheme.is_sparse:
+            # Where a number can be anything but zero.
+            ends = (torch.full_like(codes.flatten(1), level) for level in (self.least, self.largest))
+            stored = [{**self.parts, self.scheme.numbers: self.scheme.stored(each, self.parts)} for each in ends]
+            return torch.stack([dense_of(self.scheme, each) != 0 for each in stored]).any(0).view(codes.shape)
+        if original is None or original.shape != self.shape:
+            return None
+        keep = zeros_of(original)
+        return None if keep is None else keep.reshape(codes.shape)
+
+    def forward(self) -> Tensor:
+        scale = self._scale()
+        return ((self._codes(scale) - self.zero) * scale).reshape(self.shape)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        scale = self._scale()
+        codes, numbers, kept = self._codes(scale).flatten(1), self.parts[self.scheme.numbers], self.parts["scale"]
+        stored = self.scheme.stored(codes, self.parts).view(numbers.shape)
+        return {self.scheme.numbers: stored, "scale": scale.reshape(kept.shape).to(kept.dtype)}
+
+    def _scale(self) -> Tensor:
+        scale = self.scale * self.factor.clamp(min=LEAST_FACTOR)
+        return through(scale, lambda s: s.to(self.parts["scale"].dtype).float())
+
+    def _codes(self, scale: Tensor) -> Tensor:
+        if not self.weight.requires_grad:
+            return self.start
+        codes = through(self.weight / scale, torch.round) + self.zero
+        codes = codes.clamp(self.least, self.largest)
+        return codes if self.keep is None else torch.where(self.keep, codes, self.zero)
+
+
+class Cast(Latent):
+    """A weight in a format whose numbers are no levels (fp8): trained as float, packed anew for every step, with the gradient
+    of one that is not."""
+
+    def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        dense = dense_of(scheme, parts)
+        keep = None if original is None or original.shape != dense.shape else zeros_of(original)
+        self.master = Float(dense, keep)
+        self.kind = {f"master.{name}": kind for name, kind in self.master.kind.items()}
+
+    def forward(self) -> Tensor:
+        return through(self.master(), self.scheme.fake)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        return self.scheme.pack(self.master())
+
+
+def packed(scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> Latent:
+    """The latent of a packed weight. original: the float weight that it was packed from, where it is known."""
+    if not scheme.is_quantized:
+        return Thin(scheme, parts)
+    return Cast(scheme, parts, original) if scheme.stored is None else Rounded(scheme, parts, original)
+
+
+def dense_of(scheme: Scheme, parts: Mapping[str, Tensor]) -> Tensor:
+    """`Scheme.dense`, of convolutions too, whose numbers have four dimensions."""
+    numbers = parts[scheme.numbers]
+    if numbers.ndim < 4:
+        return scheme.dense(parts)
+    return scheme.dense({**parts, scheme.numbers: numbers.flatten(1)}).view(numbers.shape)
+
+
+def through(value: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(value), with the gradient of value: a straight-through estimator (Bengio et al., arXiv 1308.3432)."""
+    return value + (function(value.detach()) - value).detach()
