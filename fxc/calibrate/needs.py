@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxc.calibrate.blocks import Block
+from fxc.calibrate.hessian import Hessian
+from fxc.calibrate.runner import Finish
+from fxc.calibrate.stages import Statistic, Unit, float_bytes, planned, reads_both, widths
+from fxc.calibrate.stream import alive_before
 from fxc.errors import ResourceError
+from fxc.ir.names import layer_at
+from fxc.ir.program import Program
 from fxc.memory import available
+
+# So many copies of a weight in float32 the algorithms take at a time, besides three of its statistics.
+_WORK = 8
 
 
 @dataclass(frozen=True)
@@ -57,3 +73,74 @@ class Needs:
             why=self,
             hint="; or ".join(sorted(filter(ways.get, ways), key=ways.get, reverse=True)[:2]),
         )
+
+
+def needs_of(
+    program: Program,
+    layers: Collection[fx.Node],
+    samples: Sequence[Sequence[Tensor]],
+    statistic: Callable[[int], Statistic] = Hessian,
+    result: int = 0,
+    finish: Finish | None = None,
+) -> Needs:
+    """What `runner.run` with these arguments will take, without what `finish` does. result: bytes of what layers become. Of a
+    size that depends on data nothing is known: it counts as 1."""
+    found, stages = planned(program, layers)
+    last = stages[-1].block if stages else 0
+    known = [symbols_of(program, sample) for sample in samples]
+    ends = [alive_before(program, block.nodes[0]) for block in found[1 : last + 1]]
+    ends = [[node.meta["val"] for node in end if node.op != "placeholder"] for end in ends]
+    states = [sum(nbytes_of(value, symbols) for value in end for symbols in known) for end in ends]
+    streams = 2 if finish or reads_both(statistic) else 1
+    costs = {unit: _cost(program, unit, statistic) for stage in stages for unit in stage.readers}
+    alive = [sum(cost for unit, cost in costs.items() if unit.at[0] <= at <= unit.at[-1]) for at in range(len(stages))]
+    names = [list(dict.fromkeys(layer_at(program, each) for u in stage.readers for each in u.layers)) for stage in stages]
+    largest = max(samples, key=lambda sample: sum(each.numel() for each in sample), default=None)
+    within = [_within(block, symbols_of(program, largest)) for block in found[: last + 1]] if samples else []
+    work = [_WORK * float_bytes(program, unit) + 3 * cost // len(widths(program, unit)) for unit, cost in costs.items()]
+    return Needs(
+        streams * max(states, default=0), max(alive, default=0), max(within, default=0), max(work, default=0),
+        list(zip(names, alive)), result,
+    )  # fmt: skip
+
+
+def symbols_of(program: Program, sample: Sequence[Tensor]) -> dict[Any, int]:
+    """Of the symbols in the shapes of the program's inputs, their values for this sample."""
+    found = {}
+    for node, tensor in zip(program.placeholders, sample, strict=True):
+        for size, given in zip(node.meta["val"].shape, tensor.shape):
+            if not isinstance(size, int):
+                found[size.node.expr] = given
+    return found
+
+
+def nbytes_of(value: Any, symbols: dict[Any, int]) -> int:
+    if isinstance(value, tuple | list):
+        return sum(nbytes_of(each, symbols) for each in value)
+    if not isinstance(value, Tensor):
+        return 0
+    sizes = [size if isinstance(size, int) else size.node.expr.xreplace(symbols) for size in value.shape]
+    return value.element_size() * math.prod(int(size) if not getattr(size, "free_symbols", ()) else 1 for size in sizes)
+
+
+def _within(block: Block, symbols: dict[Any, int]) -> int:
+    """Bytes of what the block computes of one sample, where most of it is alive; a view counts as a copy."""
+    inside = set(block.nodes)
+    last = {each: node for node in block.nodes for each in node.all_input_nodes if each in inside}
+    ending: dict[fx.Node, list[fx.Node]] = {}
+    for each, node in last.items():
+        if all(user in inside for user in each.users):
+            ending.setdefault(node, []).append(each)
+    sizes = {node: nbytes_of(node.meta["val"], symbols) for node in block.nodes}
+    now = most = 0
+    for node in block.nodes:
+        now += sizes[node]
+        most = max(most, now)
+        now -= sum(sizes[each] for each in ending.get(node, ()))
+    return most
+
+
+def _cost(program: Program, unit: Unit, statistic: Callable[[int], Statistic]) -> int:
+    with FakeTensorMode():
+        made = [statistic(width) for width in widths(program, unit)]
+    return sum(each.nbytes for one in made for each in vars(one).values() if isinstance(each, Tensor))

@@ -24,8 +24,8 @@ from torch._ops import OpOverload
 
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
-from fxc.calibrate.runner import Statistic
 from fxc.calibrate.signround import Rounding
+from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program

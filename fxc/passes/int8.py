@@ -25,8 +25,8 @@ from torch._ops import OpOverload
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.ranges import Observer, Range
-from fxc.calibrate.runner import Statistic
 from fxc.calibrate.signround import Rounding
+from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact

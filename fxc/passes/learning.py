@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from fxc.calibrate import runner
-from fxc.calibrate.needs import Needs
-from fxc.calibrate.runner import Compress, Finish, Restore, Statistic
+from fxc.calibrate.needs import Needs, nbytes_of, needs_of, symbols_of
+from fxc.calibrate.runner import Compress, Finish, Restore
+from fxc.calibrate.stages import Statistic
 from fxc.errors import ResourceError
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
@@ -41,7 +42,7 @@ def learn(
     does, where it runs more than once. Raises `ResourceError` where there is not enough memory.
     """
     samples = context.samples
-    needs = runner.needs(program, layers, samples, statistic, result, finish)
+    needs = needs_of(program, layers, samples, statistic, result, finish)
     here = replace(needs, on_disk=context.saves is not None and not context.saves.in_memory)
     context.say(f"{by} {what} from {len(samples)} samples, with {here}")
     here.check(str(by), None if lighter is None or lighter in str(by) else lighter)
@@ -61,8 +62,8 @@ def announce_backward(by: Pass, program: Program, context: Context, numbers: int
     if not context.samples:
         return
     largest = max(context.samples, key=lambda sample: sum(each.numel() for each in sample))
-    sizes = runner.symbols_of(program, largest)
-    values = sum(runner.nbytes_of(node.meta["val"], sizes) for node in program.graph.nodes if node.op == "call_function")
+    sizes = symbols_of(program, largest)
+    values = sum(nbytes_of(node.meta["val"], sizes) for node in program.graph.nodes if node.op == "call_function")
     scores, left = 8 * numbers, available()
     said = f"{values / 1e6:.1f} MB for what one sample gives in all layers and {scores / 1e6:.1f} MB for gradients and scores"
     context.say(f"{by} needs gradients through the whole model, with {said}")

@@ -20,8 +20,8 @@ from fxc.calibrate.hessian import Hessian
 from fxc.calibrate.levels import Quantized
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.reconstruct import Fit
-from fxc.calibrate.runner import Statistic
 from fxc.calibrate.signround import Rounding, learn_rounding
+from fxc.calibrate.stages import Statistic
 from fxc.calibrate.stream import Passage
 from fxc.errors import InputRefused
 from fxc.ir.call import Call

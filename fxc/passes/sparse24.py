@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from fxc.calibrate import gradients, prune
 from fxc.calibrate.masks import keep_n_of_m
-from fxc.calibrate.runner import Statistic
+from fxc.calibrate.stages import Statistic
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION

@@ -28,7 +28,7 @@ from fxc.calibrate import gradients, prune
 from fxc.calibrate.masks import keep_share
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.ranking import Ranking, relative
-from fxc.calibrate.runner import Statistic
+from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program

@@ -10,6 +10,7 @@ from torch.nn import functional
 from fxc.calibrate import runner
 from fxc.calibrate.blocks import blocks
 from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.needs import needs_of
 from fxc.data.decoder import decoder_sample
 from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm
@@ -327,18 +328,18 @@ def test_the_bytes_that_a_run_needs_are_known_before():
     program = prepared(Deep(4), (torch.randn(3, 40),))
     layers = layers_of(program)
     samples = [[torch.randn(count, 40).double()] for count in (3, 17)]
-    needs = runner.needs(program, layers, samples, wide)
+    needs = needs_of(program, layers, samples, wide)
     assert needs.states == 8 * 40 * (3 + 17)
     assert needs.statistics == 8 * 40 * 40
     assert needs.stages[:2] == [(["parts.0.0"], 8 * 40 * 40), (["parts.0.1"], 8 * 24 * 24)] and len(needs.stages) == 8
-    assert runner.needs(program, layers, samples, Squares).statistics == 3 * 4 * 40
-    second = runner.needs(program, layers, samples, both)
+    assert needs_of(program, layers, samples, Squares).statistics == 3 * 4 * 40
+    second = needs_of(program, layers, samples, both)
     assert (second.states, second.statistics) == (2 * needs.states, 3 * needs.statistics)
     # Of the larger sample in one block: what the first layer gives, its activation, the second's, their sum.
     assert 8 * 17 * (24 + 40) < needs.block <= 8 * 17 * (2 * 24 + 2 * 40)
     assert needs.total == needs.states + needs.statistics + needs.block + needs.work
-    assert runner.needs(program, layers, samples, wide, 7).total == needs.total + 7
-    assert runner.needs(program, layers, samples, wide, finish=print).states == 2 * needs.states
+    assert needs_of(program, layers, samples, wide, 7).total == needs.total + 7
+    assert needs_of(program, layers, samples, wide, finish=print).states == 2 * needs.states
 
 
 def test_layers_of_one_block_only_work():
