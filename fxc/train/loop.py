@@ -75,6 +75,8 @@ def train(
     judged: Callable[[], float],
     plan: Plan,
     rates: Mapping[str, float] | None = None,
+    before_step: Callable[[float], None] | None = None,
+    settled: float = 0.0,
     track: Track = untracked,
     what: str = "training",
 ) -> Fit:
@@ -82,7 +84,9 @@ def train(
 
     lost: of a step, its loss in parts that add up, each with its graph, one after another; judged: the loss on held-out
     samples;
-    rates: name -> what the rate is multiplied by, 1 where it is not named.
+    rates: name -> what the rate is multiplied by, 1 where it is not named; before_step: is told the share that is done (masks
+    that grow, rounding that begins); settled: from which share on what is trained is of the kind that is wanted: a state before
+    counts as none, but for the first.
     """
     rates = rates or {}
     groups: dict[float, list[nn.Parameter]] = {}
@@ -105,6 +109,8 @@ def train(
             break
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * group["factor"] * plan.rate_at(done)
+        if before_step is not None:
+            before_step(done)
         optimizer.zero_grad()
         total = 0.0
         with torch.enable_grad():
@@ -117,10 +123,12 @@ def train(
         scaler.update()
         losses.append(total)
         fit.steps += 1
-        if int(done * plan.looks) > looked:
+        if int(done * plan.looks) > looked and done >= settled:
             looked = int(done * plan.looks)
             best, kept = _look(fit, losses, judged, began, best, parameters, kept)
-    if losses or fit.steps:
+    if fit.steps:
+        if before_step is not None:
+            before_step(1.0)
         best, kept = _look(fit, losses, judged, began, best, parameters, kept)
     with torch.no_grad():
         for parameter, value in zip(parameters.values(), kept, strict=True):
