@@ -2,95 +2,28 @@
 
 from __future__ import annotations
 
-import errno
-import itertools
-import json
 import os
-import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from fxc.errors import FxcError, ResourceError, UsageError, printable
-
-if TYPE_CHECKING:
-    from fxc.report.console import Output
-
-
-class Commands(TyperGroup):
-    """Turns exceptions into an exit code and a text on stderr, or with --json a JSON object on stdout: {"error": ...}."""
-
-    as_json = False
-
-    def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
-        self.as_json = "--json" in itertools.takewhile(lambda each: each != "--", given)
-        if not self.as_json:
-            return super().main(args, **options)
-        try:
-            code = super().main(given, **(options | {"standalone_mode": False}))
-        except Exception as error:
-            # Typer's own: a wrong option, a missing argument.
-            if not hasattr(error, "format_message"):
-                raise
-            command = error.ctx.command_path if getattr(error, "ctx", None) else None
-            hint = f"'{command} --help' says what it takes" if command else None
-            self._show(UsageError(error.format_message(), where=command, hint=hint))
-            code = error.exit_code
-        sys.exit(code or 0)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FxcError as error:
-            self._fail(error, error)
-        except KeyboardInterrupt:
-            if self.as_json:
-                print(json.dumps({"error": {"kind": "Interrupted"}}))
-            else:
-                print("interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except MemoryError as error:
-            self._fail(ResourceError("out of memory", hint="use a machine with more memory, or a smaller --dtype"), error)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            self._fail(_unexpected(error), error)
-        except Exception as error:
-            # Typer's own exceptions (a wrong option, an exit code) carry what it needs to handle them.
-            if hasattr(error, "exit_code"):
-                raise
-            if type(error).__name__ == "OutOfMemoryError":
-                self._fail(ResourceError("the device is out of memory", why=str(error).partition(".")[0]), error)
-            self._fail(_unexpected(error), error)
-
-    def _fail(self, shown: FxcError, cause: BaseException) -> None:
-        if os.environ.get("FXC_TRACE"):
-            import traceback
-
-            traceback.print_exception(cause, file=sys.stderr)
-        self._show(shown)
-        raise typer.Exit(shown.exit_code) from None
-
-    def _show(self, error: FxcError) -> None:
-        if self.as_json:
-            print(json.dumps({"error": error.as_json()}, indent=2))
-        else:
-            from fxc.report.console import show_error
-
-            show_error(error)
-
-
-def _unexpected(error: Exception) -> FxcError:
-    return FxcError(
-        f"{type(error).__name__}: {printable(error)[:500]}",
-        hint="this is a fault of fxc: run the command again with FXC_TRACE=1 for the trace, and report it",
-    )
-
+from fxc.cli.bench_app import bench
+from fxc.cli.failures import Commands
+from fxc.cli.parameters import (
+    Backend,
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    Trust,
+    checked_device,
+    checked_dtype,
+    dynamic_shapes_of,
+    output_for,
+)  # fmt: skip
+from fxc.errors import UsageError
 
 app = typer.Typer(
     cls=Commands,
@@ -99,15 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a model smaller and faster, and measure what it costs.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
-
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
-Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
-Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
 
 
 def _version(wanted: bool) -> None:
@@ -191,14 +116,14 @@ def compile_(
         "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
         "calib_length": calib_length, "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
-        "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": _dynamic_shapes(dynamic or []), "part": part,
+        "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(
         model, given, out, recipe, eval_text, min_coverage, overwrite, tuple(print_after or ()), measure, tuple(drop or ()),
         plan, report, resume,
     )  # fmt: skip
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         compile_model(request, output)
 
 
@@ -212,7 +137,7 @@ def export(
     """Write a plain Hugging Face folder, which loads without fxc."""
     from fxc.cli.export import export_model
 
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         export_model(output, artifact, out, overwrite)
 
 
@@ -232,8 +157,8 @@ def run(
 
     if (prompt is None) == (text is None and image is None):
         raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
-    with _output(as_json) as output:
-        run_model(output, out, prompt, max_new_tokens, text, image, backend, _device(device))
+    with output_for(as_json) as output:
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device))
 
 
 @app.command("eval")
@@ -255,9 +180,10 @@ def eval_(
     from fxc.cli.evaluate import EvalRequest, evaluate
 
     request = EvalRequest(
-        model, text, against, window, windows, tolerance, backend, _device(device), _dtype(dtype), revision, trust_remote_code
-    )
-    with _output(as_json) as output:
+        model, text, against, window, windows, tolerance, backend, checked_device(device), checked_dtype(dtype), revision,
+        trust_remote_code,
+    )  # fmt: skip
+    with output_for(as_json) as output:
         evaluate(request, output)
 
 
@@ -282,7 +208,7 @@ def sensitivity(
         "passes": passes, "calib": calib, "skip": skip, "calib_samples": calib_samples, "calib_length": calib_length,
         "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         show_sensitivity(output, model, {name: value for name, value in options.items() if value is not None}, out)
 
 
@@ -305,7 +231,7 @@ def inspect(
     """Show what a model is made of: operators, bytes by kind and by layer, its program."""
     from fxc.cli.show import inspect_lowered, inspect_model
 
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         if lowered:
             inspect_lowered(output, model, device, backend, revision, trust_remote_code)
             return
@@ -322,7 +248,7 @@ def diff(
     """Show how two programs differ, and in how many bytes."""
     from fxc.cli.show import diff_models
 
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         diff_models(output, a, b, trust_remote_code)
 
 
@@ -334,63 +260,8 @@ def passes(
     """List the passes, or explain the order in which some would run."""
     from fxc.cli.show import explain_passes, list_passes
 
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         list_passes(output) if explain is None else explain_passes(output, explain)
-
-
-@bench.command("model")
-def bench_model(
-    models: Annotated[list[str], typer.Argument(help="Models and artifacts; the first is what the others are compared with.")],
-    batch: Annotated[str, typer.Option(help="Batch sizes, as in 1,8.")] = "1",
-    seq: Annotated[str, typer.Option(help="Lengths of prompts or sequences, as in 32,128.")] = "128",
-    new: Annotated[int, typer.Option(min=1, help="Tokens to generate after each prompt.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch.")] = None,
-    backend: Backend = "eager",
-    device: Device = None,
-    dtype: Dtype = None,
-    static_cache: Annotated[
-        bool, typer.Option("--static-cache", help="Decode over a cache of fixed size, on CUDA as a CUDA graph.")
-    ] = False,
-    keep_compressed: Annotated[
-        bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure latency of several models in one process, in turns."""
-    from fxc.cli.bench import bench_models
-
-    sizes = _sizes("--batch", batch), _sizes("--seq", seq)
-    with _output(as_json) as output:
-        bench_models(
-            output, models, *sizes, new, rounds, threads, backend, _device(device), _dtype(dtype),
-            static_cache, keep_compressed,
-        )  # fmt: skip
-
-
-@bench.command("kernels")
-def bench_kernels(
-    scheme: Annotated[str | None, typer.Option(help="int8, int8_weight_only, int4 (or int4_g32), fp8, sparse24, ...")] = None,
-    shapes: Annotated[str | None, typer.Option(help="qwen2.5-7b, llama3-8b:o, or N,K; several with commas between.")] = None,
-    m: Annotated[str | None, typer.Option("--m", help="Numbers of rows (tokens), as in 1,16,64,256,2048,8192.")] = None,
-    device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and for its rivals.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="How often each is measured; the median counts.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
-    budget_seconds: Annotated[float | None, typer.Option(min=1, help="Begin nothing new after so long.")] = None,
-    peers: Annotated[str | None, typer.Option(metavar="MODULE", help="Measure these rivals too; see the last line.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure linear layers: fxc's kernels beside torch's own products, and what the machine allows."""
-    from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
-
-    if tune and out is None:
-        raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
-    rows = () if m is None else tuple(dict.fromkeys(_sizes("--m", m)))
-    request = KernelsRequest(scheme, shapes, rows, _device(device), threads, rounds, out, tune, budget_seconds, peers)
-    with _output(as_json) as output:
-        bench_kernels(output, request)
 
 
 @app.command()
@@ -398,50 +269,5 @@ def doctor(as_json: Json = False) -> None:
     """Say what this machine can run, and why not."""
     from fxc.cli.show import examine_machine
 
-    with _output(as_json) as output:
+    with output_for(as_json) as output:
         examine_machine(output)
-
-
-def _output(as_json: bool) -> Output:
-    from fxc.report.console import Output
-
-    return Output(as_json)
-
-
-def _device(name: str | None) -> str | None:
-    """`name` if torch knows such a device and this machine has it."""
-    if name is None:
-        return None
-    from fxc.lower.target import check_target
-
-    check_target(name, None)
-    return name
-
-
-def _dtype(name: str | None) -> str:
-    """`name`, "auto" for None, if models are compiled in it."""
-    from fxc.source.load import as_dtype
-
-    name = "auto" if name is None else name
-    as_dtype(name)
-    return name
-
-
-def _dynamic_shapes(given: list[str]) -> dict[str, tuple[int, ...]] | None:
-    """`x:0,1` -> {"x": (0, 1)}."""
-    shapes = {}
-    for each in given:
-        name, _, dimensions = each.rpartition(":")
-        if not name or not all(part.isdecimal() for part in dimensions.split(",")):
-            raise UsageError(
-                "this does not name the dimensions of an input", where=f"--dynamic {each}", hint="NAME:0,1, counted from 0"
-            )
-        shapes[name] = tuple(map(int, dimensions.split(",")))
-    return shapes or None
-
-
-def _sizes(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{text!r} is not a list of sizes", where=option, hint="as in 1,8,32")
-    return [int(part) for part in parts]

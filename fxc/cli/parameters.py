@@ -1,0 +1,64 @@
+"""Options that several commands have, and what is made of their text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fxc.errors import UsageError
+
+if TYPE_CHECKING:
+    from fxc.report.console import Output
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
+Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
+Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
+
+
+def output_for(as_json: bool) -> Output:
+    from fxc.report.console import Output
+
+    return Output(as_json)
+
+
+def checked_device(name: str | None) -> str | None:
+    """`name` if torch knows such a device and this machine has it."""
+    if name is None:
+        return None
+    from fxc.lower.target import check_target
+
+    check_target(name, None)
+    return name
+
+
+def checked_dtype(name: str | None) -> str:
+    """`name`, "auto" for None, if models are compiled in it."""
+    from fxc.source.load import as_dtype
+
+    name = "auto" if name is None else name
+    as_dtype(name)
+    return name
+
+
+def dynamic_shapes_of(given: list[str]) -> dict[str, tuple[int, ...]] | None:
+    """`x:0,1` -> {"x": (0, 1)}."""
+    shapes = {}
+    for each in given:
+        name, _, dimensions = each.rpartition(":")
+        if not name or not all(part.isdecimal() for part in dimensions.split(",")):
+            raise UsageError(
+                "this does not name the dimensions of an input", where=f"--dynamic {each}", hint="NAME:0,1, counted from 0"
+            )
+        shapes[name] = tuple(map(int, dimensions.split(",")))
+    return shapes or None
+
+
+def sizes_of(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"{text!r} is not a list of sizes", where=option, hint="as in 1,8,32")
+    return [int(part) for part in parts]
