@@ -19,9 +19,11 @@ LEAST_FACTOR = 0.1
 
 
 class Latent(nn.Module):
-    """Base of the latents. kind: "weight", "vector" (biases, gains of norms) or "scale" of each of its parameters, by name."""
+    """Base of the latents. rounds: whether what it gives is rounded as what is stored, where that is. kind: "weight", "vector"
+    (biases, gains of norms) or "scale" of each of its parameters, by name."""
 
     kind: Mapping[str, str]
+    rounds = True
 
     def forward(self) -> Tensor:
         """The weight to compute with, float32."""
@@ -121,6 +123,8 @@ class Rounded(Latent):
         return None if keep is None else keep.reshape(codes.shape)
 
     def forward(self) -> Tensor:
+        if not self.rounds:
+            return (self.weight if self.keep is None else self.weight * self.keep).reshape(self.shape)
         scale = self._scale()
         return ((self._codes(scale) - self.zero) * scale).reshape(self.shape)
 
@@ -156,7 +160,7 @@ class Cast(Latent):
         self.kind = {f"master.{name}": kind for name, kind in self.master.kind.items()}
 
     def forward(self) -> Tensor:
-        return through(self.master(), self.scheme.fake)
+        return through(self.master(), self.scheme.fake) if self.rounds else self.master()
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:

@@ -77,6 +77,7 @@ def train(
     rates: Mapping[str, float] | None = None,
     before_step: Callable[[float], None] | None = None,
     settled: float = 0.0,
+    state: Sequence[Tensor] = (),
     track: Track = untracked,
     what: str = "training",
 ) -> Fit:
@@ -86,7 +87,7 @@ def train(
     samples;
     rates: name -> what the rate is multiplied by, 1 where it is not named; before_step: is told the share that is done (masks
     that grow, rounding that begins); settled: from which share on what is trained is of the kind that is wanted: a state before
-    counts as none, but for the first.
+    counts as none, but for the first; state: what else changes with the parameters, and is kept with them.
     """
     rates = rates or {}
     groups: dict[float, list[nn.Parameter]] = {}
@@ -99,7 +100,8 @@ def train(
     scaler = torch.amp.GradScaler("cpu", enabled=plan.precision == "float16")
     began = time.monotonic()
     fit = Fit(best := judged(), best, 0, 0.0)
-    kept = _copies(parameters.values())
+    every = [*parameters.values(), *state]
+    kept = _copies(every)
     losses: list[float] = []
     looked = 0
     steps = range(plan.steps) if not plan.minutes else iter(int, 1)
@@ -125,26 +127,26 @@ def train(
         fit.steps += 1
         if int(done * plan.looks) > looked and done >= settled:
             looked = int(done * plan.looks)
-            best, kept = _look(fit, losses, judged, began, best, parameters, kept)
+            best, kept = _look(fit, losses, judged, began, best, every, kept)
     if fit.steps:
         if before_step is not None:
             before_step(1.0)
-        best, kept = _look(fit, losses, judged, began, best, parameters, kept)
+        best, kept = _look(fit, losses, judged, began, best, every, kept)
     with torch.no_grad():
-        for parameter, value in zip(parameters.values(), kept, strict=True):
-            parameter.copy_(value)
+        for each, value in zip(every, kept, strict=True):
+            each.copy_(value)
     fit.after, fit.seconds = best, time.monotonic() - began
     return fit
 
 
 def _look(
     fit: Fit, losses: list[float], judged: Callable[[], float], began: float, best: float,
-    parameters: Mapping[str, nn.Parameter], kept: list[Tensor],
+    every: list[Tensor], kept: list[Tensor],
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
     now = judged()
     fit.curve.append((fit.steps, time.monotonic() - began, sum(losses) / max(len(losses), 1), now))
     losses.clear()
-    return (now, _copies(parameters.values())) if now < best else (best, kept)
+    return (now, _copies(every)) if now < best else (best, kept)
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:

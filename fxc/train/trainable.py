@@ -18,12 +18,15 @@ from fxc.ir.call import Call
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.schemes.scheme import product_of, scheme_of
-from fxc.train.latent import Float, Latent, packed, through
+from fxc.train.batch_norm import BatchNorm
+from fxc.train.latent import Cast, Float, Latent, Rounded, packed, through
+from fxc.train.noise import Noise, branches
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Arguments of operators that are parameters of a layer, as their schemas call them.
 PARAMETERS = ("weight", "bias")
+BATCH_NORM = aten.batch_norm.default
 BY_CHANNEL = (aten.mul.Tensor, aten.add.Tensor)
 
 
@@ -34,11 +37,22 @@ class Trainable(nn.Module):
     layers: the same names -> the layer that each is of, as users call it.
     """
 
-    def __init__(self, program: Program, floats: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        floats: Mapping[str, Tensor] | None = None,
+        *,
+        layer_drop: float = 0.0,
+        dropout: float = 0.0,
+        batch_statistics: bool = False,
+    ) -> None:
         """floats: weights that are packed in the program, as they were just before, by name: they tell what was zero, and
-        towards which side a level was rounded."""
+        towards which side a level was rounded. In training (`train()`): layer_drop, dropout: what `Noise` leaves out;
+        batch_statistics: batch norms go by the statistics of the batch, and those that they keep follow (`state`)."""
         super().__init__()
         self.program = program
+        self.noise = Noise(layer_drop, dropout) if layer_drop or dropout else None
+        self.norms: dict[str, BatchNorm] | None = {} if batch_statistics else None
         self.groups: dict[str, dict[str, str]] = {}
         self.latents: dict[str, Latent] = {}
         self.layers: dict[str, str] = {}
@@ -48,6 +62,7 @@ class Trainable(nn.Module):
             raise UsageError("there is nothing to train in it", why="no layer of it reads a weight that is a constant")
         self._modules_of = nn.ModuleList(self.latents.values())
         self._module = self._built()
+        self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self._module(*(latent() for latent in self.latents.values()), *inputs)
@@ -66,6 +81,17 @@ class Trainable(nn.Module):
         }
         return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
+    @property
+    def state(self) -> list[Tensor]:
+        """What changes in training besides parameters: the statistics of batch norms."""
+        return [each for norm in (self.norms or {}).values() for each in norm.buffers()]
+
+    def rounds(self, does: bool) -> None:
+        """Whether packed weights, and activations, are rounded while it trains, as they are at first."""
+        for each in self.modules():
+            if isinstance(each, (Rounded, Cast, Rounding)):
+                each.rounds = does
+
     def train_only(self, kinds: Collection[str]) -> None:
         """Let the parameters of other kinds (`Latent.kind`) stay as they are."""
         for latent in self.latents.values():
@@ -78,6 +104,8 @@ class Trainable(nn.Module):
         for name, latent in self.latents.items():
             for part, tensor in latent.stored().items():
                 constants[self.groups[name].get(part, name)] = tensor
+        for norm in (self.norms or {}).values():
+            constants.update(norm.stored())
 
     def _find(self, node: fx.Node, known: Mapping[str, Tensor]) -> None:
         if node.op != "call_function":
@@ -114,8 +142,14 @@ class Trainable(nn.Module):
         weights = {name: graph.placeholder(f"latent_{number}") for number, name in enumerate(self.latents)}
         fixed = {name: f"constant_{number}" for number, name in enumerate(self.program.constants)}
         made: dict[fx.Node, fx.Node] = {}
+        noisy = set(branches(self.program)) if self.noise else ()
+        root: dict[str, object] = {}
         for node in self.program.graph.nodes:
-            if node.op == "get_attr" and node.target in weights:
+            if self.norms is not None and node.target is BATCH_NORM and (norm := BatchNorm.of(self.program, node)):
+                self.norms[node.name] = root[f"norm_{len(self.norms)}"] = norm
+                x, weight, bias = (_mapped(node.args[at], made) for at in range(3))
+                made[node] = graph.call_module(f"norm_{len(self.norms) - 1}", (x, weight, bias))
+            elif node.op == "get_attr" and node.target in weights:
                 made[node] = _as(graph, weights[node.target], self.program.constants[node.target].dtype)
             elif node.op == "call_function" and scheme_of(node.target) is not None:
                 made[node] = self._plain(graph, node, weights, made)
@@ -123,11 +157,14 @@ class Trainable(nn.Module):
                 made[node] = graph.node_copy(node, lambda each: made[each])
                 if node.op == "get_attr":
                     made[node].target = fixed[node.target]
+            if node in noisy:
+                root["noise"] = self.noise
+                made[node] = graph.call_module("noise", (made[node],))
         for node in reversed(graph.nodes):
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
         read = {node.target for node in self.program.graph.find_nodes(op="get_attr")}
-        root: dict[str, object] = {fixed[name]: self.program.constants[name] for name in read}
+        root |= {fixed[name]: self.program.constants[name] for name in read}
         return fx.GraphModule(root | self._roundings, graph, class_name="Trainable").requires_grad_(False)
 
     def _plain(
@@ -142,7 +179,7 @@ class Trainable(nn.Module):
         if product.rounded is not None:
             learned = {name: read[name] for name in product.learned}
             x = graph.call_module(f"rounding_{len(self._roundings)}", (x,), learned)
-            self._roundings[x.target] = _Rounding(product.rounded)
+            self._roundings[x.target] = Rounding(product.rounded)
         given = {"input": x, "x": x, "weight": _as(graph, weight, dtype), "indices": x}
         schema = product.layer._schema.arguments
         taken = [given[a.name] if a.name in given else _mapped(read.get(a.name), made) for a in schema]
@@ -153,14 +190,18 @@ class Trainable(nn.Module):
         return result
 
 
-class _Rounding(nn.Module):
+class Rounding(nn.Module):
     """x as a product rounds it, in its dtype, with the gradient of x."""
+
+    rounds = True
 
     def __init__(self, rounded: Callable[..., Tensor]) -> None:
         super().__init__()
         self.rounded = rounded
 
     def forward(self, x: Tensor, **learned: float) -> Tensor:
+        if not self.rounds:
+            return x
         return through(x, lambda value: self.rounded(value, **learned).to(value.dtype))
 
 
