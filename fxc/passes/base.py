@@ -159,6 +159,8 @@ class Pass:
     """Of a policy: the largest relative error that it may cause in the outputs, and in one layer alone."""
     shrinks: ClassVar[bool] = True
     """Of a policy: whether it makes the weights smaller by itself."""
+    repeats: ClassVar[bool] = False
+    """Whether it may be given more than once, with other passes in between."""
     rounds: ClassVar[bool] = False
     """Of a mechanism: whether it computes new constants, which are rounded to the dtype of the weights."""
     registry: ClassVar[dict[str, type[Pass]]] = {}

@@ -37,7 +37,7 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
     give what a pass needs; it names the passes and the fact.
     """
     passes = _complete(list(asked))
-    for_all = [p.name for p in passes if not p.limited_to()]
+    for_all = [p.name for p in passes if not p.limited_to() and not p.repeats]
     for name in for_all:
         if for_all.count(name) > 1:
             raise UsageError(f"the pass {name} is given twice", hint="give it once, with all of its options")

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,6 +27,7 @@ from fxc.passes.facts import CANONICAL
 from fxc.train.batches import Batches
 from fxc.train.loop import Plan, train
 from fxc.train.losses import Loss, default_loss
+from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
 from fxc.train.taught import Taught
 from fxc.train.trainable import Trainable
 
@@ -49,6 +51,14 @@ class Recover(Pass):
     which rises and falls by `schedule`. train: all weights; norms: gains and biases alone; scales: those of packed weights,
     with gains and biases.
     precision: what products run in while it trains; weights are float32.
+    sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
+    (arXiv 1710.01878), the smallest first. l1: so much times the sum of the scales of batch norms is added to the loss (Network
+    Slimming, arXiv 1708.06519), after which prune:criterion=bn_scale takes channels out. layer_drop: the probability of leaving
+    a residual branch out in a step (LayerDrop, arXiv 1909.11556), before layers are taken out; dropout: of leaving out each
+    number of one.
+    batch_statistics: batch norms go by each batch, and their statistics follow. quantize_after: the share of the steps before
+    which packed weights are not rounded. With sparsity, the best state counts from when all zeros are there; with l1 and
+    layer_drop, which make ready for what comes, the last one does.
     """
 
     loss: str = ""
@@ -60,16 +70,28 @@ class Recover(Pass):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     train: Literal["all", "norms", "scales"] = "all"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    sparsity: float = 0.0
+    l1: float = 0.0
+    layer_drop: float = 0.0
+    dropout: float = 0.0
+    batch_statistics: bool = False
+    quantize_after: float = 0.0
 
     name: ClassVar[str] = "recover"
     is_policy: ClassVar[bool] = True
     shrinks: ClassVar[bool] = False
+    repeats: ClassVar[bool] = True
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
     # It goes back towards the model, by how much is what it is for: before and after are measured on held-out samples.
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 
     def __post_init__(self) -> None:
         self._plan(0)
+        for name in ("sparsity", "layer_drop", "dropout", "quantize_after"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} is not from 0 up to 1", where="recover")
+        if self.l1 < 0:
+            raise UsageError(f"l1={self.l1} is below 0", where="recover")
         if self.loss:
             Loss.parse(self.loss, self.temperature)
 
@@ -89,28 +111,48 @@ class Recover(Pass):
         training, held_out = _split(context)
         loss = Loss.parse(self.loss or default_loss(program), self.temperature)
         original = context.original or Original(program.copy())
-        student = Trainable(program, context.floats)
+        student = Trainable(
+            program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
+        )
         student.train_only(KINDS[self.train])
         parameters = student.named()
         if not parameters:
             raise UsageError(f"train={self.train} has nothing to train in it", where=str(self), hint="train=all")
         taught = Taught(
             student, original.program, loss, precision=self.precision,
-            as_teacher=original.inputs, as_student=original.outputs,
+            as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
         )  # fmt: skip
         count = sum(each.numel() for each in parameters.values())
         context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
-        fit = train(
-            parameters, taught.steps(Batches(training, self.batch, context.seed)), taught.judged(held_out),
-            self._plan(context.seed), track=context.track, what="recovering",
-        )  # fmt: skip
-        if fit.after < fit.before:
+        sparser = Sparser(student, self.sparsity) if self.sparsity else None
+
+        def before_step(done: float) -> None:
+            student.rounds(done >= self.quantize_after)
+            if sparser is not None:
+                sparser(done)
+
+        prepares = bool(self.l1 or self.layer_drop)
+        with torch.random.fork_rng(devices=()):
+            fit = train(
+                parameters, taught.steps(Batches(training, self.batch, context.seed)), taught.judged(held_out),
+                self._plan(context.seed), before_step=before_step, state=student.state, first_counts=not (prepares or sparser),
+                settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
+                track=context.track, what="recovering",
+            )  # fmt: skip
+        better = fit.after < fit.before or prepares or sparser is not None
+        if better:
             student.write()
             self._check(student, program, held_out[0])
-        better = fit.after < fit.before
         said = f"{fit.before:.4g} -> {fit.after:.4g}" if better else f"{fit.before:.4g}, and never better: nothing was changed"
         note = f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}"
         return Result(changed=len(student.latents) if better else 0, notes=[note])
+
+    def _penalty(self, student: Trainable) -> Callable[[], Tensor] | None:
+        """What is added to the loss of each step."""
+        if not self.l1:
+            return None
+        scales = norm_scales(student)
+        return lambda: self.l1 * l1(scales)
 
     def _plan(self, seed: int) -> Plan:
         return Plan(

@@ -77,6 +77,7 @@ def train(
     rates: Mapping[str, float] | None = None,
     before_step: Callable[[float], None] | None = None,
     settled: float = 0.0,
+    first_counts: bool = True,
     state: Sequence[Tensor] = (),
     track: Track = untracked,
     what: str = "training",
@@ -100,6 +101,7 @@ def train(
     scaler = torch.amp.GradScaler("cpu", enabled=plan.precision == "float16")
     began = time.monotonic()
     fit = Fit(best := judged(), best, 0, 0.0)
+    best = best if first_counts else math.inf
     every = [*parameters.values(), *state]
     kept = _copies(every)
     losses: list[float] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from fxc.calibrate.blocks import blocks
+from fxc.ir.names import weight_of
 from fxc.ir.program import Program
 
 ADD = torch.ops.aten.add.Tensor
@@ -29,11 +29,24 @@ class Noise(nn.Module):
 
 
 def branches(program: Program) -> list[fx.Node]:
-    """What is added to the residual stream at the end of a block, in order; nothing of a block that ends otherwise."""
+    """What is added to a value that it was computed from, by at least one layer, and is read by nothing else: in order."""
+    numbers = {node: at for at, node in enumerate(program.graph.nodes)}
+    # Of each node, itself and what it was computed from, a bit each.
+    past: dict[fx.Node, int] = {}
+    layers = 0
     found = []
-    for block in blocks(program):
-        ends = block.leaves
-        if ends is not None and block.enters is not None and ends.target is ADD and block.enters in ends.args[:2]:
-            others = [each for each in ends.args[:2] if isinstance(each, fx.Node) and each is not block.enters]
-            found += [each for each in others if len(each.users) == 1]
+    for node, at in numbers.items():
+        past[node] = 1 << at
+        for each in node.all_input_nodes:
+            past[node] |= past[each]
+        if node.op != "call_function":
+            continue
+        if weight_of(program, node) is not None:
+            layers |= 1 << at
+        if node.target is not ADD or not all(isinstance(each, fx.Node) for each in node.args[:2]):
+            continue
+        for stream, branch in (node.args[:2], node.args[1::-1]):
+            is_later = past[branch] >> numbers[stream] & 1 and branch is not stream
+            if is_later and past[branch] & ~past[stream] & layers and len(branch.users) == 1:
+                found.append(branch)
     return found

@@ -28,10 +28,13 @@ class Taught:
         as_teacher: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
         as_student: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
         precision: Precision = "float32",
+        seed: int = 0,
+        penalty: Callable[[], Tensor] | None = None,
     ) -> None:
         self.student, self.loss, self.precision = student, loss, precision
         self.teacher = teacher.module() if teacher is not None and loss.needs_teacher else None
         self.as_teacher, self.as_student = as_teacher, as_student
+        self.seed, self.penalty = seed, penalty
 
     def lost(self, inputs: Sequence[Tensor]) -> Tensor:
         """The loss of one call."""
@@ -49,8 +52,13 @@ class Taught:
         def lost(step: int) -> Iterator[Tensor]:
             chosen = [batches.samples[at] for at in batches.at(step)]
             calls = stacked(self.student.program, chosen)
+            # What is left out at random in a step does not depend on the steps before it.
+            torch.manual_seed(self.seed + step)
+            self.student.train()
             for inputs in calls:
                 yield self.lost(inputs) / len(calls)
+            if self.penalty is not None:
+                yield self.penalty()
 
         return lost
 
@@ -59,6 +67,7 @@ class Taught:
 
         @torch.no_grad()
         def judge() -> float:
+            self.student.eval()
             return mean([float(self.lost(sample)) for sample in samples])
 
         return judge

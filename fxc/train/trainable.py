@@ -146,9 +146,9 @@ class Trainable(nn.Module):
         root: dict[str, object] = {}
         for node in self.program.graph.nodes:
             if self.norms is not None and node.target is BATCH_NORM and (norm := BatchNorm.of(self.program, node)):
-                self.norms[node.name] = root[f"norm_{len(self.norms)}"] = norm
-                x, weight, bias = (_mapped(node.args[at], made) for at in range(3))
-                made[node] = graph.call_module(f"norm_{len(self.norms) - 1}", (x, weight, bias))
+                target = f"norm_{len(self.norms)}"
+                self.norms[node.name] = root[target] = norm
+                made[node] = graph.call_module(target, tuple(_mapped(node.args[at], made) for at in range(3)))
             elif node.op == "get_attr" and node.target in weights:
                 made[node] = _as(graph, weights[node.target], self.program.constants[node.target].dtype)
             elif node.op == "call_function" and scheme_of(node.target) is not None:
