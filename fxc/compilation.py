@@ -104,8 +104,8 @@ class Configuration:
 
 @dataclass
 class Calibration:
-    """What passes learned from: so many samples, and how many more they were judged on; at most `most` were asked for, of texts
-    each `length` tokens long or shorter; sha256: of all their tensors, the same for the same data."""
+    """What passes learned from or trained on: so many samples, and how many more they were judged on; at most `most` were asked
+    for, of texts each `length` tokens long or shorter; sha256: of all their tensors, the same for the same data."""
 
     samples: int
     held_out: int
@@ -138,6 +138,7 @@ class Compilation:
     passes: list[Step]
     configuration: Configuration | None = None
     calibration: Calibration | None = None
+    training: Calibration | None = None
     perplexity: PerplexityChange | None = None
     stages: list[Stage] = field(default_factory=list)
 

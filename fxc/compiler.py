@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
@@ -19,6 +19,7 @@ from fxc.captured import Captured, capture_source, own_constants
 from fxc.compilation import Calibration, Compilation, Configuration, Step
 from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.data.calibration import calibration_samples, held_out
+from fxc.data.labels import Samples
 from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.digest import digest_of
@@ -74,13 +75,8 @@ def compile_captured(
     before = captured.program
     context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
-    calibration = None
-    if options.calib is not None:
-        most, length = options.calib_samples, options.calib_length
-        context.samples = samples_of(captured, options, track)
-        digest = digest_of(each for sample in context.samples for each in sample)
-        context.samples, context.held_out = held_out(context.samples)
-        calibration = Calibration(len(context.samples), len(context.held_out), most, length, digest)
+    context.samples, context.held_out, calibration = _data(captured, options, "calib", track)
+    context.training, context.judging, training = _data(captured, options, "train", track)
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
@@ -106,6 +102,7 @@ def compile_captured(
         earlier=captured.passes,
         passes=steps,
         calibration=calibration,
+        training=training,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
     )
     files = captured.files | _plan(steps)
@@ -122,12 +119,26 @@ def compile_captured(
     )
 
 
-def samples_of(captured: Captured, options: Options, track: Track = untracked) -> list[list[Tensor]]:
-    """What `options.calib` is for the captured program: flat inputs, sample by sample."""
+def _data(
+    captured: Captured, options: Options, name: str, track: Track
+) -> tuple[Samples, Samples, Calibration | None]:
+    """Of `options.calib` or `options.train`: samples to learn from, samples to judge by, and what they are."""
+    if getattr(options, name) is None:
+        return Samples(), Samples(), None
+    read = samples_of(captured, options, track, name)
+    digest = digest_of(each for sample in [*read, read.labels or []] for each in sample)
+    learned, judged = held_out(read)
+    most, length = getattr(options, f"{name}_samples"), getattr(options, f"{name}_length")
+    return learned, judged, Calibration(len(learned), len(judged), most, length, digest)
+
+
+def samples_of(captured: Captured, options: Options, track: Track = untracked, name: str = "calib") -> Samples:
+    """What `options.calib`, or of another name `options.train`, is for the captured program: flat inputs, sample by sample."""
     with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
         return calibration_samples(
-            captured.program, options.calib, folder=folder, config=captured.config, limit=options.calib_samples,
-            window=options.calib_length, track=track,
+            captured.program, getattr(options, name), folder=folder, config=captured.config,
+            limit=getattr(options, f"{name}_samples"), window=getattr(options, f"{name}_length"), track=track,
+            what={"calib": "calibration", "train": "training"}[name],
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 
 from fxc.artifact.staging import check_writable
-from fxc.data.calibration import LIMIT, WINDOW, check_amount, check_data
+from fxc.data.calibration import LIMIT, TRAINING, WINDOW, check_amount, check_data
 from fxc.errors import UsageError
 from fxc.lower.target import check_target
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
@@ -31,6 +31,8 @@ class Options:
     calib: data for passes that learn from it: the path of a text, of a .jsonl file or of a folder of images, or an iterable
     of what one call takes (see `fxc.data.calibration.calibration_samples`). calib_samples: at most so many samples are
     read of it; every eighth passes do not see, and gates judge them by it. calib_length: tokens in each, of texts.
+    train: data for passes that train, of the same kinds, with labels where the loss is of labels; by default they train on
+    `calib`. train_samples, train_length: as of `calib`; every eighth sample, and 16 of many, judge the training.
     calib_disk: a folder in which the samples' hidden states are kept, and not in memory, while layers are compressed one after
     another. resume: a folder in which passes save what they have learned, and from which they go on, to the same bytes, where
     an earlier call with the same model, passes and data was killed; the hidden states are there too. It goes at the end.
@@ -53,6 +55,9 @@ class Options:
     calib: Any = None
     calib_samples: int = LIMIT
     calib_length: int = WINDOW
+    train: Any = None
+    train_samples: int = TRAINING
+    train_length: int = WINDOW
     calib_disk: str | Path | None = None
     resume: str | Path | None = None
     tokenizer: Any = None
@@ -75,15 +80,20 @@ class Options:
     def check(self) -> None:
         """What can be found out before a model is loaded: that data, dtype, device, backend and folders are there and can be
         used. Raises `UsageError` or `ResourceError`."""
-        check_amount(self.calib_samples, self.calib_length)
-        if self.calib is not None:
-            check_data(self.calib)
-        elif (self.calib_samples, self.calib_length) != (LIMIT, WINDOW):
-            hint = "--calib FILE, in Python calib=..."
-            raise UsageError("there is no calibration data to take so many samples or tokens of", where="calib", hint=hint)
+        for name, what, usual in (("calib", "calibration", LIMIT), ("train", "training", TRAINING)):
+            data, amount = getattr(self, name), (getattr(self, f"{name}_samples"), getattr(self, f"{name}_length"))
+            check_amount(*amount)
+            if data is not None:
+                check_data(data, what)
+            elif amount != (usual, WINDOW):
+                hint = f"--{name} FILE, in Python {name}=..."
+                raise UsageError(f"there is no {what} data to take so many samples or tokens of", where=name, hint=hint)
+        if self.train is not None and not any(each.trains() for each in self.passes):
+            hint = "--passes ...,recover; passes that learn read --calib"
+            raise UsageError("none of the passes trains", where="train", hint=hint)
         as_dtype(self.dtype)
         check_target(self.device, self.backend)
-        check_data_is_given(self.passes, self.calib is not None)
+        check_data_is_given(self.passes, self.calib is not None, self.train is not None)
         for folder in (self.dump_dir, self.calib_disk, self.resume):
             if folder is not None:
                 check_writable(Path(folder) / "program")
@@ -97,6 +107,9 @@ class Keywords(TypedDict, total=False):
     calib: Any
     calib_samples: int
     calib_length: int
+    train: Any
+    train_samples: int
+    train_length: int
     calib_disk: str | Path | None
     resume: str | Path | None
     tokenizer: Any

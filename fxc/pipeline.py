@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fxc.compilation import Step
+from fxc.data.labels import Samples
 from fxc.data.samples import samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
@@ -18,6 +20,8 @@ from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
 from fxc.verify.gates import Budget, judge
 
+# What a context holds of inputs.
+DATA = ("samples", "held_out", "training", "judging")
 # So many samples judge a pass that fits them.
 JUDGED = 4
 
@@ -85,8 +89,8 @@ def run_passes(
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
         tried = [result.interface.inputs(program, inputs) for inputs in tried]
         # A copy: a caller's context is not changed.
-        given = {"samples": context.samples, "held_out": context.held_out}
-        given = {name: [result.interface.inputs(program, inputs) for inputs in some] for name, some in given.items()}
+        taken = partial(result.interface.inputs, program)
+        given = {name: Samples.of(getattr(context, name)).map(taken) for name in DATA}
         gone = {name: each for name, each in program.constants.items() if name not in after.constants}
         floats = {name: each for name, each in gone.items() if each.is_floating_point() and each.ndim > 1}
         context = replace(context, floats=context.floats | floats, **given)

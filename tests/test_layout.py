@@ -26,7 +26,7 @@ ALLOWED = {
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors progress memory ir schemes artifact",
-    "fxc.train": "errors progress memory ir schemes calibrate",
+    "fxc.train": "errors progress memory ir schemes data calibrate",
     "fxc.passes": "errors progress memory ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes",

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxc.ir.names import weight_of
 from fxc.ir.program import Program
+from fxc.schemes.scheme import scheme_of
 
 # A value that is read at so many places, with layers between them, is one that blocks share: a residual tensor is read at two,
 # where a block begins and where it ends.
@@ -36,12 +37,13 @@ class Block:
     groups: list[list[fx.Node]]
 
 
-def blocks(program: Program) -> list[Block]:
+def blocks(program: Program, packed: bool = False) -> list[Block]:
     """The blocks of `program`, each with at least one layer: a call that reads a float constant of two dimensions or more,
-    and something else. The experts of a mixture are layers once the program is canonical."""
+    and something else. The experts of a mixture are layers once the program is canonical. packed: what reads a packed weight is
+    a layer too."""
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     position = {node: at for at, node in enumerate(nodes)}
-    layers = {node for node in nodes if _is_layer(program, node)}
+    layers = {node for node in nodes if _is_layer(program, node) or (packed and scheme_of(node.target) is not None)}
     # Of each value that a cut can go through, where it is made and read: those that a layer has a part in.
     uses: dict[fx.Node, list[int]] = {}
     for node in nodes:

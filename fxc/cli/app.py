@@ -68,6 +68,11 @@ def compile_(
     calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
     calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
     calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Data for recover to train on: as --calib, or datasets:NAME:SPLIT; else it is --calib.")
+    ] = None,
+    train_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --train; 4096 by default.")] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
     calib_disk: Annotated[
         Path | None, typer.Option(help="Keep the hidden states of --calib's samples in this folder and not in memory.")
     ] = None,
@@ -114,7 +119,8 @@ def compile_(
 
     options = {
         "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
-        "calib_length": calib_length, "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
+        "calib_length": calib_length, "train": train, "train_samples": train_samples, "train_length": train_length,
+        "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,
     }  # fmt: skip

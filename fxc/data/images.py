@@ -39,26 +39,40 @@ class Images:
     folder: Path | None
 
     def samples(self, paths: list[Path]) -> Iterator[list[Tensor]]:
+        self._check_takes(paths[0].parent)
+        image = _pillow()
+        for path in paths:
+            try:
+                with image.open(path) as opened:
+                    picture = self._converted(opened)
+            except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
+                why = first_line(error)
+                raise UsageError("this is not an image that can be read", where=path, why=why, hint="take it out") from None
+            yield self._sample(picture, path)
+
+    def sample(self, picture: Any, where: object) -> list[Tensor]:
+        """Of one picture that Pillow has opened."""
+        self._check_takes(where)
+        return self._sample(self._converted(picture), where)
+
+    def _check_takes(self, where: object) -> None:
         if "pixel_values" not in self.inputs.names:
             text = "input_ids" in self.inputs.names
             raise UsageError(
                 f"this model does not take images: it takes {listed(self.inputs.names)}",
-                where=paths[0].parent,
+                where=where,
                 hint="name a text file" if text else "in Python, give an iterable of its inputs: calib=[tensor, ...]",
             )
-        self.inputs.check_covers(["pixel_values", "pixel_mask"], "a folder of images", paths[0].parent)
-        for path in paths:
-            made = {k: v for k, v in self._pixels(path).items() if k in self.inputs.names and isinstance(v, Tensor)}
-            yield self.inputs.sample((), made, path)
+        self.inputs.check_covers(["pixel_values", "pixel_mask"], "a folder of images", where)
 
-    def _pixels(self, path: Path) -> Mapping[str, Any]:
-        image = _pillow()
-        try:
-            with image.open(path) as opened:
-                picture = opened.convert("L" if self.target[0] == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError, image.DecompressionBombError) as error:
-            why = first_line(error)
-            raise UsageError("this is not an image that can be read", where=path, why=why, hint="take it out") from None
+    def _converted(self, picture: Any) -> Any:
+        return picture.convert("L" if self.target[0] == 1 else "RGB")
+
+    def _sample(self, picture: Any, where: object) -> list[Tensor]:
+        made = {k: v for k, v in self._pixels(picture, where).items() if k in self.inputs.names and isinstance(v, Tensor)}
+        return self.inputs.sample((), made, where)
+
+    def _pixels(self, picture: Any, where: object) -> Mapping[str, Any]:
         try:
             if self.processor is None:
                 return {"pixel_values": plain_pixels(self.settings, picture, *self.target[1:])}
@@ -66,7 +80,7 @@ class Images:
         except (ImportError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
             raise UsageError(
                 "the model's image processor cannot use this image",
-                where=path,
+                where=where,
                 why=first_line(error),
                 hint=f"see {self.folder}; or prepare the images in Python: calib=[tensor, ...]",
             ) from None
@@ -141,6 +155,11 @@ def _resized(size: Any, width: int, height: int) -> tuple[int, int]:
             scale = min(scale, size["longest_edge"] / max(width, height))
         return max(1, int(width * scale)), max(1, int(height * scale))
     return size["width"], size["height"]
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is an image of Pillow, which need not be there to tell."""
+    return all(hasattr(value, name) for name in ("convert", "mode", "getbands"))
 
 
 def _pillow() -> Any:

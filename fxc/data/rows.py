@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxc.data.inputs import Inputs, is_numbers
+from fxc.data.images import Images, is_picture
+from fxc.data.inputs import is_numbers
+from fxc.data.labels import Classes, apart
 from fxc.data.text import Texts
 from fxc.errors import UsageError, first_line
 
@@ -39,29 +41,42 @@ def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         raise UsageError("the file cannot be read", where=path, why=error, hint="a text file in UTF-8") from None
 
 
-def samples_of(items: Iterable[tuple[str, Any]], inputs: Inputs, texts: Texts) -> Iterator[list[Tensor]]:
-    """Samples from pairs of where an item stands and the item: what one call takes, or a text."""
+def labelled(
+    items: Iterable[tuple[str, Any]], texts: Texts, images: Images, classes: Classes
+) -> Iterator[tuple[list[Tensor], Tensor | UsageError | None]]:
+    """Samples and their labels from pairs of where an item stands and the item: what one call takes, a text or a picture, or
+    such a one and its label. What is blank is left out."""
     for where, item in items:
-        if isinstance(item, Mapping) and "text" in item and not set(item) & set(inputs.names):
+        item, label = apart(item, texts.inputs)
+        sample = sample_of(item, where, texts, images)
+        if sample is not None:
+            yield sample, classes.label(label, sample, texts.inputs, where)
+
+
+def sample_of(item: Any, where: str, texts: Texts, images: Images) -> list[Tensor] | None:
+    """The inputs that an item without label stands for, None for a blank text."""
+    inputs = texts.inputs
+    if isinstance(item, Mapping) and not set(item) & set(inputs.names):
+        if pictures := [value for value in item.values() if is_picture(value)]:
+            item = pictures[0]
+        elif "text" in item:
             item = item["text"]
             if not isinstance(item, str):
                 raise UsageError(f'"text" is of the type {type(item).__name__}', where=where, hint="give a string")
-        if isinstance(item, str):
-            if item.strip():
-                yield texts.sample(item, where)
-        elif isinstance(item, Mapping):
-            # Tokenizers give it unasked.
-            taken = {k: v for k, v in item.items() if k != "token_type_ids" or k in inputs.names}
-            yield inputs.sample((), {k: inputs.tensor(k, v, where) for k, v in taken.items()}, where)
-        elif is_numbers(item) or isinstance(item, np.ndarray):
-            name = "input_ids" if "input_ids" in inputs.names else inputs.names[0]
-            yield inputs.sample((), {name: inputs.tensor(name, item, where)}, where)
-        elif isinstance(item, (Tensor, tuple, list)):
-            args = (item,) if isinstance(item, Tensor) else tuple(item)
-            yield inputs.sample(tuple(torch.as_tensor(a) if isinstance(a, np.ndarray) else a for a in args), {}, where)
-        else:
-            raise UsageError(
-                f"a sample cannot be of the type {type(item).__name__}",
-                where=where,
-                hint="a tensor, a tuple, a dict or a text",
-            )
+    if isinstance(item, str):
+        return texts.sample(item, where) if item.strip() else None
+    if is_picture(item):
+        return images.sample(item, where)
+    if isinstance(item, Mapping):
+        # Tokenizers give it unasked.
+        taken = {k: v for k, v in item.items() if k != "token_type_ids" or k in inputs.names}
+        return inputs.sample((), {k: inputs.tensor(k, v, where) for k, v in taken.items()}, where)
+    if is_numbers(item) or isinstance(item, np.ndarray):
+        name = "input_ids" if "input_ids" in inputs.names else inputs.names[0]
+        return inputs.sample((), {name: inputs.tensor(name, item, where)}, where)
+    if isinstance(item, (Tensor, tuple, list)):
+        args = (item,) if isinstance(item, Tensor) else tuple(item)
+        return inputs.sample(tuple(torch.as_tensor(a) if isinstance(a, np.ndarray) else a for a in args), {}, where)
+    raise UsageError(
+        f"a sample cannot be of the type {type(item).__name__}", where=where, hint="a tensor, a tuple, a dict or a text"
+    )

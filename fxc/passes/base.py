@@ -103,7 +103,8 @@ class Context:
     skip: patterns of FQNs to leave alone, globs or "re:..." regular expressions; one that matches a module means all that
     is in it, and a plain string is one pattern; skipped: what passes left alone for each pattern; samples: sets of input
     tensors for the program, realistic where calibration data was given, which data-driven policies use; held_out: others of
-    that data, on which gates judge policies; limit, tried: the gate's
+    that data, on which gates judge policies; training, judging: others again, of training data, for passes that train, and to
+    judge these by; all four with labels where they have some (`fxc.data.labels.Samples`); limit, tried: the gate's
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
     before the first pass; floats: weights that passes have packed, as they were just before, by name; seed: of all that passes
@@ -113,6 +114,8 @@ class Context:
     skip: tuple[str, ...] = ()
     samples: list[list[Tensor]] = field(default_factory=list)
     held_out: list[list[Tensor]] = field(default_factory=list)
+    training: list[list[Tensor]] = field(default_factory=list)
+    judging: list[list[Tensor]] = field(default_factory=list)
     limit: float | None = None
     tried: list[list[Tensor]] = field(default_factory=list)
     track: Track = untracked
@@ -190,6 +193,10 @@ class Pass:
         """What the pass, with its options, cannot do without `Context.samples`, in words."""
         return None
 
+    def trains(self) -> bool:
+        """Whether the pass learns from `Context.training` where that is given, and from `samples` where not."""
+        return False
+
     def fits_data(self) -> bool:
         """Whether what the pass makes is right only for inputs like `Context.samples`, so that it is judged on those."""
         return False
@@ -237,11 +244,12 @@ def _split(spec: str) -> list[str]:
     return [spec[i:j] for i, j in zip([0, *(end + 1 for end in ends)], [*ends, len(spec)], strict=True)]
 
 
-def check_data_is_given(passes: Iterable[Pass], is_given: bool) -> None:
-    """Raises `UsageError` for the first pass that cannot do without calibration data."""
+def check_data_is_given(passes: Iterable[Pass], is_given: bool, can_train: bool = False) -> None:
+    """Raises `UsageError` for the first pass that cannot do without calibration data. can_train: whether there is training
+    data, which does for passes that train."""
     for each in passes:
-        if not is_given and (what := each.needs_data()):
-            hint = "--calib FILE, in Python calib=..."
+        if not is_given and not (can_train and each.trains()) and (what := each.needs_data()):
+            hint = "--train FILE or --calib FILE, in Python train=..." if each.trains() else "--calib FILE, in Python calib=..."
             raise UsageError(f"{what} measured on calibration data, and there is none", where=each.name, hint=hint)
 
 

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fxc.data.labels import Samples
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
@@ -40,13 +41,15 @@ KINDS = {"all": ("weight", "vector", "scale"), "norms": ("vector",), "scales": (
 
 @dataclass(frozen=True)
 class Recover(Pass):
-    """Train what other passes have left on calibration data, by what the model gave before the first of them. What is packed is
-    trained as float with what packing rounds (quantization-aware training) and packed again, what is zero stays zero, and what
-    is removed stays so. What was best on samples held out is kept: where nothing was better, everything stays as it was.
+    """Train what other passes have left on training or calibration data, by what the model gave before the first of them. What
+    is packed is trained as float with what packing rounds (quantization-aware training) and packed again, what is zero stays
+    zero, and what is removed stays so. What was best on samples held out is kept: where nothing was better, everything stays
+    as it was.
 
-    loss: a weighted sum, as kl+0.5*task. kl: soft labels, the divergence from the model's logits at `temperature` (Hinton et
-    al., arXiv 1503.02531); task: the next token, or labels; outputs: squared error of what the model gives. By default kl where
-    it gives logits, else outputs.
+    loss: a weighted sum, as kl+0.5*features. kl: soft labels, the divergence from the model's logits at `temperature` (Hinton
+    et al., arXiv 1503.02531); topk: of its `k` likeliest classes and all others together, which are kept for samples that come
+    again; task: the next token, or labels; features, features_cosine: what blocks end with; outputs, cosine: what the model
+    gives; pooled: the mean of that over tokens. By default kl where it gives logits, else outputs.
     steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
     which rises and falls by `schedule`. train: all weights; norms: gains and biases alone; scales: those of packed weights,
     with gains and biases.
@@ -63,6 +66,7 @@ class Recover(Pass):
 
     loss: str = ""
     temperature: float = 1.0
+    k: int = 64
     steps: int = 400
     minutes: float = 0.0
     batch: int = 8
@@ -93,9 +97,12 @@ class Recover(Pass):
         if self.l1 < 0:
             raise UsageError(f"l1={self.l1} is below 0", where="recover")
         if self.loss:
-            Loss.parse(self.loss, self.temperature)
+            Loss.parse(self.loss, self.temperature, self.k)
 
     def uses_data(self) -> bool:
+        return True
+
+    def trains(self) -> bool:
         return True
 
     def needs_data(self) -> str | None:
@@ -107,10 +114,11 @@ class Recover(Pass):
     def run(self, program: Program, context: Context) -> Result:
         if program.is_on_meta:
             return Result(notes=["not trained: the weights are on meta"])
-        check_data_is_given([self], bool(context.samples))
+        check_data_is_given([self], bool(context.samples), bool(context.training))
         training, held_out = _split(context)
-        loss = Loss.parse(self.loss or default_loss(program), self.temperature)
+        loss = Loss.parse(self.loss or default_loss(program), self.temperature, self.k)
         original = context.original or Original(program.copy())
+        loss.check(program, original.program, training.labels, training.unlabelled)
         student = Trainable(
             program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
         )
@@ -123,6 +131,7 @@ class Recover(Pass):
             as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
         )  # fmt: skip
         count = sum(each.numel() for each in parameters.values())
+        parameters |= taught.projections(training)
         context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
         sparser = Sparser(student, self.sparsity) if self.sparsity else None
 
@@ -134,7 +143,8 @@ class Recover(Pass):
         prepares = bool(self.l1 or self.layer_drop)
         with torch.random.fork_rng(devices=()):
             fit = train(
-                parameters, taught.steps(Batches(training, self.batch, context.seed)), taught.judged(held_out),
+                parameters, taught.steps(Batches(training, self.batch, context.seed), training.labels),
+                taught.judged(held_out, held_out.labels),
                 self._plan(context.seed), before_step=before_step, state=student.state, first_counts=not (prepares or sparser),
                 settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
                 track=context.track, what="recovering",
@@ -173,15 +183,14 @@ class Recover(Pass):
                 )  # fmt: skip
 
 
-def _split(context: Context) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """The samples to train on and those to judge by: those that the context holds out, else every eighth. Raises UsageError for
-    fewer than two."""
-    if context.held_out:
-        return context.samples, context.held_out
-    if len(context.samples) < 2:
+def _split(context: Context) -> tuple[Samples, Samples]:
+    """The samples to train on and those to judge by: of training data, or else of calibration data, those that the context
+    holds out, else every eighth. Raises UsageError for fewer than two."""
+    pairs = [(context.training, context.judging), (context.samples, context.held_out)]
+    samples, held_out = (Samples.of(each) for each in next(pair for pair in pairs if pair[0]))
+    if held_out:
+        return samples, held_out
+    if len(samples) < 2:
         raise UsageError("one sample is too few to train on: what is trained is judged by others", where="recover")
-    held = set(range(0, len(context.samples), HELD_OUT))
-    return (
-        [sample for at, sample in enumerate(context.samples) if at not in held],
-        [sample for at, sample in enumerate(context.samples) if at in held],
-    )
+    places = range(len(samples))
+    return samples.take([at for at in places if at % HELD_OUT]), samples.take(places[::HELD_OUT])

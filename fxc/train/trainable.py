@@ -8,7 +8,7 @@ norms, scales of layers. Tables of positions, statistics of batch norms and othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,6 +66,14 @@ class Trainable(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return self._module(*(latent() for latent in self.latents.values()), *inputs)
+
+    def also(self, nodes: Sequence[fx.Node]) -> Callable[..., tuple[Tensor, ...]]:
+        """`forward` that gives these values of the program besides, after its outputs."""
+        graph, copies = fx.Graph(), {}
+        outputs = graph.graph_copy(self._module.graph, copies)
+        graph.output((*outputs, *(copies[self._made[node]] for node in nodes)))
+        module = fx.GraphModule(self._module, graph, class_name="Trainable")
+        return lambda *inputs: module(*(latent() for latent in self.latents.values()), *inputs)
 
     @property
     def module(self) -> fx.GraphModule:
@@ -141,7 +149,7 @@ class Trainable(nn.Module):
         self._roundings: dict[str, nn.Module] = {}
         weights = {name: graph.placeholder(f"latent_{number}") for number, name in enumerate(self.latents)}
         fixed = {name: f"constant_{number}" for number, name in enumerate(self.program.constants)}
-        made: dict[fx.Node, fx.Node] = {}
+        made = self._made = {}
         noisy = set(branches(self.program)) if self.noise else ()
         root: dict[str, object] = {}
         for node in self.program.graph.nodes:

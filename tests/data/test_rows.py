@@ -60,7 +60,7 @@ def test_tensors_tuples_dicts_and_batches_are_kept(programs):
         ('{"input_ids": [1.5]}', "must be torch.int64"),
         ('{"input_ids": "abc"}', "must be a tensor"),
         ('{"tokens": [1]}', "input_ids"),
-        ('{"input_ids": [1, 2], "labels": [1]}', "'labels'"),
+        ('{"input_ids": [1, 2], "targets": [1]}', "'targets'"),
     ],
 )
 def test_wrong_rows(programs, folder, tmp_path, content, said):
