@@ -1,4 +1,4 @@
-"""What a pass made of a program's inputs and outputs: a cache with fewer heads, or of fewer layers."""
+"""What a pass made of a program's inputs and outputs: a cache with fewer heads, of fewer layers, or of turned values."""
 
 from __future__ import annotations
 
@@ -15,26 +15,40 @@ from fxc.ir.program import Program
 
 @dataclass
 class Interface:
-    """kept: name of an input -> dimension -> which of the indices that it had before are left; dropped: inputs that are gone.
-    The output that a cache input comes from is cut and dropped with it."""
+    """kept: name of an input -> dimension -> which of the indices that it had before are left; dropped: inputs that are gone;
+    turned: name of an input -> dimension -> by which matrix, float64 [before, after] with orthonormal columns, it is multiplied
+    there, after what is cut. The output that a cache input comes from is cut, dropped and turned with it."""
 
     kept: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
+    turned: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def cut(self, inputs: dict[str, dict[int, Tensor]]) -> None:
         """Of what is left, only these indices stay."""
         for name, dims in inputs.items():
-            mine = self.kept.setdefault(name, {})
+            mine, turned = self.kept.setdefault(name, {}), self.turned.get(name, {})
             for dim, indices in dims.items():
-                mine[dim] = mine[dim][indices] if dim in mine else indices
+                if dim in turned:
+                    turned[dim] = turned[dim][:, indices]
+                else:
+                    mine[dim] = mine[dim][indices] if dim in mine else indices
+
+    def turn(self, inputs: dict[str, dict[int, Tensor]]) -> None:
+        """What is left is multiplied by these matrices."""
+        for name, dims in inputs.items():
+            mine = self.turned.setdefault(name, {})
+            for dim, matrix in dims.items():
+                mine[dim] = mine[dim] @ matrix if dim in mine else matrix
 
     def drop(self, inputs: Sequence[str]) -> None:
         self.dropped += inputs
 
     def then(self, later: Interface) -> Interface:
         """Of two passes, one after the other."""
-        both = Interface({name: dict(dims) for name, dims in self.kept.items()}, list(self.dropped))
+        kept, turned = ({name: dict(dims) for name, dims in its.items()} for its in (self.kept, self.turned))
+        both = Interface(kept, list(self.dropped), turned)
         both.cut(later.kept)
+        both.turn(later.turned)
         both.drop(later.dropped)
         return both
 
@@ -62,6 +76,8 @@ class Interface:
             if tensor is None:
                 shape = [s if isinstance(s, int) else sizes[str(s)] for s in like.shape]
                 tensor = torch.zeros(shape, dtype=like.dtype, device=device)
+            elif declared.name in self.turned:
+                tensor = _turned(tensor, {dim: matrix.t() for dim, matrix in self.turned[declared.name].items()})
             for dim, indices in self.kept.get(declared.name, {}).items() if declared.name not in self.dropped else ():
                 shape = [*tensor.shape[:dim], like.shape[dim], *tensor.shape[dim + 1 :]]
                 tensor = tensor.new_zeros(shape).index_copy(dim, indices.to(device), tensor)
@@ -76,5 +92,13 @@ class Interface:
             if isinstance(tensor, Tensor):
                 for dim, indices in self.kept.get(name, {}).items():
                     tensor = tensor.index_select(dim, indices)
+                tensor = _turned(tensor, self.turned.get(name, {}))
             result.append(tensor)
         return result
+
+
+def _turned(tensor: Tensor, matrices: dict[int, Tensor]) -> Tensor:
+    for dim, matrix in matrices.items():
+        wide = tensor.double().movedim(dim, -1) @ matrix.to(tensor.device)
+        tensor = wide.movedim(-1, dim).to(tensor.dtype).contiguous()
+    return tensor

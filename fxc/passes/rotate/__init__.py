@@ -1,0 +1,1 @@
+"""The mechanism that turns channels by a Hadamard matrix."""
