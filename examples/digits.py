@@ -128,10 +128,14 @@ def _trained(name: str) -> tuple[nn.Module, tuple[Tensor]]:
     return model, (torch.zeros(2, 1, 8, 8),)
 
 
-def train(name: str, epochs: int = 40, batch: int = 64) -> nn.Module:
-    """A model trained from nothing: AdamW, one cycle, noise on the images."""
+def train(name: str) -> nn.Module:
+    """A model trained from nothing."""
     torch.manual_seed(0)
-    model = MODELS[name]()
+    return fitted(MODELS[name]())
+
+
+def fitted(model: nn.Module, epochs: int = 40, batch: int = 64) -> nn.Module:
+    """`model` trained on the digits: AdamW, one cycle, noise on the images; by torch's own generator."""
     x, y, *_ = images()
     steps = epochs * -(-len(x) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)

@@ -1,0 +1,65 @@
+"""Gradual sparsity, Network Slimming and distillation, on the networks of examples/digits.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import fxc
+from benchmarks.output import note
+from benchmarks.recovery.row import Row, timed
+from examples import digits
+
+BATCH = 64
+BAR = "accuracy within 0.5 points"
+
+
+class Mlp(nn.Module):
+    """LeNet-300-100 on images [B, 1, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, digits.CLASSES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def batches() -> list[Tensor]:
+    """What was trained on, and noise on it once more: batches, in an order of no meaning."""
+    x, *_ = digits.images()
+    draw = torch.Generator().manual_seed(0)
+    x = x[torch.randperm(len(x), generator=draw)]
+    noisy = x + digits.NOISE * torch.randn(x.shape, generator=draw)
+    return [*x.split(BATCH)[:-1], *noisy.split(BATCH)[:-1]]
+
+
+def gradual() -> list[Row]:
+    """80 % of all weights zero, the zeros coming while it is trained."""
+    torch.manual_seed(0)
+    return [_gradual("MLP", digits.fitted(Mlp())), _gradual("ResNet", digits.resnet()[0])]
+
+
+def _gradual(name: str, dense: nn.Module) -> Row:
+    note(f"80 % unstructured, {name}")
+    example = (torch.zeros(2, 1, 8, 8),)
+    at_once = fxc.optimize(dense, example, passes="sparsify:sparsity=0.8")
+    spec = "recover:sparsity=0.8:steps=1200:batch=1:rate=0.002"
+    made, seconds = timed(lambda: fxc.optimize(dense, example, passes=spec, calib=batches(), calib_samples=100))
+    before, without, after = (digits.accuracy(each) for each in (dense, at_once, made))
+    return Row(f"80 % unstructured, gradual, digits {name}", BAR, before, without, after, seconds, spec)
+
+
+def slimming() -> list[Row]:
+    """Half of the channels of a CNN with batch norms gone by their scales, which a penalty made small."""
+    dense, example = digits.resnet()
+    train = "steps=600:batch=1:rate=0.002"
+    spec = f"recover:l1=0.001:{train},prune:criterion=bn_scale:channels=0.5,recover:{train}"
+    note("Network Slimming")
+    at_once = fxc.optimize(dense, example, passes="prune:criterion=bn_scale:channels=0.5")
+    made, seconds = timed(lambda: fxc.optimize(dense, example, passes=spec, calib=batches(), calib_samples=100))
+    before, without, after = (digits.accuracy(each) for each in (dense, at_once, made))
+    name = "Network Slimming, digits ResNet, half of the channels"
+    return [Row(name, BAR, before, without, after, seconds, spec)]
