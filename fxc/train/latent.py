@@ -16,6 +16,7 @@ from fxc.schemes.scheme import Scheme
 
 # A scale may fall to so much of itself, and no further: it never changes its sign.
 LEAST_FACTOR = 0.1
+FEW_LEVELS = 16
 
 
 class Latent(nn.Module):
@@ -77,11 +78,13 @@ class Thin(Latent):
 
 class Rounded(Latent):
     """A weight in levels with scales, trained before it is rounded, and its scales with it (Esser et al., "Learned Step Size
-    Quantization", ICLR 2020): codes = clamp(round(w / (f s)) + zero), weight = f s (codes - zero). Gradients go through the
-    rounding as if it were none. f is a factor around 1 for each group, because steps of a size are no size for scales.
+    Quantization", ICLR 2020): codes = clamp(round(v / f) + zero), weight = f s (codes - zero). Gradients go through the
+    rounding as if it were none. Of few levels v is counted in levels, so that a rate says how much of one a step may go: each
+    number that changes its level is a step of that size for what the layer gives. Of many, as of int8, it is the weight as it
+    is. f is a factor around 1 for each group, because steps of a size are no size for scales.
 
     Where the weight is not trained, levels stay, whatever becomes of scales. It begins at exactly the weight that is packed.
-    original: the weight before it was packed, towards which w lies within its level, so that a number between two levels
+    original: the weight before it was packed, towards which v lies within its level, so that a number between two levels
     changes to the other more easily.
     """
 
@@ -98,14 +101,15 @@ class Rounded(Latent):
         middle = torch.full_like(self.scale, -(-(self.least + self.largest) // 2))
         zero = parts.get("zero")
         self.register_buffer("zero", middle if zero is None else zero.float().reshape(self.scale.shape))
-        values = flat.view(len(flat), self.groups, -1)
-        codes = (values / self.scale).round() + self.zero
+        levels = (flat.view(len(flat), self.groups, -1) / self.scale).round()
+        codes = levels + self.zero
         self.register_buffer("start", codes)
         self.register_buffer("keep", self._kept(original, codes))
         if original is not None and original.shape == dense.shape:
-            gap = (original.detach().float().reshape(values.shape) - values) / self.scale
-            values = values + gap.clamp(-0.49, 0.49) * self.scale
-        self.weight = nn.Parameter(values.clone())
+            gap = original.detach().float().reshape(levels.shape) / self.scale - levels
+            levels = levels + gap.clamp(-0.49, 0.49)
+        self.register_buffer("unit", self.scale if self.largest - self.least < FEW_LEVELS else torch.ones_like(self.scale))
+        self.weight = nn.Parameter(levels * (self.scale / self.unit))
         self.factor = nn.Parameter(torch.ones_like(self.scale))
         self.kind = {"weight": "weight", "factor": "scale"}
 
@@ -124,7 +128,8 @@ class Rounded(Latent):
 
     def forward(self) -> Tensor:
         if not self.rounds:
-            return (self.weight if self.keep is None else self.weight * self.keep).reshape(self.shape)
+            levels = self.weight if self.keep is None else self.weight * self.keep
+            return (levels * self.unit).reshape(self.shape)
         scale = self._scale()
         return ((self._codes(scale) - self.zero) * scale).reshape(self.shape)
 
@@ -142,7 +147,7 @@ class Rounded(Latent):
     def _codes(self, scale: Tensor) -> Tensor:
         if not self.weight.requires_grad:
             return self.start
-        codes = through(self.weight / scale, torch.round) + self.zero
+        codes = through(self.weight * (self.unit / scale), torch.round) + self.zero
         codes = codes.clamp(self.least, self.largest)
         return codes if self.keep is None else torch.where(self.keep, codes, self.zero)
 
