@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxc.data.inputs import Inputs, is_numbers
+from fxc.data.inputs import Inputs
 from fxc.errors import UsageError
 
 NAMES = ("labels", "label")
@@ -63,15 +63,20 @@ def gathered(pairs: Iterable[tuple[list[Tensor], Tensor | UsageError | None]]) -
 
 def apart(item: Any, inputs: Inputs) -> tuple[Any, Any]:
     """What the model is given of an item, and its label or None. A pair is one of inputs and a label where its first is a text
-    or a dict, its second a number or a name, or a few integers that the model has no second input for."""
+    or a dict, its second a number or a name, or a few integers that the model has no second input for. What has one label may
+    lack a batch dimension."""
     if isinstance(item, Mapping):
         found = [name for name in NAMES if name in item and name not in inputs.names]
         label = item[found[0]] if found else None
         return ({name: value for name, value in item.items() if name not in found}, label) if found else (item, None)
-    if isinstance(item, (tuple, list)) and len(item) == 2 and not is_numbers(item):
+    if isinstance(item, (tuple, list)) and len(item) == 2 and not isinstance(item[0], (int, float)):
         first, second = item
-        if isinstance(first, (str, Mapping)) or isinstance(second, (int, str, np.integer)):
+        if isinstance(first, (str, Mapping)):
             return first, second
+        if isinstance(second, (int, str, np.integer)):
+            wanted = inputs.program.placeholders[0].meta["val"].ndim
+            is_one = isinstance(first, (Tensor, np.ndarray)) and first.ndim == wanted - 1
+            return (first[None] if is_one else first), second
         required = [declared.name for declared in inputs.program.signature.inputs if declared.default is None]
         is_label = isinstance(second, (Tensor, np.ndarray)) and second.ndim < 2 and "int" in str(second.dtype)
         if is_label and (len(required) == 1 or "input_ids" in inputs.names):
