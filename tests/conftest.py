@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import shutil
 import sys
 import tempfile
@@ -44,6 +45,13 @@ def shared_captures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         captures.share(patch)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_for_the_collector() -> None:
+    """What earlier modules left, and they leave captures, is not gone through again at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,11 @@ def replay(name: str, pylm: Path, minilm: Path) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Those that take long have little that the others have not: what makes T5 and mixtures special has tests of its own.
+LONG = ("t5", "mixtral")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MODELS])
 def test_compilation_gives_what_is_on_record(name, pylm_dir, minilm_dir):
     found = replay(name, pylm_dir, minilm_dir)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}

@@ -57,8 +57,11 @@ def whole(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("where", "count", "more"),
-    [("save_stage", 3, ()), ("_append", 12, ()), ("fsync", 31, ("--calib-disk", "states"))],
-    ids=["early", "between a file and its line", "in the second pass, on disk"],
+    [
+        pytest.param("save_stage", 3, (), id="early", marks=pytest.mark.slow),
+        pytest.param("_append", 12, (), id="between a file and its line", marks=pytest.mark.slow),
+        pytest.param("fsync", 31, ("--calib-disk", "states"), id="in the second pass, on disk"),
+    ],
 )
 def test_it_goes_on_after_a_kill_at_any_moment(where, count, more, folder, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

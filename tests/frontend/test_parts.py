@@ -46,14 +46,14 @@ def nbytes(module, buffers=False):
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *(module.buffers() if buffers else ())])
 
 
-@pytest.mark.parametrize("make", [llava, qwen2_vl], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [llava, pytest.param(qwen2_vl, marks=pytest.mark.slow)], ids=lambda make: make.__name__)
 def test_the_whole_is_refused_with_what_to_do(make):
     with pytest.raises(CaptureFailed) as caught:
         fxc.optimize(built(make), passes="int8")
     assert "--part language_model" in caught.value.hint and "model.vis" in caught.value.why
 
 
-@pytest.mark.parametrize("make", [llava, qwen2_vl], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [pytest.param(llava, marks=pytest.mark.slow), qwen2_vl], ids=lambda make: make.__name__)
 def test_the_language_model_alone(make, tmp_path):
     model = built(make)
     compiled = fxc.optimize(model, passes="", part="language_model")

@@ -1,9 +1,10 @@
-"""A language model lowered for CUDA, its kernels run by Triton's interpreter: python tests/helpers/lowered_interpreted.py.
+"""A language model lowered for CUDA, its kernels run by the interpreter: lowered_interpreted.py PASSES DTYPE.
 
 A script, because the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, and for the whole process.
 """
 
 import os
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -31,8 +32,5 @@ def check(passes: str, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     mma_emulation.install()
-    check("int8", torch.float32)
-    check("int8:mode=weight_only", torch.float32)
-    check("int4:group=32", torch.bfloat16)
-    check("sparse24", torch.bfloat16)
-    check("sparse24,int8", torch.float32)
+    passes, dtype = sys.argv[1:]
+    check(passes, getattr(torch, dtype))

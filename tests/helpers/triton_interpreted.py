@@ -1,7 +1,8 @@
-"""Every Triton kernel against its reference in Triton's interpreter: python tests/helpers/triton_interpreted.py NAME...
+"""Every Triton kernel against its reference in Triton's interpreter: python tests/helpers/triton_interpreted.py NAME... [every]
 
 A script, because the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, and for the whole process.
-Each check goes over odd shapes and dtypes, and then has to fail for a mutation of what the kernel was given.
+Each check goes over odd shapes and dtypes, and then has to fail for a mutation of what the kernel was given. With `every` each
+shape is tried in every dtype, without it in one, the next in another.
 """
 
 import contextlib
@@ -34,6 +35,12 @@ FP8 = torch.float8_e4m3fn
 # (rows, outputs, columns): one of everything, tails in every dimension, each of the row counts that have a kernel.
 SHAPES = ((1, 1, 1), (2, 17, 33), (3, 9, 530), (7, 65, 129), (33, 20, 257), (70, 33, 65))
 SPLIT = Config(None, 16, 32, 32, 4, 3, split=3)
+
+
+def cases(shapes, *others):
+    if "every" in sys.argv:
+        return list(itertools.product(shapes, *others))
+    return list(zip(shapes, *map(itertools.cycle, others)))
 
 
 def close(out, expected, steps=1) -> bool:
@@ -91,7 +98,7 @@ def interpreter_rounded(q, exact, values):
 
 
 def check_quantize_rows():
-    for columns, dtype in itertools.product((1, 3, 128, 1000), DTYPES):
+    for columns, dtype in cases((1, 3, 128, 1000), DTYPES):
         x = tensors((5, 1, columns), dtype)[0] * 3
         x[1] = 0
         expected = int8_linear.quantize_rows(x)
@@ -114,7 +121,7 @@ def check_quantize_rows():
 
 
 def check_int8_linear():
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
+    for shape, dtype in cases(SHAPES, DTYPES):
         x, bias, generator = tensors(shape, dtype)
         weight, scale = int8_weight(shape, generator)
         for given in (bias, None):
@@ -193,7 +200,7 @@ def check_silu_mul():
 
 
 def check_scaled_mm_fp8():
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
+    for shape, dtype in cases(SHAPES, DTYPES):
         x, bias, generator = tensors(shape, dtype)
         weight, scale = fp8_weight(shape, generator)
         q, row_scale = fp8_linear.quantize_rows(x)
@@ -214,7 +221,7 @@ def check_scaled_mm_fp8():
 def check_persistent_mm():
     """Rows and outputs that are whole tiles and not, fewer tiles than programs and more; K is a multiple of 16 for the TMA."""
     config = Config(None, 32, 64, 32, 4, 3, tma=True)
-    for shape, dtype in itertools.product(((1, 1, 16), (5, 34, 48), (64, 128, 32), (70, 130, 96)), DTYPES[1:]):
+    for shape, dtype in cases(((1, 1, 16), (5, 34, 48), (64, 128, 32), (70, 130, 96)), DTYPES[1:]):
         x, bias, generator = tensors(shape, dtype)
         for make, quantized in ((int8_weight, int8_linear.quantize_rows(x)), (fp8_weight, fp8_linear.quantize_rows(x))):
             weight, scale = make(shape, generator)
@@ -243,7 +250,7 @@ def check_persistent_mm():
 
 def check_weight_only():
     references = (int8_linear.int8_weight_only_linear_reference, fp8_linear.fp8_weight_only_linear_reference)
-    for shape, dtype in itertools.product(SHAPES, DTYPES):
+    for shape, dtype in cases(SHAPES, DTYPES):
         x, bias, generator = tensors(shape, dtype)
         for make, reference in zip((int8_weight, fp8_weight), references):
             weight, scale = make(shape, generator)
@@ -259,7 +266,7 @@ def check_weight_only():
 
 def check_int4():
     shapes = ((1, 1, 1), (2, 17, 5), (3, 9, 9), (7, 65, 3), (33, 20, 4), (70, 33, 2))
-    for (count, outputs, groups), dtype, group in itertools.product(shapes, DTYPES, int4.GROUPS):
+    for (count, outputs, groups), dtype, group in cases(shapes, DTYPES, int4.GROUPS):
         shape = (count, outputs, groups * group)
         x, bias, generator = tensors(shape, dtype)
         weight = torch.randint(0, 256, (outputs, shape[2] // 2), generator=generator, dtype=torch.uint8)
@@ -358,7 +365,7 @@ def same_rows(made, values) -> bool:
 def check_norm_quantize():
     """The steps of the references in the interpreter's rounding, which differs from a chip's for bfloat16; and those
     steps, rounded as a chip does, are the references."""
-    for columns, dtype in itertools.product((1, 33, 300), DTYPES):
+    for columns, dtype in cases((1, 33, 300), DTYPES):
         x, weight, generator = tensors((3, columns, columns), dtype)
         residual = torch.randn(3, columns, generator=generator).to(dtype)
         for given, to in itertools.product((None, residual), (torch.int8, FP8)):
@@ -378,7 +385,7 @@ def check_norm_quantize():
 
 
 def check_rms_norm():
-    for columns, dtype in itertools.product((1, 33, 300), DTYPES):
+    for columns, dtype in cases((1, 33, 300), DTYPES):
         x, weight, generator = tensors((3, columns, columns), dtype)
         residual = torch.randn(3, columns, generator=generator).to(dtype)
         for given in (None, residual):
@@ -391,7 +398,7 @@ def check_rms_norm():
 
 
 def check_rope():
-    for (batch, heads, tokens, width), dtype in itertools.product(((1, 1, 1, 2), (2, 9, 3, 12), (1, 4, 5, 80)), DTYPES):
+    for (batch, heads, tokens, width), dtype in cases(((1, 1, 1, 2), (2, 9, 3, 12), (1, 4, 5, 80)), DTYPES):
         generator = torch.Generator().manual_seed(0)
         # Views as a model has them: heads behind tokens, one table for all heads.
         x = torch.randn(batch, tokens, heads, width, generator=generator).to(dtype).transpose(1, 2)
@@ -408,7 +415,7 @@ def check_rope():
 
 def check_sparse24():
     pairs = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
-    for shape, dtype in itertools.product(((1, 1, 8), (3, 17, 40), (20, 33, 264), (64, 9, 136), (70, 33, 72)), DTYPES):
+    for shape, dtype in cases(((1, 1, 8), (3, 17, 40), (20, 33, 264), (64, 9, 136), (70, 33, 72)), DTYPES):
         x, bias, generator = tensors(shape, dtype)
         _, outputs, columns = shape
         chosen = torch.randint(0, 6, (outputs, columns // 4), generator=generator)
@@ -434,4 +441,5 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
-        CHECKS[name]()
+        if name != "every":
+            CHECKS[name]()

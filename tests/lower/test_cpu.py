@@ -73,7 +73,8 @@ def biased(x):
     return program_of(model, x), gelu(3 * x) + 2
 
 
-BACKENDS = ["eager", pytest.param("inductor", marks=needs_compiler)]
+# Inductor compiles C++, which takes long: a plain run has it where nothing else would.
+BACKENDS = ["eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -188,6 +188,7 @@ def test_activations_move_into_products(passes):
     assert errors(module, program) < 2e-4
 
 
+@pytest.mark.slow
 def test_the_same_graph_compiles():
     program = compiled("qwen2", "int8")
     module, _ = for_cuda(program, "inductor", capability=90)
@@ -340,8 +341,18 @@ def test_operators_say_what_they_give(name):
 
 
 @needs_interpreter
-def test_a_whole_model_through_the_kernels():
+@pytest.mark.parametrize(
+    ("passes", "dtype"),
+    [
+        pytest.param("int8", "float32", marks=pytest.mark.slow),
+        pytest.param("int8:mode=weight_only", "float32", marks=pytest.mark.slow),
+        ("int4:group=32", "bfloat16"),
+        pytest.param("sparse24", "bfloat16", marks=pytest.mark.slow),
+        ("sparse24,int8", "float32"),
+    ],
+)
+def test_a_whole_model_through_the_kernels(passes, dtype):
     script = REPO / "tests" / "helpers" / "lowered_interpreted.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script, passes, dtype], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

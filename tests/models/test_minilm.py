@@ -45,7 +45,7 @@ def expected(minilm_dir):
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("auto", 0.66), ("bfloat16", 0.4)])
+@pytest.mark.parametrize(("dtype", "limit"), [("auto", 0.66), pytest.param("bfloat16", 0.4, marks=pytest.mark.slow)])
 def test_int8_is_small_and_close_after_reloading(minilm_dir, expected, tmp_path, dtype, limit):
     compiled = fxc.optimize(str(minilm_dir), passes="int8", dtype=dtype)
     report = compiled.report
@@ -91,7 +91,7 @@ def other_sentences(count: int = 128) -> str:
 @pytest.mark.parametrize(
     ("passes", "least"),
     [
-        ("int8", 0.998),
+        pytest.param("int8", 0.998, marks=pytest.mark.slow),
         ("int8:mode=static:only=*.dense,int8", 0.995),
         pytest.param("int8:mode=static", 0.99, marks=pytest.mark.slow),
     ],

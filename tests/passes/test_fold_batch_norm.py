@@ -66,7 +66,9 @@ def test_it_is_folded_exactly(case):
     assert left == 0 and not any("running" in name for name in after.constants)
 
 
-@pytest.mark.parametrize("name", ["resnet", "mobilenetv2", "regnet"])
+@pytest.mark.parametrize(
+    "name", ["resnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenetv2", "regnet"))]
+)
 def test_nothing_is_left_in_families(name):
     if name == "regnet":
         import transformers

@@ -43,15 +43,21 @@ def generate(model, static: bool, given, record=None, capacity: int = 8):
 OPTIONS = ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False})
 
 
-# Sampling calls the model as greedy search does, with other tokens: one family is enough in a plain run.
+# A plain run has what makes masks, positions and buffers in ways of its own, and each way to search in one family.
+WAYS = ("qwen2", "gemma2", "gpt2", "mixtral", "bloom", "llama4", "gpt_oss")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        pytest.param(name, options, id=f"{name}-{how}", marks=[pytest.mark.slow] * (how == "sampling" and name != "qwen2"))
+        pytest.param(
+            name, options, id=f"{name}-{how}",
+            marks=[pytest.mark.slow] * (name != "qwen2" and (how != "greedy" or name not in WAYS)),
+        )
         for name in (*DECODERS, "bloom", "opt", "gptj", "llama4", "gpt_oss")
         for how, options in zip(("greedy", "sampling", "beams"), OPTIONS)
     ],
-)
+)  # fmt: skip
 def test_gives_what_the_growing_cache_gives(name, options):
     """A padded prompt longer than the first buffers and than the sliding windows, and two moves to larger buffers."""
     model, given = compiled(name), arguments(11, 24, **options)
@@ -62,8 +68,17 @@ def test_gives_what_the_growing_cache_gives(name, options):
     assert {step.size[1] for step in model._decoder.steps} == {16, 32, 64}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("passes", ["int8", "int4:group=32", "prune:heads=0.5", "prune:drop=model.layers.1"])
+QUICK = [("int8", "cpu"), ("int4:group=32", "cuda"), ("prune:heads=0.5", "cuda"), ("prune:drop=model.layers.1", "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("passes", "device"),
+    [
+        pytest.param(passes, device, marks=[pytest.mark.slow] * ((passes, device) not in QUICK))
+        for passes in ("int8", "int4:group=32", "prune:heads=0.5", "prune:drop=model.layers.1")
+        for device in ("cpu", "cuda")
+    ],
+)
 def test_of_compressed_models(passes, device):
     """As they are lowered for the CPU, and for CUDA with the kernels' definitions on the CPU."""
     torch.manual_seed(4)
@@ -137,7 +152,9 @@ class Tapes:
         return replay
 
 
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma2", "gpt2", "mixtral", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "gemma2", "bloom", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "gpt2", "mixtral"))]
+)
 def test_a_recorded_step_serves_every_token(name):
     """A number or a tensor of the first call that stuck in the recording would give other logits in the later ones."""
     model, tapes = compiled(name), Tapes()

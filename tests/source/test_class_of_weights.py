@@ -36,7 +36,10 @@ def without_class(model, folder, keep=False):
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("LlamaForCausalLM", "LlamaModel", "BertForSequenceClassification")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in QUICK)) for kind in KINDS])
 def test_the_class_is_found_or_refused(kind, tmp_path):
     torch.manual_seed(0)
     model = KINDS[kind]().eval()

@@ -94,7 +94,7 @@ def test_channels_of_convolutions_go_too():
     assert squared_error(made(images[4:]), cnn(images[4:])) <= 0.02
 
 
-@pytest.mark.parametrize("name", ["qwen2", "bert", "vit"])
+@pytest.mark.parametrize("name", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert", "vit"))])
 def test_every_kind_of_model_is_judged_and_the_choice_can_be_repeated(name):
     made, step = pruned(*build(name), "int8,prune:budget=0.3")
     assert step["changed"] > 0 and all(2 * r["removed"] <= r["before"] for r in step["removed"])
