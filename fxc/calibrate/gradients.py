@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxc.ir.cache import is_causal_lm
+from fxc.ir.next_token import losses_of
 from fxc.ir.program import Program
 
 
@@ -21,8 +22,7 @@ def loss(program: Program, outputs: Sequence[Tensor], inputs: Sequence[Tensor], 
     drawn by `seed`, whose squared gradients are those of the outputs themselves in expectation."""
     names = program.signature.outputs
     if is_causal_lm(program):
-        logits, ids = outputs[names.index("logits")], inputs[0]
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return losses_of(outputs[names.index("logits")], inputs[0], "mean")
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(())
     for output in outputs:

@@ -13,6 +13,7 @@ from fxc.compiled.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.errors import InputRefused, UsageError
 from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.ir.cache import default_positions, empty_cache
+from fxc.ir.next_token import losses_of
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
 # What the generation loop hands to a model besides its inputs, and models leave alone.
@@ -114,10 +115,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             logits = past_key_values.decode(input_ids, attention_mask, position_ids)
         else:
             logits, *present = self.run([input_ids, attention_mask, position_ids, *past])
-        loss = None
-        if labels is not None:
-            shifted = logits[:, :-1].float().flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(shifted, labels[:, 1:].flatten().to(shifted.device))
+        loss = None if labels is None else losses_of(logits, labels.to(logits.device), "mean")
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep.to(logits.device)]
         elif logits_to_keep:

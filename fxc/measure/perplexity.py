@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxc.data.text import windows
 from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.next_token import losses_of
 from fxc.progress import Track, untracked
 
 # Batches are cut so that their logits have about this many numbers.
@@ -61,7 +62,7 @@ def perplexity(
         with torch.inference_mode():
             logits = model(input_ids=ids.to(getattr(model, "device", "cpu")), use_cache=False).logits
         for row, expected in zip(logits, ids):
-            loss = torch.nn.functional.cross_entropy(row[:-1].float().cpu(), expected[1:], reduction="sum").item()
+            loss = losses_of(row[None].cpu(), expected[None], "sum").item()
             if not math.isfinite(loss):
                 raise VerificationFailed(
                     f"the loss of window {len(losses)} is {loss}", hint="the model's logits hold NaN or infinities"
