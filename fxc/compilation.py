@@ -11,11 +11,11 @@ from fxc.passes.base import Refusal, Removal
 
 @dataclass
 class Step:
-    """What one pass did. bytes and parameters are of all constants, a tied weight counted once; covered_bytes are those of
-    the weights that it rewrote, as they were before it; layer_errors are relative, of the output of a layer that is given the
-    inputs that it had before, by FQN; judged_on: what these inputs are; saturation: the share of the numbers of a packed weight
-    that are at the ends of the format's range, by FQN; repeat: the pass that makes the same decisions again, of one that chose
-    by itself."""
+    """What one pass did. bytes and parameters are of all constants, a tied weight counted once, a packed
+    weight as the numbers that it stands for; covered_bytes are those of the weights that it rewrote, as they were before it;
+    layer_errors are relative, of the output of a layer that is given the inputs that it had before, by FQN; judged_on: what
+    these inputs are; saturation: the share of the numbers of a packed weight that are at the ends of the format's range, by
+    FQN; repeat: the pass that makes the same decisions again, of one that chose by itself."""
 
     name: str
     changed: int

@@ -31,6 +31,7 @@ from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
 from fxc.progress import Say, Track, unsaid, untracked
+from fxc.schemes.parameters import parameters
 
 
 @one_at_a_time
@@ -96,8 +97,8 @@ def compile_captured(
         skipped=context.skipped,
         bytes_before=captured.nbytes,
         bytes_after=program.nbytes(),
-        parameters_before=before.numel(),
-        parameters_after=program.numel(),
+        parameters_before=parameters(before),
+        parameters_after=parameters(program),
         coverage=_coverage(before, steps),
         earlier=captured.passes,
         passes=steps,

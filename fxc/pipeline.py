@@ -18,6 +18,7 @@ from fxc.passes.base import Context, Original
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
+from fxc.schemes.parameters import parameters
 from fxc.verify.gates import Budget, judge
 
 # What a context holds of inputs.
@@ -72,8 +73,8 @@ def run_passes(
                 hint=f"{found}; --allow-noop accepts a pass that does nothing",
             )
         done = Step(
-            str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), program.numel(),
-            after.numel(), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
+            str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), parameters(program),
+            parameters(after), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
             repeat=str(result.repeat) if result.repeat else None,
         )  # fmt: skip
         if options.verify:

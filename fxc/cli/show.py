@@ -19,6 +19,7 @@ from fxc.report import axes as coupled
 from fxc.report import lowering, machine, sizes
 from fxc.report.console import Output, size
 from fxc.report.difference import unified_diff
+from fxc.schemes.parameters import parameters
 from fxc.source.load import kind_of
 
 _LARGEST_LAYERS = 15
@@ -38,7 +39,8 @@ def inspect_model(
         return
     kinds, layers, operators = sizes.bytes_by_kind(program), sizes.layers(program), sizes.operators(program)
     metadata = program.metadata
-    output.line(f"{metadata.get('class')} ({metadata.get('kind')}): {program.numel():,} parameters, {size(program.nbytes())}")
+    what = f"{parameters(program):,} parameters, {size(program.nbytes())}"
+    output.line(f"{metadata.get('class')} ({metadata.get('kind')}): {what}")
     if steps := [p["name"] for p in report.get("passes", []) if "name" in p]:
         output.line(f"passes: {', '.join(map(str, steps))}")
     output.line(f"inputs: {', '.join(i.name for i in program.signature.inputs)}")
@@ -54,7 +56,7 @@ def inspect_model(
         {
             "class": metadata.get("class"),
             "kind": metadata.get("kind"),
-            "parameters": program.numel(),
+            "parameters": parameters(program),
             "bytes": program.nbytes(),
             "bytes_by_kind": kinds,
             "layers": [dataclasses.asdict(layer) for layer in layers],

@@ -15,6 +15,7 @@ from fxc.ir.program import Program
 from fxc.measure.bench import Entry, race
 from fxc.measure.perplexity import Perplexity, perplexity, relative_change
 from fxc.report.console import Output
+from fxc.schemes.parameters import parameters
 
 _TOO_SLOW = 2.0  # seconds of one call, above which timing every pass would take minutes
 _LENGTH, _NEW, _ROUNDS = 64, 8, 5
@@ -45,7 +46,7 @@ class Stages:
                 program, {}, config=self.captured.config, files=self.captured.files, device=device, keep_compressed=not timed
             )
             entries.append(Entry(name, "fxc eager", model, program, program.nbytes()))
-        stages = [Stage(name, p.nbytes(), p.numel()) for name, p, _ in named]
+        stages = [Stage(name, p.nbytes(), parameters(p)) for name, p, _ in named]
         if timed:
             self._time(stages, entries, device, output)
         if tokens is None:

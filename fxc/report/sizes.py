@@ -11,6 +11,7 @@ from torch import fx
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
+from fxc.schemes.parameters import parameters_by_constant
 from fxc.schemes.scheme import product_of, scheme_of
 
 # Operator -> what its weight is called here. What packed weights are called their formats say.
@@ -80,11 +81,11 @@ def layers(program: Program) -> list[Layer]:
     members: defaultdict[str, list[str]] = defaultdict(list)
     for fqn in program.constants:
         members[packed.get(fqn) or fqn.rpartition(".")[0] or fqn].append(fqn)
-    found = []
+    found, counted = [], parameters_by_constant(program)
     for name, fqns in members.items():
         largest = max(fqns, key=lambda fqn: _nbytes(program, fqn))
         dtypes = sorted({str(program.constants[f].dtype).removeprefix("torch.") for f in fqns})
-        numbers = sum(program.constants[f].numel() for f in fqns)
+        numbers = sum(counted[f] for f in fqns)
         found.append(Layer(name, kinds[largest], ", ".join(dtypes), numbers, sum(_nbytes(program, f) for f in fqns)))
     return sorted(found, key=lambda layer: (-layer.nbytes, layer.name))
 
