@@ -7,7 +7,8 @@ goes through any other block. Some samples are held out, and the best state of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,10 @@ def reconstruct(
     steps: int = 200,
     batch: int = 8,
     seed: int = 0,
+    held_out: Collection[int] | None = None,
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None,
+    within: Callable[[], AbstractContextManager] = nullcontext,
+    least: float = 0.0,
     track: Track = untracked,
     what: str = "",
 ) -> Fit | None:
@@ -48,30 +53,41 @@ def reconstruct(
     it gave; they are left as they were best for held-out samples.
 
     schedule: share of the steps that is done -> what the rates at the beginning are multiplied by. batch: samples for each
-    step, drawn by `seed`. None where there are fewer than two samples: then there is nothing to judge by, and nothing changes.
+    step, drawn by `seed`. held_out: the samples to judge by, every eighth if it is None. loss: of what the block gives and what
+    it gave, of samples that are computed together, their mean; without it the squared error. within: what products run in while
+    it trains. least: where no more is lost, nothing is trained.
+    None where there are fewer than two samples: then there is nothing to judge by, and nothing changes.
     """
     if passage.count < 2:
         return None
-    held_out = range(0, passage.count, HELD_OUT)
+    held_out = range(0, passage.count, HELD_OUT) if held_out is None else held_out
     training = [at for at in range(passage.count) if at not in held_out]
     read = reader(passage.program, passage.outputs, passage.reads(0), call=trainable)
-    squares = torch.tensor([[float(each.float().square().sum()) for each in passage.gave(at)] for at in range(passage.count)])
-    weights = squares.mean(0).clamp(min=1e-30).reciprocal().tolist()
+    weights = [] if loss else _weights(passage)
 
-    def lost(at: int, made: Mapping[str, Tensor]) -> Tensor:
-        """Of one sample, the share of the energy of a mean one."""
-        given = read(passage.reads(at), made)
-        gaps = [(given[node].float() - aim.float()).square().sum() for node, aim in zip(passage.outputs, passage.gave(at))]
-        return sum(gap * weight for gap, weight in zip(gaps, weights)) / len(weights)
+    def lost(
+        some: Sequence[int], made: Mapping[str, Tensor], within: Callable[[], AbstractContextManager] = nullcontext
+    ) -> Iterator[Tensor]:
+        """The mean loss of samples, in parts; of squares it is a share of the energy of a mean sample."""
+        for state, aims, count in passage.together(some):
+            with within():
+                given = [read(state, made)[node] for node in passage.outputs]
+            if loss:
+                yield loss(given, aims) * count / len(some)
+                continue
+            gaps = [(mine.float() - aim.float()).square().sum() for mine, aim in zip(given, aims, strict=True)]
+            yield sum(gap * weight for gap, weight in zip(gaps, weights)) / (len(weights) * len(some))
 
     def judged() -> float:
         with torch.no_grad():
             made = {name: make() for name, make in constants.items()}
-            return sum(float(lost(at, made)) for at in held_out) / len(held_out)
+            return sum(float(part) for at in held_out for part in lost([at], made)) / len(held_out)
 
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     before = best = judged()
+    if before <= least:
+        return Fit(before, before)
     kept = [tensor.detach().clone() for tensor in tensors]
     order = torch.Generator().manual_seed(seed)
     looks = {round(steps * n / LOOKS) for n in range(1, LOOKS + 1)}
@@ -83,8 +99,8 @@ def reconstruct(
             made = {name: make() for name, make in constants.items()}
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
             chosen = torch.randperm(len(training), generator=order)[:batch].tolist()
-            for at in chosen:
-                (lost(training[at], leaves) / len(chosen)).backward()
+            for part in lost([training[at] for at in chosen], leaves, within):
+                part.backward()
             # What a block gives need not depend on all of them.
             reached = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
             torch.autograd.backward([made[name] for name in reached], list(reached.values()))
@@ -95,6 +111,12 @@ def reconstruct(
         for tensor, value in zip(tensors, kept):
             tensor.copy_(value)
     return Fit(before, best)
+
+
+def _weights(passage: Passage) -> list[float]:
+    """Of each output, one by the energy of a mean sample."""
+    squares = torch.tensor([[float(each.float().square().sum()) for each in passage.gave(at)] for at in range(passage.count)])
+    return squares.mean(0).clamp(min=1e-30).reciprocal().tolist()
 
 
 def trainable(node: fx.Node, args: tuple, kwargs: dict) -> object:

@@ -114,7 +114,8 @@ class Passage:
 
     program: the uncompressed one; nodes: the block's, of it; count: of samples; outputs: the nodes of what the block gives;
     reads: of a sample what the block is given now, behind blocks that are compressed, by nodes of `program`; gave: the values
-    of `outputs` in the uncompressed program.
+    of `outputs` in the uncompressed program; batch: the symbol of the size of a batch in the shapes of `program`, if samples
+    are to be computed together.
     """
 
     program: Program
@@ -123,6 +124,16 @@ class Passage:
     outputs: Sequence[fx.Node]
     reads: Callable[[int], State]
     gave: Callable[[int], Sequence[Tensor]]
+    batch: Any = None
+
+    def together(self, some: Sequence[int]) -> Iterator[tuple[State, Sequence[Tensor], int]]:
+        """What `reads` and `gave` say of samples, in as few states as can be, each with the number of samples in it."""
+        states, aims = [self.reads(at) for at in some], [self.gave(at) for at in some]
+        whole = stacked(states, self.batch) if self.batch is not None and len(some) > 1 else None
+        if whole is None:
+            yield from ((state, aim, 1) for state, aim in zip(states, aims, strict=True))
+        else:
+            yield whole, [torch.cat(each) for each in zip(*aims, strict=True)], len(some)
 
     @property
     def own(self) -> set[str]:
@@ -141,6 +152,39 @@ def alive_before(program: Program, after: fx.Node) -> list[fx.Node]:
     end = place[after]
     made = (node for node in nodes[:end] if node.op != "get_attr")
     return [node for node in made if any(place[user] >= end and user.op != "output" for user in node.users)]
+
+
+def stacked(states: Sequence[State], batch: Any) -> State | None:
+    """The states of samples as that of one batch, by where the symbol `batch` stands in shapes; None where that does not say,
+    or sizes differ."""
+    made = {}
+    for node, first in states[0].items():
+        values, kind = [state[node] for state in states], _stands(node.meta["val"], batch)
+        if kind is None or any(type(each) is not type(first) for each in values):
+            return None
+        if not kind:
+            same = all(torch.equal(first, each) if isinstance(first, Tensor) else first == each for each in values[1:])
+            made[node] = first
+        elif isinstance(first, Tensor):
+            same = all(each.shape[1:] == first.shape[1:] for each in values)
+            made[node] = torch.cat(values) if same else first
+        else:
+            same, made[node] = True, sum(values)
+        if not same:
+            return None
+    return made
+
+
+def _stands(value: Any, batch: Any) -> bool | None:
+    """Whether the first dimension of `value`, or a number itself, is the size of the batch; None where that is in it
+    otherwise."""
+    sizes = value.shape if isinstance(value, Tensor) else [value]
+    if isinstance(value, tuple | list):
+        return None
+    found = [each for each in sizes if not isinstance(each, int | float | bool) and batch in each.node.expr.free_symbols]
+    if not found:
+        return False
+    return True if len(found) == 1 and found[0] is sizes[0] and found[0].node.expr == batch else None
 
 
 def _kept_once(value: Any, others: Iterable[Any]) -> Any:

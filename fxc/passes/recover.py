@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -24,19 +25,24 @@ from fxc.data.labels import Samples
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
+from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.facts import CANONICAL
 from fxc.train.batches import Batches
-from fxc.train.loop import Plan, train
+from fxc.train.halves import recover_halves
+from fxc.train.loop import Plan, autocast, train
 from fxc.train.losses import Loss, default_loss
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
 from fxc.train.taught import Taught
 from fxc.train.trainable import Trainable
 
 HELD_OUT = 8
+# Blocks are trained on so many samples at most, whose hidden states are kept.
+BLOCK_SAMPLES = 256
 # The packed program gives what the trained one gave, to so much of it: what differs is the order of sums, in the program's
 # dtype.
 SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-KINDS = {"all": ("weight", "vector", "scale"), "norms": ("vector",), "scales": ("scale", "vector")}
+EVERYTHING = ("weight", "vector", "scale")
+KINDS = {"all": EVERYTHING, "norms": ("vector",), "scales": ("scale", "vector")}
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,11 @@ class Recover(Pass):
     again; task: the next token, or labels; features, features_cosine: what blocks end with; outputs, cosine: what the model
     gives; pooled: the mean of that over tokens. By default kl where it gives logits, else outputs.
     steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
-    which rises and falls by `schedule`. train: all weights; norms: gains and biases alone; scales: those of packed weights,
-    with gains and biases.
+    which rises and falls by `schedule`.
+    method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave, `block_steps`
+    steps at `block_rate`, a share of the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
+    norms: gains and biases alone; scales: those of packed weights, with gains and biases. auto: blocks, and then by the loss
+    scales, gains and biases, or all weights where layers, heads or channels were removed. With a schedule (below): all.
     precision: what products run in while it trains; weights are float32.
     sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
     (arXiv 1710.01878), the smallest first. l1: so much times the sum of the scales of batch norms is added to the loss (Network
@@ -72,7 +81,9 @@ class Recover(Pass):
     batch: int = 8
     rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    train: Literal["all", "norms", "scales"] = "all"
+    method: Literal["auto", "blocks", "all", "norms", "scales"] = "auto"
+    block_steps: int = 100
+    block_rate: float = 0.02
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     sparsity: float = 0.0
     l1: float = 0.0
@@ -91,6 +102,8 @@ class Recover(Pass):
 
     def __post_init__(self) -> None:
         self._plan(0)
+        if self.block_steps < 1 or self.block_rate <= 0:
+            raise UsageError("block_steps is at least 1, and block_rate above 0", where="recover")
         for name in ("sparsity", "layer_drop", "dropout", "quantize_after"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not from 0 up to 1", where="recover")
@@ -122,14 +135,77 @@ class Recover(Pass):
         student = Trainable(
             program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
         )
-        student.train_only(KINDS[self.train])
-        parameters = student.named()
-        if not parameters:
-            raise UsageError(f"train={self.train} has nothing to train in it", where=str(self), hint="train=all")
+        kinds = self._kinds(student, original.program)
+        student.train_only(kinds)
+        if not student.named():
+            raise UsageError(f"method={self.method} has nothing to train in it", where=str(self), hint="method=all")
         taught = Taught(
             student, original.program, loss, precision=self.precision,
             as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
         )  # fmt: skip
+        result, began = Result(), time.monotonic()
+        if self.method == "blocks" or (self.method == "auto" and not self._schedules):
+            student.train_only(EVERYTHING)
+            result.changed += self._blocks(student, original, taught, training, held_out, context, result.notes)
+            student.train_only(kinds)
+        if self.method != "blocks":
+            spent = time.monotonic() - began
+            result.changed += self._by_loss(student, taught, training, held_out, context, spent, result.notes)
+        if result.changed:
+            student.write()
+            self._check(student, program, held_out[0])
+        return result
+
+    @property
+    def _schedules(self) -> bool:
+        """Whether it makes something else of the model than it was."""
+        return bool(self.sparsity or self.l1 or self.layer_drop or self.dropout or self.batch_statistics or self.quantize_after)
+
+    def _kinds(self, student: Trainable, original: Program) -> tuple[str, ...]:
+        """What the loss trains."""
+        if self.method in KINDS:
+            return KINDS[self.method]
+        removed = _matrices(student) < sum(t.numel() for t in original.constants.values() if t.ndim > 1)
+        return EVERYTHING if removed or self._schedules or self.method == "blocks" else KINDS["scales"]
+
+    def _blocks(
+        self, student: Trainable, original: Original, taught: Taught, training: Samples, held_out: Samples,
+        context: Context, notes: list[str],
+    ) -> int:  # fmt: skip
+        """Train half-blocks, and say so in `notes`. How many latents were changed: none where the loss on held-out samples is
+        no lower."""
+        judge, began = taught.judged(held_out, held_out.labels), time.monotonic()
+        before, kept = judge(), [each.detach().clone() for each in student.parameters()]
+        teacher = original.program.copy()
+        Canonicalize().run(teacher, Context())
+        # Shares of energy are too small for float16 without scaling.
+        precision = "float32" if self.precision == "float16" else self.precision
+        halves = recover_halves(
+            student, teacher, training[:: -(-len(training) // BLOCK_SAMPLES)], held_out[: BLOCK_SAMPLES // HELD_OUT],
+            as_teacher=original.inputs, steps=self.block_steps, batch=self.batch,
+            rate=self.block_rate, seed=context.seed, within=lambda: autocast(precision), track=context.track,
+        )  # fmt: skip
+        after = judge() if halves.fits else before
+        better = after < before
+        if not better:
+            with torch.no_grad():
+                for each, value in zip(student.parameters(), kept, strict=True):
+                    each.copy_(value)
+        said = _said(before, after) if halves.fits else "nothing was changed"
+        notes.append(f"{halves}, in {time.monotonic() - began:.0f} s; the loss on {len(held_out)} held-out samples {said}")
+        return len(student.latents) if better else 0
+
+    def _by_loss(
+        self, student: Trainable, taught: Taught, training: Samples, held_out: Samples, context: Context, spent: float,
+        notes: list[str],
+    ) -> int:  # fmt: skip
+        """Train by the loss, and say so in `notes`. How many latents were changed. spent: seconds so far."""
+        plan, parameters = self._plan(context.seed), student.named()
+        if plan.minutes:
+            if plan.minutes * 60 <= spent:
+                notes.append(f"nothing is left of {plan.minutes:g} minutes to train by the loss")
+                return 0
+            plan = replace(plan, minutes=plan.minutes - spent / 60)
         count = sum(each.numel() for each in parameters.values())
         parameters |= taught.projections(training)
         context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
@@ -145,17 +221,14 @@ class Recover(Pass):
             fit = train(
                 parameters, taught.steps(Batches(training, self.batch, context.seed), training.labels),
                 taught.judged(held_out, held_out.labels),
-                self._plan(context.seed), before_step=before_step, state=student.state, first_counts=not (prepares or sparser),
+                plan, before_step=before_step, state=student.state, first_counts=not (prepares or sparser),
                 settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
                 track=context.track, what="recovering",
             )  # fmt: skip
         better = fit.after < fit.before or prepares or sparser is not None
-        if better:
-            student.write()
-            self._check(student, program, held_out[0])
-        said = f"{fit.before:.4g} -> {fit.after:.4g}" if better else f"{fit.before:.4g}, and never better: nothing was changed"
-        note = f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}"
-        return Result(changed=len(student.latents) if better else 0, notes=[note])
+        said = _said(fit.before, fit.after, better)
+        notes.append(f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}")
+        return len(student.latents) if better else 0
 
     def _penalty(self, student: Trainable) -> Callable[[], Tensor] | None:
         """What is added to the loss of each step."""
@@ -181,6 +254,19 @@ class Recover(Pass):
                     f"the pass {self}: what was trained and what was packed of it differ by {gap:.2g}", where=name,
                     hint="this is a fault of fxc; report it with the model's configuration",
                 )  # fmt: skip
+
+
+def _said(before: float, after: float, better: bool | None = None) -> str:
+    better = after < before if better is None else better
+    return f"{before:.4g} -> {after:.4g}" if better else f"{before:.4g}, and never better: nothing was changed"
+
+
+def _matrices(student: Trainable) -> int:
+    """How many numbers the constants of two dimensions or more stand for."""
+    packed = {name for latent, parts in student.groups.items() for name in (latent, *parts.values())}
+    others = sum(t.numel() for name, t in student.program.constants.items() if name not in packed and t.ndim > 1)
+    with torch.no_grad():
+        return others + sum(each.numel() for each in (latent() for latent in student.latents.values()) if each.ndim > 1)
 
 
 def _split(context: Context) -> tuple[Samples, Samples]:

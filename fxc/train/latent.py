@@ -34,6 +34,9 @@ class Latent(nn.Module):
         """What stands for it in the program: part -> tensor; of a constant that is not packed the part is ""."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Before other parameters are trained than until now: what is rounded stays at the level where it is."""
+
 
 def zeros_of(weight: Tensor) -> Tensor | None:
     """Where a float weight of two dimensions or more is not zero, bool; None where it is so everywhere,
@@ -139,6 +142,10 @@ class Rounded(Latent):
         codes, numbers, kept = self._codes(scale).flatten(1), self.parts[self.scheme.numbers], self.parts["scale"]
         stored = self.scheme.stored(codes, self.parts).view(numbers.shape)
         return {self.scheme.numbers: stored, "scale": scale.reshape(kept.shape).to(kept.dtype)}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.start = self._codes(self._scale())
 
     def _scale(self) -> Tensor:
         scale = self.scale * self.factor.clamp(min=LEAST_FACTOR)

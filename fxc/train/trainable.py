@@ -103,6 +103,7 @@ class Trainable(nn.Module):
     def train_only(self, kinds: Collection[str]) -> None:
         """Let the parameters of other kinds (`Latent.kind`) stay as they are."""
         for latent in self.latents.values():
+            latent.settle()
             for own, parameter in latent.named_parameters():
                 parameter.requires_grad_(latent.kind[own] in kinds)
 

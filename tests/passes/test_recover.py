@@ -20,7 +20,7 @@ def recovered(spec: str):
 @pytest.mark.parametrize("spec", ["sparse24", "sparsify:sparsity=0.7", "int4:bits=2:group=32", "int8,sparse24"])
 def test_it_halves_the_error_on_samples_that_nobody_has_seen(spec):
     before, _ = recovered(spec)
-    after, steps = recovered(f"{spec},recover:steps=60:rate=0.003")
+    after, steps = recovered(f"{spec},recover:method=all:steps=60:rate=0.003")
     assert error(after) < 0.5 * error(before)
     assert steps[-1].changed > 0 and "60 steps" in steps[-1].notes[0]
     assert {name: t.dtype for name, t in after.constants.items()} == {name: t.dtype for name, t in before.constants.items()}
@@ -28,7 +28,7 @@ def test_it_halves_the_error_on_samples_that_nobody_has_seen(spec):
 
 def test_zeros_stay_zero_and_the_same_seed_gives_the_same_bytes():
     before, _ = recovered("sparsify:sparsity=0.7")
-    spec = "sparsify:sparsity=0.7,recover:steps=10"
+    spec = "sparsify:sparsity=0.7,recover:method=all:steps=10"
     (after, _), (again, _) = recovered(spec), recovered(spec)
     for name, tensor in before.constants.items():
         if tensor.ndim > 1:
@@ -36,17 +36,17 @@ def test_zeros_stay_zero_and_the_same_seed_gives_the_same_bytes():
         assert torch.equal(after.constants[name], again.constants[name])
 
 
-@pytest.mark.parametrize(("train", "kinds"), [("norms", {"bias"}), ("scales", {"bias", "scale"})])
-def test_what_is_not_to_be_trained_stays_as_it_is(train, kinds):
+@pytest.mark.parametrize(("method", "kinds"), [("norms", {"bias"}), ("scales", {"bias", "scale"})])
+def test_what_is_not_to_be_trained_stays_as_it_is(method, kinds):
     before, _ = recovered("int4:group=32")
-    after, _ = recovered(f"int4:group=32,recover:steps=20:rate=0.01:train={train}")
+    after, _ = recovered(f"int4:group=32,recover:steps=20:rate=0.01:method={method}")
     changed = {name.rpartition(".")[2] for name, t in before.constants.items() if not torch.equal(t, after.constants[name])}
     assert changed == kinds
 
 
 def test_what_never_becomes_better_is_left():
     before, _ = recovered("int8")
-    after, steps = recovered("int8,recover:steps=3:rate=10")
+    after, steps = recovered("int8,recover:method=all:steps=3:rate=10")
     assert all(torch.equal(tensor, after.constants[name]) for name, tensor in before.constants.items())
     assert "nothing was changed" in steps[-1].notes[0] and steps[-1].changed == 0
 

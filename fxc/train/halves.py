@@ -1,0 +1,131 @@
+"""One half of a block after the other is trained to give what the teacher's gave (BRECQ, Li et al., arXiv 2102.05426;
+EfficientQAT, Chen et al., arXiv 2407.11062; "A Free Lunch in LLM Compression", arXiv 2510.14444).
+
+Hidden states of the student and of its teacher flow side by side. A segment is given what the student's earlier segments, which
+are trained already, give now; its aim is what the teacher's gave. No gradient goes further than the segment, whose values are
+all that is in memory besides the hidden states. What comes last, and gives no hidden state, is not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fxc.calibrate.reconstruct import Fit, reconstruct
+from fxc.calibrate.stream import Passage, Stream
+from fxc.ir.program import Program
+from fxc.progress import Track, untracked
+from fxc.train.plain import Plain
+from fxc.train.segments import Segment, segments
+from fxc.train.trainable import Trainable
+
+Sample = Sequence[Tensor]
+# Of the energy of what a segment gives: where no more is lost, nothing is to be trained.
+NOTHING = 1e-9
+
+
+@dataclass
+class Halves:
+    """What became of the segments. fits: of those that were trained, by their first layer; unlike: where student and teacher
+    cannot be compared, in words."""
+
+    fits: dict[str, Fit] = field(default_factory=dict)
+    unlike: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.fits:
+            return "; ".join(self.unlike) or "there is nothing that blocks have lost"
+        shares = [(sum(each) / len(self.fits)) ** 0.5 for each in zip(*((fit.before, fit.after) for fit in self.fits.values()))]
+        better = sum(fit.after < fit.before for fit in self.fits.values())
+        errors = f"their errors on held-out samples {shares[0]:.2%} -> {shares[1]:.2%}"
+        return "; ".join([f"{better} of {len(self.fits)} half-blocks better, {errors}", *self.unlike])
+
+
+@torch.no_grad()
+def recover_halves(
+    student: Trainable,
+    teacher: Program,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    *,
+    as_teacher: Callable[[Sample], Sample] = list,
+    steps: int = 100,
+    batch: int = 8,
+    rate: float = 0.02,
+    seed: int = 0,
+    within: Callable[[], AbstractContextManager] = nullcontext,
+    track: Track = untracked,
+) -> Halves:
+    """Train what `student` lets be trained, in place, segment by segment; teacher: a canonical program.
+
+    steps: for each segment; rate: the largest step of a number, as a share of the mean size of those of its weight.
+    """
+    plain = Plain(student)
+    every = [*samples, *held_out]
+    mine, theirs = Stream(plain.program, every), Stream(teacher, [as_teacher(each) for each in every])
+    found, unlike = segments(plain.program, student.layers, teacher, every[0], as_teacher(every[0]))
+    made = Halves(unlike=unlike)
+    if not any(each.inner for each in found):
+        return made
+    for number, segment in enumerate(found):
+        after = found[number + 1] if number + 1 < len(found) else None
+        if not segment.inner:
+            break
+        if after is not None:
+            theirs.flow(after.theirs[0])
+        passage = _passage(plain.program, segment, mine, theirs)
+        own = [name for name in plain.gives if name in passage.own]
+        parameters = {name: [p for p in student.latents[name].parameters() if p.requires_grad] for name in own}
+        if any(parameters.values()):
+            what = f"recovering {segment.layers[0]} ({number + 1} of {len(found)})"
+            fit = reconstruct(
+                passage, {name: plain.gives[name] for name in own if parameters[name]}, _optimizer(student, own, rate),
+                schedule=cosine, steps=steps, batch=batch, seed=seed, held_out=range(len(samples), len(every)),
+                within=within, least=NOTHING, track=track, what=what,
+            )  # fmt: skip
+            if fit.before > NOTHING:
+                made.fits[segment.layers[0]] = fit
+                plain.update(own)
+        if after is not None:
+            mine.flow(after.mine[0], theirs)
+    return made
+
+
+def cosine(done: float) -> float:
+    """Up in a twentieth of the steps, and down again."""
+    return min(1.0, 0.1 + done * 20) * (0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * done))))
+
+
+def _passage(program: Program, segment: Segment, mine: Stream, theirs: Stream) -> Passage:
+    first = program.placeholders[0].meta["val"]
+    batch = first.shape[0].node.expr if first.ndim and not isinstance(first.shape[0], int) else None
+    aim = segment.aims[0]
+    return Passage(
+        program, segment.mine, len(mine.states), segment.gives, lambda at: mine.states[at],
+        lambda at: [theirs.states[at][aim]], batch,
+    )  # fmt: skip
+
+
+def _optimizer(student: Trainable, own: list[str], rate: float) -> torch.optim.Optimizer:
+    """AdamW with a rate for each weight: steps of one size would be none for a large weight, and ruin a small one. Factors of
+    scales are around 1. A bias goes by the weights of its segment, for it may be zero."""
+    named: list[tuple[str, nn.Parameter]] = []
+    for latent in (student.latents[name] for name in own):
+        named += [(latent.kind[name], each) for name, each in latent.named_parameters() if each.requires_grad]
+    sizes = {kind: [_size(each) for k, each in named if k == kind] for kind in ("weight", "vector")}
+    typical = sum(sizes["weight"]) / max(len(sizes["weight"]), 1)
+    groups = []
+    for kind, each in named:
+        size = 0.1 if kind == "scale" else max(_size(each), typical) if kind == "vector" else _size(each)
+        groups.append({"params": [each], "lr": rate * size})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _size(tensor: Tensor) -> float:
+    """The mean size of the numbers that are not zero."""
+    sizes = tensor.detach().abs()
+    return float(sizes.sum() / (sizes > 0).sum().clamp(min=1))
