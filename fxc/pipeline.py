@@ -52,6 +52,7 @@ def run_passes(
     steps = []
     for number, step in enumerate(ordered, 1):
         after = program.copy()
+        context = replace(context, later=tuple(ordered[number:]))
         began = time.perf_counter()
         try:
             limit = options.budget if options.verify else None

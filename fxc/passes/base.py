@@ -124,6 +124,7 @@ class Context:
     original: Original | None = None
     floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    later: tuple[Pass, ...] = ()
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

@@ -136,8 +136,8 @@ class Int4(PackTables):
         return {"group": group, "symmetric": self.symmetric, "full_range": self.full_range}
 
     def _group(self, columns: int) -> int:
-        """How many numbers share a scale in rows of `columns`."""
-        return self.group if self.group != "auto" else max(group for group in int4.GROUPS if columns % group == 0)
+        """How many numbers share a scale in rows of `columns`; 0 where no size of groups divides them."""
+        return self.group if self.group != "auto" else max((each for each in int4.GROUPS if columns % each == 0), default=0)
 
     def run(self, program: Program, context: Context) -> Result:
         result = super().run(program, context)
@@ -160,7 +160,7 @@ class Int4(PackTables):
 
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[Parts, float]:
         keep = weight != 0
-        made = quantized(self.algorithm, weight, statistic, self._levels(weight), keep=None if keep.all() else keep)
+        made = quantized(self.algorithm, weight, statistic, self.levels(weight), keep=None if keep.all() else keep)
         return self.settled(made), made.error
 
     @property
@@ -173,8 +173,9 @@ class Int4(PackTables):
 
     def rounding(self, weight: Tensor, parts: Parts) -> Rounding | None:
         q = int4.unpack(parts["qweight"], self.bits)
-        return Rounding(weight, Quantized(self._levels(weight), q, parts["scale"], parts.get("zero"), 0.0))
+        return Rounding(weight, Quantized(self.levels(weight), q, parts["scale"], parts.get("zero"), 0.0))
 
-    def _levels(self, weight: Tensor) -> Levels:
+    def levels(self, weight: Tensor) -> Levels | None:
         kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-        return Levels(self.bits, self._group(weight.shape[-1]), self.symmetric, self.full_range, kept)
+        group = self._group(weight.shape[-1])
+        return Levels(self.bits, group, self.symmetric, self.full_range, kept) if group else None

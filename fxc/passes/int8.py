@@ -113,6 +113,9 @@ class Int8(PackTables):
             return int8.STATIC_CONV2D
         return {"dynamic": int8.LINEAR, "weight_only": int8.WEIGHT_ONLY, "static": int8.STATIC}[self.mode]
 
+    def levels(self, weight: Tensor) -> Levels | None:
+        return LEVELS
+
     def statistic(self) -> Callable[[int], Statistic] | None:
         return Range if self.mode == "static" else STATISTICS.get(self.algorithm)
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 from fxc.calibrate.hessian import Hessian
-from fxc.calibrate.levels import Quantized
+from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.reconstruct import Fit
 from fxc.calibrate.signround import Rounding, learn_rounding
@@ -97,6 +97,10 @@ class PackLinears(Pass):
     def options(self, columns: int) -> dict[str, Any]:
         """The format's options for a weight with rows of so many numbers."""
         return {option: getattr(self, option) for option in self.scheme.options}
+
+    def levels(self, weight: Tensor) -> Levels | None:
+        """What the numbers of `weight` [..., K] are rounded to, where that is levels."""
+        return None
 
     def limited_to(self) -> tuple[str, ...]:
         return patterns_in(self.only)

@@ -45,7 +45,7 @@ class MoveScales(Pass):
     def needs_data(self) -> str | None:
         return "its scales are"
 
-    def scale(self, program: Program, found: Reach, read: dict[fx.Node, Squares]) -> Tensor | str:
+    def scale(self, program: Program, context: Context, found: Reach, read: dict[fx.Node, Squares]) -> Tensor | str:
         """s [C], or why there is none. found: where the channels go, some of which are not blocked; read: of each layer what
         it reads, of those in `found` at least one row. What it says of blocked channels is not used."""
         raise NotImplementedError
@@ -67,7 +67,7 @@ class MoveScales(Pass):
             if not readers or readers & done:
                 continue
             declined = self._declined(program, context, source, found, read)
-            scale = declined or self.scale(program, found, read)
+            scale = declined or self.scale(program, context, found, read)
             if isinstance(scale, str):
                 why |= {reader: scale for reader in readers if reader not in why}
                 continue

@@ -27,6 +27,7 @@ from fxc.calibrate.hessian import Squares
 from fxc.calibrate.smooth import smooth
 from fxc.errors import UsageError
 from fxc.ir.program import Program
+from fxc.passes.base import Context
 from fxc.passes.scales import MoveScales, by_channel, matrices
 
 
@@ -47,7 +48,7 @@ class Smooth(MoveScales):
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha={self.alpha} is not from 0 to 1", where="smooth", hint="0.5 is usual")
 
-    def scale(self, program: Program, found: Reach, read: dict[fx.Node, Squares]) -> Tensor | str:
+    def scale(self, program: Program, context: Context, found: Reach, read: dict[fx.Node, Squares]) -> Tensor | str:
         largest = by_channel(found, {reader: read[reader].largest for reader in found.readers})
         reads = {r: torch.stack([m.abs().amax(0) for m in matrices(program, r)]).amax(0) for r in found.readers}
         return smooth([by_channel(found, reads)[None]], largest, self.alpha)

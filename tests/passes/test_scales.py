@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, build
@@ -9,6 +11,8 @@ from torch import nn
 
 import fxc
 from fxc.analysis.channels import reach
+from fxc.calibrate.awq import awq
+from fxc.calibrate.levels import Levels
 from fxc.data.samples import drawn
 from fxc.errors import UsageError
 from fxc.options import Options
@@ -111,6 +115,37 @@ def test_awq_loses_less_where_some_channels_are_large():
         return float((after.module()(*x)[0] - program.module()(*x)[0]).norm())
 
     assert loss("awq:group=32,int4:group=32") < 0.8 * loss("int4:group=32")
+
+
+@pytest.mark.parametrize("after, levels", [
+    ("int4:group=32:bits=3:symmetric=false", Levels(3, 32, symmetric=False)),
+    ("int4:group=auto:full_range=false", Levels(4, 64, full_range=False)),
+    ("int8", Levels(8, -1, full_range=False, balanced=True)),
+    ("int4:only=elsewhere.*:bits=2,int4:group=32", Levels(4, 32)),
+])  # fmt: skip
+def test_awq_is_for_what_its_weights_are_rounded_to(after, levels, monkeypatch):
+    torch.manual_seed(0)
+    program = fxc.capture(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)).eval(), (torch.randn(7, 64),))
+    context = Context(samples=drawn(program, seed=0)[:4], later=tuple(parse_passes(after)))
+    given = []
+
+    def seen(weights, size, curvature, levels):
+        given.append(levels)
+        return awq(weights, size, curvature, levels)
+
+    monkeypatch.setattr("fxc.passes.awq.awq", seen)
+    for spec in ("awq", "awq:bits=2:group=-1"):
+        parse_passes(spec)[0].run(program.copy(), context)
+    assert given == [levels, replace(levels, bits=2, group=-1)]
+
+
+def test_awq_is_told_what_follows():
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)).eval()
+    _, _, step = ran(model, (torch.randn(7, 32),), "awq")
+    assert step.changed == 0 and "group=128 does not divide its rows of 32" in str(step.refusals)
+    program = fxc.capture(model, (torch.randn(7, 32),))
+    _, steps = run_passes(program, Context(samples=drawn(program, seed=0)[:4]), Options("awq,int4:group=32"))
+    assert [(step.name.partition(":")[0], step.changed) for step in steps][-2:] == [("awq", 1), ("int4", 1)]
 
 
 class Tied(nn.Module):
