@@ -40,7 +40,7 @@ def test_what_pins_an_axis_says_why(between, reason):
         return self.down(between(self.up(x)))
 
     model = toy(forward, up=nn.Linear(6, 12), down=nn.Linear(12, 6))
-    found = groups(canonical(model, torch.randn(3, 6)))
+    found = groups(canonical(model, (torch.randn(3, 6),)))
     its = [g for g in found if "up.weight" in {m.fqn for m in g.members if m.dim == 0}]
     assert its and all(reason in (g.pinned or "") for g in its), [g.pinned for g in its]
 
@@ -48,12 +48,12 @@ def test_what_pins_an_axis_says_why(between, reason):
 @pytest.mark.parametrize("op", [torch.nn.functional.gelu, torch.abs, torch.sigmoid, torch.expm1, torch.sinh, torch.sign])
 def test_what_is_done_to_each_element_pins_nothing(op):
     model = toy(lambda self, x: self.down(op(self.up(x))), **line(12))
-    group = group_of(groups(canonical(model, torch.randn(3, 6))), "up.weight", 0)
+    group = group_of(groups(canonical(model, (torch.randn(3, 6),))), "up.weight", 0)
     assert (group.kind, group.pinned, group.size) == ("ffn", None, 12)
 
 
 def test_inputs_and_outputs_are_named_in_the_reason():
-    found = groups(canonical(toy(lambda self, x: self.up(x), up=nn.Linear(6, 4)), torch.randn(3, 6)))
+    found = groups(canonical(toy(lambda self, x: self.up(x), up=nn.Linear(6, 4)), (torch.randn(3, 6),)))
     assert group_of(found, "up.weight", 1).pinned == "it is a dimension of the input x"
     assert "it is a dimension of the output" in group_of(found, "up.weight", 0).pinned
 

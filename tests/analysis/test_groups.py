@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("how", ["expand", "interleave", "enable_gqa", "select"])
 def test_shared_keys_and_values_are_one_group_however_they_are_written(how):
-    found = groups(canonical(Attention(how), torch.randn(2, 5, 20)))
+    found = groups(canonical(Attention(how), (torch.randn(2, 5, 20),)))
     (head,) = (g for g in found if g.kind == "head")
     its = members(head) - {"index:0"}
     assert head.size == 6 and head.pinned is None and its == {"qkv.weight:0", "qkv.bias:0", "out.weight:1"}
@@ -138,7 +138,7 @@ def test_shared_keys_and_values_are_one_group_however_they_are_written(how):
 
 @pytest.mark.parametrize("how", ["attention", "matmul"])
 def test_fused_queries_keys_and_values_are_cut_into_heads(how):
-    found = groups(canonical(Attention(how, kv=6), torch.randn(2, 5, 20)))
+    found = groups(canonical(Attention(how, kv=6), (torch.randn(2, 5, 20),)))
     (head,) = (g for g in found if g.kind == "head")
     assert next(m for m in head.members if m.fqn == "qkv.weight").units.tolist() == [i // 4 for i in range(24)] * 3
     assert head.source is None and head.pinned is None and [s.weight.fqn for s in head.sites] == ["out.weight"]
@@ -150,7 +150,7 @@ def test_a_gate_and_what_it_gates_are_halves_of_one_projection():
         return self.down(torch.nn.functional.silu(gate) * up)
 
     model = toy(forward, both=nn.Linear(6, 10, bias=False), down=nn.Linear(5, 6))
-    group = group_of(groups(canonical(model, torch.randn(3, 6))), "both.weight", 0)
+    group = group_of(groups(canonical(model, (torch.randn(3, 6),))), "both.weight", 0)
     assert (group.kind, group.size, group.pinned) == ("ffn", 5, None)
     assert group.members[0].units.tolist() == [0, 1, 2, 3, 4] * 2
 
@@ -164,7 +164,7 @@ def test_channels_of_concatenated_and_flattened_convolutions():
         forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(3, 5, 3), norm=nn.BatchNorm2d(9), pool=nn.AdaptiveAvgPool2d(2),
         head=nn.Linear(36, 7),
     )  # fmt: skip
-    found = groups(canonical(model, torch.randn(2, 3, 8, 8)))
+    found = groups(canonical(model, (torch.randn(2, 3, 8, 8),)))
     a, b = group_of(found, "a.weight", 0), group_of(found, "b.weight", 0)
     assert (a.kind, a.size, b.kind, b.size) == ("channel", 4, "channel", 5) and not (a.pinned or b.pinned)
     along = {(m.fqn, m.dim): m.units.tolist() for m in b.members}
@@ -177,7 +177,7 @@ def test_groups_of_a_grouped_convolution():
         lambda self, x: self.last(torch.relu(self.grouped(torch.relu(self.first(x))))),
         first=nn.Conv2d(3, 6, 1), grouped=nn.Conv2d(6, 12, 3, groups=3), last=nn.Conv2d(12, 2, 1),
     )  # fmt: skip
-    found = groups(canonical(model, torch.randn(2, 3, 8, 8)))
+    found = groups(canonical(model, (torch.randn(2, 3, 8, 8),)))
     (group,) = (g for g in found if g.kind == "conv_group")
     along = {(m.fqn, m.dim): m.units.tolist() for m in group.members}
     assert along["first.weight", 0] == [0, 0, 1, 1, 2, 2]
@@ -191,7 +191,7 @@ def test_a_depthwise_convolution_goes_with_its_input():
         lambda self, x: self.last(self.depth(self.first(x))),
         first=nn.Conv2d(3, 6, 1), depth=nn.Conv2d(6, 6, 3, groups=6), last=nn.Conv2d(6, 2, 1),
     )  # fmt: skip
-    group = group_of(groups(canonical(model, torch.randn(2, 3, 8, 8))), "first.weight", 0)
+    group = group_of(groups(canonical(model, (torch.randn(2, 3, 8, 8),))), "first.weight", 0)
     assert (group.kind, group.size, group.pinned) == ("channel", 6, None)
     assert members(group) == {
         "first.weight:0", "first.bias:0", "depth.weight:0", "depth.bias:0", "last.weight:1",
@@ -206,7 +206,7 @@ def test_tied_weights_and_a_module_that_is_called_twice_are_one_group():
         return torch.nn.functional.linear(y, self.table.weight)
 
     model = toy(forward, table=nn.Embedding(30, 8), up=nn.Linear(8, 12), down=nn.Linear(12, 8))
-    found = groups(canonical(model, torch.randint(0, 30, (2, 5))))
+    found = groups(canonical(model, (torch.randint(0, 30, (2, 5)),)))
     ffn = group_of(found, "up.weight", 0)
     assert (ffn.kind, ffn.size, ffn.pinned) == ("ffn", 12, None)
     assert [s.weight.fqn for s in ffn.sites] == ["down.weight"] * 2, "it is read twice"

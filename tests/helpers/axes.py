@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from families import build
 from torch import nn
 
 import fxc.passes
+from fxc.ir.program import Program
 from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 
 
-def canonical(model: nn.Module, *example):
-    torch.manual_seed(0)
+def canonical(model: nn.Module, example: tuple | None = None) -> Program:
     program = fxc.capture(model.eval(), example, check=False)
     return run_passes(program, Context(), Options("canonicalize", verify=False))[0]
 
@@ -27,8 +26,7 @@ def members(group) -> set[str]:
 
 @functools.cache
 def family(name: str):
-    model, example = build(name)
-    return run_passes(fxc.capture(model, example, check=False), Context(), Options("canonicalize", verify=False))[0]
+    return canonical(*build(name))
 
 
 def toy(forward, **modules) -> nn.Module:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import torch
-from axes import toy
+from axes import canonical, toy
 from torch import Tensor, nn
 
-import fxc.passes
 from fxc.data.samples import samples
 from fxc.ir.check import check
 from fxc.ir.program import Program
-from fxc.options import Options
 from fxc.passes.base import Context, Result
 from fxc.passes.dead_structure.dead_structure import DeadStructure
 from fxc.passes.float64 import in_float64
-from fxc.pipeline import run_passes
 from fxc.verify.compare import relative_error, run
 
 EXACT = 1e-10
-
-
-def canonical(model: nn.Module, example: tuple | None = None) -> Program:
-    program = fxc.capture(model.eval(), example, check=False)
-    return run_passes(program, Context(), Options("canonicalize", verify=False))[0]
 
 
 def sliced(program: Program) -> tuple[Program, Result]:
