@@ -30,6 +30,7 @@ from fxc.passes.facts import CANONICAL
 from fxc.train.batches import Batches
 from fxc.train.halves import recover_halves
 from fxc.train.loop import Plan, autocast, train
+from fxc.train.lora import adapt, merge
 from fxc.train.losses import Loss, default_loss
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
 from fxc.train.taught import Taught
@@ -62,6 +63,8 @@ class Recover(Pass):
     steps at `block_rate`, a share of the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
     norms: gains and biases alone; scales: those of packed weights, with gains and biases. auto: blocks, and then by the loss
     scales, gains and biases, or all weights where layers, heads or channels were removed. With a schedule (below): all.
+    lora: the rank of the product of two thin matrices through which the loss trains all weights, and which is merged in the
+    end; weights that are no larger than these are trained as they are.
     precision: what products run in while it trains; weights are float32.
     sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
     (arXiv 1710.01878), the smallest first. l1: so much times the sum of the scales of batch norms is added to the loss (Network
@@ -84,6 +87,7 @@ class Recover(Pass):
     method: Literal["auto", "blocks", "all", "norms", "scales"] = "auto"
     block_steps: int = 100
     block_rate: float = 0.02
+    lora: int = 0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     sparsity: float = 0.0
     l1: float = 0.0
@@ -104,6 +108,9 @@ class Recover(Pass):
         self._plan(0)
         if self.block_steps < 1 or self.block_rate <= 0:
             raise UsageError("block_steps is at least 1, and block_rate above 0", where="recover")
+        if self.lora < 0 or (self.lora and (self.method not in ("auto", "all") or self.sparsity)):
+            what = f"lora={self.lora} is no rank with which all weights are trained by the loss"
+            raise UsageError(what, where="recover", hint="lora=16 with method=all or auto, and no sparsity=")
         for name in ("sparsity", "layer_drop", "dropout", "quantize_after"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not from 0 up to 1", where="recover")
@@ -165,6 +172,8 @@ class Recover(Pass):
         """What the loss trains."""
         if self.method in KINDS:
             return KINDS[self.method]
+        if self.lora:
+            return EVERYTHING
         removed = _matrices(student) < sum(t.numel() for t in original.constants.values() if t.ndim > 1)
         return EVERYTHING if removed or self._schedules or self.method == "blocks" else KINDS["scales"]
 
@@ -200,12 +209,16 @@ class Recover(Pass):
         notes: list[str],
     ) -> int:  # fmt: skip
         """Train by the loss, and say so in `notes`. How many latents were changed. spent: seconds so far."""
-        plan, parameters = self._plan(context.seed), student.named()
+        plan = self._plan(context.seed)
         if plan.minutes:
             if plan.minutes * 60 <= spent:
                 notes.append(f"nothing is left of {plan.minutes:g} minutes to train by the loss")
                 return 0
             plan = replace(plan, minutes=plan.minutes - spent / 60)
+        adapted = adapt(student, self.lora, context.seed) if self.lora else []
+        if adapted:
+            student.train_only(EVERYTHING)
+        parameters = student.named()
         count = sum(each.numel() for each in parameters.values())
         parameters |= taught.projections(training)
         context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
@@ -225,6 +238,7 @@ class Recover(Pass):
                 settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
                 track=context.track, what="recovering",
             )  # fmt: skip
+        merge(student, adapted)
         better = fit.after < fit.before or prepares or sparser is not None
         said = _said(fit.before, fit.after, better)
         notes.append(f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}")

@@ -73,7 +73,11 @@ class Thin(Latent):
         self.kind = {f"numbers.{name}": kind for name, kind in self.numbers.kind.items()}
 
     def forward(self) -> Tensor:
-        return dense_of(self.scheme, {**self.others, self.scheme.numbers: self.numbers()})
+        return self.dense(self.numbers())
+
+    def dense(self, numbers: Tensor) -> Tensor:
+        """The weight with these stored numbers."""
+        return dense_of(self.scheme, {**self.others, self.scheme.numbers: numbers})
 
     def stored(self) -> dict[str, Tensor]:
         return {self.scheme.numbers: self.numbers.stored()[""]}
@@ -152,7 +156,7 @@ class Rounded(Latent):
         return through(scale, lambda s: s.to(self.parts["scale"].dtype).float())
 
     def _codes(self, scale: Tensor) -> Tensor:
-        if not self.weight.requires_grad:
+        if not any(each.requires_grad for each in self.parameters() if each is not self.factor):
             return self.start
         codes = through(self.weight * (self.unit / scale), torch.round) + self.zero
         codes = codes.clamp(self.least, self.largest)

@@ -47,12 +47,26 @@ def test_blocks_that_never_become_better_are_left():
     assert "nothing was changed" in steps[-1].notes[0] and steps[-1].changed == 0
 
 
+def test_weights_are_trained_through_thin_matrices():
+    before, _ = recovered("sparsify:sparsity=0.7")
+    after, _ = recovered("sparsify:sparsity=0.7,recover:method=all:steps=30:rate=0.01:lora=4")
+    assert error(after) < 0.9 * error(before)
+    for name, tensor in before.constants.items():
+        gap = after.constants[name] - tensor
+        assert gap.any() and not gap[tensor == 0].any(), name
+    with pytest.raises(UsageError, match="no fewer numbers"):
+        recovered("sparsify:sparsity=0.7,recover:method=all:steps=3:lora=64")
+
+
 def test_minutes_that_blocks_have_used_up_are_gone():
     _, steps = recovered("sparsify:sparsity=0.7,recover:block_steps=5:minutes=0.0001")
     assert "nothing is left of 0.0001 minutes" in steps[-1].notes[1]
 
 
-@pytest.mark.parametrize("option", ["block_steps=0", "block_rate=0", "method=some"])
+OPTIONS = ["block_steps=0", "block_rate=0", "method=some", "lora=-1", "lora=4:method=blocks", "lora=4:sparsity=0.5"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_wrong_options_are_refused(option):
     with pytest.raises(UsageError):
         parse_passes(f"recover:{option}")
