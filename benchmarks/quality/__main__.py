@@ -2,11 +2,12 @@
 
     python -m benchmarks.quality --threads 2
     python -m benchmarks.quality --only "4 bits" --no-peers
+    python -m benchmarks.quality --only "2:4,half" --add
 
 Every contender gets the same 128 windows of 256 tokens to calibrate on, and is measured on the same held-out windows. Each
 compresses in a process of its own, and is loaded and measured in another one from the folder that it wrote. The peers run in an
 environment of their own, which the first run makes (benchmarks/quality/environment.py). A full run writes
-benchmarks/results/quality-<cpu>.json and .md.
+benchmarks/results/quality-<cpu>.json and .md; with --add rows go into the ones that are there.
 """
 
 from __future__ import annotations
@@ -90,7 +91,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few windows: whether it works")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; default: benchmarks/results, for a full run")
-    return parser.parse_args()
+    parser.add_argument("--add", action="store_true", help="to the rows of a run under the same conditions that are there")
+    options = parser.parse_args()
+    if options.add and options.quick and not options.out:
+        parser.error("--add adds the rows of a quick run only with --out")
+    return options
+
+
+def earlier(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The formats of the report at `path`, {} where there is none. Raises RuntimeError where it was made on another machine,
+    with other versions or by another protocol than `report`."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("hardware", "versions", "protocol"):
+        if found[part] != report[part]:
+            raise RuntimeError(f"rows cannot be added to {path}: its {part} are {found[part]}, here {report[part]}")
+    return found["formats"]
+
+
+def in_order(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Formats and their rows as `CONTENDERS` has them; rows of others are dropped."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in CONTENDERS:
+        if each.name in formats.get(each.format, {}):
+            found.setdefault(each.format, {})[each.name] = formats[each.format][each.name]
+    return found
 
 
 def main() -> int:
@@ -103,13 +129,14 @@ def main() -> int:
         for each in CONTENDERS
         if (each.is_ours or not options.no_peers) and (not wanted or any(w in f"{each.format}: {each.name}" for w in wanted))
     ]
-    load = round(os.getloadavg()[0], 2)
     calibration, evaluated = (8, 8) if options.quick else (CALIBRATION, EVALUATED)
-    protocol = {"threads": options.threads, "load_before": load}
-    protocol |= {"window": WINDOW, "calibration": calibration, "evaluated": evaluated}
+    protocol = {"threads": options.threads, "window": WINDOW, "calibration": calibration, "evaluated": evaluated}
     report: dict[str, Any] = {"hardware": table.hardware(), "versions": table.versions(), "protocol": protocol, "formats": {}}
     whole = not (options.quick or wanted or options.no_peers)
-    folder = options.out or (RESULTS if whole else None)
+    folder = options.out or (RESULTS if whole or options.add else None)
+    path = folder / f"quality-{slug(report['hardware']['cpu'])}.json" if folder else None
+    if path and options.add:
+        report["formats"] = earlier(path, report)
     with tempfile.TemporaryDirectory(prefix="fxc-benchmark-") as name:
         scratch = Path(name)
         drawn, text = tokens(calibration)
@@ -118,12 +145,14 @@ def main() -> int:
         before = losses(AutoModelForCausalLM.from_pretrained(PYLM, dtype="auto").eval(), held_out)
         job = {"model": str(PYLM), "tokens": str(scratch / "tokens.safetensors")}
         for contender in chosen:
-            entry = compared(before, measure(contender, job, scratch, options.threads))
+            load = round(os.getloadavg()[0], 1)
+            entry = compared(before, measure(contender, job, scratch, options.threads)) | {"load": load}
             report["formats"].setdefault(contender.format, {})[contender.name] = entry
+            report["formats"] = in_order(report["formats"])
             said = entry.get("failed") or f"{entry['change']:+.2%} ±{entry['spread']:.2%}, {entry['seconds']} s"
             note(f"{contender.format}: {contender.name}: {said}")
-            if folder:  # after each: a run that is stopped has what it found
-                write(folder / f"quality-{slug(report['hardware']['cpu'])}.json", report, md=markdown(report))
+            if path:  # after each: a run that is stopped has what it found
+                write(path, report, md=markdown(report))
     print(markdown(report))
     return 0 if all("failed" not in e for f in report["formats"].values() for n, e in f.items() if n.startswith("fxc")) else 1
 

@@ -20,13 +20,22 @@ def markdown(report: dict[str, Any]) -> str:
         f"Change in perplexity over {tokens:,} held-out tokens against the bfloat16 original, ± the standard error of the "
         f"paired differences by window, from the folder that was written, loaded in a new process. Calibration: "
         f"{protocol['calibration']} windows of {protocol['window']} tokens, the same for all. Seconds and the most memory of "
-        f"compressing; MB: weights on disk. {machine['cores']} cores, threads: {protocol['threads']}, load before: "
-        f"{protocol['load_before']}. {versions_text(report['versions'])}. {TIES}",
+        f"compressing; MB: weights on disk. {machine['cores']} cores, threads: {protocol['threads']}{_load(report)}. "
+        f"{versions_text(report['versions'])}. {TIES}",
     ]
     for title, entries in report["formats"].items():
         rows = [[name, *_cells(entry)] for name, entry in entries.items()]
         lines += ["", f"## {title}", "", *markdown_table(["", "perplexity", "seconds", "memory, MB", "MB"], rows)]
     return "\n".join(lines) + "\n"
+
+
+def _load(report: dict[str, Any]) -> str:
+    """How busy the machine was before each row."""
+    loads = [entry["load"] for entries in report["formats"].values() for entry in entries.values()]
+    if not loads:
+        return ""
+    busy = "; where it is above 1, seconds are upper bounds" if max(loads) > 1 else ""
+    return f", load before a row: {min(loads)} to {max(loads)}{busy}"
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
