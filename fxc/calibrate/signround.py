@@ -91,7 +91,8 @@ def learn_rounding(
             {"params": [each.factor for each in every], "lr": FACTOR_RATE * STEPS / steps, "bounds": (0.5, 1.5)},
         ]
     )
-    made = {name: each.dense for name, each in roundings.items()}
+    weights = passage.program.constants
+    made = {name: lambda each=each, to=weights[name].dtype: each.dense().to(to) for name, each in roundings.items()}
     return reconstruct(passage, made, optimizer, steps=steps, batch=batch, seed=seed, track=track, what=what)
 
 
