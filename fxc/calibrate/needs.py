@@ -22,6 +22,8 @@ from fxc.memory import available
 
 # So many copies of a weight in float32 the algorithms take at a time, besides three of its statistics.
 _WORK = 8
+# And training so many of the weights of a block: what it moves, its gradient and the best so far, what goes through rounding.
+_TRAINING = 8
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Needs:
     """Bytes, besides the program and its samples. states: the hidden states of all samples where they are largest, as if they
     had nothing in common; statistics: the most at one time; block: the values of one sample in one block; work: what computing
     on a layer takes; result: the compressed weights; stages: of each, the names of its layers and the bytes of its
-    statistics; on_disk: whether the hidden states are there."""
+    statistics; on_disk: whether the hidden states are there; training: what training the layers of a block takes at its end,
+    where statistics and work are no more."""
 
     states: int
     statistics: int
@@ -38,11 +41,13 @@ class Needs:
     stages: list[tuple[list[str], int]]
     result: int = 0
     on_disk: bool = False
+    training: int = 0
 
     @property
     def total(self) -> int:
         """Of memory."""
-        return (0 if self.on_disk else self.states) + self.statistics + self.block + self.work + self.result
+        learning = max(self.statistics + self.block + self.work, self.training)
+        return (0 if self.on_disk else self.states) + learning + self.result
 
     def __str__(self) -> str:
         disk = " on disk" if self.on_disk else ""
@@ -51,7 +56,8 @@ class Needs:
             "to work on a layer": self.work, "of compressed weights": self.result,
         }  # fmt: skip
         said = [f"{nbytes / 1e6:.1f} MB {what}" for what, nbytes in parts.items()]
-        return f"{', '.join(said[:-1])} and {said[-1]}: {self.total / 1e6:.1f} MB of memory"
+        trained = f", or {self.training / 1e6:.1f} MB to train a block" if self.training else ""
+        return f"{', '.join(said[:-1])} and {said[-1]}{trained}: {self.total / 1e6:.1f} MB of memory"
 
     def check(self, where: str, lighter: str | None = None) -> None:
         """Raises `ResourceError` where there is not so much memory. where: what needs it; lighter: the option that
@@ -62,7 +68,7 @@ class Needs:
         states = "fewer or shorter samples (--calib-samples, --calib-length), or --calib-disk DIR for the hidden states"
         fewer = f"{lighter}, which needs less, or only= for some layers" if lighter else "only= for some layers at a time"
         ways = {
-            fewer: self.statistics + self.work,
+            fewer: max(self.statistics + self.work, self.training),
             states: 0 if self.on_disk else self.states,
             "shorter samples (--calib-length)": self.block,
             "a machine with more memory": self.result,
@@ -83,8 +89,8 @@ def needs_of(
     result: int = 0,
     finish: Finish | None = None,
 ) -> Needs:
-    """What `runner.run` with these arguments will take, without what `finish` does. result: bytes of what layers become. Of a
-    size that depends on data nothing is known: it counts as 1."""
+    """What `runner.run` with these arguments will take; `finish` is to train the weights of a block, sample by sample. result:
+    bytes of what layers become. Of a size that depends on data nothing is known: it counts as 1."""
     found, stages = planned(program, layers)
     last = stages[-1].block if stages else 0
     known = [symbols_of(program, sample) for sample in samples]
@@ -98,9 +104,15 @@ def needs_of(
     largest = max(samples, key=lambda sample: sum(each.numel() for each in sample), default=None)
     within = [_within(block, symbols_of(program, largest)) for block in found[: last + 1]] if samples else []
     work = [_WORK * float_bytes(program, unit) + 3 * cost // len(widths(program, unit)) for unit, cost in costs.items()]
+    training = [0]
+    if finish and samples:
+        closing = {stage.block: at for at, stage in enumerate(stages)}
+        pending = {block: sum(costs[u] for u in costs if u.at[0] <= at < u.at[-1]) for block, at in closing.items()}
+        symbols = symbols_of(program, largest)
+        training = [_training(program, found[block], layers, symbols) + kept for block, kept in pending.items()]
     return Needs(
         streams * max(states, default=0), max(alive, default=0), max(within, default=0), max(work, default=0),
-        list(zip(names, alive)), result,
+        list(zip(names, alive)), result, training=max(training),
     )  # fmt: skip
 
 
@@ -138,6 +150,16 @@ def _within(block: Block, symbols: dict[Any, int]) -> int:
         most = max(most, now)
         now -= sum(sizes[each] for each in ending.get(node, ()))
     return most
+
+
+def _training(program: Program, block: Block, layers: Collection[fx.Node], symbols: dict[Any, int]) -> int:
+    """Bytes of training the weights of the block's `layers`, matrices: of these, and of all that one sample gives in the block,
+    with gradients, beside what it gave."""
+    wanted = set(layers)
+    weights = {node.args[1].target for node in block.nodes if node in wanted}
+    numbers = sum(program.constants[name].numel() for name in weights if program.constants[name].ndim == 2)
+    values = sum(nbytes_of(node.meta["val"], symbols) for node in block.nodes if node.op == "call_function")
+    return _TRAINING * 4 * numbers + 2 * values + _within(block, symbols)
 
 
 def _cost(program: Program, unit: Unit, statistic: Callable[[int], Statistic]) -> int:

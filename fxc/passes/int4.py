@@ -24,14 +24,14 @@ from torch._ops import OpOverload
 
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
-from fxc.calibrate.signround import Rounding
+from fxc.calibrate.signround import STEPS, Rounding
 from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
-from fxc.passes.linears import GROUPED, LINEAR, Parts
+from fxc.passes.linears import GROUPED, LINEAR, Parts, check_steps
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int4_sparse24, int8, sparse24
 from fxc.schemes.scheme import Scheme, scheme_of
@@ -50,7 +50,7 @@ class Int4(PackTables):
     others (GPTQ, arXiv 2210.17323), then levels and scales are improved in turn (QuantEase, arXiv 2309.01885) where that is
     better; qronos: numbers first make up for what the layers before are off (Qronos, arXiv 2505.11695), then as gptq; and
     round: from there levels and scales of half a block are trained together by what it gives (SignRound, arXiv 2309.05516), and
-    kept where that is better on samples held out; it takes some times as long.
+    kept where that is better on samples held out; it takes some times as long. steps: so many of training, for round.
     All pack layers in the order in which they run, each by what it reads behind packed ones. A layer that no sample reaches
     is packed as by rtn.
     group: how many neighbours share a scale, 32, 64 or 128; it has to divide the length of a row. auto is for each layer the
@@ -70,6 +70,7 @@ class Int4(PackTables):
     full_range: bool = True
     bits: int = 4
     algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
+    steps: int = STEPS
 
     name: ClassVar[str] = "int4"
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION})
@@ -91,6 +92,7 @@ class Int4(PackTables):
         if self.group not in (*int4.GROUPS, "auto"):
             sizes = ", ".join(map(str, (*int4.GROUPS, "auto")))
             raise UsageError(f"group={self.group} is not a size of groups", where="int4", hint=f"one of {sizes}")
+        check_steps(self.steps, self.algorithm, "int4")
 
     def operator(self, layer: OpOverload) -> OpOverload | None:
         if layer is sparse24.LINEAR:
@@ -163,9 +165,8 @@ class Int4(PackTables):
         made = quantized(self.algorithm, weight, statistic, self.levels(weight), keep=None if keep.all() else keep)
         return self.settled(made), made.error
 
-    @property
-    def trains(self) -> bool:
-        return self.algorithm == "round"
+    def training(self) -> int:
+        return self.steps if self.algorithm == "round" else 0
 
     def settled(self, made: Quantized) -> Parts:
         parts = {"qweight": int4.pack(made.q, self.bits), "scale": made.scale, "zero": made.zero}

@@ -25,14 +25,14 @@ from torch._ops import OpOverload
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.quantize import STATISTICS, quantized
 from fxc.calibrate.ranges import Observer, Range
-from fxc.calibrate.signround import Rounding
+from fxc.calibrate.signround import STEPS, Rounding
 from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
-from fxc.passes.linears import GROUPED, LINEAR, Parts
+from fxc.passes.linears import GROUPED, LINEAR, Parts, check_steps
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import Scheme
@@ -50,7 +50,8 @@ class Int8(PackTables):
     two-dimensional convolutions too, with batch norms folded into them.
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized; zeros stay zero, by every algorithm.
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq, qronos and round, which
-    int4 explains, with one scale for a row; an expert that fewer tokens reach than it has columns is packed by grid, or by rtn.
+    int4 explains, with one scale for a row, and steps with them; an expert that fewer tokens reach than it has columns is
+    packed by grid, or by rtn.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
     thousand, mse what loses least by rounding and cutting off together.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, which
@@ -61,6 +62,7 @@ class Int8(PackTables):
     mode: Literal["dynamic", "weight_only", "static"] = "dynamic"
     observer: Observer = "mse"
     algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
+    steps: int = STEPS
 
     name: ClassVar[str] = "int8"
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
@@ -68,6 +70,7 @@ class Int8(PackTables):
     lighter: ClassVar = "algorithm=grid"
 
     def __post_init__(self) -> None:
+        check_steps(self.steps, self.algorithm, "int8")
         if self.mode == "static" and self.algorithm != "rtn":
             hint = "mode=dynamic or weight_only, or algorithm=rtn"
             raise UsageError(f"static layers are rounded to nearest, not by {self.algorithm}", where="int8", hint=hint)
@@ -135,9 +138,8 @@ class Int8(PackTables):
         made = quantized(self.algorithm, weight, statistic, LEVELS, keep=None if keep.all() else keep)
         return self.settled(made), made.error
 
-    @property
-    def trains(self) -> bool:
-        return self.algorithm == "round"
+    def training(self) -> int:
+        return self.steps if self.algorithm == "round" else 0
 
     def settled(self, made: Quantized) -> Parts:
         return {"qweight": (made.q.short() - LEVELS.middle).to(torch.int8), "scale": made.scale.squeeze(-1)}

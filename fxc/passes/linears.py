@@ -20,10 +20,10 @@ from fxc.calibrate.hessian import Hessian
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.reconstruct import Fit
-from fxc.calibrate.signround import Rounding, learn_rounding
+from fxc.calibrate.signround import STEPS, Rounding, learn_rounding
 from fxc.calibrate.stages import Statistic
 from fxc.calibrate.stream import Passage
-from fxc.errors import InputRefused
+from fxc.errors import InputRefused, UsageError
 from fxc.ir.call import Call
 from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.names import is_ambiguous, layer_name, layer_of
@@ -68,8 +68,6 @@ class PackLinears(Pass):
 
     lighter: ClassVar[str | None] = None
     """The option with which it learns from fewer statistics."""
-    trains: ClassVar[bool] = False
-    """Whether what was packed is trained at the end of each block."""
     error_of: ClassVar[str] = "outputs"
     """What the error is of that `learned` gives."""
     layers: ClassVar[tuple[OpOverload, ...]] = (LINEAR, GROUPED)
@@ -124,6 +122,10 @@ class PackLinears(Pass):
     def rounding(self, weight: Tensor, parts: Parts) -> Rounding | None:
         """What training may change of the `parts` that `weight` [N, K] was packed to by `settled`; None where it may not."""
         return None
+
+    def training(self) -> int:
+        """For so many steps what was packed is trained at the end of each block."""
+        return 0
 
     def uses_data(self) -> bool:
         return self.statistic() is not None
@@ -224,7 +226,8 @@ class PackLinears(Pass):
                 if found := self.rounding(passage.program.constants[weight], parts):
                     roundings[weight] = found
             what = f"learning to round {', '.join(map(layer_name, roundings))}"
-            fit = learn_rounding(passage, roundings, seed=context.seed, track=context.track, what=what) if roundings else None
+            options = {"steps": self.training(), "seed": context.seed, "track": context.track, "what": what}
+            fit = learn_rounding(passage, roundings, **options) if roundings else None
             weights = {weight: self.settled(each.made()) for weight, each in roundings.items()} if fit else {}
             made = {"weights": weights, "fit": vars(fit) if fit else None}
             settle(made)
@@ -239,7 +242,7 @@ class PackLinears(Pass):
         planned = {node.args[1].target: node for node in chosen}
         needs = learn(
             self, program, chosen, context, compress, restore, statistic=self.statistic(), lighter=self.lighter,
-            finish=finish if self.trains else None,
+            finish=finish if self.training() else None,
             result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()),
         )  # fmt: skip
         for node in chosen:
@@ -387,6 +390,14 @@ class PackLinears(Pass):
         own = f"{base}.{self.name}"
         prefixes = itertools.chain([] if is_ambiguous(base) else [base], [own], (f"{own}_{n}" for n in itertools.count(2)))
         return next(name for p in prefixes if is_free(program, name := f"{p}.{part}", weight))
+
+
+def check_steps(steps: int, algorithm: str, where: str) -> None:
+    """Raises UsageError where the option `steps` is none, or one of an algorithm that takes no steps."""
+    if steps < 1:
+        raise UsageError(f"steps={steps} is no number of steps", where=where, hint="steps=200, or algorithm=qronos for none")
+    if steps != STEPS and algorithm != "round":
+        raise UsageError(f"algorithm={algorithm} takes no steps", where=where, hint="algorithm=round, or leave steps out")
 
 
 def learned_note(errors: dict[str, float], count: int, needs: Needs, error_of: str = "outputs") -> str:

@@ -64,11 +64,25 @@ def test_a_failure_is_a_row_that_can_be_read(tmp_path, pylm_dir):
     job = {"model": str(pylm_dir), "tokens": str(tmp_path / "tokens.safetensors")}
     entry = quality.measure(Contender("one", "fxc none", {"tool": FXC, "passes": "no_such_pass"}), job, tmp_path, 1)
     assert "no_such_pass" in entry["failed"]
+    entry["load"] = 1.5
     report = {
         "hardware": {"cpu": "a CPU", "cores": 2}, "versions": {}, "formats": {"one": {"fxc none": entry}},
-        "protocol": {"threads": 1, "load_before": 0, "window": 256, "calibration": 8, "evaluated": 8},
+        "protocol": {"threads": 1, "window": 256, "calibration": 8, "evaluated": 8},
     }  # fmt: skip
-    assert "no_such_pass" in markdown(report) and json.dumps(report)
+    assert "no_such_pass" in markdown(report) and "seconds are upper bounds" in markdown(report) and json.dumps(report)
+
+
+def test_rows_are_added_in_order_to_a_run_under_the_same_conditions(tmp_path):
+    report = {"hardware": {"cpu": "a"}, "versions": {}, "protocol": {"threads": 1}, "formats": {}}
+    path = tmp_path / "quality-a.json"
+    assert quality.earlier(path, report) == {}
+    first, second, *_ = [each for each in CONTENDERS if each.format == "2:4 sparse"]
+    rows = {"2:4 sparse": {second.name: {"load": 2}, first.name: {"load": 1}, "gone": {}}, "no format": {}}
+    path.write_text(json.dumps({**report, "formats": rows}), encoding="utf-8")
+    ordered = quality.in_order(quality.earlier(path, report))
+    assert [(name, list(entries)) for name, entries in ordered.items()] == [("2:4 sparse", [first.name, second.name])]
+    with pytest.raises(RuntimeError, match="its protocol are"):
+        quality.earlier(path, {**report, "protocol": {"threads": 2}})
 
 
 def test_the_peers_get_the_torch_of_the_project():

@@ -43,3 +43,13 @@ def test_what_fits_goes_on(monkeypatch):
         NEEDS.check("int4")
     monkeypatch.setattr(needs, "available", lambda: None)
     NEEDS.check("int4")
+
+
+def test_what_is_trained_is_trained_when_statistics_are_no_more(monkeypatch):
+    little, much = replace(NEEDS, training=1_000_000_000), replace(NEEDS, training=9_000_000_000)
+    assert little.total == NEEDS.total
+    assert much.total == NEEDS.states + 9_000_000_000 + NEEDS.result
+    monkeypatch.setattr(needs, "available", lambda: NEEDS.total)
+    with pytest.raises(ResourceError, match=r"12\.03 GB") as caught:
+        much.check("int4")
+    assert caught.value.hint.startswith("only= for some layers at a time; or fewer or shorter samples")

@@ -7,7 +7,9 @@ from fxc.calibrate import runner
 from fxc.calibrate.gptq import gptq
 from fxc.calibrate.grid import nearest
 from fxc.calibrate.hessian import Hessian
+from fxc.calibrate.journal import Journal, saving
 from fxc.calibrate.levels import Levels, Quantized
+from fxc.calibrate.needs import needs_of
 from fxc.calibrate.reconstruct import reconstruct
 from fxc.calibrate.signround import Rounding, SignSGD, learn_rounding
 from fxc.frontend.capture import capture
@@ -185,7 +187,7 @@ def test_the_pass_keeps_the_better_and_says_so(spec):
     def run(algorithm):
         return run_passes(program, Context(samples=given), Options(f"{spec}:algorithm={algorithm}", verify=False))
 
-    (qronos, _), (trained, steps), (again, _) = run("qronos"), run("round"), run("round")
+    (qronos, _), (trained, steps), (again, _) = map(run, ("qronos", "round:steps=40", "round:steps=40"))
     assert all(torch.equal(tensor, again.constants[name]) for name, tensor in trained.constants.items())
     [note] = [each for each in steps[-1].notes if "rounding learned" in each]
     assert "of 3 blocks" in note
@@ -202,6 +204,78 @@ def test_layers_of_formats_that_are_packed_already_pass_gradients_on():
     _, steps = run_passes(
         program,
         Context(samples=samples(20, 40)),
-        Options("int8:only=*.0.1,int4:group=32:bits=2:algorithm=round", verify=False),
+        Options("int8:only=*.0.1,int4:group=32:bits=2:algorithm=round:steps=20", verify=False),
     )
     assert any("rounding learned" in each for each in steps[-1].notes)
+
+
+def test_weights_in_bfloat16_are_trained_too():
+    program = capture(Blocks(1).bfloat16(), (torch.randn(3, 64).bfloat16(),), check=False)
+    given = [[each.bfloat16()] for [each] in samples(16, 40)]
+    after, steps = run_passes(program, Context(samples=given), Options("int4:group=32:bits=2:algorithm=round:steps=20"))
+    assert any("rounding learned in" in each for each in steps[-1].notes)
+    assert all(tensor.dtype != torch.float32 for tensor in after.constants.values())
+
+
+def test_so_many_steps_are_made_as_are_asked_for():
+    program, counts = capture(Blocks(1), (torch.randn(3, 64),), check=False), []
+
+    def track(items, what, count):
+        counts.extend([count] if what.startswith("learning to round") else [])
+        return items
+
+    context = Context(samples=samples(4), track=track)
+    run_passes(program, context, Options("int4:group=32:algorithm=round:steps=3", verify=False))
+    assert counts == [3, 3]
+
+
+@pytest.mark.parametrize("in_memory", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_run_that_breaks_off_behind_any_block_goes_on_and_ends_as_if_it_had_not(in_memory, tmp_path, monkeypatch):
+    program, given = capture(Blocks(2), (torch.randn(3, 64),), check=False), samples(16)
+    options = Options("int4:group=32:bits=2:algorithm=round:steps=12", verify=False)
+    learned, left = [], [10**9]
+
+    def run(saves=None):
+        learned.clear()
+
+        def track(items, what, count):
+            learned.extend([what] if what.startswith("learning to round") else [])
+            return items
+
+        after, steps = run_passes(program, Context(samples=given, saves=saves, track=track), options)
+        return after, [note for note in steps[-1].notes if "rounding learned" in note]
+
+    save = Journal.save_stage
+
+    def broken(self, *values):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        save(self, *values)
+
+    monkeypatch.setattr(Journal, "save_stage", broken)
+    whole, said = run()
+    assert len(learned) == 3 and len(said) == 1
+    assert "learned in 0 of" not in said[0], "training that changes nothing could not be lost"
+    # Stages: the first layer, and two in each of the two blocks, which are trained behind their second.
+    for saved, to_learn in ((0, 3), (1, 2), (2, 2), (3, 1), (4, 1)):
+        with saving(tmp_path / str(saved), in_memory=in_memory) as saves:
+            left[0] = saved
+            with pytest.raises(KeyboardInterrupt):
+                run(saves)
+            left[0] = 10**9
+            again, repeated = run(saves)
+        assert len(learned) == to_learn and repeated == said
+        assert all(torch.equal(tensor, again.constants[name]) for name, tensor in whole.constants.items())
+
+
+def test_what_training_takes_is_in_the_plan():
+    program, given = capture(Blocks(2), (torch.randn(3, 64),), check=False), samples(4, 20)
+    layers = [node for node in program.graph.nodes if node.target is LINEAR]
+    without, trained = (needs_of(program, layers, given, finish=finish) for finish in (None, print))
+    assert without.training == 0
+    # Two matrices of 64 x 96 in float32, and of a sample what each of a block's four operators gives, with gradients, and gave.
+    copies, rest = divmod(trained.training - trained.block - 2 * 4 * 20 * (96 + 96 + 64 + 64), 2 * 4 * 64 * 96)
+    assert copies >= 8 and rest == 0
+    assert trained.total >= trained.states + trained.training
+    assert f"or {trained.training / 1e6:.1f} MB to train a block" in str(trained) and "to train" not in str(without)

@@ -194,3 +194,12 @@ def test_fewer_bits_take_as_many_bytes_and_are_learned_saved_and_loaded(bits, tm
     assert torch.equal(compiled(x), fxc.load(tmp_path / "a")(x))
     with pytest.raises(UsageError, match="bits=5 is no number of bits"):
         parse_passes("int4:bits=5")
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_steps_are_refused_where_nothing_takes_them(format):
+    with pytest.raises(UsageError, match="algorithm=gptq takes no steps"):
+        parse_passes(f"{format}:algorithm=gptq:steps=20")
+    with pytest.raises(UsageError, match="steps=0 is no number of steps"):
+        parse_passes(f"{format}:algorithm=round:steps=0")
+    assert str(parse_passes(f"{format}:algorithm=round:steps=20")[0]) == f"{format}:algorithm=round:steps=20"
