@@ -47,18 +47,19 @@ class Sparsify(FloatWeights):
     sparsity: the share that is zero afterwards, as 0.5.
     criterion: which go. magnitude: the smallest. From calibration data learn wanda: in each row the smallest times the norm of
     what they meet (Wanda, arXiv 2306.11695); sparsegpt: those whose going the others can best make up for, which they do
-    (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave (arXiv 2401.02938); and
-    taylor: those by whose going the loss changes least, to first order (Molchanov et al., CVPR 2019), which takes the memory of
-    a gradient and a score for each number. wanda and sparsegpt take linear layers in the order in which they run, each by what
-    it reads behind sparse ones, and leave convolutions as they are. A layer that no sample reaches loses its smallest numbers.
+    (SparseGPT, arXiv 2301.00774), then all that stay are fitted once more to what the layer gave; gradual: as sparsegpt, in
+    rounds, with a fit after each (arXiv 2401.02938), which takes some times as long and leaves less error; and taylor: those by
+    whose going the loss changes least, to first order (Molchanov et al., CVPR 2019), which takes the memory of a gradient and a
+    score for each number. wanda, sparsegpt and gradual take linear layers in the order in which they run, each by what it reads
+    behind sparse ones, and leave convolutions as they are. A layer that no sample reaches loses its smallest numbers.
     scope: layer takes the same share of each layer. global ranks the numbers of all layers together, so that some lose more: by
     taylor as they are, by the others as LAMP does (arXiv 2010.07611), each squared score as a share of those in its layer that
-    are not smaller; wanda and sparsegpt then see the data twice.
+    are not smaller; those three then see the data twice.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in sparsify:only=*.mlp.
     """
 
     sparsity: float = 0.5
-    criterion: Literal["magnitude", "wanda", "sparsegpt", "taylor"] = "magnitude"
+    criterion: Literal["magnitude", "wanda", "sparsegpt", "gradual", "taylor"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
 
     name: ClassVar[str] = "sparsify"

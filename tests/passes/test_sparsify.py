@@ -21,15 +21,16 @@ def zeros(program, fqn) -> float:
     return (program.constants[fqn] == 0).double().mean().item()
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "taylor"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "gradual", "taylor"])
 def test_half_of_each_layer_is_zero_and_nothing_is_smaller(criterion):
     spec = f"sparsify:sparsity=0.5:criterion={criterion}"
     (program, steps), (again, _) = learned(spec), learned(spec)
     assert all(torch.equal(tensor, again.constants[name]) for name, tensor in program.constants.items())
+    fits = criterion in ("sparsegpt", "gradual")
     for fqn in WEIGHTS:
         assert zeros(program, fqn) == 0.5, fqn
         before, after = captured().constants[fqn], program.constants[fqn]
-        assert ((after == before) | (after == 0)).all() == (criterion != "sparsegpt"), "what stays is as it was, or fitted"
+        assert ((after == before) | (after == 0)).all() == (not fits), "what stays is as it was, or fitted"
     assert steps[-1].bytes_after == steps[-1].bytes_before and steps[-1].covered_bytes == 0
     assert any("saves neither bytes nor time" in note for note in steps[-1].notes)
     assert set(steps[-1].layer_errors) == {name.removesuffix(".weight") for name in WEIGHTS}
@@ -40,6 +41,8 @@ def test_each_criterion_is_better_than_the_one_before():
         error(learned(f"sparsify:criterion={each}")[0]) for each in ("magnitude", "wanda", "sparsegpt")
     )
     assert sparsegpt < 0.7 * wanda and wanda < magnitude
+    gradual, at_once = (error(learned(f"sparsify:sparsity=0.7:criterion={each}")[0]) for each in ("gradual", "sparsegpt"))
+    assert gradual < at_once
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt", "taylor"])
