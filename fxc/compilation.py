@@ -15,7 +15,8 @@ class Step:
     weight as the numbers that it stands for; covered_bytes are those of the weights that it rewrote, as they were before it;
     layer_errors are relative, of the output of a layer that is given the inputs that it had before, by FQN; judged_on: what
     these inputs are; saturation: the share of the numbers of a packed weight that are at the ends of the format's range, by
-    FQN; repeat: the pass that makes the same decisions again, of one that chose by itself."""
+    FQN; cut_off: the share of what a layer read of the samples that lies beyond the range learned for it, by FQN; repeat: the
+    pass that makes the same decisions again, of one that chose by itself."""
 
     name: str
     changed: int
@@ -32,6 +33,7 @@ class Step:
     notes: list[str] = field(default_factory=list)
     repeat: str | None = None
     saturation: dict[str, float] = field(default_factory=dict)
+    cut_off: dict[str, float] = field(default_factory=dict)
     judged_on: str | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -41,18 +43,20 @@ class Step:
         if self.layer_errors:
             ratios = {name: decibels(error) for name, error in self.layer_errors.items()}
             content["signal_to_noise"] = {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
-        unmeasured = {name for name in ("saturation", "judged_on") if not content[name]}
+        unmeasured = {name for name in ("saturation", "cut_off", "judged_on") if not content[name]}
         return {name: value for name, value in content.items() if name not in unmeasured}
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A layer that lost much in the pass `by`: its relative error, and its saturation where its weight was packed."""
+    """A layer that lost much in the pass `by`: its relative error, its saturation where its weight was packed, and what was cut
+    off of its activations where their range was learned."""
 
     layer: str
     by: str
     error: float
     saturation: float | None
+    cut_off: float | None
 
 
 def decibels(error: float) -> float:
@@ -144,7 +148,11 @@ class Compilation:
 
     def worst(self, count: int = 5) -> list[Worst]:
         """The layers with the largest errors in any pass, the worst first."""
-        layers = [Worst(f, p.name, e, p.saturation.get(f)) for p in self.passes for f, e in p.layer_errors.items()]
+        layers = [
+            Worst(layer, p.name, error, p.saturation.get(layer), p.cut_off.get(layer))
+            for p in self.passes
+            for layer, error in p.layer_errors.items()
+        ]
         return sorted(layers, key=lambda each: (-each.error, each.layer))[:count]
 
     def as_json(self) -> dict[str, Any]:

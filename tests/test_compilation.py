@@ -44,12 +44,14 @@ def test_a_stage_says_nothing_of_what_was_not_measured():
 def test_layers_are_told_in_decibels_and_the_worst_by_name():
     made = record()
     unmeasured = made.as_json()
-    assert "worst" not in unmeasured and not {"saturation", "judged_on", "signal_to_noise"} & unmeasured["passes"][1].keys()
+    measured = {"saturation", "cut_off", "judged_on", "signal_to_noise"}
+    assert "worst" not in unmeasured and not measured & unmeasured["passes"][1].keys()
     step = made.passes[0]
     step.layer_errors, step.saturation, step.judged_on = {"a": 0.01, "b": 0.1, "c": 0.0}, {"a": 0.25}, "made-up inputs"
+    step.cut_off = {"a": 0.001}
     report = made.as_json()
     told = report["passes"][1]
     assert told["signal_to_noise"] == {"a": pytest.approx(40), "b": pytest.approx(20), "c": None}
     assert told["saturation"] == {"a": 0.25} and told["judged_on"] == "made-up inputs"
     assert [each["layer"] for each in report["worst"]] == ["b", "a", "c"]
-    assert report["worst"][1] == {"layer": "a", "by": "int8", "error": 0.01, "saturation": 0.25}
+    assert report["worst"][1] == {"layer": "a", "by": "int8", "error": 0.01, "saturation": 0.25, "cut_off": 0.001}

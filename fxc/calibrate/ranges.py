@@ -25,6 +25,9 @@ SHARE = 0.9999
 # The mse observer tries so many ends on either side, evenly from an end of the range down to SHORTEST of it.
 TRIED = 40
 SHORTEST = 0.2
+# What is cut off is lost in the same numbers each time, and does not cancel out in a sum as rounding does. Of 1, 4 and 16 this
+# kept the most of sentences' embeddings.
+CUT = 4
 
 
 class Range:
@@ -83,7 +86,7 @@ class Range:
 
     def ends_by(self, observer: Observer) -> tuple[float, float]:
         """The ends (low, high) of the range that the levels are to cover: minmax takes all numbers, percentile all but one in
-        ten thousand, cut off half on either side, mse those where rounding and cutting off together lose least."""
+        ten thousand, cut off half on either side, mse those where rounding and CUT times what is cut off lose least."""
         if observer == "minmax" or not self.width:
             return self.low, self.high
         middles = self.middles
@@ -98,7 +101,7 @@ class Range:
         cut_high = _beyond(middles, self.counts, highs)
         # Numbers are spread evenly within a step, but for zeros, which are levels.
         steps = (highs[None] - lows[:, None]) / (LEVELS - 1)
-        lost = steps.square() / 12 * (self.counts.sum() - self.zeros) + cut_low[:, None] + cut_high[None]
+        lost = steps.square() / 12 * (self.counts.sum() - self.zeros) + CUT * (cut_low[:, None] + cut_high[None])
         best = int(lost.argmin())
         return lows[best // TRIED].item(), highs[best % TRIED].item()
 
@@ -121,6 +124,14 @@ class Range:
             return 0.0
         lost = (self.counts * (self.middles - rounded(self.middles)).square()).sum()
         return (lost / (self.counts * self.middles.square()).sum()).item()
+
+    def beyond(self, scale: float, zero: int) -> float:
+        """The share of the numbers that lie beyond the range of the levels, and are cut off to its ends."""
+        if not self.width:
+            return 0.0
+        low, high = -(zero + 0.5) * scale, (LEVELS - 1 - zero + 0.5) * scale
+        is_beyond = (self.middles < low) | (self.middles > high)
+        return (self.counts[is_beyond].sum() / self.counts.sum()).item()
 
     def error(self, scale: float, zero: int) -> float:
         """What the levels lose of the numbers, a share of their energy: 0 where all were zero."""

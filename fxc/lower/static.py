@@ -108,7 +108,7 @@ def chain(program: Program, report: list[LayerChoice]) -> list[LayerChoice]:
     edit.sweep(program)
     for value in list(program.graph.nodes):
         for key, readers in _readers(value).items():
-            if len(readers) > 1 or (value, key) in rounded:
+            if len(readers) > 1 or (value, key) in rounded or _product(program, value):
                 levels = _rounded(program, value, key, rounded)
                 for reader in readers:
                     Call(reader).set("x", levels)
@@ -224,7 +224,30 @@ def _rounded(program: Program, value: fx.Node, key: Key, rounded: dict[tuple[fx.
         while after.op == "placeholder":
             after = after.next
         rounded[value, key] = _insert(program, ops.TO_LEVELS, (value, *key), after)
+        _take_product(program, rounded[value, key])
     return rounded[value, key]
+
+
+def _take_product(program: Program, levels: fx.Node) -> None:
+    """Rounding multiplies by 1 / scale: where what it rounds was multiplied by a vector, it multiplies by both at once."""
+    if found := _product(program, levels.args[0]):
+        x, vector = found
+        scale, zero = levels.args[1:]
+        name = f"{module_name(program, levels.meta['fqn'])}.factor"
+        factor = edit.constant(program, name, program.constants[vector.target].float() / scale, levels)
+        levels.args = (x, scale, zero, factor)
+
+
+def _product(program: Program, value: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, vector) of a value that is x times a vector of constants along its last dimension."""
+    if value.target is not aten.mul.Tensor or value.meta["val"].dtype not in _DTYPES:
+        return None
+    for x, vector in (value.args, value.args[::-1]):
+        if isinstance(x, fx.Node) and isinstance(vector, fx.Node) and vector.op == "get_attr":
+            is_vector = program.constants[vector.target].ndim == 1
+            if is_vector and edit.type_of(x.meta["val"]) == edit.type_of(value.meta["val"]):
+                return x, vector
+    return None
 
 
 def _key(reader: fx.Node) -> Key:

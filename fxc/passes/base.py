@@ -64,7 +64,8 @@ class Removal:
 class Result:
     """What a pass did: how many places it changed, where it declined, the bytes of weights that it rewrote, which units it
     removed or masked, and what became of the program's inputs and outputs. notes: what else a user should know; repeat: the
-    pass that makes the same decisions without looking, for one that looked."""
+    pass that makes the same decisions without looking, for one that looked; cut_off: of layers, by FQN, the share of what they
+    read of the samples that lies beyond the range learned for it."""
 
     changed: int = 0
     refusals: list[Refusal] = field(default_factory=list)
@@ -73,6 +74,7 @@ class Result:
     interface: Interface = field(default_factory=Interface)
     notes: list[str] = field(default_factory=list)
     repeat: Pass | None = None
+    cut_off: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

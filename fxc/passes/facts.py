@@ -105,6 +105,14 @@ UNSCALED = Fact("unscaled", _scaled)
 """No pass has moved scales between layers: how large a weight is says what it said in the model."""
 
 
+def _not_smooth(program: Program) -> dict[str, str]:
+    return {} if program.metadata.get("smooth") else {"": "large channels of what its layers read were not looked for"}
+
+
+SMOOTH = Fact("smooth", _not_smooth)
+"""Where scales can be moved out of what linear layers read, no channel is much larger than the others."""
+
+
 def _halved(program: Program) -> dict[str, str]:
     half = program.metadata.get("half")
     return {"": f"the pass {half} has rounded its weights"} if half else {}

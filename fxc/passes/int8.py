@@ -30,7 +30,7 @@ from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact
-from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
+from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, SMOOTH, arguments
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
 from fxc.passes.linears import GROUPED, LINEAR, Parts, check_steps
 from fxc.passes.tables import PackTables
@@ -47,13 +47,14 @@ class Int8(PackTables):
 
     mode: "dynamic" quantizes activations too, each token by its own range, as the layer runs; "weight_only" keeps them;
     "static" quantizes all that a layer reads by one scale and zero point, learned from calibration data, and takes
-    two-dimensional convolutions too, with batch norms folded into them.
+    two-dimensional convolutions too, with batch norms folded into them and large channels moved into weights (smooth).
     Of 2:4 sparse weights (sparse24) the numbers that are left are quantized; zeros stay zero, by every algorithm.
     algorithm: rtn rounds each number to its nearest level. From calibration data learn grid, gptq, qronos and round, which
     int4 explains, with one scale for a row, and steps with them; an expert that fewer tokens reach than it has columns is
     packed by grid, or by rtn.
     observer: what range the levels of static activations cover: minmax all of it, percentile all but one number in ten
-    thousand, mse what loses least by rounding and cutting off together.
+    thousand, mse what loses least by rounding and, four times as much, by cutting off.
+    smooth: whether static goes through smooth first; false for a model whose weights are not all floating-point any more.
     embeddings: int8 or int4 packs the tables that tokens are looked up in too, by row, with a head that is tied to one, which
     static reads as dynamic does; int4 in the largest groups that divide a row.
     only: patterns of the layers that it is for, separated by ";", globs or "re:...", as in int4:only=*.mlp,int8.
@@ -63,6 +64,7 @@ class Int8(PackTables):
     observer: Observer = "mse"
     algorithm: Literal["rtn", "grid", "gptq", "qronos", "round"] = "rtn"
     steps: int = STEPS
+    smooth: bool = True
 
     name: ClassVar[str] = "int8"
     breaks: ClassVar[frozenset[Fact]] = frozenset({FLOAT_WEIGHTS})
@@ -81,7 +83,10 @@ class Int8(PackTables):
 
     @property
     def needs(self) -> frozenset[Fact]:
-        return frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, *([FOLDED_BATCH_NORM] if self.mode == "static" else [])})
+        facts = {CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION}
+        if self.mode == "static":
+            facts |= {FOLDED_BATCH_NORM, SMOOTH} if self.smooth else {FOLDED_BATCH_NORM}
+        return frozenset(facts)
 
     @property
     def layers(self) -> tuple[OpOverload, ...]:
@@ -137,6 +142,9 @@ class Int8(PackTables):
         keep = weight != 0
         made = quantized(self.algorithm, weight, statistic, LEVELS, keep=None if keep.all() else keep)
         return self.settled(made), made.error
+
+    def cut_off(self, parts: Parts, statistic: Statistic) -> float | None:
+        return statistic.beyond(parts["x_scale"], parts["x_zero"]) if self.mode == "static" else None
 
     def training(self) -> int:
         return self.steps if self.algorithm == "round" else 0

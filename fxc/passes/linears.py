@@ -112,6 +112,11 @@ class PackLinears(Pass):
         them, and the error (of the layer's `error_of`), a share of its energy."""
         raise NotImplementedError
 
+    def cut_off(self, parts: Parts, statistic: Statistic) -> float | None:
+        """The share of what a layer with these `parts` reads that lies beyond the range learned for it; None where activations
+        have no such range."""
+        return None
+
     def prepare(self, program: Program, chosen: list[fx.Node], context: Context) -> None:
         """Replace the weights of the layers `chosen`, constants of `program`, before they are packed as without data."""
 
@@ -186,7 +191,7 @@ class PackLinears(Pass):
 
         def compress(layers: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
             reached = any(each.rows for each in statistics)
-            made: dict[str, Any] = {"reached": reached, "parts": {}, "errors": {}, "few": []}
+            made: dict[str, Any] = {"reached": reached, "parts": {}, "errors": {}, "few": [], "cut_off": {}}
 
             def pack(name: str, weight: Tensor) -> Parts:
                 if not reached:
@@ -194,7 +199,10 @@ class PackLinears(Pass):
                 elif weight.ndim == 3:
                     made["parts"][name], made["errors"][name] = self._experts(name, weight, statistics, made["few"])
                 else:
-                    made["parts"][name], made["errors"][name] = self.learned(weight, statistics[0])
+                    parts, made["errors"][name] = self.learned(weight, statistics[0])
+                    made["parts"][name] = parts
+                    if (share := self.cut_off(parts, statistics[0])) is not None:
+                        made["cut_off"][name] = share
                 return made["parts"][name]
 
             put(layers, made, pack)
@@ -213,6 +221,7 @@ class PackLinears(Pass):
                     continue
                 self._rewrite(program, node, packed, result, partial(pack, _name(node)))
             errors.update(made["errors"])
+            result.cut_off.update(made["cut_off"])
             few.extend(made["few"])
             unreached.extend(name for name in made["parts"] if name not in made["errors"])
 

@@ -2,12 +2,13 @@
 
 The weights that read x become w * s, and what gives x gives x / s: the gain and bias of a norm, the rows of a linear layer,
 a vector that multiplies. Nothing that the program computes changes but x itself. Where that can be done is found on the graph
-(`analysis/channels.py`); the subclass says s.
+(`analysis/channels.py`); the subclass says s. What a norm gives that others read too, as a residual sum behind it does, a
+product of its own divides in front of the layers, for a subclass that has it so (`apart`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from fxc.analysis.channels import said as named
 from fxc.calibrate.hessian import Squares
 from fxc.errors import InputRefused
 from fxc.ir.call import Call
-from fxc.ir.edit import constant, free_name, sweep
+from fxc.ir.edit import constant, free_name, insert, sweep
 from fxc.ir.names import layer_at
 from fxc.ir.observe import inputs_of, observe
 from fxc.ir.program import Program, users_of
@@ -38,6 +39,7 @@ class MoveScales(Pass):
     needs: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, DENSE_WEIGHTS})
     breaks: ClassVar[frozenset[Fact]] = frozenset({UNSCALED})
     rounds: ClassVar[bool] = True
+    apart: ClassVar[bool] = False
 
     def uses_data(self) -> bool:
         return True
@@ -66,14 +68,19 @@ class MoveScales(Pass):
                 stopped[source] = next(iter(found.blocked.values()))
             if not readers or readers & done:
                 continue
-            declined = self._declined(program, context, source, found, read)
+            if apart := self.apart and _others_read(source, found):
+                found = Reach(found.size, found.readers)
+            declined = self._declined(program, context, source, found, read, apart)
             scale = declined or self.scale(program, context, found, read)
             if isinstance(scale, str):
                 why |= {reader: scale for reader in readers if reader not in why}
                 continue
             scale = scale.double().index_fill(0, torch.tensor(list(found.blocked), dtype=torch.long), 1.0)
             done |= readers
-            _divide(program, source, scale)
+            if apart:
+                scale = self._divide_apart(program, source, scale, readers)
+            else:
+                _divide(program, source, scale)
             for vector, channels in found.added.items():
                 _multiply(program, vector.target, 1 / scale[channels])
             for reader, channels in found.readers.items():
@@ -90,17 +97,27 @@ class MoveScales(Pass):
         return result
 
     def _declined(
-        self, program: Program, context: Context, source: fx.Node, found: Reach, read: dict[fx.Node, Squares]
+        self, program: Program, context: Context, source: fx.Node, found: Reach, read: dict[fx.Node, Squares], apart: bool
     ) -> str | None:
         """Why no scale can be moved from what `source` gives, or None."""
         if len(found.blocked) == found.size:
             return next(iter(found.blocked.values()))
-        if why := _kept(program, source):
+        if not apart and (why := _kept(program, source)):
             return why
         names = [layer_at(program, each) for each in (source, *found.readers)]
         if pattern := next(filter(None, map(context.skips, names)), None):
             return f"skipped by the pattern {pattern}"
         return None if all(read[reader].rows for reader in found.readers) else "no sample reached it"
+
+    def _divide_apart(self, program: Program, source: fx.Node, scale: Tensor, readers: Iterable[fx.Node]) -> Tensor:
+        """Let `readers` read x / scale where they read x. Returns the scale by which that divides."""
+        before, fqn = source.next, source.meta.get("fqn", "")
+        factor = (1 / scale).to(source.meta["val"].dtype)
+        vector = constant(program, free_name(program, f"{fqn or source.name}.factor"), factor, before)
+        product = insert(program, aten.mul.Tensor, (source, vector), before=before, by=self.name, fqn=fqn)
+        for reader in readers:
+            reader.replace_input_with(source, product)
+        return 1 / factor.double()
 
 
 def by_channel(found: Reach, values: dict[fx.Node, Tensor]) -> Tensor:
@@ -119,6 +136,12 @@ def matrices(program: Program, reader: fx.Node) -> list[Tensor]:
 
 def _unreached(layer: fx.Node) -> str:
     return f"it reads what {named(comes_from(layer))} gives, which no scale of a norm or linear layer goes through"
+
+
+def _others_read(source: fx.Node, found: Reach) -> bool:
+    """Whether layers read what a norm gives, as it is, and others besides, so that no channel of it can be scaled."""
+    is_norm = source.target in _NORMS and len(found.blocked) == found.size
+    return is_norm and all(reader.args[0] is source for reader in found.readers)
 
 
 @torch.no_grad()

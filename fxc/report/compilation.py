@@ -81,10 +81,16 @@ def show_all(output: Output, record: Compilation, kinds: tuple[dict[str, int], d
     output.table("passes", ["pass", ">seconds", "gates", "meaning"], passes)
     skipped = [row for p in record.passes for row in _refusals(p)]
     output.table("left alone", ["pass", ">layers", ">weights", "why", "which"], skipped)
-    ends = {each: "-" if each.saturation is None else f"{each.saturation:.2%}" for each in record.worst(_WORST)}
-    rows = [(each.layer, each.by, f"{each.error:.4f}", f"{decibels(each.error):.1f}", share) for each, share in ends.items()]
-    header = ["layer", "pass", ">error", ">signal to noise, dB", ">at the ends of the range"]
+    rows = [
+        (each.layer, each.by, f"{each.error:.4f}", f"{decibels(each.error):.1f}", *map(_share, (each.saturation, each.cut_off)))
+        for each in record.worst(_WORST)
+    ]
+    header = ["layer", "pass", ">error", ">signal to noise, dB", ">weights at the ends of their range", ">activations beyond"]
     output.table(f"largest relative errors of single layers, {_judged_on(record)}", header, rows)
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.3%}"
 
 
 def _judged_on(record: Compilation) -> str:

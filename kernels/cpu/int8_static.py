@@ -16,7 +16,7 @@ from fxc_kernels.cpu.int8_product import UINT8_ZERO, single_rows_are_slow, to_ui
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.rows import activated
 from fxc_kernels.int8_exact import is_exact
-from fxc_kernels.int8_static import levels
+from fxc_kernels.int8_static import LEVELS, levels
 
 # Activation -> what oneDNN calls it, its numbers, its variant.
 POST_OPS: dict[str, tuple[str, list[float], str]] = {
@@ -30,9 +30,12 @@ POST_OPS: dict[str, tuple[str, list[float], str]] = {
 }
 
 
-def to_levels(x: Tensor, scale: float, zero: int) -> Tensor:
-    """x as levels, uint8, by the formula of `fxc_kernels.int8_static`."""
-    return levels(x, scale, zero).to(torch.uint8)
+def to_levels(x: Tensor, scale: float, zero: int, factor: Tensor | None = None) -> Tensor:
+    """x as levels, uint8, by the formula of `fxc_kernels.int8_static`. factor: float32 [K], what x [..., K] is multiplied by
+    instead of 1 / scale, where its channels have scales of their own."""
+    if factor is None:
+        return levels(x, scale, zero).to(torch.uint8)
+    return (x.float() * factor).round_().add_(zero).clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
 def from_levels(q: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:

@@ -120,12 +120,12 @@ MAX_POOL2D = _define(
 
 TO_LEVELS = _define(
     "fxc_cpu::to_levels",
-    "(Tensor x, float scale, int zero) -> Tensor",
+    "(Tensor x, float scale, int zero, Tensor? factor=None) -> Tensor",
     to_levels,
     to_levels,
-    lambda x, scale, zero: x.new_empty(x.shape, dtype=torch.uint8),
+    lambda x, scale, zero, factor=None: x.new_empty(x.shape, dtype=torch.uint8),
 )
-"""Numbers as levels, uint8."""
+"""Numbers as levels, uint8, see `int8_static.to_levels`."""
 
 DENSE_LINEAR = _define(
     "fxc_cpu::dense_linear",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxc.calibrate.ranges import HALF, Range
+from fxc.calibrate.ranges import CUT, HALF, Range
 from fxc.errors import InputRefused
 
 HEAVY = torch.distributions.StudentT(3.0)
@@ -22,9 +22,10 @@ def heavy(count: int = 20000) -> torch.Tensor:
 
 
 def lost(x: torch.Tensor, scale: float, zero: int) -> float:
-    """By its meaning, number by number."""
-    q = (x.double() / scale).round().add(zero).clamp(0, 255)
-    return ((q - zero) * scale - x.double()).square().sum().item()
+    """By its meaning, number by number: what is cut off counts CUT times."""
+    inside = x.double().clamp(-zero * scale, (255 - zero) * scale)
+    q = (inside / scale).round().add(zero)
+    return (((q - zero) * scale - inside).square() + CUT * (inside - x.double()).square()).sum().item()
 
 
 def test_the_order_of_samples_does_not_matter_and_ends_are_exact():
@@ -52,18 +53,26 @@ def test_percentile_leaves_out_one_in_ten_thousand():
     assert of(x.abs()).ends_by("percentile")[0] == 0.0
 
 
-@pytest.mark.parametrize("made", [lambda x: x, lambda x: x.clamp(min=0), lambda x: torch.cat([x, x.new_full((1, 4), 300.0)])])
-def test_mse_loses_least_of_the_three_by_the_numbers_themselves(made):
+@pytest.mark.parametrize(
+    "made, cuts",
+    [
+        (lambda x: x, True),
+        (lambda x: x.clamp(min=0), False),
+        (lambda x: torch.cat([x, x.new_full((1, 4), 300.0)]), True),
+    ],
+)
+def test_mse_loses_least_of_the_three_by_the_numbers_themselves(made, cuts):
     x = made(heavy())
     found = of(*x.split(1000))
     losses = {observer: lost(x, *found.scale_and_zero(observer)) for observer in ("minmax", "percentile", "mse")}
-    assert losses["mse"] <= min(losses.values()) * 1.001 and losses["mse"] < losses["minmax"]
+    assert losses["mse"] <= min(losses.values()) * 1.005 and (losses["mse"] < losses["minmax"]) == cuts
     # Of all ranges that a search over the numbers themselves tries, none is much better.
     ends = [(float(x.min()) * a / 20, float(x.max()) * b / 20) for a in range(1, 21) for b in range(1, 21)]
     best = min(lost(x, (high - low) / 255, round(-low / ((high - low) / 255))) for low, high in ends)
     assert losses["mse"] < 1.05 * best
     scale, zero = found.scale_and_zero("mse")
-    assert found.error(scale, zero) == pytest.approx(losses["mse"] / x.square().sum().item(), rel=0.05)
+    rounded = (x.double() / scale).round().add(zero).clamp(0, 255).sub(zero).mul(scale)
+    assert found.error(scale, zero) == pytest.approx(((rounded - x).norm() / x.norm()).item() ** 2, rel=0.05)
 
 
 def test_what_is_always_zero_has_a_scale():

@@ -137,3 +137,39 @@ def test_a_batch_may_be_empty():
     _, compiled = made(Residual)
     _, _, run = lowered_of(compiled.program)
     assert [list(each.shape) for each in run(torch.zeros(0, 3, 32, 32))] == [[0, 32], [0, 32]]
+
+
+class PostNorm(nn.Module):
+    """Layers that read a norm with large channels, as the sum behind them does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2 = nn.LayerNorm(64), nn.LayerNorm(64)
+        self.a, self.b, self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 64)
+        with torch.no_grad():
+            self.norm.weight[3], self.norm2.bias[5] = 40, 30
+
+    def forward(self, x):
+        x = self.norm(x)
+        x = self.norm2(x + torch.tanh(self.a(x)) * self.b(x))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_scales_of_smooth_are_a_part_of_rounding(dtype):
+    torch.manual_seed(0)
+    model, calib = PostNorm().eval().to(dtype), [torch.randn(9, 64).to(dtype) for _ in range(8)]
+    errors, x = {}, torch.randn(20, 64).to(dtype)
+    for passes in ("int8:mode=static", "int8:mode=static:smooth=false"):
+        compiled = fxc.optimize(model, (calib[0],), passes, calib=calib, budget=9.0, layer_budget=9.0)
+        lowered, _, run = lowered_of(compiled.program)
+        with torch.no_grad():
+            (meant,), (found,), exact = compiled.program.module()(x), run(x), model(x)
+        assert (found - meant).norm() < (1e-3 if dtype == torch.float32 else 0.02) * meant.norm()
+        errors[passes] = float((found - exact).norm() / exact.norm())
+        products = [node for node in lowered.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+        assert len(products) == 1, "the model's own"
+        given = [len(node.args) for node in lowered.graph.find_nodes(op="call_function", target=ops.TO_LEVELS)]
+        assert given == ([4, 4] if passes == "int8:mode=static" else []), "a factor for each norm"
+    if dtype == torch.float32:
+        assert errors["int8:mode=static"] < 0.5 * errors["int8:mode=static:smooth=false"]

@@ -65,6 +65,22 @@ def test_the_scale_of_the_first_layer_is_that_of_the_data(compiled):
     assert (Call(node)["x_scale"], Call(node)["x_zero"]) == seen.scale_and_zero("minmax")
 
 
+def test_it_says_what_lies_beyond_the_learned_range():
+    torch.manual_seed(0)
+    model, calib = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)).eval(), [torch.randn(1000, 32)]
+    calib[0][::100] *= 5
+    told = {}
+    for observer in ("minmax", "percentile"):
+        made = fxc.optimize(model, (calib[0],), f"int8:mode=static:smooth=false:observer={observer}", calib=calib)
+        told[observer] = made.report["passes"][-1]["cut_off"]
+        [node] = [node for node in made.program.graph.nodes if node.meta.get("fqn") == "0"]
+        scale, zero = Call(node)["x_scale"], Call(node)["x_zero"]
+        q = (calib[0].double() / scale).round() + zero
+        beyond = ((q < 0) | (q > 255)).double().mean().item()
+        assert told[observer]["0"] == pytest.approx(beyond, abs=2e-5)
+    assert told["minmax"] == {"0": 0.0, "2": 0.0} and 5e-5 < told["percentile"]["0"] < 2e-4
+
+
 def test_it_is_the_same_when_it_is_loaded(compiled, tmp_path):
     model, calib = compiled
     model.save(tmp_path / "out")

@@ -154,8 +154,36 @@ class Tied(nn.Module):
         self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x):
+        return self.a(self.norm(x)) + self.b(self.norm(2 * x))
+
+
+class PostNorm(nn.Module):
+    """What the norm gives is added behind the layers that read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+        nn.init.uniform_(self.norm.weight, 0.1, 9)
+
+    def forward(self, x):
         y = self.norm(x)
-        return self.a(y) + self.b(self.norm(2 * x)), torch.sigmoid(y)
+        return y + self.a(y) * self.b(y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_a_residual_sum_reads_too_is_divided_apart(dtype):
+    torch.manual_seed(0)
+    model, x = PostNorm().eval().to(dtype), torch.randn(7, 32).to(dtype)
+    program, after, step = ran(model, (x,), "smooth")
+    [product] = after.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)[:1]
+    assert step.changed == 1 and product.args[1].target == "norm.factor" and len(product.users) == 2
+    assert torch.equal(after.constants["norm.weight"], program.constants["norm.weight"])
+    factor = after.constants["norm.factor"]
+    for layer in "ab":
+        expected = (program.constants[f"{layer}.weight"].double() * (1 / factor.double())).to(dtype)
+        assert torch.equal(after.constants[f"{layer}.weight"], expected)
+    _, _, step = ran(model, (x,), "awq:group=32")
+    assert step.changed == 0 and "reads it" in step.refusals[0].reason, "awq adds nothing to the program"
 
 
 @pytest.mark.parametrize(
