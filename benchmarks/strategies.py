@@ -33,8 +33,9 @@ from fxc.source.load import load_source
 
 PRUNE = "prune:heads=0.25:ffn=0.3:criterion=taylor"
 STRATEGIES = (
-    "int8", "int8:mode=weight_only", "int4", "int4:group=32", "fp8", "sparse24", "sparse24,int8",
-    "int4:group=32:algorithm=gptq", "sparse24:criterion=sparsegpt", PRUNE, f"int8,{PRUNE}", f"int4,{PRUNE}",
+    "int8", "int8:mode=weight_only", "int8:mode=static", "int4", "int4:group=32", "int4:group=32:algorithm=gptq",
+    "int4:group=32:algorithm=qronos", "int4:bits=3:group=32:algorithm=gptq", "fp8", "sparse24",
+    "sparse24:criterion=sparsegpt,int8", "sparsify:sparsity=0.5:criterion=sparsegpt,pack", PRUNE, f"int8,{PRUNE}",
 )  # fmt: skip
 WINDOWS = 200
 
@@ -105,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.backend == "inductor":
         require_compiler()
     load, rounds = round(os.getloadavg()[0], 2), 2 if given.quick else 7
-    strategies, windows = (STRATEGIES[:1] + STRATEGIES[6:7], 4) if given.quick else (STRATEGIES, WINDOWS)
+    strategies, windows = (STRATEGIES[:1] + STRATEGIES[9:10], 4) if given.quick else (STRATEGIES, WINDOWS)
     report = {
         "hardware": table.hardware(), "versions": table.versions(), "threads": given.threads, "load_before": load,
         "backend": given.backend, "rounds": rounds, "rows": measure(strategies, given.backend, windows, rounds),
