@@ -40,6 +40,7 @@ class MoveScales(Pass):
     breaks: ClassVar[frozenset[Fact]] = frozenset({UNSCALED})
     rounds: ClassVar[bool] = True
     apart: ClassVar[bool] = False
+    """Whether what a norm gives is divided by a product of its own where others than linear layers read it too."""
 
     def uses_data(self) -> bool:
         return True
