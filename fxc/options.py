@@ -88,7 +88,7 @@ class Options:
             elif amount != (usual, WINDOW):
                 hint = f"--{name} FILE, in Python {name}=..."
                 raise UsageError(f"there is no {what} data to take so many samples or tokens of", where=name, hint=hint)
-        if self.train is not None and not any(each.trains() for each in self.passes):
+        if self.train is not None and not any(each.uses_training() for each in self.passes):
             hint = "--passes ...,recover; passes that learn read --calib"
             raise UsageError("none of the passes trains", where="train", hint=hint)
         as_dtype(self.dtype)

@@ -1,4 +1,4 @@
-"""A recipe file: the passes, what to leave alone, the dtype and how much of the calibration data is read, as TOML.
+"""A recipe file: the passes, what to leave alone, the dtype and how much of the data is read, as TOML.
 
 passes = ["int4:algorithm=gptq"]
 skip = ["*.lm_head"]
@@ -15,7 +15,8 @@ from typing import Any
 
 from fxc.errors import UsageError
 
-KEYS = ("passes", "skip", "dtype", "calib_samples", "calib_length")
+AMOUNTS = ("calib_samples", "calib_length", "train_samples", "train_length")
+KEYS = ("passes", "skip", "dtype", *AMOUNTS)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UsageError(f"a recipe has no {', '.join(unknown)}", where=path, hint=f"it has {', '.join(KEYS)}")
     if not isinstance(content.get("dtype", ""), str):
         raise UsageError("dtype has to be a string", where=path)
-    for key in ("calib_samples", "calib_length"):
+    for key in AMOUNTS:
         if type(content.get(key, 1)) is not int:
             raise UsageError(f"{key} has to be a whole number", where=path)
     for key in ("passes", "skip"):

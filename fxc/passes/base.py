@@ -196,7 +196,7 @@ class Pass:
         """What the pass, with its options, cannot do without `Context.samples`, in words."""
         return None
 
-    def trains(self) -> bool:
+    def uses_training(self) -> bool:
         """Whether the pass learns from `Context.training` where that is given, and from `samples` where not."""
         return False
 
@@ -251,8 +251,9 @@ def check_data_is_given(passes: Iterable[Pass], is_given: bool, can_train: bool 
     """Raises `UsageError` for the first pass that cannot do without calibration data. can_train: whether there is training
     data, which does for passes that train."""
     for each in passes:
-        if not is_given and not (can_train and each.trains()) and (what := each.needs_data()):
-            hint = "--train FILE or --calib FILE, in Python train=..." if each.trains() else "--calib FILE, in Python calib=..."
+        if not is_given and not (can_train and each.uses_training()) and (what := each.needs_data()):
+            hint = "--calib FILE, in Python calib=..."
+            hint = f"{hint}; or --train FILE, train=..." if each.uses_training() else hint
             raise UsageError(f"{what} measured on calibration data, and there is none", where=each.name, hint=hint)
 
 

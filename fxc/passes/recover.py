@@ -122,7 +122,7 @@ class Recover(Pass):
     def uses_data(self) -> bool:
         return True
 
-    def trains(self) -> bool:
+    def uses_training(self) -> bool:
         return True
 
     def needs_data(self) -> str | None:
@@ -150,6 +150,7 @@ class Recover(Pass):
             student, original.program, loss, precision=self.precision,
             as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
         )  # fmt: skip
+        taught.projections(training)
         result, began = Result(), time.monotonic()
         if self.method == "blocks" or (self.method == "auto" and not self._schedules):
             student.train_only(EVERYTHING)

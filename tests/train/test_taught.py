@@ -79,7 +79,7 @@ def test_a_classifier_learns_labels():
     samples = labelled(200)
     train, judge = samples.take(range(150)), samples.take(range(150, 200))
     assert default_loss(mlp()) == "outputs"
-    spec = "int8,recover:loss=task:steps=30:rate=0.01:batch=16"
+    spec = "int8,recover:method=all:loss=task:steps=30:rate=0.01:batch=16"
     program, steps = run_passes(mlp(), Context(training=train, judging=judge), Options(spec, verify=False))
     given = program.module()(torch.cat([each[0] for each in judge]))[0].argmax(-1)
     assert (given == torch.cat(judge.labels)).float().mean() > 0.85, steps[-1].notes
