@@ -7,7 +7,7 @@ goes through any other block. Some samples are held out, and the best state of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -42,8 +42,7 @@ def reconstruct(
     steps: int = 200,
     batch: int = 8,
     seed: int = 0,
-    held_out: Collection[int] | None = None,
-    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] | None = None,
+    held_out: Sequence[int] | None = None,
     within: Callable[[], AbstractContextManager] = nullcontext,
     least: float = 0.0,
     track: Track = untracked,
@@ -53,35 +52,32 @@ def reconstruct(
     it gave; they are left as they were best for held-out samples.
 
     schedule: share of the steps that is done -> what the rates at the beginning are multiplied by. batch: samples for each
-    step, drawn by `seed`. held_out: the samples to judge by, every eighth if it is None. loss: of what the block gives and what
-    it gave, of samples that are computed together, their mean; without it the squared error. within: what products run in while
-    it trains. least: where no more is lost, nothing is trained.
-    None where there are fewer than two samples: then there is nothing to judge by, and nothing changes.
+    step, drawn by `seed`. held_out: the samples to judge by, every eighth if it is None. within: what products run in while it
+    trains. least: where no more is lost, nothing is trained. None where there are fewer than two samples: then there is nothing
+    to judge by, and nothing changes.
     """
     if passage.count < 2:
         return None
     held_out = range(0, passage.count, HELD_OUT) if held_out is None else held_out
     training = [at for at in range(passage.count) if at not in held_out]
     read = reader(passage.program, passage.outputs, passage.reads(0), call=trainable)
-    weights = [] if loss else _weights(passage)
+    weights = _weights(passage)
 
     def lost(
         some: Sequence[int], made: Mapping[str, Tensor], within: Callable[[], AbstractContextManager] = nullcontext
     ) -> Iterator[Tensor]:
-        """The mean loss of samples, in parts; of squares it is a share of the energy of a mean sample."""
-        for state, aims, count in passage.together(some):
+        """Of samples, the mean share of the energy of a mean one, in parts."""
+        for state, aims in passage.together(some):
             with within():
-                given = [read(state, made)[node] for node in passage.outputs]
-            if loss:
-                yield loss(given, aims) * count / len(some)
-                continue
-            gaps = [(mine.float() - aim.float()).square().sum() for mine, aim in zip(given, aims, strict=True)]
+                given = read(state, made)
+            gaps = [(given[node].float() - aim.float()).square().sum() for node, aim in zip(passage.outputs, aims, strict=True)]
             yield sum(gap * weight for gap, weight in zip(gaps, weights)) / (len(weights) * len(some))
 
     def judged() -> float:
         with torch.no_grad():
             made = {name: make() for name, make in constants.items()}
-            return sum(float(part) for at in held_out for part in lost([at], made)) / len(held_out)
+            groups = [list(held_out[at : at + batch]) for at in range(0, len(held_out), batch)]
+            return sum(float(part) * len(some) for some in groups for part in lost(some, made)) / len(held_out)
 
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -126,14 +126,14 @@ class Passage:
     gave: Callable[[int], Sequence[Tensor]]
     batch: Any = None
 
-    def together(self, some: Sequence[int]) -> Iterator[tuple[State, Sequence[Tensor], int]]:
-        """What `reads` and `gave` say of samples, in as few states as can be, each with the number of samples in it."""
+    def together(self, some: Sequence[int]) -> Iterator[tuple[State, Sequence[Tensor]]]:
+        """What `reads` and `gave` say of samples, in as few states as can be."""
         states, aims = [self.reads(at) for at in some], [self.gave(at) for at in some]
         whole = stacked(states, self.batch) if self.batch is not None and len(some) > 1 else None
         if whole is None:
-            yield from ((state, aim, 1) for state, aim in zip(states, aims, strict=True))
+            yield from zip(states, aims, strict=True)
         else:
-            yield whole, [torch.cat(each) for each in zip(*aims, strict=True)], len(some)
+            yield whole, [torch.cat(each) for each in zip(*aims, strict=True)]
 
     @property
     def own(self) -> set[str]:
