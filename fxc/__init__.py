@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from fxc.measure.sensitivity import sensitivity
     from fxc.options import Options
     from fxc.passes.base import Pass
+    from fxc.teaching import distill, recover
 
 __version__ = "0.1.0"
-__all__ = ["CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "load", "optimize", "sensitivity"]
+__all__ = [
+    "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "distill", "load", "optimize", "recover",
+    "sensitivity",
+]  # fmt: skip
 
 _HOMES = {
     "CompiledModel": "fxc.compiled.model",
@@ -30,8 +34,10 @@ _HOMES = {
     "Pass": "fxc.passes.base",
     "Program": "fxc.ir.program",
     "capture": "fxc.frontend.capture",
+    "distill": "fxc.teaching",
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",
+    "recover": "fxc.teaching",
     "sensitivity": "fxc.measure.sensitivity",
 }
 

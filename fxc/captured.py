@@ -14,20 +14,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fxc.artifact import companions, config_json, store
+from fxc.data.text import tokenizer_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
 from fxc.neutral import one_at_a_time
 from fxc.options import Options
-from fxc.source.load import as_dtype, check_is_model, kind_of, load_source
+from fxc.source.fresh import fresh, is_configuration
+from fxc.source.load import Loaded, as_dtype, check_is_model, kind_of, load_source
 
 
 @dataclass
 class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
-    what an artifact went through already; borrowed: whether the program's constants are the tensors of the caller's model;
+    what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the tensors of the caller's model;
     has_own_tokenizer: whether its tokenizer is the one in `folder`."""
 
     program: Program
@@ -38,15 +40,27 @@ class Captured:
     folder: Path | None = None
     passes: list[dict[str, Any]] = field(default_factory=list)
     borrowed: bool = False
+    is_compiled: bool = False
     has_own_tokenizer: bool = True
 
 
 @one_at_a_time
-def capture_source(model: nn.Module | str | Path, example_inputs: Any = None, options: Options = Options()) -> Captured:
-    """The program of a model or of a source, with what belongs to it."""
-    check_is_model(model)
+def capture_source(
+    model: Any, example_inputs: Any = None, options: Options = Options(), teacher: Captured | None = None
+) -> Captured:
+    """The program of a model or of a source, with what belongs to it. teacher: of a student, which may be a configuration: see
+    `Options.teacher`."""
+    is_student = teacher is not None and is_configuration(model)
+    if not is_student:
+        check_is_model(model)
     given = companions.of_tokenizer(options.tokenizer) if options.tokenizer is not None else None
-    if isinstance(model, nn.Module):
+    if is_student:
+        like = teacher.program.metadata.get("class")
+        loaded = fresh(model, like, as_dtype(options.dtype), options.seed, options.trust_remote_code)
+        captured = _captured(loaded, example_inputs, options)
+    elif isinstance(getattr(model, "program", None), Program):
+        captured = _capture_compiled(model, options)
+    elif isinstance(model, nn.Module):
         captured = _capture_module(model, example_inputs, options)
     elif kind_of(str(model)) == "artifact":
         captured = _capture_artifact(Path(model), options)
@@ -55,7 +69,49 @@ def capture_source(model: nn.Module | str | Path, example_inputs: Any = None, op
     if given is not None:
         captured.files = companions.with_tokenizer(captured.files, given)
         captured.has_own_tokenizer = False
+    elif teacher is not None:
+        _take_tokenizer(captured, teacher)
     return captured
+
+
+def capture_teacher(options: Options, example_inputs: Any = None) -> Captured | None:
+    """`options.teacher`, captured as it is. example_inputs: of the student, which a module takes too."""
+    if options.teacher is None:
+        return None
+    own = Options("", trust_remote_code=options.trust_remote_code, verify=options.verify)
+    return capture_source(options.teacher, example_inputs if isinstance(options.teacher, nn.Module) else None, own)
+
+
+def _take_tokenizer(captured: Captured, teacher: Captured) -> None:
+    """A student without a tokenizer, or a processor of images, gets its teacher's."""
+    for is_one in (companions.is_tokenizer_file, companions.is_processor_file):
+        lent = {name: file for name, file in teacher.files.items() if is_one(name)}
+        if lent and not any(map(is_one, captured.files)):
+            captured.files = dict(sorted((captured.files | lent).items()))
+            captured.has_own_tokenizer = False
+
+
+def check_tokenizers(captured: Captured, teacher: Captured) -> None:
+    """Raises UsageError where both have a tokenizer, and a number means one token to one of them and another to the other."""
+    if not all(companions.has_vocabulary(each.files) for each in (captured, teacher)):
+        return
+    (mine, own), (its, other) = (_tokens(each) for each in (captured, teacher))
+    wrong = [] if own == other else [number for number in mine.keys() & its.keys() if mine[number] != its[number]]
+    if wrong:
+        number = min(wrong)
+        raise UsageError(
+            "teacher and student have different tokenizers", where="teacher",
+            why=f"{len(wrong):,} numbers mean other tokens: {number} is {its[number]!r} to the teacher, {mine[number]!r} here",
+            hint="a student learns from what its teacher says of the same tokens: begin with one of the same vocabulary",
+        )  # fmt: skip
+
+
+def _tokens(captured: Captured) -> tuple[dict[int, str], dict[str, bytes]]:
+    """Number -> token, and the files that say so."""
+    files = {name: file for name, file in captured.files.items() if companions.is_tokenizer_file(name)}
+    contents = {name: file if isinstance(file, bytes) else Path(file).read_bytes() for name, file in files.items()}
+    with companions.laid_out(contents) as folder:
+        return {number: token for token, number in tokenizer_of(folder).get_vocab().items()}, contents
 
 
 def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> Captured:
@@ -79,6 +135,10 @@ def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captu
     loaded = load_source(
         source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
+    return _captured(loaded, example_inputs, options)
+
+
+def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured:
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
     model, part = _part_of(loaded.model, options.part)
     program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
@@ -93,17 +153,33 @@ def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captu
 
 
 def _capture_artifact(path: Path, options: Options) -> Captured:
+    _check_keeps(options)
+    read = store.read(path)
+    report = read.manifest.get("report", {})
+    source = report.get("source", {"kind": "artifact"})
+    files, nbytes, passes = companions.of_folder(path), read.program.nbytes(), report.get("passes", [])
+    return Captured(read.program, config_json.read(path), files, source, nbytes, folder=path, passes=passes, is_compiled=True)
+
+
+def _capture_compiled(model: Any, options: Options) -> Captured:
+    """A model that was compiled already, as its artifact would be."""
+    _check_keeps(options)
+    program, report = model.program.copy(), model.report
+    return Captured(
+        program, model.config, dict(model.files), report.get("source", {"kind": "artifact"}), program.nbytes(),
+        folder=model.source, passes=report.get("passes", []), borrowed=True, is_compiled=True,
+        has_own_tokenizer=False,
+    )  # fmt: skip
+
+
+def _check_keeps(options: Options) -> None:
+    """Raises UsageError for what only an original model can be asked for."""
     if options.dtype != "auto":
         raise UsageError("an artifact keeps the dtype that it has", hint="compile the original model with dtype=...")
     if options.dynamic_shapes is not None:
         raise UsageError("an artifact keeps the sizes that vary in it", hint="compile the original with dynamic_shapes=...")
     if options.part is not None:
         raise UsageError("an artifact is compiled as a whole", where="part", hint="compile the original with part=...")
-    read = store.read(path)
-    report = read.manifest.get("report", {})
-    source = report.get("source", {"kind": "artifact"})
-    files, nbytes, passes = companions.of_folder(path), read.program.nbytes(), report.get("passes", [])
-    return Captured(read.program, config_json.read(path), files, source, nbytes, folder=path, passes=passes)
 
 
 # Of the weights that a capture leaves out, the share of all that nobody need be told of: a pooler, a mask token.

@@ -125,8 +125,8 @@ class Compilation:
     source: what was compiled, as JSON. dtype, skip: as given; skipped: what each pattern of skip was applied to. bytes_before:
     of the weights as they came; bytes_after, parameters: of the program's constants. coverage: of the bytes that were there
     when the first pass came that rewrites weights, the share that was rewritten. earlier: the passes that an artifact went
-    through before, as its report says; passes: those of this compilation. perplexity, stages: where they were measured; stages
-    are of one machine, and no artifact keeps them.
+    through before, as its report says; passes: those of this compilation; teacher: the source that taught it, if one was given.
+    perplexity, stages: where they were measured; stages are of one machine, and no artifact keeps them.
     """
 
     source: dict[str, Any]
@@ -140,6 +140,7 @@ class Compilation:
     coverage: float
     earlier: list[dict[str, Any]]
     passes: list[Step]
+    teacher: dict[str, Any] | None = None
     configuration: Configuration | None = None
     calibration: Calibration | None = None
     training: Calibration | None = None

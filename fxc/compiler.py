@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
-from fxc.captured import Captured, capture_source, own_constants
+from fxc.captured import Captured, capture_source, capture_teacher, check_tokenizers, own_constants
 from fxc.compilation import Calibration, Compilation, Configuration, Step
 from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.data.calibration import calibration_samples, held_out
@@ -29,6 +29,7 @@ from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.teacher import Teacher
 from fxc.pipeline import run_passes
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.schemes.parameters import parameters
@@ -55,7 +56,9 @@ def optimize(
     """
     chosen = Options(passes, **options)
     chosen.check()
-    made = compile_captured(capture_source(model, example_inputs, chosen), chosen, on_step=on_step)
+    teacher = capture_teacher(chosen, example_inputs)
+    captured = capture_source(model, example_inputs, chosen, teacher)
+    made = compile_captured(captured, chosen, on_step=on_step, teacher=teacher)
     if chosen.resume is not None:
         remove(Path(chosen.resume))
     return made
@@ -69,13 +72,16 @@ def compile_captured(
     on_step: Callable[[Step, Program], None] | None = None,
     track: Track = untracked,
     say: Say = unsaid,
+    teacher: Captured | None = None,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples; say: tells what a pass is going to take. What passes saved in `options.resume`
-    stays there."""
+    stays there. teacher: what `options.teacher` is."""
     before = captured.program
     context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
+    if teacher is not None:
+        context.teacher, context.is_other = taught_by(captured, teacher), not captured.is_compiled
     context.samples, context.held_out, calibration = _data(captured, options, "calib", track)
     context.training, context.judging, training = _data(captured, options, "train", track)
     described = _Described(captured.config)
@@ -104,6 +110,7 @@ def compile_captured(
         passes=steps,
         calibration=calibration,
         training=training,
+        teacher=teacher.source if teacher is not None else None,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
     )
     files = captured.files | _plan(steps)
@@ -135,12 +142,23 @@ def _data(
 
 def samples_of(captured: Captured, options: Options, track: Track = untracked, name: str = "calib") -> Samples:
     """What `options.calib`, or of another name `options.train`, is for the captured program: flat inputs, sample by sample."""
-    with nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files) as folder:
+    with readers_of(captured) as folder:
         return calibration_samples(
             captured.program, getattr(options, name), folder=folder, config=captured.config,
             limit=getattr(options, f"{name}_samples"), window=getattr(options, f"{name}_length"), track=track,
             what={"calib": "calibration", "train": "training"}[name],
         )  # fmt: skip
+
+
+def readers_of(captured: Captured) -> AbstractContextManager[Path | None]:
+    """The folder of its tokenizer and its processor, while they are needed."""
+    return nullcontext(captured.folder) if captured.has_own_tokenizer else companions.laid_out(captured.files)
+
+
+def taught_by(captured: Captured, teacher: Captured) -> Program:
+    """The program of the teacher. Raises UsageError for one that cannot teach this model."""
+    check_tokenizers(captured, teacher)
+    return Teacher(teacher.program, student=captured.program).program
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fxc.data.calibration import LIMIT, TRAINING, WINDOW, check_amount, check_da
 from fxc.errors import UsageError
 from fxc.lower.target import check_target
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
-from fxc.source.load import as_dtype
+from fxc.source.load import as_dtype, check_is_model
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Options:
     calib_disk: a folder in which the samples' hidden states are kept, and not in memory, while layers are compressed one after
     another. resume: a folder in which passes save what they have learned, and from which they go on, to the same bytes, where
     an earlier call with the same model, passes and data was killed; the hidden states are there too. It goes at the end.
+    teacher: who `recover` is taught by, in the place of the model as it came: another model or source, of the same vocabulary
+    or labels. The model may then be a Hugging Face configuration, or a folder that holds a config.json and no weights: its
+    weights begin at random, by `seed`. A model without a tokenizer gets that of its teacher.
     tokenizer: the model's tokenizer or processor, which is saved with it and cuts the texts of `calib`, or a folder that holds
     one; of a folder or hub id its own is taken.
     dtype: "auto" keeps the model's own, else "float32", "bfloat16", "float16". device, backend: where and how the result
@@ -60,6 +63,7 @@ class Options:
     train_length: int = WINDOW
     calib_disk: str | Path | None = None
     resume: str | Path | None = None
+    teacher: Any = None
     tokenizer: Any = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device | None = None
@@ -91,6 +95,11 @@ class Options:
         if self.train is not None and not any(each.uses_training() for each in self.passes):
             hint = "--passes ...,recover; passes that learn read --calib"
             raise UsageError("none of the passes trains", where="train", hint=hint)
+        if self.teacher is not None:
+            check_is_model(self.teacher)
+            if not any(each.name == "recover" for each in self.passes):
+                hint = "add recover to the passes, or leave the teacher out"
+                raise UsageError("no pass is taught by a teacher", where="teacher", hint=hint)
         as_dtype(self.dtype)
         check_target(self.device, self.backend)
         check_data_is_given(self.passes, self.calib is not None, self.train is not None)
@@ -112,6 +121,7 @@ class Keywords(TypedDict, total=False):
     train_length: int
     calib_disk: str | Path | None
     resume: str | Path | None
+    teacher: Any
     tokenizer: Any
     dtype: str | torch.dtype
     device: str | torch.device | None

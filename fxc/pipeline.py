@@ -13,6 +13,7 @@ from fxc.data.labels import Samples
 from fxc.data.samples import samples
 from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
+from fxc.ir.thinned import remember_thinned
 from fxc.options import Options
 from fxc.passes.base import Context, Original
 from fxc.passes.instead import instead
@@ -95,6 +96,7 @@ def run_passes(
         given = {name: Samples.of(getattr(context, name)).map(taken) for name in DATA}
         gone = {name: each for name, each in program.constants.items() if name not in after.constants}
         floats = {name: each for name, each in gone.items() if each.is_floating_point() and each.ndim > 1}
+        remember_thinned(after, floats)
         context = replace(context, floats=context.floats | floats, **given)
         original = replace(original, interface=original.interface.then(result.interface))
         program = after

@@ -37,18 +37,19 @@ ALLOWED = {
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
-    "fxc.captured": "errors neutral ir source frontend artifact options",
+    "fxc.captured": "errors neutral ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
     "captured export compiled",
+    "fxc.teaching": "errors passes options compiled compiler",
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
     "fxc.cli": "errors safety ir schemes source data calibrate passes compilation artifact options captured lower compiled "
-    "recipe compiler measure kernel_bench report fxc",
+    "recipe compiler teaching measure kernel_bench report fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler measure",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

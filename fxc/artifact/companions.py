@@ -86,6 +86,10 @@ def is_tokenizer_file(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in TOKENIZER)
 
 
+def is_processor_file(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _PROCESSOR)
+
+
 def has_vocabulary(names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in VOCABULARIES)
 

@@ -23,6 +23,7 @@ from fxc.cli.parameters import (
     dynamic_shapes_of,
     output_for,
 )  # fmt: skip
+from fxc.cli.teach import OPEN, distill, recover
 from fxc.errors import UsageError
 
 app = typer.Typer(
@@ -33,6 +34,8 @@ app = typer.Typer(
     help="Make a model smaller and faster, and measure what it costs.",
 )
 app.add_typer(bench, name="bench")
+app.command(context_settings=OPEN)(recover)
+app.command(context_settings=OPEN)(distill)
 
 
 def _version(wanted: bool) -> None:
@@ -73,6 +76,9 @@ def compile_(
     ] = None,
     train_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --train; 4096 by default.")] = None,
     train_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Another model to teach recover: a source; by default the model as it came.")
+    ] = None,
     calib_disk: Annotated[
         Path | None, typer.Option(help="Keep the hidden states of --calib's samples in this folder and not in memory.")
     ] = None,
@@ -120,6 +126,7 @@ def compile_(
     options = {
         "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
         "calib_length": calib_length, "train": train, "train_samples": train_samples, "train_length": train_length,
+        "teacher": teacher,
         "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,

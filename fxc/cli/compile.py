@@ -14,11 +14,11 @@ import torch
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
-from fxc.captured import Captured, capture_source
+from fxc.captured import Captured, capture_source, capture_teacher
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compilation import Step
-from fxc.compiler import compile_captured
+from fxc.compiler import compile_captured, readers_of
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
@@ -78,8 +78,12 @@ def compile_model(request: CompileRequest, output: Output) -> None:
 
     options = _with_saves(request.resume, options, out, learns)
 
+    teacher = None
+    if options.teacher is not None:
+        with output.doing(f"capturing the teacher {options.teacher}"):
+            teacher = capture_teacher(options)
     with output.doing(f"capturing {request.model}"):
-        captured = capture_source(request.model, options=options)
+        captured = capture_source(request.model, options=options, teacher=teacher)
     if unused := captured.source.get("unused"):
         output.warn(f"the checkpoint holds {size(unused['bytes'])} that the model does not use: {unused['tensors']}")
     scored = _scored(captured, text) if text is not None else None
@@ -87,7 +91,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
         on_step = _on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered})
         try:
-            model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note)
+            model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note, teacher=teacher)
         except BaseException:
             if options.resume and Path(options.resume).is_dir():
                 output.note("what passes have learned is saved: the same command with --resume goes on from there")
@@ -112,12 +116,16 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     packed = FLOAT_WEIGHTS.broken(after) | DENSE_WEIGHTS.broken(after)
     disk = was, sizes.on_disk(out)
     compilation.show(output, record, disk, (before.nbytes(), after.nbytes()), packed)
+    if teacher is not None:
+        share = after.numel() / max(teacher.program.numel(), 1)
+        count = f"{after.numel():,} of its {teacher.program.numel():,} parameters ({share:.1%})"
+        output.line(f"taught by {options.teacher}: {count}")
     if request.report:
         compilation.show_all(output, record, (sizes.bytes_by_kind(before), sizes.bytes_by_kind(after)))
     if any(p.is_policy and p.shrinks for p in ordered) and record.coverage < compilation.LOW_COVERAGE:
         output.warn(f"less than half of the weight bytes were rewritten: {compilation.why_so_little(record)}")
     if scored is None:
-        output.line(_how_to_measure(request.model, out, causal=is_causal_lm(before)))
+        output.line(_how_to_measure(options.teacher or request.model, out, causal=is_causal_lm(before)))
     if "plan.json" in model.files:
         # What else the pass was told is in the plan.
         passes = shlex.quote(",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted))
@@ -187,4 +195,5 @@ def _scored(captured: Captured, text: str) -> torch.Tensor:
     """The tokens of the evaluation text, by the source's tokenizer."""
     if not is_causal_lm(captured.program):
         raise UsageError("only causal language models have a perplexity", where="--eval-text", hint="leave it out")
-    return encode(tokenizer_of(captured.folder), text)
+    with readers_of(captured) as folder:
+        return encode(tokenizer_of(folder), text)

@@ -82,12 +82,13 @@ class Original:
     """The program before the first pass: what a student is taught by, and the stream that no pass has disturbed yet.
 
     interface: what the passes since then made of its inputs and outputs; samples: `Context.samples`, one by one, as it takes
-    them.
+    them; is_other: whether it is another model, whose layers have nothing to do with those of the present program.
     """
 
     program: Program
     samples: list[list[Tensor]] = field(default_factory=list)
     interface: Interface = field(default_factory=Interface)
+    is_other: bool = False
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Inputs of the present program as this one takes them (`Interface.restored`)."""
@@ -109,8 +110,8 @@ class Context:
     judge these by; all four with labels where they have some (`fxc.data.labels.Samples`); limit, tried: the gate's
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
-    before the first pass; floats: weights that passes have packed, as they were just before, by name; seed: of all that passes
-    draw at random.
+    before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that passes have packed, as they
+    were just before, by name; seed: of all that passes draw at random.
     """
 
     skip: tuple[str, ...] = ()
@@ -124,6 +125,8 @@ class Context:
     say: Say = unsaid
     saves: Saves | None = None
     original: Original | None = None
+    teacher: Program | None = None
+    is_other: bool = False
     floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     later: tuple[Pass, ...] = ()

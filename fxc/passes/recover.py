@@ -27,6 +27,7 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.facts import CANONICAL
+from fxc.passes.teacher import teacher_of
 from fxc.train.batches import Batches
 from fxc.train.halves import recover_halves
 from fxc.train.loop import Plan, autocast, train
@@ -137,22 +138,23 @@ class Recover(Pass):
         check_data_is_given([self], bool(context.samples), bool(context.training))
         training, held_out = _split(context)
         loss = Loss.parse(self.loss or default_loss(program), self.temperature, self.k)
-        original = context.original or Original(program.copy())
+        original = teacher_of(context, program)
         loss.check(program, original.program, training.labels, training.unlabelled)
         student = Trainable(
             program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
         )
-        kinds = self._kinds(student, original.program)
+        kinds = self._kinds(student, original)
         student.train_only(kinds)
         if not student.named():
             raise UsageError(f"method={self.method} has nothing to train in it", where=str(self), hint="method=all")
         taught = Taught(
             student, original.program, loss, precision=self.precision,
             as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
+            in_order=original.is_other,
         )  # fmt: skip
         taught.projections(training)
         result, began = Result(), time.monotonic()
-        if self.method == "blocks" or (self.method == "auto" and not self._schedules):
+        if self.method == "blocks" or (self.method == "auto" and not self._schedules and not original.is_other):
             student.train_only(EVERYTHING)
             result.changed += self._blocks(student, original, taught, training, held_out, context, result.notes)
             student.train_only(kinds)
@@ -169,13 +171,14 @@ class Recover(Pass):
         """Whether it makes something else of the model than it was."""
         return bool(self.sparsity or self.l1 or self.layer_drop or self.dropout or self.batch_statistics or self.quantize_after)
 
-    def _kinds(self, student: Trainable, original: Program) -> tuple[str, ...]:
+    def _kinds(self, student: Trainable, original: Original) -> tuple[str, ...]:
         """What the loss trains."""
         if self.method in KINDS:
             return KINDS[self.method]
         if self.lora:
             return EVERYTHING
-        removed = _matrices(student) < sum(t.numel() for t in original.constants.values() if t.ndim > 1)
+        whole = sum(t.numel() for t in original.program.constants.values() if t.ndim > 1)
+        removed = original.is_other or _matrices(student) < whole
         return EVERYTHING if removed or self._schedules or self.method == "blocks" else KINDS["scales"]
 
     def _blocks(

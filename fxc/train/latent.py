@@ -92,10 +92,12 @@ class Rounded(Latent):
 
     Where the weight is not trained, levels stay, whatever becomes of scales. It begins at exactly the weight that is packed.
     original: the weight before it was packed, towards which v lies within its level, so that a number between two levels
-    changes to the other more easily.
+    changes to the other more easily; without it, is_thinned: whether what is zero was so before.
     """
 
-    def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> None:
+    def __init__(
+        self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None, is_thinned: bool = False
+    ) -> None:
         super().__init__()
         self.scheme, self.parts = scheme, dict(parts)
         numbers, scale = parts[scheme.numbers], parts["scale"]
@@ -111,7 +113,7 @@ class Rounded(Latent):
         levels = (flat.view(len(flat), self.groups, -1) / self.scale).round()
         codes = levels + self.zero
         self.register_buffer("start", codes)
-        self.register_buffer("keep", self._kept(original, codes))
+        self.register_buffer("keep", self._kept(original, codes, is_thinned))
         if original is not None and original.shape == dense.shape:
             gap = original.detach().float().reshape(levels.shape) / self.scale - levels
             levels = levels + gap.clamp(-0.49, 0.49)
@@ -120,16 +122,16 @@ class Rounded(Latent):
         self.factor = nn.Parameter(torch.ones_like(self.scale))
         self.kind = {"weight": "weight", "factor": "scale"}
 
-    def _kept(self, original: Tensor | None, codes: Tensor) -> Tensor | None:
+    def _kept(self, original: Tensor | None, codes: Tensor, is_thinned: bool) -> Tensor | None:
         """What is not zero because it was pruned: of 2:4 weights what is stored, else what was not zero before it was
-        packed."""
+        packed, or is not now."""
         if self.scheme.is_sparse:
             # Where a number can be anything but zero.
             ends = (torch.full_like(codes.flatten(1), level) for level in (self.least, self.largest))
             stored = [{**self.parts, self.scheme.numbers: self.scheme.stored(each, self.parts)} for each in ends]
             return torch.stack([dense_of(self.scheme, each) != 0 for each in stored]).any(0).view(codes.shape)
         if original is None or original.shape != self.shape:
-            return None
+            return codes != self.zero if is_thinned else None
         keep = zeros_of(original)
         return None if keep is None else keep.reshape(codes.shape)
 
@@ -167,11 +169,15 @@ class Cast(Latent):
     """A weight in a format whose numbers are no levels (fp8): trained as float, packed anew for every step, with the gradient
     of one that is not."""
 
-    def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> None:
+    def __init__(
+        self, scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None, is_thinned: bool = False
+    ) -> None:
         super().__init__()
         self.scheme = scheme
         dense = dense_of(scheme, parts)
-        keep = None if original is None or original.shape != dense.shape else zeros_of(original)
+        keep = dense != 0 if is_thinned else None
+        if original is not None and original.shape == dense.shape:
+            keep = zeros_of(original)
         self.master = Float(dense, keep)
         self.kind = {f"master.{name}": kind for name, kind in self.master.kind.items()}
 
@@ -183,11 +189,15 @@ class Cast(Latent):
         return self.scheme.pack(self.master())
 
 
-def packed(scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None) -> Latent:
-    """The latent of a packed weight. original: the float weight that it was packed from, where it is known."""
+def packed(
+    scheme: Scheme, parts: Mapping[str, Tensor], original: Tensor | None = None, is_thinned: bool = False
+) -> Latent:
+    """The latent of a packed weight. original: the float weight that it was packed from, where it is known; is_thinned: where
+    it is not, whether zeros were part of it."""
     if not scheme.is_quantized:
         return Thin(scheme, parts)
-    return Cast(scheme, parts, original) if scheme.stored is None else Rounded(scheme, parts, original)
+    kind = Cast if scheme.stored is None else Rounded
+    return kind(scheme, parts, original, is_thinned)
 
 
 def dense_of(scheme: Scheme, parts: Mapping[str, Tensor]) -> Tensor:

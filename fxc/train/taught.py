@@ -22,9 +22,9 @@ FITTED = 16
 
 class Taught:
     """student: what is trained; teacher: a program, None where the loss needs none; as_teacher, as_student: inputs of the
-    student as the teacher takes them, and outputs of the teacher as the student gives them; in_order: blocks are compared by
-    their order and not by names, for a student that is no part of the teacher. Where the loss needs the teacher's likeliest
-    classes alone, they are kept for samples that come again."""
+    student as the teacher takes them, and outputs of the teacher as the student gives them, None for what is not compared;
+    in_order: blocks are compared by their order and not by names, for a student that is no part of the teacher. Where the loss
+    needs the teacher's likeliest classes alone, they are kept for samples that come again."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Taught:
         loss: Loss,
         *,
         as_teacher: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
-        as_student: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list,
+        as_student: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] = list,
         precision: Precision = "float32",
         seed: int = 0,
         penalty: Callable[[], Tensor] | None = None,
@@ -125,10 +125,11 @@ class Taught:
     def _split(self, given: Sequence[Tensor], outputs: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return given[:outputs], given[outputs:]
 
-    def _seen(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], **more: object) -> Seen:
+    def _seen(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], **more: object) -> Seen:
         signature = self.student.program.signature
         names = [each.name for each in signature.inputs]
-        given = dict(zip(signature.outputs, outputs, strict=True)) if outputs else {}
+        named = zip(signature.outputs, outputs, strict=True) if outputs else ()
+        given = {name: each for name, each in named if each is not None}
         return Seen(dict(zip(names, inputs, strict=True)), given, causal=is_causal_lm(self.student.program), **more)
 
 

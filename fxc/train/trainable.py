@@ -17,6 +17,7 @@ from fxc.errors import UsageError
 from fxc.ir.call import Call
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
+from fxc.ir.thinned import thinned
 from fxc.schemes.scheme import product_of, scheme_of
 from fxc.train.batch_norm import BatchNorm
 from fxc.train.latent import Cast, Float, Latent, Rounded, packed, through
@@ -126,7 +127,8 @@ class Trainable(nn.Module):
             if name not in self.latents:
                 layer = layer_of(node, name)
                 tensors = {part: constants[each] for part, each in parts.items()}
-                self.latents[name] = packed(scheme, tensors, known.get(f"{layer}.weight"))
+                is_thinned = layer in thinned(self.program)
+                self.latents[name] = packed(scheme, tensors, known.get(f"{layer}.weight"), is_thinned)
                 self.groups[name], self.layers[name] = parts, layer
         for fqn in self._read_by(node, parts):
             if fqn not in self.latents and constants[fqn].dtype in FLOATS:

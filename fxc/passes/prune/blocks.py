@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from fxc.errors import UsageError
 from fxc.ir.cache import is_present
 from fxc.ir.edit import insert, replace, sweep, type_of
 from fxc.ir.observe import observe
@@ -45,6 +46,30 @@ def blocks(program: Program) -> tuple[list[Block], dict[str, str]]:
         else:
             why[scope] = block
     return found, why
+
+
+def others(program: Program, keep: Sequence[int]) -> list[str]:
+    """The layers of the network but those with the numbers `keep`. Raises UsageError for a number that no layer has, for a
+    network with several lists of layers, and where none would go."""
+    found, why = blocks(program)
+    lists = Counter(block.scope.rpartition(".")[0] for block in found)
+    if len(lists) != 1:
+        said = f"{len(lists)} lists of layers: {', '.join(lists)}" if lists else "no layers that can be dropped"
+        hint = "name those that go: prune:drop=MODULE;MODULE" if lists else None
+        raise UsageError(f"the model has {said}", where="keep", why=next(iter(why.values()), None), hint=hint)
+    numbers = {int(block.scope.rpartition(".")[2]): block.scope for block in found}
+    if missing := [each for each in keep if each not in numbers]:
+        raise UsageError(f"there is no layer {missing[0]}", where="keep", hint=f"the layers of the model: {listed(numbers)}")
+    if numbers.keys() <= set(keep):
+        raise UsageError(f"these are all of its {len(numbers)} layers", where="keep", hint="leave some out")
+    return [scope for number, scope in numbers.items() if number not in keep]
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """0 to 4, or each of them where some are missing."""
+    ordered = sorted(numbers)
+    is_whole = ordered == list(range(ordered[0], ordered[-1] + 1)) and len(ordered) > 2
+    return f"{ordered[0]} to {ordered[-1]}" if is_whole else ", ".join(map(str, ordered))
 
 
 def _numbered(program: Program) -> list[str]:

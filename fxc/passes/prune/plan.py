@@ -55,6 +55,14 @@ def _checked(module: str, kind: str, units: Sequence[int], where: str) -> Drop:
     return Drop(module, kind, tuple(sorted(set(units))))
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Numbers from 0 on, joined by ";" or ",": "0;2;4"."""
+    parts = [each.strip() for each in re.split("[;,]", text)] if text else []
+    if not all(each.isdecimal() for each in parts):
+        raise UsageError(f"{text!r} is no list of layers", where="keep", hint="their numbers from 0 on, as in 0;2;4")
+    return tuple(sorted({int(each) for each in parts}))
+
+
 def read_plan(path: str | Path) -> tuple[Drop, ...]:
     """The drops in a JSON file. Raises `UsageError` for one that is not there or says something else."""
     try:

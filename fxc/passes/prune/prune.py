@@ -41,9 +41,9 @@ from fxc.passes.dead_structure.dead_structure import NO_DEAD_STRUCTURE
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.learning import announce_backward
 from fxc.passes.prune.amount import choose
-from fxc.passes.prune.blocks import Block, block_at, blocks, influence, take_out
+from fxc.passes.prune.blocks import Block, block_at, blocks, influence, others, take_out
 from fxc.passes.prune.mask import mask, unmaskable
-from fxc.passes.prune.plan import Drop, parse_drops, read_plan
+from fxc.passes.prune.plan import Drop, parse_drops, parse_numbers, read_plan
 from fxc.passes.prune.scores import NEED_DATA, NEED_GRADIENTS, Criterion, scores
 
 BUDGET = 0.02
@@ -63,7 +63,8 @@ class Prune(Pass):
     taylor for amount=auto, and else l2; layers always go by how little they change their input, which needs data. scope:
     whether units compete within their layer or over the whole model. round_to: channels are kept in multiples of it. uniform:
     every layer keeps as many as the others, and every KV head as many query heads, so that the result can be said in a Hugging
-    Face configuration. drop: explicit decisions, "MODULE/heads/0+5;MODULE"; plan: a JSON file of them.
+    Face configuration. drop: explicit decisions, "MODULE/heads/0+5;MODULE"; plan: a JSON file of them. keep: the numbers of the
+    layers that stay, "0;2;4", while all others are dropped.
     """
 
     amount: Literal["", "auto"] = ""
@@ -78,6 +79,7 @@ class Prune(Pass):
     uniform: bool = False
     drop: str = ""
     plan: str = ""
+    keep: str = ""
 
     name: ClassVar[str] = "prune"
     is_policy: ClassVar[bool] = True
@@ -97,7 +99,7 @@ class Prune(Pass):
             raise UsageError(f"round_to={self.round_to} is not a positive number", where="prune")
         if self.uniform and self.scope == "global":
             raise UsageError("uniform=true keeps the layers alike, and scope=global does not", where="prune")
-        says = [name for name in ("heads", "ffn", "channels", "layers", "drop", "plan") if getattr(self, name)]
+        says = [name for name in ("heads", "ffn", "channels", "layers", "drop", "plan", "keep") if getattr(self, name)]
         if not 0 <= self.budget < float("inf"):
             raise UsageError(f"budget={self.budget} is not a share of the loss", where="prune", hint="prune:budget=0.02")
         if says and (self.amount or self.budget != BUDGET):
@@ -106,11 +108,12 @@ class Prune(Pass):
                 f"{given} lets prune choose how much goes, and {says[0]}= says it", where="prune", hint="give one of the two"
             )
         # As it can be written in a list of passes.
+        object.__setattr__(self, "keep", ";".join(map(str, parse_numbers(self.keep))))
         object.__setattr__(self, "drop", ";".join(map(str, parse_drops(self.drop))))
 
     @property
     def is_auto(self) -> bool:
-        return not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan)
+        return not (self.heads or self.ffn or self.channels or self.layers or self.drop or self.plan or self.keep)
 
     def uses_data(self) -> bool:
         return self.is_auto or self._needs_data()
@@ -136,6 +139,9 @@ class Prune(Pass):
             return result
         drops = parse_drops(self.drop) + (read_plan(self.plan) if self.plan else ())
         self._drop(program, drops, result)
+        if self.keep:
+            for scope in others(program, parse_numbers(self.keep)):
+                _take_out(program, scope, result)
         if self.layers:
             self._drop_layers(program, context, result)
         shares = {"head": self.heads, "ffn": self.ffn, "channel": self.channels}
