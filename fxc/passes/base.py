@@ -110,8 +110,8 @@ class Context:
     judge these by; all four with labels where they have some (`fxc.data.labels.Samples`); limit, tried: the gate's
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
-    before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that passes have packed, as they
-    were just before, by name; seed: of all that passes draw at random.
+    before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
+    passes have packed, as they were just before, by name; seed: of all that passes draw at random.
     """
 
     skip: tuple[str, ...] = ()

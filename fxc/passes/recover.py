@@ -143,7 +143,7 @@ class Recover(Pass):
         student = Trainable(
             program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
         )
-        kinds = self._kinds(student, original)
+        kinds = self._kinds(student, original, loss)
         student.train_only(kinds)
         if not student.named():
             raise UsageError(f"method={self.method} has nothing to train in it", where=str(self), hint="method=all")
@@ -171,15 +171,15 @@ class Recover(Pass):
         """Whether it makes something else of the model than it was."""
         return bool(self.sparsity or self.l1 or self.layer_drop or self.dropout or self.batch_statistics or self.quantize_after)
 
-    def _kinds(self, student: Trainable, original: Original) -> tuple[str, ...]:
+    def _kinds(self, student: Trainable, original: Original, loss: Loss) -> tuple[str, ...]:
         """What the loss trains."""
         if self.method in KINDS:
             return KINDS[self.method]
         if self.lora:
             return EVERYTHING
         whole = sum(t.numel() for t in original.program.constants.values() if t.ndim > 1)
-        removed = original.is_other or _matrices(student) < whole
-        return EVERYTHING if removed or self._schedules or self.method == "blocks" else KINDS["scales"]
+        is_learned = original.is_other or not loss.needs_teacher or _matrices(student) < whole
+        return EVERYTHING if is_learned or self._schedules or self.method == "blocks" else KINDS["scales"]
 
     def _blocks(
         self, student: Trainable, original: Original, taught: Taught, training: Samples, held_out: Samples,

@@ -22,7 +22,8 @@ from fxc.passes.base import Context, Original
 @dataclass(frozen=True, kw_only=True)
 class Teacher(Original):
     """A program that teaches `student`, which is not made of it. Raises UsageError where it takes what the student is not
-    given, where both take or give what has other sizes, another vocabulary above all, and where they give nothing of one name."""
+    given, where both take or give what has other sizes, another vocabulary above all, and where they give nothing of one
+    name."""
 
     student: Program
 
