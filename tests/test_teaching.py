@@ -63,22 +63,22 @@ def test_a_model_that_was_just_compiled_is_taken_as_its_artifact_is(teacher, dat
 
 
 @pytest.mark.parametrize("format", ["int4:group=32", "fp8"])
-def test_packed_zeros_of_an_artifact_stay_and_those_of_dense_weights_need_not(format, teacher, data, tmp_path):
+def test_packed_zeros_of_an_artifact_stay_and_those_of_dense_weights_need_not(format, teacher, tmp_path):
     layer = "model.layers.0.mlp.up_proj"
     for spec, stays in ((f"sparsify:sparsity=0.6,{format}", True), (format, False)):
-        out = tmp_path / str(stays)
-        fxc.optimize(teacher, passes=spec, verify=False).save(out)
-        small = fxc.load(out)
-        assert (layer in thinned(small.program)) == stays
-        latent = next(each for name, each in Trainable(small.program).latents.items() if name.startswith(layer))
-        keep = latent.keep if hasattr(latent, "keep") else latent.master.keep
-        assert (keep is not None) == stays
-    made = fxc.recover(tmp_path / "True", data, teacher, steps=6, rate=0.002, method="all")
-    was, now = (next(m for n, m in Trainable(p).latents.items() if n.startswith(layer))() for p in (
-        fxc.load(tmp_path / "True").program, made.program))  # fmt: skip
-    assert made.report["passes"][-1]["changed"] and not torch.equal(was, now)
-    assert bool((was == 0).float().mean() > 0.5) and bool((now[was == 0] == 0).all())
-    assert layer in thinned(made.program)
+        fxc.optimize(teacher, passes=spec, verify=False).save(tmp_path / str(stays))
+        program = fxc.load(tmp_path / str(stays)).program
+        assert (layer in thinned(program)) == stays
+        student = Trainable(program)
+        latent = next(each for name, each in student.latents.items() if name.startswith(layer))
+        before = latent().detach()
+        with torch.no_grad():
+            for each in latent.parameters():
+                each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(0)))
+        student.write()
+        now = next(each for name, each in Trainable(program).latents.items() if name.startswith(layer))().detach()
+        assert not torch.equal(before, now) and bool((before == 0).any())
+        assert bool((now[before == 0] == 0).all()) == stays
 
 
 def test_a_smaller_configuration_learns_what_its_teacher_does(teacher, data):
