@@ -27,7 +27,7 @@ def data():
 
 def losses(model: fxc.CompiledModel) -> tuple[float, float]:
     """Before and after, as the pass said."""
-    notes = [each for each in model.report["passes"][-1]["notes"] if "the loss on" in each and "nothing was changed" not in each]
+    notes = [each for each in model.report["passes"][-1]["notes"] if "the loss on" in each and " -> " in each[-40:]]
     first, last = (each.rpartition(" samples ")[2].partition(" -> ") for each in (notes[0], notes[-1]))
     return float(first[0]), float(last[2])
 
