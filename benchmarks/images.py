@@ -3,17 +3,20 @@
     python -m benchmarks.images --threads 1
 
 The networks of ImageNet's size have random weights and say nothing of accuracy; the digits models of examples/ do. Activations
-are channels last everywhere. A full run writes benchmarks/results/images-<cpu>.json and .md; one with --quick is only printed.
+are channels last in torch and fxc. Where openvino and nncf are installed, OpenVINO's static int8 is measured beside. A full run
+writes benchmarks/results/images-<cpu>.json and .md; one with --quick is only printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import util
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +64,38 @@ def settled(model: nn.Module, images: Tensor) -> nn.Module:
     return model.eval()
 
 
+class Logits(nn.Module):
+    """A classifier of transformers, or any model, that gives its logits alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.model(x)
+        return getattr(out, "logits", out)
+
+
+def has_openvino() -> bool:
+    return all(map(util.find_spec, ("openvino", "nncf")))
+
+
+def openvino_int8(model: nn.Module, images: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """`model` as OpenVINO runs it with activations and weights in int8 by NNCF, calibrated on `images`, each [B, C, H, W]."""
+    import nncf
+    import openvino
+
+    nncf.set_log_level(logging.ERROR)
+    shape = openvino.PartialShape([-1, *images[0].shape[1:]])
+    converted = openvino.convert_model(Logits(model).eval(), example_input=images[0], input=shape)
+    quantized = nncf.quantize(converted, nncf.Dataset([each.numpy() for each in images]))
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.contiguous().numpy()], share_inputs=True, share_outputs=False)[0])
+
+
 def timed(name: str, make: Callable[[], nn.Module], batches: tuple[int, ...], rounds: int) -> list[dict]:
-    """A row for each batch size: the milliseconds of a call of float32, of bfloat16, and of static int8."""
+    """A row for each batch size: the milliseconds of a call of float32, of bfloat16, of static int8, and of OpenVINO's."""
     torch.manual_seed(0)
     images = torch.randn(8, 3, SIDE, SIDE)
     model = settled(make().eval(), images)
@@ -72,12 +105,14 @@ def timed(name: str, make: Callable[[], nn.Module], batches: tuple[int, ...], ro
     made = fxc.optimize(model, (images[:2],), PASSES, calib=calib, dtype="float32", verify=False)
     lowered, report = lower_cpu(made.program)
     run = runnable(lowered, "cpu", "eager")
+    peer = openvino_int8(model, images.split(2)) if has_openvino() else None
     plain = model.to(memory_format=torch.channels_last)
     half = copy.deepcopy(plain).bfloat16()
     rows = []
     for batch in batches:
         x = torch.randn(batch, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
         forms = {"float32": (plain, x), "bfloat16": (half, x.bfloat16()), "int8": (run, x)}
+        forms |= {"openvino": (peer, x.contiguous())} if peer else {}
         with torch.no_grad():
             times = interleave({form: Call(lambda _, f=f, x=x: f(x)) for form, (f, x) in forms.items()}, rounds)
         rows.append({
@@ -95,7 +130,10 @@ def accuracies() -> list[dict]:
     for name in digits.MODELS:
         model, example = getattr(digits, name)()
         made = fxc.optimize(model, example, PASSES, calib=digits.calibration())
-        rows.append({"name": name, "float32": digits.accuracy(model), "int8": digits.accuracy(made)})
+        row = {"name": name, "float32": digits.accuracy(model), "int8": digits.accuracy(made)}
+        if has_openvino():
+            row["openvino"] = digits.accuracy(openvino_int8(model, digits.calibration()))
+        rows.append(row)
     return rows
 
 
@@ -108,19 +146,21 @@ def markdown(report: dict) -> str:
         f"{report['load_before']}, median of {report['rounds']} interleaved rounds; torch is eager and channels last, fxc is "
         f"`{PASSES}`, eager. Weights are random. {versions_text(report['versions'])}.",
         "",
-        "| network | batch | torch float32, ms | torch bfloat16, ms | fxc int8, ms | over float32 | over bfloat16 | layers |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | batch | torch float32, ms | torch bfloat16, ms | OpenVINO int8, ms | fxc int8, ms | over float32 "
+        "| over bfloat16 | over OpenVINO | layers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["timed"]:
         ms = row["ms"]
-        faster = " | ".join(f"{ms[form] / ms['int8']:.2f}x" for form in ("float32", "bfloat16"))
+        faster = (f"{ms[form] / ms['int8']:.2f}x" if form in ms else "-" for form in ("float32", "bfloat16", "openvino"))
         forms = ", ".join(f"{count} {form}" for form, count in row["layers"].items())
-        cells = " | ".join(f"{ms[form]:.2f}" for form in ("float32", "bfloat16", "int8"))
-        lines.append(
-            f"| {row['name']} | {row['batch']} | {cells} | {faster} | {forms}; {row['stay_int8']} give int8 on |"
-        )
-    lines += ["", "| digits model | float32 | int8 |", "|---|---|---|"]
-    lines += [f"| {row['name']} | {row['float32']:.1%} | {row['int8']:.1%} |" for row in report["accuracy"]]
+        cells = (f"{ms[form]:.2f}" if form in ms else "-" for form in ("float32", "bfloat16", "openvino", "int8"))
+        said = f"{forms}; {row['stay_int8']} give int8 on"
+        lines.append(f"| {row['name']} | {row['batch']} | {' | '.join((*cells, *faster, said))} |")
+    lines += ["", "| digits model | float32 | fxc int8 | OpenVINO int8 |", "|---|---|---|---|"]
+    for row in report["accuracy"]:
+        cells = (f"{row[form]:.1%}" if form in row else "-" for form in ("float32", "int8", "openvino"))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

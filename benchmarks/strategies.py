@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.strategies", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--backend", choices=("eager", "inductor"), default="inductor")
+    parser.add_argument("--only", nargs="+", metavar="PASSES", help="these strategies instead of all")
     parser.add_argument("--quick", action="store_true", help="two strategies, few windows, nothing written")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         require_compiler()
     load, rounds = round(os.getloadavg()[0], 2), 2 if given.quick else 7
     strategies, windows = (STRATEGIES[:1] + STRATEGIES[9:10], 4) if given.quick else (STRATEGIES, WINDOWS)
+    strategies = tuple(given.only or strategies)
     report = {
         "hardware": table.hardware(), "versions": table.versions(), "threads": given.threads, "load_before": load,
         "backend": given.backend, "rounds": rounds, "rows": measure(strategies, given.backend, windows, rounds),
