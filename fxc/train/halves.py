@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from fxc.calibrate.needs import Needs, nbytes_of, symbols_of
 from fxc.calibrate.reconstruct import Fit, reconstruct
-from fxc.calibrate.stream import Passage, Stream
+from fxc.calibrate.stream import Passage, Stream, alive_before
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
 from fxc.train.plain import Plain
@@ -26,6 +28,8 @@ from fxc.train.trainable import Trainable
 Sample = Sequence[Tensor]
 # Of the energy of what a segment gives: where no more is lost, nothing is to be trained.
 NOTHING = 1e-9
+# Of each weight that is trained: as it is, its latent, two moments, a gradient of both, and as it was best.
+TRAINING = 7
 
 
 @dataclass
@@ -62,26 +66,24 @@ def recover_halves(
 ) -> Halves:
     """Train what `student` lets be trained, in place, segment by segment; teacher: a canonical program.
 
-    steps: for each segment; rate: the largest step of a number, as a share of the mean size of those of its weight.
+    steps: for each segment; rate: the largest step of a number, as a share of the mean size of those of its weight. Raises
+    ResourceError, before it begins, where there is not enough memory.
     """
     plain = Plain(student)
     every = [*samples, *held_out]
     mine, theirs = Stream(plain.program, every), Stream(teacher, [as_teacher(each) for each in every])
     found, unlike = segments(plain.program, student.layers, teacher, every[0], as_teacher(every[0]))
     made = Halves(unlike=unlike)
-    if not any(each.inner for each in found):
+    if len(found) < 2:
         return made
-    for number, segment in enumerate(found):
-        after = found[number + 1] if number + 1 < len(found) else None
-        if not segment.inner:
-            break
-        if after is not None:
-            theirs.flow(after.theirs[0])
+    _needs(plain.program, found, mine, theirs, batch).check("recover:method=blocks")
+    for number, (segment, after) in enumerate(pairwise(found), 1):
+        theirs.flow(after.theirs[0])
         passage = _passage(plain.program, segment, mine, theirs)
         own = [name for name in plain.gives if name in passage.own]
         parameters = {name: [p for p in student.latents[name].parameters() if p.requires_grad] for name in own}
         if any(parameters.values()):
-            what = f"recovering {segment.layers[0]} ({number + 1} of {len(found)})"
+            what = f"recovering {segment.layers[0]} ({number} of {len(found) - 1})"
             fit = reconstruct(
                 passage, {name: plain.gives[name] for name in own if parameters[name]}, _optimizer(student, own, rate),
                 schedule=cosine, steps=steps, batch=batch, seed=seed, held_out=range(len(samples), len(every)),
@@ -90,14 +92,31 @@ def recover_halves(
             if fit.before > NOTHING:
                 made.fits[segment.layers[0]] = fit
                 plain.update(own)
-        if after is not None:
-            mine.flow(after.mine[0], theirs)
+        mine.flow(after.mine[0], theirs)
     return made
 
 
 def cosine(done: float) -> float:
     """Up in a twentieth of the steps, and down again."""
     return min(1.0, 0.1 + done * 20) * (0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * done))))
+
+
+def _needs(program: Program, found: list[Segment], mine: Stream, theirs: Stream, batch: int) -> Needs:
+    """Hidden states of both where they are largest, and, for the segment where that is most, its weights in training and what
+    the largest samples give in it, with gradients."""
+    places = [0] * len(found[1:])
+    for stream, begins in ((mine, [each.mine[0] for each in found[1:]]), (theirs, [each.theirs[0] for each in found[1:]])):
+        known = [symbols_of(stream.program, [*state.values()]) for state in stream.states]
+        for at, begin in enumerate(begins):
+            values = [n.meta["val"] for n in alive_before(stream.program, begin) if n.op != "placeholder"]
+            places[at] += sum(nbytes_of(value, symbols) for symbols in known for value in values)
+    symbols = symbols_of(program, max(([*state.values()] for state in mine.states), key=lambda s: sum(t.numel() for t in s)))
+    training = []
+    for segment in found[:-1]:
+        read = {each.target for node in segment.mine for each in node.all_input_nodes if each.op == "get_attr"}
+        values = sum(nbytes_of(node.meta["val"], symbols) for node in segment.mine)
+        training.append(TRAINING * 4 * sum(program.constants[name].numel() for name in read) + 2 * batch * values)
+    return Needs(max(places), 0, 0, 0, [], training=max(training))
 
 
 def _passage(program: Program, segment: Segment, mine: Stream, theirs: Stream) -> Passage:

@@ -60,9 +60,7 @@ def segments(
         found.append(_segment(student, names, mine[begin[0] : at + 1], theirs[begin[1] : there + 1]))
         begin = at + 1, there + 1
     results = _results(student, teacher, mine[begin[0] :], theirs[begin[1] :])
-    if results[0]:
-        found.append(_segment(student, names, mine[begin[0] :], theirs[begin[1] :], results))
-    return found, unlike
+    return [*found, _segment(student, names, mine[begin[0] :], theirs[begin[1] :], results)], unlike
 
 
 def _before(program: Program, some: list[Block], names: Mapping[str, str]) -> list[Counter[str]]:

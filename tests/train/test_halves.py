@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxc.errors import ResourceError
 from fxc.frontend.capture import capture
 from fxc.options import Options
 from fxc.passes.base import Context
@@ -115,6 +116,14 @@ def test_what_is_packed_is_recovered_and_zeros_stay(spec):
     sparse = {name: each for name, each in zeros.items() if each.ndim > 1 and each.float().mean() >= 0.5}
     assert "spars" not in spec or len(sparse) == 7
     assert "spars" not in spec or all((student.latents[name]()[each] == 0).all() for name, each in sparse.items())
+
+
+def test_memory_that_is_not_there_is_said_before_it_begins(monkeypatch):
+    monkeypatch.setattr("fxc.calibrate.needs.available", lambda: 100_000)
+    student = Trainable(program_of(damaged(Blocks())))
+    with pytest.raises(ResourceError, match="shorter samples"):
+        # 15 samples of 10 x 32 numbers in both: 38 kB; a part with 4.2 thousand numbers: 118 kB.
+        recover_halves(student, program_of(Blocks()), inputs(), inputs(3), steps=1)
 
 
 def test_frozen_parts_stay():
