@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fxc.passes.base import Refusal, Removal
+from fxc.train.fit import Fit
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Step:
     layer_errors are relative, of the output of a layer that is given the inputs that it had before, by FQN; judged_on: what
     these inputs are; saturation: the share of the numbers of a packed weight that are at the ends of the format's range, by
     FQN; cut_off: the share of what a layer read of the samples that lies beyond the range learned for it, by FQN; repeat: the
-    pass that makes the same decisions again, of one that chose by itself."""
+    pass that makes the same decisions again, of one that chose by itself; training: what it trained, with its curve."""
 
     name: str
     changed: int
@@ -35,6 +36,7 @@ class Step:
     saturation: dict[str, float] = field(default_factory=dict)
     cut_off: dict[str, float] = field(default_factory=dict)
     judged_on: str | None = None
+    training: Fit | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Of layers that were measured also signal_to_noise in dB, None where it is infinite; what was not measured is left
@@ -43,7 +45,7 @@ class Step:
         if self.layer_errors:
             ratios = {name: decibels(error) for name, error in self.layer_errors.items()}
             content["signal_to_noise"] = {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
-        unmeasured = {name for name in ("saturation", "cut_off", "judged_on") if not content[name]}
+        unmeasured = {name for name in ("saturation", "cut_off", "judged_on", "training") if not content[name]}
         return {name: value for name, value in content.items() if name not in unmeasured}
 
 
@@ -170,4 +172,11 @@ def lasting(report: dict[str, Any]) -> dict[str, Any]:
     """The report without the times that passes took: equal inputs have to give equal files."""
     if "passes" not in report:
         return report
-    return report | {"passes": [{k: v for k, v in p.items() if k != "seconds"} for p in report["passes"]]}
+    return report | {"passes": [_timeless(each) for each in report["passes"]]}
+
+
+def _timeless(value: Any) -> Any:
+    """Without what is named seconds, at any depth."""
+    if isinstance(value, dict):
+        return {name: _timeless(each) for name, each in value.items() if name != "seconds"}
+    return [_timeless(each) for each in value] if isinstance(value, list | tuple) else value

@@ -77,7 +77,7 @@ def run_passes(
         done = Step(
             str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), parameters(program),
             parameters(after), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
-            repeat=str(result.repeat) if result.repeat else None, cut_off=result.cut_off,
+            repeat=str(result.repeat) if result.repeat else None, cut_off=result.cut_off, training=result.training,
         )  # fmt: skip
         if options.verify:
             budget, layer_budget = options.budget, options.layer_budget

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
-"""(items, what is done with them, how many there are at most) -> the items, shown to somebody as they are taken."""
+Track = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+"""(items, what is done with them, how many there are at most, None where nobody knows) -> the items, shown to somebody as they
+are taken."""
 
 Say = Callable[[str], None]
 """Tells somebody, before it begins, what is going to be done."""
@@ -17,7 +18,7 @@ def unsaid(text: str) -> None:
     pass
 
 
-def untracked(items: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+def untracked(items: Iterable[Any], what: str, count: int | None) -> Iterable[Any]:
     return items
 
 
@@ -33,7 +34,11 @@ class Pace:
         done = sum(self._weights[self._first : at])
         if not done:
             return None
-        seconds = (time.monotonic() - self._began) / done * sum(self._weights[at:])
-        if seconds >= 5400:
-            return f"{seconds / 3600:.1f} h left"
-        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+        return in_words((time.monotonic() - self._began) / done * sum(self._weights[at:]))
+
+
+def in_words(seconds: float) -> str:
+    """How long something still takes."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h left"
+    return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{max(seconds, 0):.0f} s left"

@@ -29,7 +29,7 @@ ALLOWED = {
     "fxc.train": "errors progress memory ir schemes data calibrate",
     "fxc.passes": "errors progress memory ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
-    "fxc.compilation": "passes",
+    "fxc.compilation": "passes train",
     "fxc.artifact": "errors safety ir schemes source data",
     "fxc.lower": "errors ir neutral schemes fxc_kernels",
     "fxc.options": "errors passes source data artifact lower",
@@ -45,7 +45,7 @@ ALLOWED = {
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
-    "fxc.report": "errors ir data analysis schemes passes compilation artifact lower compiled fxc_kernels",
+    "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.cli": "errors safety ir schemes source data calibrate passes compilation artifact options captured lower compiled "
     "recipe compiler teaching measure kernel_bench report fxc",
     "fxc.__main__": "cli",

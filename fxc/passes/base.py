@@ -22,6 +22,7 @@ from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 from fxc.passes.patterns import check_patterns, matches
 from fxc.progress import Say, Track, unsaid, untracked
+from fxc.train.fit import Fit
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Result:
     """What a pass did: how many places it changed, where it declined, the bytes of weights that it rewrote, which units it
     removed or masked, and what became of the program's inputs and outputs. notes: what else a user should know; repeat: the
     pass that makes the same decisions without looking, for one that looked; cut_off: of layers, by FQN, the share of what they
-    read of the samples that lies beyond the range learned for it."""
+    read of the samples that lies beyond the range learned for it; training: what training did, where it trained."""
 
     changed: int = 0
     refusals: list[Refusal] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     repeat: Pass | None = None
     cut_off: dict[str, float] = field(default_factory=dict)
+    training: Fit | None = None
 
 
 @dataclass(frozen=True)

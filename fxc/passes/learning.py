@@ -46,7 +46,8 @@ def learn(
     here = replace(needs, on_disk=context.saves is not None and not context.saves.in_memory)
     context.say(f"{by} {what} from {len(samples)} samples, with {here}")
     here.check(str(by), None if lighter is None or lighter in str(by) else lighter)
-    journal = context.saves.journal(_key(by, program, layers, context, what)) if context.saves else None
+    key = key_of(by, program, context, layers=[layer.name for layer in layers], what=what)
+    journal = context.saves.journal(key) if context.saves else None
     if journal and journal.began:
         context.say(f"{by} goes on: {journal.began} of {len(needs.stages)} stages are done")
     runner.run(
@@ -76,12 +77,11 @@ def announce_backward(by: Pass, program: Program, context: Context, numbers: int
         )
 
 
-def _key(by: Pass, program: Program, layers: Collection[fx.Node], context: Context, what: str) -> dict[str, Any]:
-    """All that the result depends on, to the last bit."""
-    return {
-        "pass": f"{by} {what}",
+def key_of(by: Pass, program: Program, context: Context, **more: Any) -> dict[str, Any]:
+    """All that the result depends on, to the last bit; more: what else, as JSON."""
+    return more | {
+        "pass": str(by),
         "program": digest_of(program.constants.values(), str(program)),
-        "layers": [layer.name for layer in layers],
         "samples": digest_of(tensor for sample in context.samples for tensor in sample),
         "seed": context.seed,
         "versions": [metadata.version("fxc"), torch.__version__, platform.python_version()],

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -23,16 +23,21 @@ from torch import Tensor
 
 from fxc.data.labels import Samples
 from fxc.errors import UsageError, VerificationFailed
+from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.facts import CANONICAL
+from fxc.passes.learning import key_of
 from fxc.passes.teacher import teacher_of
+from fxc.train import ranks
 from fxc.train.batches import Batches
 from fxc.train.halves import recover_halves
-from fxc.train.loop import Plan, autocast, train
+from fxc.train.loop import train
 from fxc.train.lora import adapt, merge
 from fxc.train.losses import Loss, default_loss
+from fxc.train.plan import Plan
+from fxc.train.precision import autocast, chosen
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
 from fxc.train.taught import Taught
 from fxc.train.trainable import Trainable
@@ -66,7 +71,10 @@ class Recover(Pass):
     scales, gains and biases, or all weights where layers, heads or channels were removed. With a schedule (below): all.
     lora: the rank of the product of two thin matrices through which the loss trains all weights, and which is merged in the
     end; weights that are no larger than these are trained as they are.
-    precision: what products run in while it trains; weights are float32.
+    precision: what products run in while it trains; weights are float32. auto: bfloat16 where the machine multiplies it itself.
+    accumulate: in so many parts a batch is computed, for less memory. patience: training by the loss ends after so many of ten
+    looks at the held-out samples that were no better; 0: never. scale_rate: of scales of packed weights, as a factor of the
+    rate.
     sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
     (arXiv 1710.01878), the smallest first. l1: so much times the sum of the scales of batch norms is added to the loss (Network
     Slimming, arXiv 1708.06519), after which prune:criterion=bn_scale takes channels out. layer_drop: the probability of leaving
@@ -89,7 +97,10 @@ class Recover(Pass):
     block_steps: int = 100
     block_rate: float = 0.02
     lora: int = 0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    accumulate: int = 1
+    patience: int = 0
+    scale_rate: float = 1.0
     sparsity: float = 0.0
     l1: float = 0.0
     layer_drop: float = 0.0
@@ -136,6 +147,7 @@ class Recover(Pass):
         if program.is_on_meta:
             return Result(notes=["not trained: the weights are on meta"])
         check_data_is_given([self], bool(context.samples), bool(context.training))
+        ranks.join()
         training, held_out = _split(context)
         loss = Loss.parse(self.loss or default_loss(program), self.temperature, self.k)
         original = teacher_of(context, program)
@@ -148,19 +160,19 @@ class Recover(Pass):
         if not student.named():
             raise UsageError(f"method={self.method} has nothing to train in it", where=str(self), hint="method=all")
         taught = Taught(
-            student, original.program, loss, precision=self.precision,
+            student, original.program, loss, precision=chosen(self.precision),
             as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
             in_order=original.is_other,
         )  # fmt: skip
         taught.projections(training)
-        result, began = Result(), time.monotonic()
+        result, spent = Result(), 0.0
+        key = self._key(program, original, training, held_out, context)
         if self.method == "blocks" or (self.method == "auto" and not self._schedules and not original.is_other):
             student.train_only(EVERYTHING)
-            result.changed += self._blocks(student, original, taught, training, held_out, context, result.notes)
+            spent = self._blocks(student, original, taught, training, held_out, context, key, result)
             student.train_only(kinds)
         if self.method != "blocks":
-            spent = time.monotonic() - began
-            result.changed += self._by_loss(student, taught, training, held_out, context, spent, result.notes)
+            self._by_loss(student, taught, training, held_out, context, key, spent, result)
         if result.changed:
             student.write()
             self._check(student, program, held_out[0])
@@ -183,16 +195,24 @@ class Recover(Pass):
 
     def _blocks(
         self, student: Trainable, original: Original, taught: Taught, training: Samples, held_out: Samples,
-        context: Context, notes: list[str],
-    ) -> int:  # fmt: skip
-        """Train half-blocks, and say so in `notes`. How many latents were changed: none where the loss on held-out samples is
-        no lower."""
+        context: Context, key: dict[str, object], result: Result,
+    ) -> float:  # fmt: skip
+        """Train half-blocks, and say so in `result`; nothing is changed where the loss on held-out samples is no lower. How
+        many seconds it took. key: of where it is saved."""
+        journal = context.saves.journal(key | {"part": "half-blocks"}) if context.saves else None
+        if journal and journal.done:
+            saved = journal.stage(0)
+            context.say(f"{self} goes on: half-blocks are done")
+            _put(student, saved["parameters"])
+            result.notes.append(saved["note"])
+            result.changed += saved["changed"]
+            return saved["seconds"]
         judge, began = taught.judged(held_out, held_out.labels), time.monotonic()
         before, kept = judge(), [each.detach().clone() for each in student.parameters()]
         teacher = original.program.copy()
         Canonicalize().run(teacher, Context())
         # Shares of energy are too small for float16 without scaling.
-        precision = "float32" if self.precision == "float16" else self.precision
+        precision = "float32" if self.precision == "float16" else chosen(self.precision)
         halves = recover_halves(
             student, teacher, training[:: -(-len(training) // BLOCK_SAMPLES)], held_out[: BLOCK_SAMPLES // HELD_OUT],
             as_teacher=original.inputs, steps=self.block_steps, batch=self.batch,
@@ -201,23 +221,27 @@ class Recover(Pass):
         after = judge() if halves.fits else before
         better = after < before
         if not better:
-            with torch.no_grad():
-                for each, value in zip(student.parameters(), kept, strict=True):
-                    each.copy_(value)
+            _put(student, kept)
         said = _said(before, after) if halves.fits else "nothing was changed"
-        notes.append(f"{halves}, in {time.monotonic() - began:.0f} s; the loss on {len(held_out)} held-out samples {said}")
-        return len(student.latents) if better else 0
+        note = f"{halves}; the loss on {len(held_out)} held-out samples {said}"
+        changed, seconds = len(student.latents) if better else 0, time.monotonic() - began
+        if journal:
+            own = [each.detach() for each in student.parameters()]
+            journal.save_stage({"parameters": own, "note": note, "changed": changed, "seconds": seconds})
+        result.notes.append(note)
+        result.changed += changed
+        return seconds
 
     def _by_loss(
-        self, student: Trainable, taught: Taught, training: Samples, held_out: Samples, context: Context, spent: float,
-        notes: list[str],
-    ) -> int:  # fmt: skip
-        """Train by the loss, and say so in `notes`. How many latents were changed. spent: seconds so far."""
+        self, student: Trainable, taught: Taught, training: Samples, held_out: Samples, context: Context,
+        key: dict[str, object], spent: float, result: Result,
+    ) -> None:  # fmt: skip
+        """Train by the loss, and say so in `result`. key: of where it is saved; spent: seconds so far."""
         plan = self._plan(context.seed)
         if plan.minutes:
             if plan.minutes * 60 <= spent:
-                notes.append(f"nothing is left of {plan.minutes:g} minutes to train by the loss")
-                return 0
+                result.notes.append(f"nothing is left of {plan.minutes:g} minutes to train by the loss")
+                return
             plan = replace(plan, minutes=plan.minutes - spent / 60)
         adapted = adapt(student, self.lora, context.seed) if self.lora else []
         if adapted:
@@ -234,19 +258,29 @@ class Recover(Pass):
                 sparser(done)
 
         prepares = bool(self.l1 or self.layer_drop)
+        journal = context.saves.journal(key | {"part": "by the loss"}) if context.saves else None
+        if journal and journal.began:
+            context.say(f"{self} goes on: {journal.began} of {plan.looks} parts are done")
         with torch.random.fork_rng(devices=()):
             fit = train(
-                parameters, taught.steps(Batches(training, self.batch, context.seed), training.labels),
-                taught.judged(held_out, held_out.labels),
-                plan, before_step=before_step, state=student.state, first_counts=not (prepares or sparser),
+                parameters,
+                taught.pieces(
+                    Batches(training, self.batch, context.seed), held_out, training.labels, held_out.labels,
+                    accumulate=self.accumulate,
+                ),
+                plan, kinds=student.kinds, before_step=before_step, state=student.state, buffers=student,
+                first_counts=not (prepares or sparser),
                 settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
-                track=context.track, what="recovering",
+                journal=journal, track=context.track, what="recovering",
             )  # fmt: skip
         merge(student, adapted)
         better = fit.after < fit.before or prepares or sparser is not None
+        result.training = fit
         said = _said(fit.before, fit.after, better)
-        notes.append(f"{fit.steps} steps in {fit.seconds:.0f} s; the loss on {len(held_out)} held-out samples {said}")
-        return len(student.latents) if better else 0
+        result.notes.append(f"{fit.steps} steps in {fit.precision}; the loss on {len(held_out)} held-out samples {said}")
+        if fit.stopped:
+            result.notes.append(f"it ended early: {fit.stopped}")
+        result.changed += len(student.latents) if better else 0
 
     def _penalty(self, student: Trainable) -> Callable[[], Tensor] | None:
         """What is added to the loss of each step."""
@@ -257,8 +291,22 @@ class Recover(Pass):
 
     def _plan(self, seed: int) -> Plan:
         return Plan(
-            self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, precision=self.precision, seed=seed
-        )
+            self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, precision=chosen(self.precision),
+            accumulate=self.accumulate, patience=self.patience, scale_rate=self.scale_rate, seed=seed,
+        )  # fmt: skip
+
+    def _key(
+        self, program: Program, original: Original, training: Samples, held_out: Samples, context: Context
+    ) -> dict[str, object]:
+        """All that the result depends on."""
+        data = {"training": training, "held out": held_out}
+        data |= {f"labels, {name}": [some.labels or []] for name, some in data.items()}
+        return key_of(
+            self, program, context, precision=chosen(self.precision), processes=ranks.count(),
+            teacher=digest_of(original.program.constants.values(), str(original.program)),
+            floats=digest_of(context.floats.values(), " ".join(context.floats)),
+            **{name: digest_of(tensor for sample in some for tensor in sample) for name, some in data.items()},
+        )  # fmt: skip
 
     @torch.no_grad()
     def _check(self, student: Trainable, program: Program, sample: list[Tensor]) -> None:
@@ -272,6 +320,12 @@ class Recover(Pass):
                     f"the pass {self}: what was trained and what was packed of it differ by {gap:.2g}", where=name,
                     hint="this is a fault of fxc; report it with the model's configuration",
                 )  # fmt: skip
+
+
+@torch.no_grad()
+def _put(student: Trainable, values: Sequence[Tensor]) -> None:
+    for each, value in zip(student.parameters(), values, strict=True):
+        each.copy_(value)
 
 
 def _said(before: float, after: float, better: bool | None = None) -> str:

@@ -4,161 +4,246 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fxc.errors import UsageError
-from fxc.progress import Track, untracked
+from fxc.calibrate.journal import Journal
+from fxc.errors import VerificationFailed
+from fxc.progress import Pace, Track, in_words, untracked
+from fxc.train import ranks
+from fxc.train.fit import Fit, Point
+from fxc.train.plan import Kind, Plan
+from fxc.train.precision import scaler
 
-Precision = Literal["float32", "bfloat16", "float16"]
+# Training ends after so many steps in a row without a finite gradient. A loss scale has halved to nothing by then.
+HOPELESS = 25
+# What a loop goes on with, besides tensors that are somebody else's.
+COUNTERS = ("looked", "batches", "in_vain", "in_row", "best", "kept")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to train.
+class Pieces:
+    """What a loop learns from. lost: of a batch, by its number, its loss in parts that add up, each with its graph, one after
+    another; judged: the loss on held-out samples; counted: what a batch holds, in `unit`."""
 
-    steps: optimizer steps; minutes: if given, so long instead, and the schedule follows the time; batch: samples a step;
-    rate: the largest learning rate of AdamW, weight_decay as its; schedule: cosine, linear or constant, after `warmup` (a share
-    of all steps), down to a hundredth; clip: the largest norm of the gradient; precision: what products run in, by autocast,
-    while master weights are float32; looks: so many times the held-out samples are looked at; seed: of the order of samples.
-    """
-
-    steps: int = 400
-    minutes: float = 0.0
-    batch: int = 8
-    rate: float = 1e-3
-    weight_decay: float = 0.01
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03
-    clip: float = 1.0
-    precision: Precision = "float32"
-    looks: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "looks"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} is not at least 1", where=name)
-        if self.rate <= 0 or self.minutes < 0 or self.clip <= 0:
-            raise UsageError("the learning rate and the norm to clip at are above 0, and minutes not below", where="rate")
-
-    def rate_at(self, done: float) -> float:
-        """The share of `rate` when a share of the training is done."""
-        if done < self.warmup:
-            return max(done / self.warmup, 0.05)
-        left = 1 - (done - self.warmup) / max(1 - self.warmup, 1e-9)
-        if self.schedule == "constant":
-            return 1.0
-        share = left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
-        return max(share, 0.01)
-
-
-@dataclass
-class Fit:
-    """What training did. before, after: the loss on held-out samples, equal where no state was better than the first; curve:
-    (step, seconds, the mean loss of the batches since the last point, the loss on held-out samples)."""
-
-    before: float
-    after: float
-    steps: int
-    seconds: float
-    curve: list[tuple[int, float, float, float]] = field(default_factory=list)
+    lost: Callable[[int], Iterable[Tensor]]
+    judged: Callable[[], float]
+    counted: Callable[[int], int] | None = None
+    unit: str = "samples"
 
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    lost: Callable[[int], Iterable[Tensor]],
-    judged: Callable[[], float],
+    pieces: Pieces,
     plan: Plan,
+    *,
+    kinds: Mapping[str, Kind] | None = None,
     rates: Mapping[str, float] | None = None,
     before_step: Callable[[float], None] | None = None,
     settled: float = 0.0,
     first_counts: bool = True,
     state: Sequence[Tensor] = (),
+    buffers: nn.Module | None = None,
+    journal: Journal | None = None,
     track: Track = untracked,
     what: str = "training",
 ) -> Fit:
     """Train `parameters` in place and leave them as they were best.
 
-    lost: of a step, its loss in parts that add up, each with its graph, one after another; judged: the loss on held-out
-    samples;
-    rates: name -> what the rate is multiplied by, 1 where it is not named; before_step: is told the share that is done (masks
-    that grow, rounding that begins); settled: from which share on what is trained is of the kind that is wanted: a state before
-    counts as none, but for the first; state: what else changes with the parameters, and is kept with them.
+    kinds: name -> what the parameter is, by its dimensions where it is not named; rates: name -> what its rate is multiplied by
+    besides; before_step: is told the share that is done (masks that grow, rounding that begins), before each step and look;
+    settled: from which share on what is trained is of the kind that is wanted: a state before counts as none, but for the
+    first; state: what else changes with the parameters, and is kept with them; buffers: a module whose buffers change, without
+    being kept (masks); journal: where each look is saved with all that the rest depends on, and from where it goes on: to the
+    same bits, where the length is in steps.
+
+    A step whose gradient is not finite is not taken, and does not count; in float16 the loss scale halves. Under torchrun every
+    process calls this with the same parameters. Raises VerificationFailed where gradients are not finite many times in a row,
+    and no state counts yet.
     """
-    rates = rates or {}
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault(rates.get(name, 1.0), []).append(parameter.requires_grad_())
-    optimizer = torch.optim.AdamW(
-        [{"params": some, "factor": factor} for factor, some in groups.items()],
-        lr=plan.rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay,
-    )  # fmt: skip
-    scaler = torch.amp.GradScaler("cpu", enabled=plan.precision == "float16")
-    began = time.monotonic()
-    fit = Fit(best := judged(), best, 0, 0.0)
-    best = best if first_counts else math.inf
-    every = [*parameters.values(), *state]
-    kept = _copies(every)
-    losses: list[float] = []
-    looked = 0
-    steps = range(plan.steps) if not plan.minutes else iter(int, 1)
-    for step in track(steps, what, plan.steps):
-        done = (time.monotonic() - began) / (60 * plan.minutes) if plan.minutes else step / plan.steps
-        if done >= 1:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * group["factor"] * plan.rate_at(done)
-        if before_step is not None:
-            before_step(done)
-        optimizer.zero_grad()
+    ranks.join()
+    loop = _Loop(parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers)
+    loop.go_on(journal)
+    loop.run(journal, track, what)
+    return loop.finish()
+
+
+class _Loop:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], pieces: Pieces, plan: Plan, kinds: Mapping[str, Kind],
+        rates: Mapping[str, float], before_step: Callable[[float], None] | None, settled: float, first_counts: bool,
+        state: Sequence[Tensor], buffers: nn.Module | None,
+    ) -> None:  # fmt: skip
+        self.pieces, self.plan, self.settled, self.first_counts = pieces, plan, settled, first_counts
+        self.before_step = before_step or (lambda done: None)
+        self.parameters, self.state, self.buffers = list(parameters.values()), list(state), buffers
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            kind = kinds.get(name, "weight" if parameter.ndim > 1 else "vector")
+            decay = plan.weight_decay if kind == "weight" else 0.0
+            factor = plan.factor(kind) * rates.get(name, 1.0)
+            groups.setdefault((factor, decay), []).append(parameter.requires_grad_())
+        self.optimizer = torch.optim.AdamW(
+            [{"params": some, "factor": factor, "weight_decay": decay} for (factor, decay), some in groups.items()],
+            lr=plan.rate, betas=(0.9, 0.95),
+        )  # fmt: skip
+        self.scaler = scaler(plan.precision)
+        # So many looks there are; in few steps fewer.
+        self.looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)
+        self.looked = self.batches = self.in_vain = self.in_row = 0
+        self.losses: list[float] = []
+        self.seen, self.speed = 0, 0.0
+        self.began = time.monotonic()
+
+    def go_on(self, journal: Journal | None) -> None:
+        """Begin where an earlier process was, or at the beginning."""
+        saved = ranks.agreed(journal.pending() if journal and journal.done else None)
+        if saved is None:
+            before = self.pieces.judged()
+            self.fit = Fit(before, before, precision=self.plan.precision)
+            self.best = before if self.first_counts and not math.isnan(before) else math.inf
+            self.kept = _copies(self._every)
+            return
+        self.fit = Fit(**saved["fit"] | {"curve": [Point(**each) for each in saved["fit"]["curve"]]})
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
+        _copy(self._every, saved["now"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        for name, tensor in saved["buffers"].items():
+            owner, _, own = name.rpartition(".")
+            setattr(self.buffers.get_submodule(owner), own, tensor)
+        self.began = time.monotonic() - self.fit.seconds
+
+    def run(self, journal: Journal | None, track: Track, what: str) -> None:
+        pace = Pace([1.0] * self.looks, self.looked)
+        while self.looked < self.looks and self.fit.stopped is None:
+            began, self.seen = time.monotonic(), 0
+            text = ", ".join(filter(None, (what, *self._told(), self._left(pace))))
+            for done in track(self._until(self.looked + 1), text, self._count()):
+                self._step(done)
+            self.speed = self.seen / max(time.monotonic() - began, 1e-9)
+            self._look()
+            if journal:
+                journal.save_stage(asdict(self.fit.curve[-1]), self._all())
+
+    def finish(self) -> Fit:
+        _copy(self._every, self.kept)
+        self.fit.after = self.best
+        return self.fit
+
+    @property
+    def _every(self) -> list[Tensor]:
+        return [*self.parameters, *self.state]
+
+    def _done(self) -> float:
+        """The share of the training that is done, from 0 to 1."""
+        if self.plan.minutes:
+            return min(ranks.agreed(time.monotonic() - self.began) / (60 * self.plan.minutes), 1.0)
+        return self.fit.steps / self.plan.steps
+
+    def _until(self, look: int) -> Iterator[float]:
+        """Steps up to this look, each as the share that was done before it."""
+        while self.fit.stopped is None and (done := self._done()) < look / self.looks:
+            yield done
+
+    def _count(self) -> int | None:
+        """How many steps there are up to the next look; None where it is time that counts."""
+        if self.plan.minutes:
+            return None
+        return math.ceil((self.looked + 1) * self.plan.steps / self.looks) - self.fit.steps
+
+    def _step(self, done: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * group["factor"] * self.plan.rate_at(done)
+        self.before_step(done)
+        self.optimizer.zero_grad()
         total = 0.0
         with torch.enable_grad():
-            for part in lost(fit.steps):
-                scaler.scale(part).backward()
+            for part in self.pieces.lost(self.batches):
+                self.scaler.scale(part).backward()
                 total += float(part.detach())
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), plan.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(total)
-        fit.steps += 1
-        if int(done * plan.looks) > looked and done >= settled:
-            looked = int(done * plan.looks)
-            best, kept = _look(fit, losses, judged, began, best, every, kept)
-    if fit.steps:
-        if before_step is not None:
-            before_step(1.0)
-        best, kept = _look(fit, losses, judged, began, best, every, kept)
-    with torch.no_grad():
-        for each, value in zip(every, kept, strict=True):
-            each.copy_(value)
-    fit.after, fit.seconds = best, time.monotonic() - began
-    return fit
+        ranks.add_gradients(self.parameters)
+        self.seen += self.pieces.counted(self.batches) if self.pieces.counted else 0
+        self.batches += 1
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
+        if bool(norm.isfinite()):
+            self.scaler.step(self.optimizer)
+            self.losses.append(ranks.added(total))
+            self.fit.steps += 1
+            self.in_row = 0
+        else:
+            self._skipped()
+        self.scaler.update()
 
+    def _skipped(self) -> None:
+        self.fit.skipped += 1
+        self.in_row += 1
+        if self.in_row < HOPELESS:
+            return
+        self.fit.stopped = f"{HOPELESS} gradients in a row were not finite"
+        if math.isinf(self.best):
+            hint = "a smaller rate" + (", or precision=bfloat16" if self.plan.precision == "float16" else "")
+            raise VerificationFailed(f"training broke off: {self.fit.stopped}", hint=hint)
 
-def _look(
-    fit: Fit, losses: list[float], judged: Callable[[], float], began: float, best: float,
-    every: list[Tensor], kept: list[Tensor],
-) -> tuple[float, list[Tensor]]:  # fmt: skip
-    now = judged()
-    fit.curve.append((fit.steps, time.monotonic() - began, sum(losses) / max(len(losses), 1), now))
-    losses.clear()
-    return (now, _copies(every)) if now < best else (best, kept)
+    def _look(self) -> None:
+        done = self._done()
+        self.looked = max(self.looked + 1, int(done * self.looks))
+        self.before_step(done)
+        now, seconds = self.pieces.judged(), ranks.agreed(time.monotonic() - self.began)
+        loss = sum(self.losses) / len(self.losses) if self.losses else None
+        self.losses.clear()
+        self.fit.curve.append(Point(self.fit.steps, seconds, loss, now))
+        self.fit.seconds = seconds
+        if done < self.settled:
+            return
+        if now < self.best:
+            self.best, self.kept, self.in_vain = now, _copies(self._every), 0
+            return
+        self.in_vain += 1
+        if self.plan.patience and self.in_vain >= self.plan.patience and self.looked < self.looks:
+            self.fit.stopped = f"{self.in_vain} looks at held-out samples in a row were no better"
+
+    def _all(self) -> dict[str, object]:
+        """All that the rest depends on."""
+        buffers = dict(self.buffers.named_buffers()) if self.buffers is not None else {}
+        return {
+            **{name: getattr(self, name) for name in COUNTERS}, "fit": asdict(self.fit), "buffers": buffers,
+            "now": [each.detach() for each in self._every],
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+
+    def _told(self) -> Iterator[str]:
+        """How far it is, in words."""
+        yield f"step {self.fit.steps + 1}" + ("" if self.plan.minutes else f" of {self.plan.steps}")
+        if not self.fit.curve:
+            yield f"held-out loss {self.fit.before:.4g}"
+            return
+        last = self.fit.curve[-1]
+        if last.loss is not None:
+            yield f"loss {last.loss:.4g}"
+        yield f"held-out loss {last.held_out:.4g}"
+        if self.speed:
+            yield f"{self.speed:,.0f} {self.pieces.unit} a second"
+
+    def _left(self, pace: Pace) -> str | None:
+        if self.plan.minutes:
+            return in_words(60 * self.plan.minutes - (time.monotonic() - self.began))
+        return pace.left(self.looked)
 
 
 def _copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [each.detach().clone() for each in tensors]
 
 
-def autocast(precision: Precision, device: str = "cpu") -> torch.autocast:
-    """Products in the small type, everything else as it is."""
-    dtype = getattr(torch, precision)
-    return torch.autocast(device, dtype=dtype if precision != "float32" else torch.bfloat16, enabled=precision != "float32")
+@torch.no_grad()
+def _copy(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for each, value in zip(tensors, values, strict=True):
+        each.copy_(value)
 
 
 def mean(values: Sequence[float]) -> float:

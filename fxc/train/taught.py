@@ -9,11 +9,13 @@ from torch import Tensor, fx, nn
 
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
+from fxc.train import ranks
 from fxc.train.batches import Batches, stacked
 from fxc.train.features import Projection, pairs, projection
 from fxc.train.kept import Kept
-from fxc.train.loop import Precision, autocast, mean
+from fxc.train.loop import Pieces
 from fxc.train.losses import Loss, Seen
+from fxc.train.precision import Precision, autocast
 from fxc.train.trainable import Trainable
 
 # A projection between widths begins with the least squares of so many samples.
@@ -74,33 +76,62 @@ class Taught:
         features = [project(each) for project, each in zip(self._projections, features, strict=True)]
         return self.loss(self._seen(inputs, outputs, features=features, labels=labels), aims)
 
-    def steps(self, batches: Batches, labels: Sequence[Tensor] | None = None) -> Callable[[int], Iterator[Tensor]]:
-        """What `loop.train` takes: the parts of the loss of a step. labels: of each sample, int64 [B] or [B, N]."""
+    def pieces(
+        self,
+        batches: Batches,
+        held_out: Sequence[Sequence[Tensor]],
+        labels: Sequence[Tensor] | None = None,
+        held_out_labels: Sequence[Tensor] | None = None,
+        *,
+        accumulate: int = 1,
+    ) -> Pieces:
+        """What `loop.train` learns from, and is judged by; labels: as `steps` takes them. accumulate: in so many parts the loss
+        of a batch is computed."""
+        names = [each.name for each in self.student.program.signature.inputs]
+        tokens = names.index("input_ids") if "input_ids" in names else None
+
+        def counted(step: int) -> int:
+            chosen = [batches.samples[at] for at in batches.at(step)]
+            return len(chosen) if tokens is None else sum(sample[tokens].numel() for sample in chosen)
+
+        lost, judged = self.steps(batches, labels, accumulate=accumulate), self.judged(held_out, held_out_labels)
+        return Pieces(lost, judged, counted, "samples" if tokens is None else "tokens")
+
+    def steps(
+        self, batches: Batches, labels: Sequence[Tensor] | None = None, *, accumulate: int = 1
+    ) -> Callable[[int], Iterator[Tensor]]:
+        """The loss of a batch by its number, in the parts of it that are this process's: each counts by its samples. labels: of
+        each sample, int64 [B] or [B, N]. Of samples without padding the parts of kl, topk and task add up to the loss of the
+        whole batch; shares of an energy (outputs, features) are each of its part's."""
 
         def lost(step: int) -> Iterator[Tensor]:
             places = batches.at(step)
-            calls = stacked(self.student.program, [batches.samples[at] for at in places])
             # What is left out at random in a step does not depend on the steps before it.
             torch.manual_seed(self.seed + step)
             self.student.train()
-            of_calls = [places] if len(calls) == 1 else [[at] for at in places]
-            for inputs, of_call in zip(calls, of_calls, strict=True):
-                known = None if labels is None else torch.cat([labels[at] for at in of_call])
-                yield self.lost(inputs, known, of_call) / len(calls)
+            mine = ranks.share(places)
+            size = max(-(-len(mine) // accumulate), 1)
+            for begin in range(0, len(mine), size):
+                part = mine[begin : begin + size]
+                calls = stacked(self.student.program, [batches.samples[at] for at in part])
+                of_calls = [part] if len(calls) == 1 else [[at] for at in part]
+                for inputs, of_call in zip(calls, of_calls, strict=True):
+                    known = None if labels is None else torch.cat([labels[at] for at in of_call])
+                    yield self.lost(inputs, known, of_call) * (len(of_call) / len(places))
             if self.penalty is not None:
-                yield self.penalty()
+                yield self.penalty() / ranks.count()
 
         return lost
 
     def judged(self, samples: Sequence[Sequence[Tensor]], labels: Sequence[Tensor] | None = None) -> Callable[[], float]:
-        """The mean loss on `samples`, one by one."""
+        """The mean loss on `samples`, one by one, each process those that are its own."""
+        known = labels or [None] * len(samples)
 
         @torch.no_grad()
         def judge() -> float:
             self.student.eval()
-            known = labels or [None] * len(samples)
-            each = enumerate(zip(samples, known, strict=True))
-            return mean([float(self.lost(sample, label, [(id(samples), at)])) for at, (sample, label) in each])
+            own = [(id(samples), at) for at in ranks.share(range(len(samples)))]
+            return ranks.added(sum(float(self.lost(samples[at], known[at], [(of, at)])) for of, at in own)) / len(samples)
 
         return judge
 

@@ -22,6 +22,7 @@ from fxc.schemes.scheme import product_of, scheme_of
 from fxc.train.batch_norm import BatchNorm
 from fxc.train.latent import Cast, Float, Latent, Rounded, packed, through
 from fxc.train.noise import Noise, branches
+from fxc.train.plan import Kind
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,6 +90,12 @@ class Trainable(nn.Module):
             for own, parameter in latent.named_parameters()
         }
         return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each parameter is (`Latent.kind`), by the same names."""
+        named = self.latents.items()
+        return {f"{name}:{own}": latent.kind[own] for name, latent in named for own, _ in latent.named_parameters()}
 
     @property
     def state(self) -> list[Tensor]:
