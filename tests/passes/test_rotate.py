@@ -150,3 +150,9 @@ def test_it_runs_before_int4_and_the_result_is_near(pylm_dir):
     ids = torch.randint(0, 4096, (1, 8), generator=torch.Generator().manual_seed(0))
     plain = fxc.optimize(str(pylm_dir), passes="int4:group=128")
     assert relative_error([made(input_ids=ids).logits], [plain(input_ids=ids).logits]) < 0.2
+
+
+def test_a_head_is_untied_under_its_own_name(pylm_dir):
+    made = fxc.optimize(str(pylm_dir), passes="rotate,int4:group=128", skip=("lm_head",), verify=False)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= made.program.constants.keys()
+    assert "lm_head.weight" not in made.program.aliases

@@ -42,13 +42,21 @@ def turn(program: Program, stream: Stream, matrix: Tensor) -> Counter[str]:
     """Multiply the channels of `stream` by `matrix`, float64 [C, C], wherever they are written and read. Returns the bytes of
     the copies that were needed, by the constant that others read too."""
     copies: Counter[str] = Counter()
+    # Readers first: a head that is tied to a table leaves it under its name.
+    read: dict[tuple, list[fx.Node]] = defaultdict(list)
+    for node, gain in stream.readers.items():
+        parameters = () if gain is None else _parameters(gain)
+        names = (each.target if each is not None and each.op == "get_attr" else each for each in (*node.args[1:3], *parameters))
+        read[len(node.args), *names].append(node)
+    for nodes in read.values():
+        _read(program, stream, nodes, matrix, copies)
     written: dict[tuple[str, int, int], list[fx.Node]] = defaultdict(list)
     for node in stream.writers:
         for at, dim in _written(node).items():
             if at < len(node.args) and node.args[at] is not None:
                 written[node.args[at].target, at, dim].append(node)
     for (name, at, dim), nodes in written.items():
-        axis = stream.axes.of(nodes[0].args[at])[dim]
+        axis = stream.axes.of(nodes[0])[1 if _written(nodes[0]) is _CONVOLVED else -1]
         _give(program, nodes, at, _turned(stream, program.constants[name], axis, dim, matrix, stream.is_centred), copies)
     for node, tables in stream.tables.items():
         for table in tables:
@@ -57,13 +65,6 @@ def turn(program: Program, stream: Stream, matrix: Tensor) -> Counter[str]:
             values = _turned(stream, value, axis, dim, matrix, stream.is_centred).to(value.dtype).contiguous()
             name = table.target if table.op == "get_attr" else f"{node.meta.get('fqn') or node.name}.table"
             node.replace_input_with(table, constant(program, free_name(program, f"{name}_rotated"), values, node))
-    read: dict[tuple, list[fx.Node]] = defaultdict(list)
-    for node, gain in stream.readers.items():
-        parameters = () if gain is None else _parameters(gain)
-        names = (each.target if each is not None and each.op == "get_attr" else each for each in (*node.args[1:3], *parameters))
-        read[len(node.args), *names].append(node)
-    for nodes in read.values():
-        _read(program, stream, nodes, matrix, copies)
     _drop_gains(program, stream)
     return copies
 
@@ -140,7 +141,10 @@ def _give(program: Program, nodes: list[fx.Node], at: int, tensor: Tensor, copie
         program.constants[old.target] = tensor
         return
     base = layer_at(program, first) if old is None else first.meta.get("fqn") or old.target.rpartition(".")[0]
-    made = constant(program, free_name(program, f"{base}.{'bias' if at == 2 else 'weight'}"), tensor, first)
+    name = f"{base}.{'bias' if at == 2 else 'weight'}"
+    if old is not None and program.aliases.get(name) == old.target:
+        del program.aliases[name]  # it is no longer the same
+    made = constant(program, free_name(program, name), tensor, first)
     for node in nodes:
         args = list(node.args) + [None] * (at + 1 - len(node.args))
         args[at] = made
