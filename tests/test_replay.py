@@ -135,8 +135,8 @@ def replay(name: str, pylm: Path, minilm: Path) -> dict[str, Any]:
     return made
 
 
-# Those that take long have little that the others have not: what makes T5 and mixtures special has tests of its own.
-LONG = ("t5", "mixtral")
+# Those that take long have little that the others have not: what is special about them has tests of its own.
+LONG = ("t5", "mixtral", "minilm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MODELS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
 import fxc
@@ -29,6 +30,7 @@ def test_flops_fall_as_the_widths_do():
     assert measure.flops(program, inputs) == 2 * 4 * (8 * 64 + 64 * 8) == 2 * measure.flops(half, inputs)
 
 
+@pytest.mark.slow
 def test_the_calibration_text_shares_no_file_with_the_held_out_text():
     held_out = (PYLM / "heldout.txt").read_text(encoding="utf-8")
     source = python_source(100_000)

@@ -191,7 +191,8 @@ def test_positions_come_from_the_mask_where_the_original_takes_them_from_it():
         compiled_model(program, {}, config=model.config)
 
 
-BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"))]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+BACKENDS = ["eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

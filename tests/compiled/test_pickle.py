@@ -65,7 +65,7 @@ WAYS = [by_pickle, by_old_pickle, by_torch, copy.deepcopy, copy.copy, within_a_m
 
 # Every way with a module and with a decoder; how it was compressed and what it is crosses each way alike.
 @pytest.mark.parametrize(("kind", "passes", "way"), [
-    pytest.param(kind, passes, way, id=f"{kind}-{passes}-{way.__name__}")
+    pytest.param(kind, passes, way, id=f"{kind}-{passes}-{way.__name__}", marks=[pytest.mark.slow] * (kind == "bert"))
     for kind, passes, ways in (
         ("module", "int8", WAYS), ("module", "int4", [by_torch]), ("module", "prune:ffn=0.25,int8", [by_pickle]),
         ("bert", "int8", [by_torch, copy.deepcopy]), ("llama", "int8", WAYS), ("llama", "int4:group=32", [by_pickle]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from fxc.frontend.calls import Call
 from fxc.ir.program import Program
 
 _KEPT: dict[str, Program] = {}
+_TRACED: dict[tuple[str, int], Program] = {}
 LARGEST = 100_000_000
-_calls_of, _freest = capture.calls_of, capture._freest
+_calls_of, _freest, _export = capture.calls_of, capture._freest, capture._export
 
 
 class _Calls:
@@ -31,15 +33,38 @@ class _Calls:
 
 
 def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
-    key = _key(model, *calls.made_of[1:], check)
-    if key is None:
+    traced = _key(model, *calls.made_of[1:])
+    if traced is None:
         return _freest(model, calls, check)
+    key = f"{traced} {check}"
     if key not in _KEPT:
-        program = _freest(model, calls, check)
+        # What is checked or not is traced alike.
+        capture._export = _tracing(traced)
+        try:
+            program = _freest(model, calls, check)
+        finally:
+            capture._export = _export
         if program.nbytes() < LARGEST:
             _KEPT[key] = _own(program)
         return program
     return _own(_KEPT[key])
+
+
+def _tracing(key: str) -> Callable[[nn.Module, Call], Program]:
+    """`_export` for the calls of the model and inputs `key`, in their order."""
+    count = itertools.count()
+
+    def export(model: nn.Module, call: Call) -> Program:
+        number = next(count)
+        if (key, number) in _TRACED:
+            call.module(*call.inputs.values())  # which keeps what it gives
+            return _own(_TRACED[key, number])
+        program = _export(model, call)
+        if program.nbytes() < LARGEST:
+            _TRACED[key, number] = _own(program)
+        return program
+
+    return export
 
 
 def share(patch: Any) -> None:
@@ -62,8 +87,8 @@ def _own(program: Program) -> Program:
     return copied
 
 
-def _key(model: nn.Module, inputs: Any, shapes: Any, check: bool) -> str | None:
-    """What a capture depends on, of a model whose code no test has written; None for any other."""
+def _key(model: nn.Module, inputs: Any, shapes: Any) -> str | None:
+    """What tracing depends on, of a model whose code no test has written; None for any other."""
     modules = list(model.modules())
     own = any(not type(each).__module__.startswith(("transformers.", "torch.nn.")) for each in modules)
     if own or any("forward" in vars(each) or each._forward_hooks or each._forward_pre_hooks for each in modules):
@@ -77,7 +102,7 @@ def _key(model: nn.Module, inputs: Any, shapes: Any, check: bool) -> str | None:
     said = [
         [id(type(each).forward) for each in modules], repr(model), config.to_json_string(use_diff=False),
         config._attn_implementation, generation and generation.to_json_string(), [name for name, _ in tensors],
-        [storages.index(each) for each in storages], str(structure), shapes, check, torch.get_default_dtype(),
+        [storages.index(each) for each in storages], str(structure), shapes, torch.get_default_dtype(),
     ]  # fmt: skip
     digest = hashlib.blake2b(repr(said).encode())
     for each in [tensor for _, tensor in tensors] + flat:

@@ -1,4 +1,5 @@
-"""The kernels for prepacked 2:4 weights against their references, mma.sp emulated: python sparse24_interpreted.py NAME...
+"""The kernels for prepacked 2:4 weights against their references, mma.sp emulated: python sparse24_interpreted.py NAME...,
+with `every` as in triton_interpreted.py.
 
 A script for the reason that triton_interpreted.py is one, whose tolerances hold here too. The kernel that runs is the
 shipped one, with its addresses, masks, loop and epilogue; only the instruction is mma_emulation.py's.
@@ -15,7 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import mma_emulation
 import numpy as np
 import torch
-from triton_interpreted import close, scales, tensors
+from triton_interpreted import cases, close, scales, tensors
 
 from fxc_kernels import sparse24_linear
 from fxc_kernels.cuda import sparse24_prepacked as prepacked
@@ -47,7 +48,7 @@ def portable(outputs, columns, dtype, generator):
 
 
 def check_float():
-    for (shape, configs), dtype in itertools.product(CASES, FLOATS):
+    for (shape, configs), dtype in cases(CASES, FLOATS):
         x, bias, generator = tensors(shape, dtype)
         values, meta = portable(*shape[1:], dtype, generator)
         weight = prepacked.prepack(values, meta)
@@ -260,4 +261,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     mma_emulation.install()
     for name in sys.argv[1:]:
-        CHECKS[name]()
+        if name != "every":
+            CHECKS[name]()

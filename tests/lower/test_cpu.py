@@ -291,6 +291,7 @@ def test_inductor_follows_the_program_over_changing_shapes(x):
     assert sum(map(len, lowered._known.values())) == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_inductor_weight_only(x):
     program = program_of(nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU()), x, "int8_weight_only_linear")

@@ -63,7 +63,7 @@ def test_lowered_layers_compute_what_the_operators_say(spec, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("as_int8", [0.1, 2.0])
+@pytest.mark.parametrize("as_int8", [0.1, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_under_inductor_too(as_int8):
     program, _ = compiled("int4:group=32")
     lowered, report = on_cpu(program, "inductor", measure=timing(as_int8), bf16=False)

@@ -30,7 +30,7 @@ def of_reference_code(ran: set[tuple[str, str]]) -> set[tuple[str, str]]:
     return {each for each in ran if each[1].startswith("ref")}
 
 
-@pytest.mark.parametrize("level", [pytest.param(n, marks=[pytest.mark.slow] * ("VNNI" in n)) for n in LEVELS])
+@pytest.mark.parametrize("level", [pytest.param(n, marks=[pytest.mark.slow] * ("AVX512" in n or "VNNI" in n)) for n in LEVELS])
 def test_int8_layers_are_right_at_every_level(level):
     done = run(level)
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def portable(program):
     return lambda input_ids, use_cache: SimpleNamespace(logits=module(*decoder_inputs(program, input_ids))[0])
 
 
-@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize("spec", [pytest.param(s, marks=[pytest.mark.slow] * (s == "sparse24")) for s in FORMATS])
 def test_the_example_is_saved_reloaded_and_generates(pylm, tmp_path, spec):
     source, tokens, original = pylm
     model = compile_captured(source, Options(spec))

@@ -18,7 +18,7 @@ from fxc.data.text import encode, tokenizer_of
 from fxc.measure.perplexity import perplexity
 from fxc.source.load import load_source
 
-WINDOWS = 60
+WINDOWS = 30
 
 
 def fxc_command(*arguments: str) -> str:

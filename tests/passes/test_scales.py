@@ -21,7 +21,7 @@ from fxc.passes.order import order
 from fxc.pipeline import run_passes
 from fxc.schemes.scheme import LINEAR
 
-QUICK = {"gemma", "vit", "mixtral", "whisper_encoder"}
+QUICK = {"gemma", "vit", "mixtral"}
 NOWHERE = {"resnet", "mobilenetv2", "mlp"}
 
 

@@ -80,10 +80,10 @@ def test_over_the_model_taylor_compares_layers():
     [
         (8, 2, 0.25, 6),  # one query head of each KV head
         (8, 4, 0.25, 6),  # a KV head with both of its query heads
-        (8, 4, 0.5, 4),
+        pytest.param(8, 4, 0.5, 4, marks=pytest.mark.slow),
         (6, 2, 0.5, 3),  # one KV head
-        (7, 1, 0.3, 5),
-        (4, 4, 0.3, 3),
+        pytest.param(7, 1, 0.3, 5, marks=pytest.mark.slow),
+        pytest.param(4, 4, 0.3, 3, marks=pytest.mark.slow),
         (8, 2, 0.99, 1),  # one query head of one KV head
         (8, 4, 0.6, 3),  # one query head of three KV heads
     ],
