@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 
 from fxc.data.labels import HINT
 from fxc.errors import UsageError
@@ -138,9 +138,9 @@ def default_loss(program: Program) -> str:
 
 def top_of(logits: Tensor, k: int, temperature: float) -> Top:
     """Of logits [..., V], V above k."""
-    logs = (logits.float() / temperature).log_softmax(-1)
-    best = logs.topk(k, -1)
-    return Top(best.indices.int(), best.values, logs.scatter(-1, best.indices, float("-inf")).logsumexp(-1))
+    classes = logits.topk(k, -1).indices
+    logs, rest = _lumped(logits.float() / temperature, classes)
+    return Top(classes.int(), logs, rest)
 
 
 def _types(program: Program) -> dict[str, Tensor]:
@@ -233,15 +233,12 @@ def _topk(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
     names = teacher.tops or logits_of(teacher.outputs, "topk")
 
     def divergence(name: str, mine: Tensor, aim: Tensor | None) -> Tensor:
-        logs = (classes_last(mine).float() / loss.temperature).log_softmax(-1)
-        if logs.shape[-1] <= loss.k:
-            return _divergence(logs, (classes_last(aim).float() / loss.temperature).log_softmax(-1))
+        scaled = classes_last(mine).float() / loss.temperature
+        if scaled.shape[-1] <= loss.k:
+            return _divergence(scaled.log_softmax(-1), (classes_last(aim).float() / loss.temperature).log_softmax(-1))
         top = teacher.tops.get(name) or top_of(classes_last(aim), loss.k, loss.temperature)
-        classes = top.classes.long()
-        rest = logs.scatter(-1, classes, float("-inf")).logsumexp(-1, keepdim=True)
-        return _divergence(
-            torch.cat([logs.gather(-1, classes), rest], -1), torch.cat([top.logs, top.rest[..., None]], -1)
-        )
+        logs, rest = _lumped(scaled, top.classes.long())
+        return _divergence(torch.cat([logs, rest[..., None]], -1), torch.cat([top.logs, top.rest[..., None]], -1))
 
     pairs = [(name, student.outputs[name], teacher.outputs.get(name)) for name in names if name in student.outputs]
     return loss.temperature**2 * _over(student, pairs, divergence)
@@ -292,8 +289,18 @@ def classes_last(values: Tensor) -> Tensor:
     return values.movedim(1, -1) if values.ndim == 4 else values
 
 
+def _lumped(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of some classes, and of all others together: of what is left of them and not of 1 minus the others,
+    which is nothing in float32 where these are likely."""
+    whole = logits.logsumexp(-1, keepdim=True)
+    rest = logits.scatter(-1, classes, float("-inf")).logsumexp(-1)
+    return logits.gather(-1, classes) - whole, rest - whole[..., 0]
+
+
 def _divergence(mine: Tensor, aim: Tensor) -> Tensor:
     """KL(aim || mine) of log probabilities [..., C], of which some may be -inf."""
+    if not bool(aim.isneginf().any()):
+        return kl_div(mine, aim, log_target=True, reduction="none").sum(-1)
     return torch.where(aim > float("-inf"), aim.exp() * (aim - mine), 0.0).sum(-1)
 
 
