@@ -29,7 +29,7 @@ from repo import REPO
 # For `benchmarks`. Last, so that the folder `kernels` does not come before Hugging Face's package of that name.
 sys.path.append(str(REPO))
 torch.set_num_threads(1)
-# Graphs are many small objects, and few of them are garbage: looking for it every 700 of them took a tenth of the time.
+# Graphs are many small objects, and few of them are garbage: looking for it every 700 of them took 8 % of the time.
 gc.set_threshold(20_000, 10, 10)
 # A failing example has to fail again on any machine, and a slow machine is not a failure.
 hypothesis.settings.register_profile("fxc", deadline=None, derandomize=True, print_blob=True)
