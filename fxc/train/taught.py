@@ -11,7 +11,7 @@ from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
 from fxc.train import ranks
 from fxc.train.batches import Batches, stacked
-from fxc.train.features import Projection, pairs, projection
+from fxc.train.features import Projection, is_alike, pairs, projection
 from fxc.train.kept import Kept
 from fxc.train.loop import Pieces
 from fxc.train.losses import Loss, Seen
@@ -57,15 +57,21 @@ class Taught:
 
     @torch.no_grad()
     def projections(self, samples: Sequence[Sequence[Tensor]]) -> dict[str, nn.Parameter]:
-        """What is trained besides the student, by name: maps of its features to the teacher's width, where they differ; they
-        begin with the least squares of some of these samples."""
-        found = {at: each for at, each in enumerate(self._projections) if isinstance(each, Projection)}
-        if not found:
+        """What is trained besides the student, by name: maps of its features to the teacher's, where their widths differ or
+        they are nothing alike, as in a stream that was turned. They begin with the least squares of some of these samples."""
+        if not self._projections:
             return {}
         seen = [(self._student(inputs)[1], self._aims(inputs).features) for inputs in samples[:FITTED]]
-        for at, each in found.items():
-            each.fit([(mine[at], theirs[at]) for mine, theirs in seen])
-        return {f"projection.{at}": each.weight for at, each in found.items()}
+        maps = {}
+        for at, each in enumerate(self._projections):
+            pairs = [(mine[at], theirs[at]) for mine, theirs in seen]
+            if not isinstance(each, Projection):
+                if is_alike(pairs):
+                    continue
+                each = self._projections[at] = Projection.of_same(pairs[0][0])
+            each.fit(pairs)
+            maps[f"projection.{at}"] = each.weight
+        return maps
 
     def lost(
         self, inputs: Sequence[Tensor], labels: Tensor | None = None, names: Sequence[Hashable] | None = None

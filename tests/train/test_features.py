@@ -127,6 +127,16 @@ def test_a_map_between_widths_begins_with_least_squares_and_is_trained(convoluti
     assert float(loss.detach()) < 1.2 and all(each.grad.any() for each in maps.values())
 
 
+def test_a_stream_that_was_turned_is_turned_back():
+    program = student("rotate")
+    texts = [decoder_inputs(program, torch.arange(24)[None] * (at + 3) % 300) for at in range(16)]
+    taught = Taught(Trainable(program), teacher(), Loss.parse("features"))
+    with torch.no_grad():
+        assert float(taught.lost(texts[0])) > 0.9
+        maps = taught.projections(texts)
+        assert len(maps) == len(ends(teacher())) and float(taught.lost(texts[0])) < 0.01
+
+
 def test_of_the_same_width_nothing_is_mapped():
     taught, data = of_widths(6, 6)
     assert taught.projections(data) == {} and float(taught.lost(data[0]).detach()) == 0
