@@ -113,7 +113,10 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "share", "kinds"), DECODERS)
+@pytest.mark.parametrize(
+    ("name", "share", "kinds"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] in ("qwen3", "mistral"))) for each in DECODERS],
+)
 def test_a_decoder_becomes_a_plain_folder(tmp_path, name, share, kinds):
     model, program = pruned(name, share, kinds)
     before = model.config.to_dict()

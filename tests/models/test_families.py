@@ -16,7 +16,7 @@ from fxc.passes.base import Context
 from fxc.pipeline import run_passes
 from fxc.verify.compare import relative_error, run
 
-# Of families that differ from another in numbers, or in what a test of its own has, a plain run only compiles one.
+# Of families that differ from another in numbers, or in what a test of its own has, a plain run has one here.
 REPEATED = ("qwen3", "llama", "mistral", "gemma", "qwen3_moe")
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gpt2", "mixtral", "qwen3_moe")
 
@@ -27,7 +27,7 @@ def captured(name: str):
     return model, fxc.capture(model, example)  # which compares program and model at three sizes that were not traced
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in REPEATED)) for n in FAMILIES])
 def test_round_trip_gives_the_same_text_and_numbers(name):
     _, program = captured(name)
     text = print_program(program)
