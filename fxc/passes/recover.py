@@ -94,7 +94,7 @@ class Recover(Pass):
     rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     method: Literal["auto", "blocks", "all", "norms", "scales"] = "auto"
-    block_steps: int = 100
+    block_steps: int = 200
     block_rate: float = 0.02
     lora: int = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -215,8 +215,8 @@ class Recover(Pass):
         precision = "float32" if self.precision == "float16" else chosen(self.precision)
         halves = recover_halves(
             student, teacher, training[:: -(-len(training) // BLOCK_SAMPLES)], held_out[: BLOCK_SAMPLES // HELD_OUT],
-            as_teacher=original.inputs, steps=self.block_steps, batch=self.batch,
-            rate=self.block_rate, seed=context.seed, within=lambda: autocast(precision), track=context.track,
+            as_teacher=original.inputs, steps=self.block_steps, rate=self.block_rate, seed=context.seed,
+            within=lambda: autocast(precision), track=context.track,
         )  # fmt: skip
         after = judge() if halves.fits else before
         better = after < before

@@ -28,6 +28,8 @@ from fxc.train.trainable import Trainable
 Sample = Sequence[Tensor]
 # Of the energy of what a segment gives: where no more is lost, nothing is to be trained.
 NOTHING = 1e-9
+# Samples in a step: at equal cost, many small steps end lower than few large ones.
+BATCH = 2
 # Of each weight that is trained: as it is, its latent, two moments, a gradient of both, and as it was best.
 TRAINING = 7
 
@@ -57,8 +59,8 @@ def recover_halves(
     held_out: Sequence[Sample],
     *,
     as_teacher: Callable[[Sample], Sample] = list,
-    steps: int = 100,
-    batch: int = 8,
+    steps: int = 200,
+    batch: int = BATCH,
     rate: float = 0.02,
     seed: int = 0,
     within: Callable[[], AbstractContextManager] = nullcontext,
@@ -114,7 +116,7 @@ def _needs(program: Program, found: list[Segment], mine: Stream, theirs: Stream,
     training = []
     for segment in found[:-1]:
         read = {each.target for node in segment.mine for each in node.all_input_nodes if each.op == "get_attr"}
-        values = sum(nbytes_of(node.meta["val"], symbols) for node in segment.mine)
+        values = sum(nbytes_of(node.meta.get("val"), symbols) for node in segment.mine)
         training.append(TRAINING * 4 * sum(program.constants[name].numel() for name in read) + 2 * batch * values)
     return Needs(max(places), 0, 0, 0, [], training=max(training))
 

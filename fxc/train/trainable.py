@@ -179,7 +179,7 @@ class Trainable(nn.Module):
                 root["noise"] = self.noise
                 made[node] = graph.call_module("noise", (made[node],))
         for node in reversed(graph.nodes):
-            if node.op == "get_attr" and not node.users:
+            if not node.users and (node.op == "get_attr" or node.target is aten.to.dtype):
                 graph.erase_node(node)
         read = {node.target for node in self.program.graph.find_nodes(op="get_attr")}
         root |= {fixed[name]: self.program.constants[name] for name in read}

@@ -137,6 +137,23 @@ def test_frozen_parts_stay():
     assert changed and all(before[name].ndim == 1 for name in changed) and [*made.fits] == ["parts.0.up", "parts.1.up"]
 
 
+def test_blocks_of_bfloat16_are_found_and_trained():
+    program = captured_in(torch.bfloat16, "int4:bits=2:group=32")
+    student = Trainable(program)
+    made = recover_halves(student, captured_in(torch.bfloat16), halved(inputs()), halved(inputs(3, seed=2)), steps=10)
+    assert [*made.fits] == ["first", "parts.0.up", "parts.1.up"] and made.unlike == []
+    assert any(fit.after < fit.before for fit in made.fits.values())
+
+
+def halved(samples):
+    return [[each.bfloat16() for each in sample] for sample in samples]
+
+
+def captured_in(dtype: torch.dtype, spec: str = "canonicalize"):
+    program = capture(Blocks().to(dtype).eval(), (torch.randn(2, 5, 32, dtype=dtype),), check=False)
+    return run_passes(program, Context(), Options(spec, verify=False))[0].copy()
+
+
 def test_a_plain_program_gives_what_the_student_gives():
     for spec in ("canonicalize", "int8", "int4:group=32", "sparse24", "fp8"):
         student = Trainable(program_of(Blocks(), spec))
