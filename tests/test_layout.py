@@ -46,8 +46,8 @@ ALLOWED = {
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.cli": "errors safety ir schemes source data calibrate passes compilation artifact options captured lower compiled "
-    "recipe compiler teaching measure kernel_bench report fxc",
+    "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
+    "compiled recipe compiler teaching measure kernel_bench report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure",
 }

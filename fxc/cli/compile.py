@@ -32,6 +32,7 @@ from fxc.recipe import read_recipe
 from fxc.report import compilation, outputs, sizes
 from fxc.report.console import Output, size
 from fxc.source.load import kind_of
+from fxc.train import ranks
 
 _LONGEST_NAME = 120
 
@@ -57,6 +58,11 @@ class CompileRequest:
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
+    """Compile and write. Under torchrun every process compiles, training shares its batches, and the first one alone saves,
+    writes and prints."""
+    if not ranks.is_first():
+        output.silence()
+        request = replace(request, resume=False)
     said = read_recipe(request.recipe) if request.recipe else {}
     options = Options(**(said | request.options))
     wanted = with_drops(options.passes, request.drop, str(request.plan) if request.plan else "")
@@ -96,6 +102,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
             if options.resume and Path(options.resume).is_dir():
                 output.note("what passes have learned is saved: the same command with --resume goes on from there")
             raise
+    if not ranks.is_first():
+        return
     record = model.record
     if record.coverage < request.min_coverage:
         raise VerificationFailed(

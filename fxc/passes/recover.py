@@ -36,6 +36,7 @@ from fxc.train.halves import recover_halves
 from fxc.train.loop import train
 from fxc.train.lora import adapt, merge
 from fxc.train.losses import Loss, default_loss
+from fxc.train.needs import needs_of
 from fxc.train.plan import Plan
 from fxc.train.precision import autocast, chosen
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
@@ -72,6 +73,7 @@ class Recover(Pass):
     lora: the rank of the product of two thin matrices through which the loss trains all weights, and which is merged in the
     end; weights that are no larger than these are trained as they are.
     precision: what products run in while it trains; weights are float32. auto: bfloat16 where the machine multiplies it itself.
+    What a model has in a smaller type than float32 runs in its own.
     accumulate: in so many parts a batch is computed, for less memory. patience: training by the loss ends after so many of ten
     looks at the held-out samples that were no better; 0: never. scale_rate: of scales of packed weights, as a factor of the
     rate.
@@ -151,6 +153,7 @@ class Recover(Pass):
         training, held_out = _split(context)
         loss = Loss.parse(self.loss or default_loss(program), self.temperature, self.k)
         original = teacher_of(context, program)
+        self._check_precision(program)
         loss.check(program, original.program, training.labels, training.unlabelled)
         student = Trainable(
             program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
@@ -249,7 +252,9 @@ class Recover(Pass):
         parameters = student.named()
         count = sum(each.numel() for each in parameters.values())
         parameters |= taught.projections(training)
-        context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}")
+        needs = needs_of(student.program, count, training, -(-plan.batch // plan.accumulate))
+        context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}, with {needs}")
+        needs.check(str(self))
         sparser = Sparser(student, self.sparsity) if self.sparsity else None
 
         def before_step(done: float) -> None:
@@ -260,7 +265,8 @@ class Recover(Pass):
         prepares = bool(self.l1 or self.layer_drop)
         journal = context.saves.journal(key | {"part": "by the loss"}) if context.saves else None
         if journal and journal.began:
-            context.say(f"{self} goes on: {journal.began} of {plan.looks} parts are done")
+            looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)
+            context.say(f"{self} goes on: {journal.began} of {looks} parts are done")
         with torch.random.fork_rng(devices=()):
             fit = train(
                 parameters,
@@ -281,6 +287,14 @@ class Recover(Pass):
         if fit.stopped:
             result.notes.append(f"it ended early: {fit.stopped}")
         result.changed += len(student.latents) if better else 0
+
+    def _check_precision(self, program: Program) -> None:
+        """Raises UsageError for float16 where the program has values in bfloat16, which do not go together."""
+        values = (node.meta.get("val") for node in program.graph.find_nodes(op="get_attr"))
+        if self.precision == "float16" and any(getattr(value, "dtype", None) == torch.bfloat16 for value in values):
+            what = "the model is in bfloat16, whose values are not float16's"
+            hint = "leave it out: it trains in bfloat16; or --dtype float32"
+            raise UsageError(what, where="recover:precision", hint=hint)
 
     def _penalty(self, student: Trainable) -> Callable[[], Tensor] | None:
         """What is added to the loss of each step."""

@@ -9,6 +9,7 @@ from typing import Any
 from fxc.analysis.groups import NAMES
 from fxc.compilation import Compilation, Stage, Step, decibels
 from fxc.passes.base import Removal
+from fxc.report.chart import curve
 from fxc.report.console import Output, ratio, size
 
 LOW_COVERAGE = 0.5
@@ -44,6 +45,9 @@ def show(
     for step in record.passes:
         for note in step.notes:
             output.line(f"{step.name}: {note}")
+        if step.training and (lines := curve(step.training)):
+            output.line("the loss on held-out samples:")
+            output.block("\n".join(f"  {line}" for line in lines))
     if any(p.covered_bytes for p in record.passes):
         output.line(coverage_text(record, packed))
     if worst := _worst_text(record):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -46,6 +47,12 @@ class Output:
 
     def __exit__(self, *exception: Any) -> None:
         self._redirect.__exit__(*exception)
+
+    def silence(self) -> None:
+        """Print nothing from now on."""
+        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        self.as_json, self._stdout = False, nowhere
+        self.out, self.err = (Console(file=nowhere, highlight=False, soft_wrap=True) for _ in range(2))
 
     def line(self, text: object = "") -> None:
         if not self.as_json:

@@ -39,9 +39,12 @@ KILLER = textwrap.dedent("""
 """)
 
 
-def arguments(folder, out, *more):
+TRAINS = "int4:group=32,recover:steps=6:batch=2:block_steps=2"
+
+
+def arguments(folder, out, *more, passes=PASSES):
     data = ("--calib", folder / "text.txt", "--calib-samples", 4, "--calib-length", 32)
-    return [str(a) for a in ("compile", folder / "qwen2", "-o", out, "--passes", PASSES, *data, "--no-measure", *more)]
+    return [str(a) for a in ("compile", folder / "qwen2", "-o", out, "--passes", passes, *data, "--no-measure", *more)]
 
 
 def files(folder):
@@ -75,6 +78,20 @@ def test_it_goes_on_after_a_kill_at_any_moment(where, count, more, folder, whole
     assert "goes on:" in done.stderr
     assert files(tmp_path / "out") == whole
     assert sorted(path.name for path in tmp_path.rglob("*fxc-resume*")) == []
+
+
+@pytest.mark.slow
+def test_training_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
+    """Killed after half-blocks and two looks at held-out samples."""
+    monkeypatch.chdir(tmp_path)
+    fxc(*arguments(folder, "whole", passes=TRAINS))
+    command = [sys.executable, "-c", KILLER, "save_stage", "3", *arguments(folder, "out", passes=TRAINS)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    killed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = fxc(*arguments(folder, "out", passes=TRAINS), "--resume")
+    assert "half-blocks are done" in done.stderr and "goes on: 2 of 6 parts are done" in done.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_without_resume_it_begins_anew_and_an_interrupted_run_says_how_to_go_on(folder, whole, tmp_path, monkeypatch):

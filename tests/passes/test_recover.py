@@ -66,3 +66,9 @@ def test_wrong_options_are_refused_before_anything_runs(spec, said):
 def test_it_needs_data():
     with pytest.raises(UsageError, match="calibration data"):
         Options("recover").check()
+
+
+def test_float16_is_refused_for_a_model_in_bfloat16():
+    samples = [[each.bfloat16() for each in sample] for sample in directed(8)]
+    with pytest.raises(UsageError, match="in bfloat16"):
+        run_passes(captured(torch.bfloat16), Context(samples=samples), Options("recover:steps=2:precision=float16"))
