@@ -28,7 +28,7 @@ from fxc.kernel_bench.files import slug, versions_text
 def measure(only: set[str], share: float, precision: str) -> list[Row]:
     made: list[Row] = []
     if not only or only & {"digits"}:
-        made += [*pictures.gradual(), *pictures.slimming()]
+        made += [*pictures.gradual(), *pictures.slimming(), *pictures.distillation()]
     if not only or only & {"MiniLM"}:
         made += sentences.rows(share, precision)
     if not only or only - {"digits", "MiniLM"}:

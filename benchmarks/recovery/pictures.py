@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean, stdev
+
 import torch
 from torch import Tensor, nn
 
@@ -63,3 +65,33 @@ def slimming() -> list[Row]:
     before, without, after = (digits.accuracy(each) for each in (dense, at_once, made))
     name = "Network Slimming, digits ResNet, half of the channels"
     return [Row(name, BAR, before, without, after, seconds, spec)]
+
+
+SEEDS = (0, 1, 2)
+
+
+def distillation() -> list[Row]:
+    """A ViT of two layers, taught by one of six and by labels, beside the same one trained on labels alone."""
+    torch.manual_seed(0)
+    teacher = digits.fitted(digits.ViT(depth=6))
+    x, y, *_ = digits.images()
+    example, data = (torch.zeros(2, 1, 8, 8),), list(zip(x.split(BATCH)[:-1], y.split(BATCH)[:-1], strict=True))
+    train = {"steps": 800, "batch": 1, "rate": 0.002, "method": "all", "calib_samples": len(data)}
+    rows = []
+    for loss, bar in (("task", "reference"), ("kl+task", "ahead of labels alone")):
+        found, seconds = [], 0.0
+        for seed in SEEDS:
+            note(f"ViT of two layers, {loss}, seed {seed}")
+            torch.manual_seed(seed)
+            student = digits.ViT(depth=2).eval()
+            made, took = timed(
+                lambda student=student, loss=loss, seed=seed: fxc.distill(
+                    teacher, student, data, example, loss=loss, temperature=2.0, seed=seed, **train
+                )
+            )
+            found.append(digits.accuracy(made))
+            seconds += took
+        spread = f"{stdev(found):.4f} between {len(SEEDS)} seeds"
+        how = f"fxc.distill(loss={loss}), mean; standard deviation {spread}"
+        rows.append(Row(f"digits ViT, 6 layers to 2, {loss}", bar, digits.accuracy(teacher), 0.1, mean(found), seconds, how))
+    return rows
