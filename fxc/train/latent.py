@@ -91,8 +91,8 @@ class Rounded(Latent):
     is. f is a factor around 1 for each group, because steps of a size are no size for scales.
 
     Where the weight is not trained, levels stay, whatever becomes of scales. It begins at exactly the weight that is packed.
-    original: the weight before it was packed, towards which v lies within its level, so that a number between two levels
-    changes to the other more easily; without it, is_thinned: whether what is zero was so before.
+    original: the weight before it was packed, towards which v lies a quarter of a level at most, so that a number between two
+    levels changes to the other more easily; without it, is_thinned: whether what is zero was so before.
     """
 
     def __init__(
@@ -116,7 +116,8 @@ class Rounded(Latent):
         self.register_buffer("keep", self._kept(original, codes, is_thinned))
         if original is not None and original.shape == dense.shape:
             gap = original.detach().float().reshape(levels.shape) / self.scale - levels
-            levels = levels + gap.clamp(-0.49, 0.49)
+            # Halfway, at most a quarter of a level: what was compensated for lies far off, and would change at the first step.
+            levels = levels + gap.clamp(-0.5, 0.5) / 2
         self.register_buffer("unit", self.scale if self.largest - self.least < FEW_LEVELS else torch.ones_like(self.scale))
         self.weight = nn.Parameter(levels * (self.scale / self.unit))
         self.factor = nn.Parameter(torch.ones_like(self.scale))
