@@ -159,7 +159,10 @@ def stacked(states: Sequence[State], batch: Any) -> State | None:
     or sizes differ."""
     made = {}
     for node, first in states[0].items():
-        values, kind = [state[node] for state in states], _stands(node.meta["val"], batch)
+        values = [state[node] for state in states]
+        # A weight in another dtype has no type of its own.
+        is_weight = all(each.op == "get_attr" for each in node.all_input_nodes) and "val" not in node.meta
+        kind = False if is_weight else _stands(node.meta.get("val", ()), batch)
         if kind is None or any(type(each) is not type(first) for each in values):
             return None
         if not kind:
