@@ -74,8 +74,9 @@ class Recover(Pass):
     end; weights that are no larger than these are trained as they are.
     precision: what products run in while it trains; weights are float32. auto: bfloat16 where the machine multiplies it itself.
     What a model has in a smaller type than float32 runs in its own.
-    accumulate: in so many parts a batch is computed, for less memory. patience: training by the loss ends after so many of ten
-    looks at the held-out samples that were no better; 0: never. scale_rate: of scales of packed weights, as a factor of the
+    accumulate: in so many parts a batch is computed, for less memory; checkpointing: of each block only
+    what it is given is kept, for less memory still and a third more time. patience: training by the loss ends after so many of
+    ten looks at the held-out samples that were no better; 0: never. scale_rate: of scales of packed weights, as a factor of the
     rate.
     sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
     (arXiv 1710.01878), the smallest first. l1: so much times the sum of the scales of batch norms is added to the loss (Network
@@ -101,6 +102,7 @@ class Recover(Pass):
     lora: int = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     accumulate: int = 1
+    checkpointing: bool = False
     patience: int = 0
     scale_rate: float = 1.0
     sparsity: float = 0.0
@@ -128,6 +130,9 @@ class Recover(Pass):
         for name in ("sparsity", "layer_drop", "dropout", "quantize_after"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not from 0 up to 1", where="recover")
+        if self.checkpointing and self.batch_statistics:
+            why = "a block that is run again would count its batch twice"
+            raise UsageError("checkpointing goes without batch_statistics", where="recover", why=why, hint="leave one out")
         if self.l1 < 0:
             raise UsageError(f"l1={self.l1} is below 0", where="recover")
         if self.loss:
@@ -156,8 +161,9 @@ class Recover(Pass):
         self._check_precision(program)
         loss.check(program, original.program, training.labels, training.unlabelled)
         student = Trainable(
-            program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics
-        )
+            program, context.floats, layer_drop=self.layer_drop, dropout=self.dropout, batch_statistics=self.batch_statistics,
+            checkpointing=self.checkpointing,
+        )  # fmt: skip
         kinds = self._kinds(student, original, loss)
         student.train_only(kinds)
         if not student.named():
@@ -252,7 +258,9 @@ class Recover(Pass):
         parameters = student.named()
         count = sum(each.numel() for each in parameters.values())
         parameters |= taught.projections(training)
-        needs = needs_of(student.program, count, training, -(-plan.batch // plan.accumulate))
+        needs = needs_of(
+            student.program, count, training, -(-plan.batch // plan.accumulate), in_blocks=self.checkpointing
+        )
         context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}, with {needs}")
         needs.check(str(self))
         sparser = Sparser(student, self.sparsity) if self.sparsity else None

@@ -20,6 +20,7 @@ from fxc.ir.program import Program
 from fxc.ir.thinned import thinned
 from fxc.schemes.scheme import product_of, scheme_of
 from fxc.train.batch_norm import BatchNorm
+from fxc.train.checkpoint import in_pieces
 from fxc.train.latent import Cast, Float, Latent, Rounded, packed, through
 from fxc.train.noise import Noise, branches
 from fxc.train.plan import Kind
@@ -47,10 +48,12 @@ class Trainable(nn.Module):
         layer_drop: float = 0.0,
         dropout: float = 0.0,
         batch_statistics: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         """floats: weights that are packed in the program, as they were just before, by name: they tell what was zero, and
         towards which side a level was rounded. In training (`train()`): layer_drop, dropout: what `Noise` leaves out;
-        batch_statistics: batch norms go by the statistics of the batch, and those that they keep follow (`state`)."""
+        batch_statistics: batch norms go by the statistics of the batch, and those that they keep follow (`state`);
+        checkpointing: blocks are run again for their gradients, and what they compute is not kept."""
         super().__init__()
         self.program = program
         self.noise = Noise(layer_drop, dropout) if layer_drop or dropout else None
@@ -64,10 +67,12 @@ class Trainable(nn.Module):
             raise UsageError("there is nothing to train in it", why="no layer of it reads a weight that is a constant")
         self._modules_of = nn.ModuleList(self.latents.values())
         self._module = self._built()
+        self.checkpointing = checkpointing
+        self._runs = self._in_pieces(self._module, self._made)
         self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self._module(*(latent() for latent in self.latents.values()), *inputs)
+        return self._runs(*(latent() for latent in self.latents.values()), *inputs)
 
     def also(self, nodes: Sequence[fx.Node]) -> Callable[..., tuple[Tensor, ...]]:
         """`forward` that gives these values of the program besides, after its outputs."""
@@ -75,6 +80,7 @@ class Trainable(nn.Module):
         outputs = graph.graph_copy(self._module.graph, copies)
         graph.output((*outputs, *(copies[self._made[node]] for node in nodes)))
         module = fx.GraphModule(self._module, graph, class_name="Trainable")
+        module = self._in_pieces(module, {node: copies.get(made) for node, made in self._made.items()})
         return lambda *inputs: module(*(latent() for latent in self.latents.values()), *inputs)
 
     @property
@@ -123,6 +129,9 @@ class Trainable(nn.Module):
                 constants[self.groups[name].get(part, name)] = tensor
         for norm in (self.norms or {}).values():
             constants.update(norm.stored())
+
+    def _in_pieces(self, module: fx.GraphModule, made: Mapping[fx.Node, fx.Node]) -> fx.GraphModule:
+        return in_pieces(module, self.program, made) if self.checkpointing else module
 
     def _find(self, node: fx.Node, known: Mapping[str, Tensor]) -> None:
         if node.op != "call_function":
