@@ -10,7 +10,7 @@ from fxc.compiler import optimize
 from fxc.errors import UsageError
 from fxc.passes.base import Pass, options_of
 from fxc.passes.prune.prune import Prune
-from fxc.passes.recover import Recover
+from fxc.passes.recover.recover import Recover
 
 
 def recover(model: Any, data: Any, teacher: Any = None, example_inputs: Any = None, **options: Any) -> CompiledModel:

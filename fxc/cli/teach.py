@@ -11,7 +11,7 @@ from fxc.cli.parameters import Dtype, Json, Revision, Trust, output_for
 from fxc.errors import UsageError
 
 if TYPE_CHECKING:
-    from fxc.passes.recover import Recover
+    from fxc.passes.recover.recover import Recover
 
 # What is not named here is an option of the pass.
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -107,7 +107,7 @@ def _step(words: list[str], named: dict[str, str | None]) -> Recover:
     """The pass, with the options that the command does not name itself."""
     import fxc.passes  # noqa: F401 - which registers them
     from fxc.passes.base import options_of, parse_passes
-    from fxc.passes.recover import Recover
+    from fxc.passes.recover.recover import Recover
 
     known = {field.name: field.type for field in options_of(Recover)}
     given = {name: value for name, value in named.items() if value is not None}

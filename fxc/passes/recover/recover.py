@@ -13,9 +13,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -26,30 +24,23 @@ from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Original, Pass, Result, check_data_is_given
-from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.facts import CANONICAL
 from fxc.passes.learning import key_of
+from fxc.passes.recover.by_blocks import train_by_blocks
+from fxc.passes.recover.by_loss import EVERYTHING, penalty, train_by_loss
+from fxc.passes.recover.lesson import Lesson
 from fxc.passes.teacher import teacher_of
 from fxc.train import ranks
-from fxc.train.batches import Batches
-from fxc.train.halves import recover_halves
-from fxc.train.loop import train
-from fxc.train.lora import adapt, merge
 from fxc.train.losses import Loss, default_loss
-from fxc.train.needs import needs_of
 from fxc.train.plan import Plan
-from fxc.train.precision import autocast, chosen
-from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
+from fxc.train.precision import chosen
 from fxc.train.taught import Taught
 from fxc.train.trainable import Trainable
 
 HELD_OUT = 8
-# Blocks are trained on so many samples at most, whose hidden states are kept.
-BLOCK_SAMPLES = 256
 # The packed program gives what the trained one gave, to so much of it: what differs is the order of sums, in the program's
 # dtype.
 SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-EVERYTHING = ("weight", "vector", "scale")
 KINDS = {"all": EVERYTHING, "norms": ("vector",), "scales": ("scale", "vector")}
 
 
@@ -75,7 +66,7 @@ class Recover(Pass):
     precision: what products run in while it trains; weights are float32. auto: bfloat16 where the machine multiplies it itself.
     What a model has in a smaller type than float32 runs in its own.
     accumulate: in so many parts a batch is computed, for less memory; checkpointing: of each block only
-    what it is given is kept, for less memory still and a third more time. patience: training by the loss ends after so many of
+    what it is given is kept, for less memory still, and computed twice. patience: training by the loss ends after so many of
     ten looks at the held-out samples that were no better; 0: never. scale_rate: of scales of packed weights, as a factor of the
     rate.
     sparsity: the share of each layer's float weight that becomes zero while it trains, by the cubic schedule of Zhu and Gupta
@@ -121,7 +112,7 @@ class Recover(Pass):
     limits: ClassVar[tuple[float, float]] = (float("inf"), float("inf"))
 
     def __post_init__(self) -> None:
-        self._plan(0)
+        self.plan(0)
         if self.block_steps < 1 or self.block_rate <= 0:
             raise UsageError("block_steps is at least 1, and block_rate above 0", where="recover")
         if self.lora < 0 or (self.lora and (self.method not in ("auto", "all") or self.sparsity)):
@@ -170,22 +161,22 @@ class Recover(Pass):
             raise UsageError(f"method={self.method} has nothing to train in it", where=str(self), hint="method=all")
         taught = Taught(
             student, original.program, loss, precision=chosen(self.precision),
-            as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=self._penalty(student),
+            as_teacher=original.inputs, as_student=original.outputs, seed=context.seed, penalty=penalty(student, self.l1),
             in_order=original.is_other,
         )  # fmt: skip
         taught.projections(training)
-        result, spent = Result(), 0.0
-        key = self._key(program, original, training, held_out, context)
+        key, spent = self._key(program, original, training, held_out, context), 0.0
+        lesson = Lesson(self, original, student, taught, training, held_out, context, key)
         if self.method == "blocks" or (self.method == "auto" and not self._schedules and not original.is_other):
             student.train_only(EVERYTHING)
-            spent = self._blocks(student, original, taught, training, held_out, context, key, result)
+            spent = train_by_blocks(lesson)
             student.train_only(kinds)
         if self.method != "blocks":
-            self._by_loss(student, taught, training, held_out, context, key, spent, result)
-        if result.changed:
+            train_by_loss(lesson, spent)
+        if lesson.result.changed:
             student.write()
             self._check(student, program, held_out[0])
-        return result
+        return lesson.result
 
     @property
     def _schedules(self) -> bool:
@@ -200,101 +191,8 @@ class Recover(Pass):
             return EVERYTHING
         whole = sum(t.numel() for t in original.program.constants.values() if t.ndim > 1)
         is_learned = original.is_other or not loss.needs_teacher or _matrices(student) < whole
-        return EVERYTHING if is_learned or self._schedules or self.method == "blocks" else KINDS["scales"]
-
-    def _blocks(
-        self, student: Trainable, original: Original, taught: Taught, training: Samples, held_out: Samples,
-        context: Context, key: dict[str, object], result: Result,
-    ) -> float:  # fmt: skip
-        """Train half-blocks, and say so in `result`; nothing is changed where the loss on held-out samples is no lower. How
-        many seconds it took. key: of where it is saved."""
-        journal = context.saves.journal(key | {"part": "half-blocks"}) if context.saves else None
-        if journal and journal.done:
-            saved = journal.stage(0)
-            context.say(f"{self} goes on: half-blocks are done")
-            _put(student, saved["parameters"])
-            result.notes.append(saved["note"])
-            result.changed += saved["changed"]
-            return saved["seconds"]
-        judge, began = taught.judged(held_out, held_out.labels), time.monotonic()
-        before, kept = judge(), [each.detach().clone() for each in student.parameters()]
-        teacher = original.program.copy()
-        Canonicalize().run(teacher, Context())
-        # Shares of energy are too small for float16 without scaling.
-        precision = "float32" if self.precision == "float16" else chosen(self.precision)
-        halves = recover_halves(
-            student, teacher, training[:: -(-len(training) // BLOCK_SAMPLES)], held_out[: BLOCK_SAMPLES // HELD_OUT],
-            as_teacher=original.inputs, steps=self.block_steps, rate=self.block_rate, seed=context.seed,
-            within=lambda: autocast(precision), track=context.track,
-        )  # fmt: skip
-        after = judge() if halves.fits else before
-        better = after < before
-        if not better:
-            _put(student, kept)
-        said = _said(before, after) if halves.fits else "nothing was changed"
-        note = f"{halves}; the loss on {len(held_out)} held-out samples {said}"
-        changed, seconds = len(student.latents) if better else 0, time.monotonic() - began
-        if journal:
-            own = [each.detach() for each in student.parameters()]
-            journal.save_stage({"parameters": own, "note": note, "changed": changed, "seconds": seconds})
-        result.notes.append(note)
-        result.changed += changed
-        return seconds
-
-    def _by_loss(
-        self, student: Trainable, taught: Taught, training: Samples, held_out: Samples, context: Context,
-        key: dict[str, object], spent: float, result: Result,
-    ) -> None:  # fmt: skip
-        """Train by the loss, and say so in `result`. key: of where it is saved; spent: seconds so far."""
-        plan = self._plan(context.seed)
-        if plan.minutes:
-            if plan.minutes * 60 <= spent:
-                result.notes.append(f"nothing is left of {plan.minutes:g} minutes to train by the loss")
-                return
-            plan = replace(plan, minutes=plan.minutes - spent / 60)
-        adapted = adapt(student, self.lora, context.seed) if self.lora else []
-        if adapted:
-            student.train_only(EVERYTHING)
-        parameters = student.named()
-        count = sum(each.numel() for each in parameters.values())
-        parameters |= taught.projections(training)
-        needs = needs_of(
-            student.program, count, training, -(-plan.batch // plan.accumulate), in_blocks=self.checkpointing
-        )
-        context.say(f"{self} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}, with {needs}")
-        needs.check(str(self))
-        sparser = Sparser(student, self.sparsity) if self.sparsity else None
-
-        def before_step(done: float) -> None:
-            student.rounds(done >= self.quantize_after)
-            if sparser is not None:
-                sparser(done)
-
-        prepares = bool(self.l1 or self.layer_drop)
-        journal = context.saves.journal(key | {"part": "by the loss"}) if context.saves else None
-        if journal and journal.began:
-            looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)
-            context.say(f"{self} goes on: {journal.began} of {looks} parts are done")
-        with torch.random.fork_rng(devices=()):
-            fit = train(
-                parameters,
-                taught.pieces(
-                    Batches(training, self.batch, context.seed), held_out, training.labels, held_out.labels,
-                    accumulate=self.accumulate,
-                ),
-                plan, kinds=student.kinds, before_step=before_step, state=student.state, buffers=student,
-                first_counts=not (prepares or sparser),
-                settled=1.0 if prepares else max(RAMP if sparser else 0.0, self.quantize_after),
-                journal=journal, track=context.track, what="recovering",
-            )  # fmt: skip
-        merge(student, adapted)
-        better = fit.after < fit.before or prepares or sparser is not None
-        result.training = fit
-        said = _said(fit.before, fit.after, better)
-        result.notes.append(f"{fit.steps} steps in {fit.precision}; the loss on {len(held_out)} held-out samples {said}")
-        if fit.stopped:
-            result.notes.append(f"it ended early: {fit.stopped}")
-        result.changed += len(student.latents) if better else 0
+        has_others = any(kind in KINDS["scales"] for kind in student.kinds.values())
+        return KINDS["scales"] if has_others and not (is_learned or self._schedules or self.method == "blocks") else EVERYTHING
 
     def _check_precision(self, program: Program) -> None:
         """Raises UsageError for float16 where the program has values in bfloat16, which do not go together."""
@@ -304,14 +202,7 @@ class Recover(Pass):
             hint = "leave it out: it trains in bfloat16; or --dtype float32"
             raise UsageError(what, where="recover:precision", hint=hint)
 
-    def _penalty(self, student: Trainable) -> Callable[[], Tensor] | None:
-        """What is added to the loss of each step."""
-        if not self.l1:
-            return None
-        scales = norm_scales(student)
-        return lambda: self.l1 * l1(scales)
-
-    def _plan(self, seed: int) -> Plan:
+    def plan(self, seed: int) -> Plan:
         return Plan(
             self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, precision=chosen(self.precision),
             accumulate=self.accumulate, patience=self.patience, scale_rate=self.scale_rate, seed=seed,
@@ -342,17 +233,6 @@ class Recover(Pass):
                     f"the pass {self}: what was trained and what was packed of it differ by {gap:.2g}", where=name,
                     hint="this is a fault of fxc; report it with the model's configuration",
                 )  # fmt: skip
-
-
-@torch.no_grad()
-def _put(student: Trainable, values: Sequence[Tensor]) -> None:
-    for each, value in zip(student.parameters(), values, strict=True):
-        each.copy_(value)
-
-
-def _said(before: float, after: float, better: bool | None = None) -> str:
-    better = after < before if better is None else better
-    return f"{before:.4g} -> {after:.4g}" if better else f"{before:.4g}, and never better: nothing was changed"
 
 
 def _matrices(student: Trainable) -> int:

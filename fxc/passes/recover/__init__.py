@@ -1,0 +1,1 @@
+"""The policy that trains what other passes have left."""

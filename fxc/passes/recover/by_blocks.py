@@ -1,0 +1,50 @@
+"""Half-blocks, one after another, each until it gives what the model's gave."""
+
+from __future__ import annotations
+
+import time
+
+from fxc.passes.base import Context
+from fxc.passes.canonicalize import Canonicalize
+from fxc.passes.recover.lesson import Lesson, put, said
+from fxc.train.halves import recover_halves
+from fxc.train.precision import autocast, chosen
+
+# Blocks are trained on so many samples at most, and judged by an eighth of that, whose hidden states are kept.
+SAMPLES, JUDGED = 256, 32
+
+
+def train_by_blocks(lesson: Lesson) -> float:
+    """Train half-blocks, and say so in the lesson's result; nothing is changed where the loss on held-out samples is no lower.
+    How many seconds it took."""
+    options, student, held_out, context = lesson.options, lesson.student, lesson.held_out, lesson.context
+    journal = lesson.journal("half-blocks")
+    if journal and journal.done:
+        saved = journal.stage(0)
+        context.say(f"{options} goes on: half-blocks are done")
+        put(student, saved["parameters"])
+        lesson.keep(saved["note"], saved["better"])
+        return saved["seconds"]
+    judge, began = lesson.taught.judged(held_out, held_out.labels), time.monotonic()
+    before, kept = judge(), [each.detach().clone() for each in student.parameters()]
+    teacher = lesson.original.program.copy()
+    Canonicalize().run(teacher, Context())
+    # Shares of energy are too small for float16 without scaling.
+    precision = "float32" if options.precision == "float16" else chosen(options.precision)
+    halves = recover_halves(
+        student, teacher, lesson.training[:: -(-len(lesson.training) // SAMPLES)], held_out[:JUDGED],
+        as_teacher=lesson.original.inputs, steps=options.block_steps, rate=options.block_rate, seed=context.seed,
+        within=lambda: autocast(precision), track=context.track,
+    )  # fmt: skip
+    after = judge() if halves.fits else before
+    better = after < before
+    if not better:
+        put(student, kept)
+    outcome = said(before, after) if halves.fits else "nothing was changed"
+    note = f"{halves}; the loss on {len(held_out)} held-out samples {outcome}"
+    seconds = time.monotonic() - began
+    if journal:
+        own = [each.detach() for each in student.parameters()]
+        journal.save_stage({"parameters": own, "note": note, "better": better, "seconds": seconds})
+    lesson.keep(note, better)
+    return seconds
