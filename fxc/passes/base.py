@@ -241,6 +241,14 @@ def parse_passes(spec: str | Iterable[str | Pass]) -> list[Pass]:
     return [item if isinstance(item, Pass) else _parse_pass(item.strip()) for item in items]
 
 
+# What people ask for by a name that no pass has.
+_OTHERWISE = {
+    "qat": "int4:group=32,recover:steps=400 is quantization-aware training: recover trains what is packed as it is rounded",
+    "distill": "fxc distill --teacher A --student B; recover:loss=kl distils the model into what is left of it",
+    "lora": "recover:lora=16",
+}
+
+
 def _masked(text: str) -> str:
     """`text` with another character in the place of each one in quotes."""
     return _QUOTED.sub(lambda quoted: "x" * len(quoted[0]), text)
@@ -268,7 +276,8 @@ def _parse_pass(text: str) -> Pass:
     options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)
     if cls is None:
-        raise UsageError(f"there is no pass {name!r}", hint=f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them")
+        hint = _OTHERWISE.get(name) or f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them"
+        raise UsageError(f"there is no pass {name!r}", hint=hint)
     fields = {f.name: f for f in options_of(cls)}
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def test_a_value_may_stand_in_quotes(mark):
     [
         ("int9", "did you mean 'int8'"),
         ("int8:mod=dynamic", "its options: mode, observer"),
-        ("int8:only", "its options: mode, observer, algorithm, only"),
+        ("int8:only", "its options: mode, observer, algorithm, steps, smooth, only"),
         ("int8:mode=fast", "one of dynamic, weight_only"),
         ("int8:mode", "has no option"),
         ("int8,int8:mode=weight_only", "given twice"),
@@ -44,3 +44,13 @@ def test_what_is_written_wrong_says_what_there_is(spec, says):
     with pytest.raises(UsageError) as caught:
         order(parse_passes(spec))
     assert says in str(caught.value)
+
+
+OTHER_NAMES = [("qat:format=int4", "recover"), ("distill", "fxc distill"), ("lora", "recover:lora")]
+
+
+@pytest.mark.parametrize(("name", "said"), OTHER_NAMES)
+def test_what_has_another_name_here_is_said(name, said):
+    with pytest.raises(UsageError, match="there is no pass") as refused:
+        parse_passes(name)
+    assert said in refused.value.hint
