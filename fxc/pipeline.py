@@ -97,7 +97,9 @@ def run_passes(
         gone = {name: each for name, each in program.constants.items() if name not in after.constants}
         floats = {name: each for name, each in gone.items() if each.is_floating_point() and each.ndim > 1}
         remember_thinned(after, floats)
-        context = replace(context, floats=context.floats | floats, **given)
+        # They would be in memory for nothing where nobody trains.
+        kept = floats if any(each.uses_training() for each in ordered[number:]) else {}
+        context = replace(context, floats=context.floats | kept, **given)
         original = replace(original, interface=original.interface.then(result.interface))
         program = after
         steps.append(done)
