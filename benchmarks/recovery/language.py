@@ -60,7 +60,10 @@ def rows(only: set[str], share: float, precision: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.txt"
         text.write_text(python_source(40_000_000), encoding="utf-8")
-        given = {"calib": text, "train": text, "train_samples": SAMPLES, "calib_length": WINDOW, "dtype": "float32"}
+        given = {
+            "calib": text, "calib_length": WINDOW, "train": text, "train_length": WINDOW, "train_samples": SAMPLES,
+            "dtype": "float32",
+        }  # fmt: skip
         before = judged(load_source(str(PYLM)).model)
         for work in WORKS:
             if only and not any(each in work.name for each in only):
