@@ -37,6 +37,7 @@ STRATEGIES = (
     "int4:group=32:algorithm=qronos", "int4:bits=3:group=32:algorithm=gptq", "fp8", "sparse24",
     "sparse24:criterion=sparsegpt,int8", "sparsify:sparsity=0.5:criterion=sparsegpt,pack", PRUNE, f"int8,{PRUNE}",
 )  # fmt: skip
+QUICK = ("int8", "sparse24")
 WINDOWS = 200
 
 
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.backend == "inductor":
         require_compiler()
     load, rounds = round(os.getloadavg()[0], 2), 2 if given.quick else 7
-    strategies, windows = (STRATEGIES[:1] + STRATEGIES[9:10], 4) if given.quick else (STRATEGIES, WINDOWS)
+    strategies, windows = (QUICK, 4) if given.quick else (STRATEGIES, WINDOWS)
     strategies = tuple(given.only or strategies)
     report = {
         "hardware": table.hardware(), "versions": table.versions(), "threads": given.threads, "load_before": load,

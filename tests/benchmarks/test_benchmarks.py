@@ -228,6 +228,6 @@ def test_strategies_on_the_example(capsys):
 
     assert strategies.main(["--quick", "--backend", "eager"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| passes", "| as it comes", "| int8", "| sparse24,int8"]
+    assert [row.split(" | ")[0] for row in rows] == ["| passes", "| as it comes", "| int8", "| sparse24"]
     sizes = [float(row.split(" MB (")[1].split(")")[0]) for row in rows[1:]]
-    assert sizes[0] == 1 and sizes[2] < sizes[1] < 0.7
+    assert sizes[0] == 1 and max(sizes[1:]) < 0.7
