@@ -32,6 +32,7 @@ def losses(model: fxc.CompiledModel) -> tuple[float, float]:
     return float(first[0]), float(last[2])
 
 
+@pytest.mark.slow
 def test_what_was_pruned_and_packed_comes_nearer_to_its_teacher_and_stays_packed(teacher, data, tmp_path):
     small = fxc.optimize(teacher, passes="prune:heads=0.25:ffn=0.3,int8")
     small.save(tmp_path / "small")

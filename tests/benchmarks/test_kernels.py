@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 from repo import REPO
 
 from benchmarks import kernels as benchmark
 
 
+@pytest.mark.slow
 def test_without_typer_and_rich_the_same_runs(tmp_path, capsys):
     size = ["--shapes", "64,256", "--m", "1", "--rounds", "1", "--scheme", "fp8", "--device", "cpu"]
     assert benchmark.run_plainly([*size, "--out", str(tmp_path), "--json"]) == 0

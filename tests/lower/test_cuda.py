@@ -348,7 +348,7 @@ def test_operators_say_what_they_give(name):
         pytest.param("int8:mode=weight_only", "float32", marks=pytest.mark.slow),
         ("int4:group=32", "bfloat16"),
         pytest.param("sparse24", "bfloat16", marks=pytest.mark.slow),
-        ("sparse24,int8", "float32"),
+        pytest.param("sparse24,int8", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_model_through_the_kernels(passes, dtype):

@@ -64,6 +64,7 @@ print("layers " + str(len(model.layers)))
 """
 
 
+@pytest.mark.slow
 def test_no_product_of_the_example_runs_reference_code():
     environment = os.environ | {"ONEDNN_VERBOSE": "1", "FXC_CACHE": "off"}
     done = subprocess.run([sys.executable, "-c", VERBOSE], capture_output=True, text=True, cwd=REPO, env=environment)
