@@ -76,7 +76,7 @@ def distillation() -> list[Row]:
     teacher = digits.fitted(digits.ViT(depth=6))
     x, y, *_ = digits.images()
     example, data = (torch.zeros(2, 1, 8, 8),), list(zip(x.split(BATCH)[:-1], y.split(BATCH)[:-1], strict=True))
-    train = {"steps": 800, "batch": 1, "rate": 0.002, "method": "all", "calib_samples": len(data)}
+    train = {"steps": 800, "batch": 1, "rate": 0.002, "method": "all", "train_samples": len(data)}
     rows = []
     for loss, bar in (("task", "reference"), ("kl+task", "ahead of labels alone")):
         found, seconds = [], 0.0
