@@ -6,7 +6,9 @@ shards, gathered layer by layer before they are used (FSDP): that is not here.
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ def join() -> None:
     """Meet the others that torchrun started, where it did. By gloo: programs are trained on the CPU."""
     if _launched() and not distributed.is_initialized():
         distributed.init_process_group("gloo")
+        # A thread of the group that lets go of the last collective's tensor asks for the interpreter, and aborts the process
+        # where that is gone by then (pytorch/pytorch#179291).
+        atexit.register(_leave)
 
 
 def count() -> int:
@@ -69,6 +74,12 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def _launched() -> bool:
     return distributed.is_available() and distributed.is_torchelastic_launched()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+        time.sleep(0.2)  # others may run: the threads do not end with their group
 
 
 def _joined() -> bool:
