@@ -39,6 +39,7 @@ def reconstruct(
     optimizer: torch.optim.Optimizer,
     *,
     schedule: Callable[[float], float] = lambda done: 1 - done,
+    first: Callable[[], None] | None = None,
     steps: int = 200,
     batch: int = 8,
     seed: int = 0,
@@ -51,7 +52,8 @@ def reconstruct(
     """Let `optimizer` train its tensors, so that with `constants` (name -> what it is, of these tensors) the block gives what
     it gave; they are left as they were best for held-out samples.
 
-    schedule: share of the steps that is done -> what the rates at the beginning are multiplied by. batch: samples for each
+    schedule: share of the steps that is done -> what the rates at the beginning are multiplied by. first: what changes the
+    tensors at once, before they are trained. batch: samples for each
     step, drawn by `seed`. held_out: the samples to judge by, every eighth if it is None. within: what products run in while it
     trains. least: where no more is lost, nothing is trained. None where there are fewer than two samples: then there is nothing
     to judge by, and nothing changes.
@@ -85,6 +87,12 @@ def reconstruct(
     if before <= least:
         return Fit(before, before)
     kept = [tensor.detach().clone() for tensor in tensors]
+    if first is not None:
+        first()
+        if (now := judged()) < best:
+            best, kept = now, [tensor.detach().clone() for tensor in tensors]
+        else:
+            _put(tensors, kept)
     order = torch.Generator().manual_seed(seed)
     looks = {round(steps * n / LOOKS) for n in range(1, LOOKS + 1)}
     for step in track(range(1, steps + 1), what, steps):
@@ -103,10 +111,14 @@ def reconstruct(
         optimizer.step()
         if step in looks and (now := judged()) < best:
             best, kept = now, [tensor.detach().clone() for tensor in tensors]
-    with torch.no_grad():
-        for tensor, value in zip(tensors, kept):
-            tensor.copy_(value)
+    _put(tensors, kept)
     return Fit(before, best)
+
+
+@torch.no_grad()
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _weights(passage: Passage) -> list[float]:

@@ -27,9 +27,17 @@ def refit(weight: Tensor, keep: Tensor, hessian: Tensor, *, damp: float = DAMP, 
     """
     values = checked(weight, hessian)
     curvature = damped(hessian, damp).float()
-    diagonal = curvature.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
     made = torch.where(keep, values, 0.0)
-    left = torch.where(keep, (values - made) @ curvature, 0.0)
+    made = made + change_of(keep, (values - made) @ curvature, curvature, steps)
+    return Pruned(made, keep, lost(values, made, hessian))
+
+
+def change_of(keep: Tensor, slope: Tensor, curvature: Tensor, steps: int = STEPS) -> Tensor:
+    """Of each row g of `slope` the d with d[k] = 0 outside of `keep` that minimises d^T C d / 2 - g d, float32 [N, K].
+    curvature: C [K, K], positive definite."""
+    diagonal = curvature.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    made = torch.zeros_like(slope)
+    left = torch.where(keep, slope, 0.0)
     scaled = left / diagonal
     direction, size = scaled, (left * scaled).sum(1, keepdim=True)
     for _ in range(steps):
@@ -43,4 +51,4 @@ def refit(weight: Tensor, keep: Tensor, hessian: Tensor, *, damp: float = DAMP, 
         fresh = (left * scaled).sum(1, keepdim=True)
         direction = scaled + torch.where(size > 0, fresh / size, 0.0) * direction
         size = fresh
-    return Pruned(made, keep, lost(values, made, hessian))
+    return made

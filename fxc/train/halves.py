@@ -21,6 +21,7 @@ from fxc.calibrate.reconstruct import Fit, reconstruct
 from fxc.calibrate.stream import Passage, Stream, alive_before
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
+from fxc.train.last_linear import Ends, ends_of, solve
 from fxc.train.plain import Plain
 from fxc.train.segments import Segment, segments
 from fxc.train.trainable import Trainable
@@ -80,22 +81,34 @@ def recover_halves(
         return made
     _needs(plain.program, found, mine, theirs, batch).check("recover:method=blocks")
     for number, (segment, after) in enumerate(pairwise(found), 1):
-        theirs.flow(after.theirs[0])
         passage = _passage(plain.program, segment, mine, theirs)
         own = [name for name in plain.gives if name in passage.own]
+        ends = ends_of(segment.gives[0], segment.aims[0], set(segment.mine), own)
+        aims = _aims(ends, theirs, len(samples)) if ends is not None else []
+        theirs.flow(after.theirs[0])
         parameters = {name: [p for p in student.latents[name].parameters() if p.requires_grad] for name in own}
         if any(parameters.values()):
             what = f"recovering {segment.layers[0]} ({number} of {len(found) - 1})"
             fit = reconstruct(
                 passage, {name: plain.gives[name] for name in own if parameters[name]}, _optimizer(student, own, rate),
-                schedule=cosine, steps=steps, batch=batch, seed=seed, held_out=range(len(samples), len(every)),
-                within=within, least=NOTHING, track=track, what=what,
+                first=_solver(ends, plain, mine, aims), schedule=cosine, steps=steps, batch=batch, seed=seed,
+                held_out=range(len(samples), len(every)), within=within, least=NOTHING, track=track, what=what,
             )  # fmt: skip
             if fit.before > NOTHING:
                 made.fits[segment.layers[0]] = fit
                 plain.update(own)
         mine.flow(after.mine[0], theirs)
     return made
+
+
+def _aims(ends: Ends, theirs: Stream, count: int) -> list[Tensor]:
+    """What sums are to be, of the first `count` samples, where `theirs` is given the segment's inputs."""
+    read = theirs.reader([ends.aim])
+    return [read(state)[ends.aim] for state in theirs.states[:count]]
+
+
+def _solver(ends: Ends | None, plain: Plain, mine: Stream, aims: list[Tensor]) -> Callable[[], None] | None:
+    return None if ends is None else lambda: solve(ends, plain, mine.states[: len(aims)], aims)
 
 
 def cosine(done: float) -> float:

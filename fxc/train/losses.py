@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fxc.data.labels import HINT
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.next_token import counted, next_token_loss
 from fxc.ir.program import Program
+from fxc.train.divergence import divergence
 
 # How token labels say that a token has none.
 IGNORED = -100
@@ -223,25 +224,25 @@ def _task(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
 
 
 def _kl(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
-    def divergence(name: str, mine: Tensor, aim: Tensor) -> Tensor:
-        return _divergence(*((classes_last(each).float() / loss.temperature).log_softmax(-1) for each in (mine, aim)))
+    def of_one(name: str, mine: Tensor, aim: Tensor) -> Tensor:
+        return divergence(classes_last(mine), classes_last(aim), loss.temperature)
 
-    return loss.temperature**2 * _over(student, _pairs(student, teacher, "kl"), divergence)
+    return loss.temperature**2 * _over(student, _pairs(student, teacher, "kl"), of_one)
 
 
 def _topk(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
     names = teacher.tops or logits_of(teacher.outputs, "topk")
 
-    def divergence(name: str, mine: Tensor, aim: Tensor | None) -> Tensor:
-        scaled = classes_last(mine).float() / loss.temperature
-        if scaled.shape[-1] <= loss.k:
-            return _divergence(scaled.log_softmax(-1), (classes_last(aim).float() / loss.temperature).log_softmax(-1))
+    def of_one(name: str, mine: Tensor, aim: Tensor | None) -> Tensor:
+        mine = classes_last(mine)
+        if mine.shape[-1] <= loss.k:
+            return divergence(mine, classes_last(aim), loss.temperature)
         top = teacher.tops.get(name) or top_of(classes_last(aim), loss.k, loss.temperature)
-        logs, rest = _lumped(scaled, top.classes.long())
-        return _divergence(torch.cat([logs, rest[..., None]], -1), torch.cat([top.logs, top.rest[..., None]], -1))
+        logs, rest = _lumped(mine.float() / loss.temperature, top.classes.long())
+        return divergence(torch.cat([logs, rest[..., None]], -1), torch.cat([top.logs, top.rest[..., None]], -1))
 
     pairs = [(name, student.outputs[name], teacher.outputs.get(name)) for name in names if name in student.outputs]
-    return loss.temperature**2 * _over(student, pairs, divergence)
+    return loss.temperature**2 * _over(student, pairs, of_one)
 
 
 def _features(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
@@ -295,13 +296,6 @@ def _lumped(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     whole = logits.logsumexp(-1, keepdim=True)
     rest = logits.scatter(-1, classes, float("-inf")).logsumexp(-1)
     return logits.gather(-1, classes) - whole, rest - whole[..., 0]
-
-
-def _divergence(mine: Tensor, aim: Tensor) -> Tensor:
-    """KL(aim || mine) of log probabilities [..., C], of which some may be -inf."""
-    if not bool(aim.isneginf().any()):
-        return kl_div(mine, aim, log_target=True, reduction="none").sum(-1)
-    return torch.where(aim > float("-inf"), aim.exp() * (aim - mine), 0.0).sum(-1)
 
 
 def _away(mine: Tensor, aim: Tensor) -> Tensor:

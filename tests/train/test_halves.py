@@ -23,8 +23,10 @@ STEPS, BATCH, RATE = 6, 3, 0.02
 
 
 class Blocks(nn.Module):
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 3, factor: float = 1.0) -> None:
+        """factor: of each branch; with one it ends in no linear layer."""
         super().__init__()
+        self.factor = factor
         torch.manual_seed(0)
         self.first = nn.Linear(32, 32)
         self.parts = nn.ModuleList(
@@ -34,7 +36,8 @@ class Blocks(nn.Module):
     def forward(self, x):
         x = self.first(x)
         for each in self.parts:
-            x = x + each["down"](torch.relu(each["up"](each["norm"](x))))
+            inner = each["down"](torch.relu(each["up"](each["norm"](x))))
+            x = x + (inner if self.factor == 1 else inner * self.factor)
         return x
 
 
@@ -59,7 +62,7 @@ def damaged(model: nn.Module) -> nn.Module:
 def test_each_part_is_trained_as_it_would_be_alone():
     """Against plain torch: the blocks one after another, each behind those that are trained, by the same steps on the same
     samples."""
-    model, mine = Blocks(2), damaged(Blocks(2))
+    model, mine = Blocks(2, 2.0), damaged(Blocks(2, 2.0))
     samples, held_out = inputs(), inputs(3, seed=2)
     program = program_of(mine)
     student = Trainable(program)
@@ -68,7 +71,7 @@ def test_each_part_is_trained_as_it_would_be_alone():
 
     def forward(one, number, x):
         each = one.parts[number]
-        return x + each["down"](torch.relu(each["up"](each["norm"](x))))
+        return x + 2 * each["down"](torch.relu(each["up"](each["norm"](x))))
 
     # The first layer has lost nothing; the last part gives what the program gives, and is left.
     block, keep = mine.parts[0], mine.parts[0]["up"].weight != 0
@@ -99,6 +102,16 @@ def test_each_part_is_trained_as_it_would_be_alone():
     student.write()
     for name, expected in mine.named_parameters():
         torch.testing.assert_close(program.constants[name], expected.data, rtol=1e-4, atol=1e-6)
+
+
+def test_the_layer_that_a_part_ends_with_is_solved_for_first():
+    model, mine = Blocks(), damaged(Blocks())
+    student = Trainable(program_of(mine))
+    made = recover_halves(student, program_of(model), inputs(100), inputs(3, seed=2), steps=0)
+    fit = made.fits["parts.0.up"]
+    assert fit.after < 0.9 * fit.before
+    moved = {name for name, latent in student.latents.items() if not torch.equal(latent(), mine.state_dict()[name])}
+    assert moved == {"parts.0.down.weight", "parts.1.down.weight"}
 
 
 @pytest.mark.parametrize("spec", ["int4:bits=2:group=32", "sparse24", "sparsify:sparsity=0.6"])

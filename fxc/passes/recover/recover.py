@@ -113,8 +113,8 @@ class Recover(Pass):
 
     def __post_init__(self) -> None:
         self.plan(0)
-        if self.block_steps < 1 or self.block_rate <= 0:
-            raise UsageError("block_steps is at least 1, and block_rate above 0", where="recover")
+        if self.block_steps < 0 or self.block_rate <= 0:
+            raise UsageError("block_steps is at least 0, and block_rate above 0", where="recover")
         if self.lora < 0 or (self.lora and (self.method not in ("auto", "all") or self.sparsity)):
             what = f"lora={self.lora} is no rank with which all weights are trained by the loss"
             raise UsageError(what, where="recover", hint="lora=16 with method=all or auto, and no sparsity=")
