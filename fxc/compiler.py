@@ -164,7 +164,8 @@ def taught_by(captured: Captured, teacher: Captured) -> Program:
 @contextmanager
 def _saves(options: Options) -> Iterator[Saves | None]:
     """Where passes that learn save what they do, while they run."""
-    if options.calib is None or (options.resume is None and options.calib_disk is None):
+    has_data = options.calib is not None or options.train is not None
+    if not has_data or (options.resume is None and options.calib_disk is None):
         yield None
     elif options.resume is not None:
         with saving(Path(options.resume), in_memory=options.calib_disk is None) as saves:

@@ -148,7 +148,7 @@ def _with_saves(resume: bool | None, options: Options, out: Path, learns: bool) 
     """Where passes that learn save what they do: beside the output, or on the disk for hidden states."""
     if resume is False:
         return options
-    if options.calib is None or not learns:
+    if (options.calib is None and options.train is None) or not learns:
         if resume:
             raise UsageError("no pass learns from data, and others begin anew", where="--resume", hint="leave it out")
         return options

@@ -24,10 +24,14 @@ LossText = Annotated[str | None, typer.Option(help="A weighted sum of terms, as 
 Steps = Annotated[str | None, typer.Option(help="Steps of the optimizer; 400 by default.")]
 Minutes = Annotated[str | None, typer.Option(help="Train so long, and not a number of steps.")]
 Batch = Annotated[str | None, typer.Option(help="Samples in a step; 8 by default.")]
-Rate = Annotated[str | None, typer.Option(help="The largest learning rate; 0.001 by default.")]
+Rate = Annotated[str | None, typer.Option(help="The largest learning rate; 0.0005 by default.")]
 EvalText = Annotated[Path | None, typer.Option(help="Measure perplexity on this text before and after.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")]
+Resume = Annotated[
+    bool | None,
+    typer.Option(help="Go on where the same command was killed; with --no-resume nothing is saved to go on from."),
+]
 Report = Annotated[bool, typer.Option("--report", help="Print all tables.")]
 
 
@@ -51,6 +55,7 @@ def recover(
     trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
     report: Report = False,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Train a compressed model until it does again what it did. Every option of the pass recover is one of this command too:
@@ -60,7 +65,7 @@ def recover(
     step = _step(context.args, {"loss": loss, "steps": steps, "minutes": minutes, "batch": batch, "rate": rate})
     check_is_taught(step, teacher)
     options = _options(data, data_samples, data_length, seed, dtype, revision, trust_remote_code)
-    _compile(model, [step], teacher, options, out, eval_text, overwrite, report, as_json)
+    _compile(model, [step], teacher, options, out, eval_text, overwrite, report, resume, as_json)
 
 
 def distill(
@@ -89,6 +94,7 @@ def distill(
     trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
     report: Report = False,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Train another, smaller model to do what a model does. Every option of the pass recover is one of this command too: 'fxc
@@ -100,7 +106,7 @@ def distill(
     layers = None if student_layers is None else parse_numbers(student_layers)
     model, passes, taught_by = student_of(teacher, student, layers, step)
     options = _options(data, data_samples, data_length, seed, dtype, revision, trust_remote_code)
-    _compile(model, passes, taught_by, options, out, eval_text, overwrite, report, as_json)
+    _compile(model, passes, taught_by, options, out, eval_text, overwrite, report, resume, as_json)
 
 
 def _step(words: list[str], named: dict[str, str | None]) -> Recover:
@@ -142,14 +148,14 @@ def _options(
 
 def _compile(
     model: str, passes: list[Any], teacher: str | None, options: dict[str, Any], out: Path | None, eval_text: Path | None,
-    overwrite: bool, report: bool, as_json: bool,
+    overwrite: bool, report: bool, resume: bool | None, as_json: bool,
 ) -> None:  # fmt: skip
     from fxc.cli.compile import CompileRequest, compile_model
 
     options = options | {"passes": passes} | ({} if teacher is None else {"teacher": teacher})
     request = CompileRequest(
         model, options, out, recipe=None, eval_text=eval_text, min_coverage=0.0, overwrite=overwrite, print_after=(),
-        measure=False, drop=(), plan=None, report=report, resume=None,
+        measure=False, drop=(), plan=None, report=report, resume=resume,
     )  # fmt: skip
     with output_for(as_json) as output:
         compile_model(request, output)

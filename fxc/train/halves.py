@@ -2,8 +2,9 @@
 EfficientQAT, Chen et al., arXiv 2407.11062; "A Free Lunch in LLM Compression", arXiv 2510.14444).
 
 Hidden states of the student and of its teacher flow side by side. A segment is given what the student's earlier segments, which
-are trained already, give now; its aim is what the teacher's gave. No gradient goes further than the segment, whose values are
-all that is in memory besides the hidden states. What comes last, and gives no hidden state, is not trained.
+are trained already, give now; its aim is what the teacher's gave. The layer that it ends with is solved for first
+(`last_linear`). No gradient goes further than the segment, whose values are all that is in memory besides the hidden states.
+What comes last, and gives no hidden state, is not trained.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def recover_halves(
 ) -> Halves:
     """Train what `student` lets be trained, in place, segment by segment; teacher: a canonical program.
 
-    steps: for each segment; rate: the largest step of a number, as a share of the mean size of those of its weight. Raises
-    ResourceError, before it begins, where there is not enough memory.
+    steps: for each segment, 0: nothing but its last layer is changed; rate: the largest step of a number, as a share of the
+    mean size of those of its weight. Raises ResourceError, before it begins, where there is not enough memory.
     """
     plain = Plain(student)
     every = [*samples, *held_out]

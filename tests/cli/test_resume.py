@@ -94,6 +94,25 @@ def test_training_goes_on_after_a_kill(folder, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["recover", "distill"])
+def test_teaching_goes_on_after_a_kill(command, folder, tmp_path):
+    def words(out):
+        models = {"recover": ("qwen2", "--teacher", folder / "qwen2"), "distill": ("--student", "qwen2", "--teacher", "qwen2")}
+        named = [folder / each if each == "qwen2" else each for each in models[command]]
+        train = ("--data-samples", 8, "--data-length", 32, "--steps", 6, "--batch", 2, "--loss", "kl+task", "--method", "all")
+        return [str(a) for a in (command, *named, "--data", folder / "text.txt", *train, "-o", tmp_path / out)]
+
+    fxc(*words("whole"))
+    run = [sys.executable, "-c", KILLER, "save_stage", "3", *words("out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    killed = subprocess.run(run, capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "3 of 6 parts are done" in fxc(*words("out"), "--resume").stderr
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
 def test_without_resume_it_begins_anew_and_an_interrupted_run_says_how_to_go_on(folder, whole, tmp_path, monkeypatch):
     true, left = Journal.save_stage, [4]
 

@@ -63,7 +63,7 @@ def test_minutes_that_blocks_have_used_up_are_gone():
     assert "nothing is left of 0.0001 minutes" in steps[-1].notes[1]
 
 
-OPTIONS = ["block_steps=0", "block_rate=0", "method=some", "lora=-1", "lora=4:method=blocks", "lora=4:sparsity=0.5"]
+OPTIONS = ["block_steps=-1", "block_rate=0", "method=some", "lora=-1", "lora=4:method=blocks", "lora=4:sparsity=0.5"]
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -30,6 +30,7 @@ from fxc.passes.recover.by_blocks import train_by_blocks
 from fxc.passes.recover.by_loss import EVERYTHING, penalty, train_by_loss
 from fxc.passes.recover.lesson import Lesson
 from fxc.passes.teacher import teacher_of
+from fxc.schemes.parameters import parameters_by_constant
 from fxc.train import ranks
 from fxc.train.losses import Loss, default_loss
 from fxc.train.plan import Plan
@@ -57,8 +58,9 @@ class Recover(Pass):
     gives; pooled: the mean of that over tokens. By default kl where it gives logits, else outputs.
     steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
     which rises and falls by `schedule`.
-    method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave, `block_steps`
-    steps at `block_rate`, a share of the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
+    method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave: the layer that
+    it ends with is solved for by least squares, and then all of it is trained, `block_steps` steps at `block_rate`, a share of
+    the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
     norms: gains and biases alone; scales: those of packed weights, with gains and biases. auto: blocks, and then by the loss
     scales, gains and biases, or all weights where layers, heads or channels were removed. With a schedule (below): all.
     lora: the rank of the product of two thin matrices through which the loss trains all weights, and which is merged in the
@@ -85,10 +87,10 @@ class Recover(Pass):
     steps: int = 400
     minutes: float = 0.0
     batch: int = 8
-    rate: float = 1e-3
+    rate: float = 5e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     method: Literal["auto", "blocks", "all", "norms", "scales"] = "auto"
-    block_steps: int = 200
+    block_steps: int = 100
     block_rate: float = 0.02
     lora: int = 0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -189,8 +191,8 @@ class Recover(Pass):
             return KINDS[self.method]
         if self.lora:
             return EVERYTHING
-        whole = sum(t.numel() for t in original.program.constants.values() if t.ndim > 1)
-        is_learned = original.is_other or not loss.needs_teacher or _matrices(student) < whole
+        is_smaller = _matrices(student.program) < _matrices(original.program)
+        is_learned = original.is_other or not loss.needs_teacher or is_smaller
         has_others = any(kind in KINDS["scales"] for kind in student.kinds.values())
         return KINDS["scales"] if has_others and not (is_learned or self._schedules or self.method == "blocks") else EVERYTHING
 
@@ -235,12 +237,9 @@ class Recover(Pass):
                 )  # fmt: skip
 
 
-def _matrices(student: Trainable) -> int:
+def _matrices(program: Program) -> int:
     """How many numbers the constants of two dimensions or more stand for."""
-    packed = {name for latent, parts in student.groups.items() for name in (latent, *parts.values())}
-    others = sum(t.numel() for name, t in student.program.constants.items() if name not in packed and t.ndim > 1)
-    with torch.no_grad():
-        return others + sum(each.numel() for each in (latent() for latent in student.latents.values()) if each.ndim > 1)
+    return sum(count for fqn, count in parameters_by_constant(program).items() if program.constants[fqn].ndim > 1)
 
 
 def _split(context: Context) -> tuple[Samples, Samples]:
