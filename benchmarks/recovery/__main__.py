@@ -24,6 +24,8 @@ from benchmarks.recovery import language, pictures, sentences
 from benchmarks.recovery.row import Row
 from fxc.kernel_bench.files import slug, versions_text
 
+PARTS = {"digits", "MiniLM", "precisions"}
+
 
 def measure(only: set[str], share: float, precision: str) -> list[Row]:
     made: list[Row] = []
@@ -31,8 +33,10 @@ def measure(only: set[str], share: float, precision: str) -> list[Row]:
         made += [*pictures.gradual(), *pictures.slimming(), *pictures.distillation()]
     if not only or only & {"MiniLM"}:
         made += sentences.rows(share, precision)
-    if not only or only - {"digits", "MiniLM"}:
-        made += language.rows(only - {"digits", "MiniLM"}, share, precision)
+    if not only or only & {"precisions"}:
+        made += language.precisions(share)
+    if not only or only - PARTS:
+        made += language.rows(only - PARTS, share, precision)
     return made
 
 
@@ -63,7 +67,8 @@ def _measured(before: float, now: float) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", action="append", default=[], help="digits, MiniLM, or a part of the name of a work")
+    which = "digits, MiniLM, precisions, or a part of the name of a work"
+    parser.add_argument("--only", action="append", default=[], help=which)
     parser.add_argument("--share", type=float, default=1.0, help="of the minutes of each work (default 1)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--add", action="store_true", help="put the rows into the results' files")

@@ -88,6 +88,31 @@ def rows(only: set[str], share: float, precision: str) -> list[Row]:
     return made
 
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def precisions(share: float) -> list[Row]:
+    """The same steps on the same samples with products in each precision: they are to end alike."""
+    tokens = encode(tokenizer_of(PYLM), (PYLM / "heldout.txt").read_text(encoding="utf-8"))
+    made = []
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "train.txt"
+        text.write_text(python_source(4_000_000), encoding="utf-8")
+        data = {"calib": text, "train": text, "calib_length": 128, "train_length": 128, "train_samples": 512}
+        given = data | {"dtype": "float32"}
+        before, without = (
+            perplexity(model, tokens, WINDOW, limit=WINDOWS).value
+            for model in (load_source(str(PYLM)).model, fxc.optimize(PYLM, passes=UNIFORM, calib=text, dtype="float32"))
+        )
+        for precision in PRECISIONS:
+            note(f"{precision}: {round(60 * share)} steps")
+            spec = f"{UNIFORM},recover:method=all:steps={round(60 * share)}:batch=4:precision={precision}"
+            trained, seconds = timed(lambda spec=spec: fxc.optimize(PYLM, passes=spec, **given))
+            after = perplexity(trained, tokens, WINDOW, limit=WINDOWS).value
+            made.append(Row(f"products in {precision}", "the same within noise", before, without, after, seconds, spec))
+    return made
+
+
 def distilled(student: nn.Module, windows: Tensor, seconds: float, precision: str) -> int:
     """The reference: soft labels of the model as it comes, and nothing else, for so long; how many steps that were."""
     teacher = load_source(str(PYLM), dtype="float32").model
