@@ -108,11 +108,10 @@ def _check_givers(passes: list[Pass], program: Program | None) -> None:
     for wanted in passes:
         for fact in sorted(wanted.needs, key=str):
             if not any(fact in p.gives for p in passes) and (why := _missing(fact, wanted, program)):
-                raise UsageError(
-                    f"the pass {wanted.name} needs {fact}, which no pass gives",
-                    why=why,
-                    hint="start from the original model" if fact in _AT_FIRST else None,
-                )
+                hints = [f"{other.name}:{wanted.name}=false" for other in passes if getattr(other, wanted.name, False) is True]
+                hints += ["start from the original model"] if fact in _AT_FIRST else []
+                what = f"the pass {wanted.name} needs {fact}, which no pass gives"
+                raise UsageError(what, why=why, hint=", or ".join(hints) or None)
 
 
 def _missing(fact: Fact, wanted: Pass, program: Program | None) -> str | None:
