@@ -36,7 +36,7 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
     Raises `UsageError` when two passes each have to run before the other, when a pass is given twice, or when nothing can
     give what a pass needs; it names the passes and the fact.
     """
-    passes = _complete(list(asked))
+    passes = _complete(list(asked), program)
     for_all = [p.name for p in passes if not p.limited_to() and not p.repeats]
     for name in for_all:
         if for_all.count(name) > 1:
@@ -88,8 +88,9 @@ def _because(graph: nx.DiGraph, i: int, j: int, reason: str) -> None:
         graph.add_edge(i, j, reasons=[reason])
 
 
-def _complete(passes: list[Pass]) -> list[Pass]:
-    """`passes` and in front of them those that they need and that nobody asked for."""
+def _complete(passes: list[Pass], program: Program | None) -> list[Pass]:
+    """`passes` and in front of them those that they need and that nobody asked for; not one that cannot run on `program` and
+    has nothing to do there."""
     todo = list(passes)
     while todo:
         wanted = todo.pop()
@@ -99,9 +100,15 @@ def _complete(passes: list[Pass]) -> list[Pass]:
             givers = [cls for cls in Pass.registry.values() if fact in cls.gives and not cls.is_policy]
             if len(givers) == 1:
                 added = givers[0]()
+                if program is not None and not _missing(fact, wanted, program) and _cannot_run(added, program):
+                    continue
                 passes.insert(0, added)
                 todo.append(added)
     return passes
+
+
+def _cannot_run(added: Pass, program: Program) -> bool:
+    return any(fact in _AT_FIRST and _missing(fact, added, program) for fact in added.needs)
 
 
 def _check_givers(passes: list[Pass], program: Program | None) -> None:

@@ -53,9 +53,9 @@ def test_a_pass_that_was_added_and_cannot_run_says_how_to_leave_it_out():
     model, calib = Mlp(), [(torch.randn(2, 40),) for _ in range(8)]
     packed = fxc.optimize(model, calib[0], passes="int4:group=32:only=down")
     with pytest.raises(UsageError, match="the pass smooth needs float_weights") as caught:
-        fxc.optimize(packed, passes="int8:mode=static", calib=calib)
+        fxc.optimize(packed, passes="int8:mode=static:only=up", calib=calib)
     assert "int8:smooth=false" in str(caught.value)
-    made = fxc.optimize(packed, passes="int8:mode=static:smooth=false", calib=calib)
+    made = fxc.optimize(packed, passes="int8:mode=static:only=up:smooth=false", calib=calib)
     assert any("int8_static" in str(node.target) for node in made.program.graph.nodes)
 
 
