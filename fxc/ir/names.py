@@ -44,6 +44,12 @@ def weight_of(program: Program, reader: fx.Node) -> str | None:
     return next((fqn for fqn in read if fqn in program.constants and program.constants[fqn].ndim >= 2), None)
 
 
+def layer_read_by(node: fx.Node) -> str:
+    """What a user calls a layer, whose second argument is its weight."""
+    weight = node.args[1]
+    return layer_of(node, weight.target) if weight.op == "get_attr" else node.meta.get("fqn") or str(node)
+
+
 def layer_at(program: Program, node: fx.Node) -> str:
     """The layer that `node` is: by the weight that it reads, else the module that it came from, else its own name."""
     weight = weight_of(program, node)

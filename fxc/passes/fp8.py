@@ -23,7 +23,8 @@ from torch._ops import OpOverload
 from fxc.calibrate.ranges import Range
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION
-from fxc.passes.linears import LINEAR, PackLinears, Parts
+from fxc.passes.learned_linears import Parts
+from fxc.passes.linears import LINEAR, PackLinears
 from fxc.schemes import fp8
 
 
@@ -63,4 +64,4 @@ class Fp8(PackLinears):
     def learned(self, weight: Tensor, statistic: Range) -> tuple[Parts, float]:
         scale = statistic.float_scale(fp8.FP8_MAX)
         error = statistic.error_of(lambda x: fp8.unpack(fp8.pack(x / scale)) * scale)
-        return {**self._pack(weight), "x_scale": scale}, error
+        return {**self.pack(weight), "x_scale": scale}, error

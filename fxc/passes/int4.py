@@ -31,7 +31,8 @@ from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, arguments
-from fxc.passes.linears import GROUPED, LINEAR, Parts, check_steps
+from fxc.passes.learned_linears import Parts
+from fxc.passes.linears import GROUPED, LINEAR, check_steps
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int4_sparse24, int8, sparse24
 from fxc.schemes.scheme import Scheme, scheme_of

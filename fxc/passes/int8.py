@@ -32,7 +32,8 @@ from fxc.ir.program import Program
 from fxc.passes.base import Fact
 from fxc.passes.facts import CANONICAL, FLOAT_WEIGHTS, FULL_PRECISION, SMOOTH, arguments
 from fxc.passes.fold_batch_norm import FOLDED_BATCH_NORM
-from fxc.passes.linears import GROUPED, LINEAR, Parts, check_steps
+from fxc.passes.learned_linears import Parts
+from fxc.passes.linears import GROUPED, LINEAR, check_steps
 from fxc.passes.tables import PackTables
 from fxc.schemes import int4, int8, int8_sparse24, sparse24
 from fxc.schemes.scheme import Scheme
@@ -138,7 +139,7 @@ class Int8(PackTables):
     def learned(self, weight: Tensor, statistic: Statistic) -> tuple[Parts, float]:
         if self.mode == "static":
             scale, zero = statistic.scale_and_zero(self.observer)
-            return {**self._pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
+            return {**self.pack(weight), "x_scale": scale, "x_zero": zero}, statistic.error(scale, zero)
         keep = weight != 0
         made = quantized(self.algorithm, weight, statistic, LEVELS, keep=None if keep.all() else keep)
         return self.settled(made), made.error

@@ -8,38 +8,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from fxc.calibrate.hessian import Hessian
 from fxc.calibrate.levels import Levels, Quantized
-from fxc.calibrate.needs import Needs
-from fxc.calibrate.reconstruct import Fit
-from fxc.calibrate.signround import STEPS, Rounding, learn_rounding
+from fxc.calibrate.signround import STEPS, Rounding
 from fxc.calibrate.stages import Statistic
-from fxc.calibrate.stream import Passage
 from fxc.errors import InputRefused, UsageError
 from fxc.ir.call import Call
 from fxc.ir.edit import call, constant, is_free, read, sweep
-from fxc.ir.names import is_ambiguous, layer_name, layer_of
+from fxc.ir.names import is_ambiguous, layer_name, layer_read_by
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import packed_weight
-from fxc.passes.learning import learn
+from fxc.passes.learned_linears import Learning, Parts
 from fxc.passes.patterns import patterns_in
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, product_of, products_for, scheme_of
 
 MIN_OUTPUTS = 16
-# So many layers are named as the worst.
-WORST = 3
-Parts = dict[str, Any]
-"""The parts of a weight, tensors, and what else of a product's arguments was learned with them, numbers."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHAPES = {
@@ -150,7 +141,7 @@ class PackLinears(Pass):
         for node in program.graph.nodes:
             if node in done or (node.target not in self.layers and packed_weight(node) is None):
                 continue
-            fqn = _name(node)
+            fqn = layer_read_by(node)
             pattern = context.skips(fqn) if self.covers(fqn) else None
             if reason := f"skipped by the pattern {pattern}" if pattern else self._refusal(program, node):
                 weight = node.args[1].target if node.args[1].op == "get_attr" else None
@@ -162,12 +153,13 @@ class PackLinears(Pass):
         packed: dict[str, Parts] = {}
         weights = {node.args[1].target for node in chosen}
         if self.statistic() is not None and not program.is_on_meta:
-            self._learn(program, chosen, context, packed, result)
+            check_data_is_given([self], bool(context.samples))
+            Learning(self, program, context, packed, result).run(chosen)
         else:
             if not program.is_on_meta:
                 self.prepare(program, chosen, context)
             for node in chosen:
-                self._rewrite(program, node, packed, result, self._pack)
+                self.rewrite(program, node, packed, result, self.pack)
         self.follow(program, packed, result)
         sweep(program)
         for name, tensor in program.constants.items():
@@ -178,130 +170,16 @@ class PackLinears(Pass):
                 result.refusals.append(Refusal(fqn, reason, nbytes_of(tensor)))
         return result
 
-    def _learn(
-        self, program: Program, chosen: list[fx.Node], context: Context, packed: dict[str, Parts], result: Result
-    ) -> None:
-        """Pack the weights of `chosen` by what they meet in the samples, each behind layers that are packed already."""
-        check_data_is_given([self], bool(context.samples))
-        errors: dict[str, float] = {}
-        unreached: list[str] = []
-        few: list[str] = []
-        fits: list[Fit] = []
-        seen: set[str] = set()
-
-        def compress(layers: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
-            reached = any(each.rows for each in statistics)
-            made: dict[str, Any] = {"reached": reached, "parts": {}, "errors": {}, "few": [], "cut_off": {}}
-
-            def pack(name: str, weight: Tensor) -> Parts:
-                if not reached:
-                    made["parts"][name] = self._pack(weight)
-                elif weight.ndim == 3:
-                    made["parts"][name], made["errors"][name] = self._experts(name, weight, statistics, made["few"])
-                else:
-                    parts, made["errors"][name] = self.learned(weight, statistics[0])
-                    made["parts"][name] = parts
-                    if (share := self.cut_off(parts, statistics[0])) is not None:
-                        made["cut_off"][name] = share
-                return made["parts"][name]
-
-            put(layers, made, pack)
-            return made
-
-        def restore(layers: list[fx.Node], made: dict[str, Any]) -> None:
-            if layers:
-                put(layers, made, lambda name, weight: made["parts"][name])
-            else:
-                settle(made)
-
-        def put(layers: list[fx.Node], made: dict[str, Any], pack: Callable[[str, Tensor], Parts]) -> None:
-            seen.update(node.name for node in layers)
-            for node in layers:
-                if not made["reached"] and self._is_lost_without_data(node, result):
-                    continue
-                self._rewrite(program, node, packed, result, partial(pack, _name(node)))
-            errors.update(made["errors"])
-            result.cut_off.update(made["cut_off"])
-            few.extend(made["few"])
-            unreached.extend(name for name in made["parts"] if name not in made["errors"])
-
-        def finish(passage: Passage) -> dict[str, Any]:
-            own, roundings = passage.own, {}
-            layers = [node for node in passage.nodes if node.target is LINEAR]
-            for weight in dict.fromkeys(each.args[1].target for each in layers if each.args[1].op == "get_attr"):
-                if weight not in packed or weight not in own:
-                    continue
-                parts = {p: program.constants[each] if isinstance(each, str) else each for p, each in packed[weight].items()}
-                if found := self.rounding(passage.program.constants[weight], parts):
-                    roundings[weight] = found
-            what = f"learning to round {', '.join(map(layer_name, roundings))}"
-            options = {"steps": self.training(), "seed": context.seed, "track": context.track, "what": what}
-            fit = learn_rounding(passage, roundings, **options) if roundings else None
-            weights = {weight: self.settled(each.made()) for weight, each in roundings.items()} if fit else {}
-            made = {"weights": weights, "fit": vars(fit) if fit else None}
-            settle(made)
-            return made
-
-        def settle(made: dict[str, Any]) -> None:
-            for weight, parts in made["weights"].items():
-                program.constants.update({packed[weight][part]: tensor for part, tensor in parts.items()})
-            if made["fit"]:
-                fits.append(Fit(**made["fit"]))
-
-        planned = {node.args[1].target: node for node in chosen}
-        needs = learn(
-            self, program, chosen, context, compress, restore, statistic=self.statistic(), lighter=self.lighter,
-            finish=finish if self.training() else None,
-            result=sum(self._packed_bytes(self.weight(program, node)) for node in planned.values()),
-        )  # fmt: skip
-        for node in chosen:
-            if node.name not in seen:
-                # It reads nothing but constants.
-                if self._is_lost_without_data(node, result):
-                    continue
-                unreached.append(_name(node))
-                self._rewrite(program, node, packed, result, self._pack)
-        if errors:
-            result.notes.append(learned_note(errors, len(context.samples), needs, self.error_of))
-        if fits:
-            better = [fit for fit in fits if fit.after < fit.before]
-            shares = [(sum(each) / len(fits)) ** 0.5 for each in ([fit.before for fit in fits], [fit.after for fit in fits])]
-            said = f"errors of blocks on held-out samples {shares[0]:.2%} -> {shares[1]:.2%}"
-            result.notes.append(f"rounding learned in {len(better)} of {len(fits)} blocks, no better in the others: {said}")
-        if unreached:
-            result.notes.append(f"no sample reached {', '.join(unreached)}: as without data")
-        if few:
-            result.notes.append(f"experts that fewer tokens reach than they have columns, by {self.lighter}: {', '.join(few)}")
-
-    def _experts(
-        self, name: str, weight: Tensor, statistics: list[Statistic], few: list[str]
-    ) -> tuple[dict[str, Tensor], float]:
-        """As `learned`, of the experts [E, N, K] one by one. few: takes the names of those that fewer rows reached than they
-        have columns: what a Hessian of so few makes is worse than rounding to nearest, so that the lighter option is used."""
-        made = []
-        for at, (one, statistic) in enumerate(zip(weight, statistics, strict=True)):
-            if not statistic.rows:
-                few.append(f"{name}[{at}] (none: as without data)")
-                made.append((self._pack(one), 0.0))
-            elif isinstance(statistic, Hessian) and statistic.rows < one.shape[-1]:
-                few.append(f"{name}[{at}] ({statistic.rows})")
-                option, _, value = self.lighter.partition("=")
-                made.append(replace(self, **{option: value}).learned(one, statistic.squares()))
-            else:
-                made.append(self.learned(one, statistic))
-        parts = {part: torch.stack([each[part] for each, _ in made]) for part in made[0][0]}
-        rows = [statistic.rows for statistic in statistics]
-        return parts, sum(error * count for (_, error), count in zip(made, rows)) / sum(rows)
-
-    def _is_lost_without_data(self, node: fx.Node, result: Result) -> bool:
+    def is_lost_without_data(self, node: fx.Node, result: Result) -> bool:
         """Whether the product with it needs arguments that data alone tells; it is refused then."""
         if not product_of(self.operator(node.target)).learned:
             return False
         nbytes = nbytes_of(node.args[1].meta["val"])
-        result.refusals.append(Refusal(_name(node), "no sample reached it, so that nothing is known of what it reads", nbytes))
+        why = "no sample reached it, so that nothing is known of what it reads"
+        result.refusals.append(Refusal(layer_read_by(node), why, nbytes))
         return True
 
-    def _rewrite(
+    def rewrite(
         self,
         program: Program,
         node: fx.Node,
@@ -316,7 +194,7 @@ class PackLinears(Pass):
             # What is packed already was counted by the pass that packed it.
             result.covered_bytes += 0 if scheme_of(node.target) else nbytes_of(program.constants[weight])
             whole = lambda _: self.stored(program, node, pack(self.weight(program, node)))  # noqa: E731
-            packed[weight] = self.add_parts(program, weight, _name(node), node, whole)
+            packed[weight] = self.add_parts(program, weight, layer_read_by(node), node, whole)
         parts = {part: read(program, each, node) if isinstance(each, str) else each for part, each in packed[weight].items()}
         operator = self.operator(node.target)
         columns = node.args[0].meta["val"].shape[-1]
@@ -341,7 +219,7 @@ class PackLinears(Pass):
         return f"{kind} ({operator}), and {self.name} packs the weights of linear layers"
 
     def _refusal(self, program: Program, node: fx.Node) -> str | None:
-        if not self.covers(_name(node)):
+        if not self.covers(layer_read_by(node)):
             return f"outside of only={self.only}"
         if node.target not in self.layers:
             return f"already {node.meta.get('by') or 'packed'}"
@@ -359,7 +237,7 @@ class PackLinears(Pass):
             return reason
         if (outputs := tensor.shape[0 if tensor.ndim == 4 else -2]) < MIN_OUTPUTS:
             return f"it has only {outputs} outputs: nothing to gain, and such heads and routers are sensitive"
-        if self._packed_bytes(tensor) >= nbytes_of(tensor):
+        if self.packed_bytes(tensor) >= nbytes_of(tensor):
             return f"{self.name} with its scales would not be smaller than {tensor.dtype}{list(tensor.shape)}"
         return None
 
@@ -368,11 +246,11 @@ class PackLinears(Pass):
         reads = [i for i, a in enumerate(user.args) if isinstance(a, fx.Node) and a.op == "get_attr" and a.target == fqn]
         return user.target in self.layers and reads == [1]
 
-    def _packed_bytes(self, weight: Tensor) -> int:
+    def packed_bytes(self, weight: Tensor) -> int:
         matrix = weight.flatten(1) if weight.ndim == 4 else weight
         return sum(map(nbytes_of, self.scheme.planned(matrix, **self.options(matrix.shape[-1])).values()))
 
-    def _pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.ndim < 4:
             return self.scheme.pack(weight, **self.options(weight.shape[-1]))
         # Of a convolution: a row is all that an output channel sums over.
@@ -409,22 +287,9 @@ def check_steps(steps: int, algorithm: str, where: str) -> None:
         raise UsageError(f"algorithm={algorithm} takes no steps", where=where, hint="algorithm=round, or leave steps out")
 
 
-def learned_note(errors: dict[str, float], count: int, needs: Needs, error_of: str = "outputs") -> str:
-    """What a report says of layers that were learned from `count` samples. errors: of their `error_of`, shares of energy."""
-    worst = sorted(errors, key=errors.get, reverse=True)[:WORST]
-    said = ", ".join(f"{name} {errors[name] ** 0.5:.1%}" for name in worst)
-    return f"learned from {count} samples, with {needs}; the largest errors of {error_of}: {said}"
-
-
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a layer by their names, those too that were left out."""
     return {argument.name: Call(node)[argument.name] for argument in node.target._schema.arguments}
-
-
-def _name(node: fx.Node) -> str:
-    """What a user calls the layer."""
-    weight = node.args[1]
-    return layer_of(node, weight.target) if weight.op == "get_attr" else node.meta.get("fqn") or str(node)
 
 
 def nbytes_of(tensor: Tensor) -> int:

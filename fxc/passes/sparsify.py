@@ -35,8 +35,8 @@ from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
+from fxc.passes.learned_linears import learned_note
 from fxc.passes.learning import announce_backward, learn
-from fxc.passes.linears import learned_note
 
 
 @dataclass(frozen=True)

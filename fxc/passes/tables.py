@@ -26,7 +26,8 @@ from fxc.ir.edit import call, read, sweep
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Refusal, Result
-from fxc.passes.linears import FLOATS, PackLinears, Parts, nbytes_of
+from fxc.passes.learned_linears import Parts
+from fxc.passes.linears import FLOATS, PackLinears, nbytes_of
 from fxc.schemes import int4, int8
 from fxc.schemes.scheme import EMBEDDING, LINEAR, Scheme
 

@@ -8,7 +8,7 @@ from benchmarks.recovery import __main__ as command
 from benchmarks.recovery.language import WORKS, distilled
 from benchmarks.recovery.pictures import batches
 from benchmarks.recovery.row import Row
-from benchmarks.recovery.sentences import docstrings
+from benchmarks.recovery.sentences import docstrings, judged_by
 from benchmarks.workloads import PYLM
 from fxc.passes.base import parse_passes
 from fxc.source.load import load_source
@@ -18,6 +18,7 @@ def test_sentences_are_those_of_docstrings():
     found = docstrings(50)
     assert len(set(found)) == 50
     assert all(20 < len(each) < 250 for each in found)
+    assert len(judged_by()) == 200 and not set(judged_by()) & set(found)
 
 
 def test_works_can_be_parsed_and_each_says_what_is_to_be_reached():
