@@ -44,8 +44,8 @@ WORKS = (
     Work("heads 50 % + FFN 50 %", "prune:heads=0.5:ffn=0.5:criterion=taylor", 20, "within 8 %"),
     Work("one layer of five dropped", "prune:layers=0.2", 10, "within 3 %"),
     Work("2:4, SparseGPT", "sparse24:criterion=sparsegpt", 20, "within 3 %"),
-    Work("2 bits, groups of 32", "int4:bits=2:group=32:algorithm=gptq", 10, HALF, ":method=all"),
-    Work("3 bits, groups of 32", "int4:bits=3:group=32:algorithm=gptq", 10, HALF, ":method=all"),
+    Work("2 bits, groups of 32", "int4:bits=2:group=32:algorithm=gptq", 10, HALF),
+    Work("3 bits, groups of 32", "int4:bits=3:group=32:algorithm=gptq", 10, HALF),
 )
 
 

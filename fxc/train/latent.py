@@ -17,6 +17,8 @@ from fxc.schemes.scheme import Scheme
 # A scale may fall to so much of itself, and no further: it never changes its sign.
 LEAST_FACTOR = 0.1
 FEW_LEVELS = 16
+# With so many levels, those of 3 bits, most of a weight is gone.
+LEAST_LEVELS = 8
 
 
 class Latent(nn.Module):
@@ -33,6 +35,11 @@ class Latent(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """What stands for it in the program: part -> tensor; of a constant that is not packed the part is ""."""
         raise NotImplementedError
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether much of the weight is gone: numbers, or all but a few levels."""
+        return False
 
     def settle(self) -> None:
         """Before other parameters are trained than until now: what is rounded stays at the level where it is."""
@@ -59,12 +66,18 @@ class Float(Latent):
     def forward(self) -> Tensor:
         return self.weight if self.keep is None else self.weight * self.keep
 
+    @property
+    def is_reduced(self) -> bool:
+        return self.keep is not None
+
     def stored(self) -> dict[str, Tensor]:
         return {"": self().detach().to(self.dtype)}
 
 
 class Thin(Latent):
     """A weight of which a format stores some numbers as they are (2:4): these are trained, at their places."""
+
+    is_reduced = True
 
     def __init__(self, scheme: Scheme, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -122,6 +135,10 @@ class Rounded(Latent):
         self.weight = nn.Parameter(levels * (self.scale / self.unit))
         self.factor = nn.Parameter(torch.ones_like(self.scale))
         self.kind = {"weight": "weight", "factor": "scale"}
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.keep is not None or self.largest - self.least < LEAST_LEVELS
 
     def _kept(self, original: Tensor | None, codes: Tensor, is_thinned: bool) -> Tensor | None:
         """What is not zero because it was pruned: of 2:4 weights what is stored, else what was not zero before it was
@@ -181,6 +198,10 @@ class Cast(Latent):
             keep = zeros_of(original)
         self.master = Float(dense, keep)
         self.kind = {f"master.{name}": kind for name, kind in self.master.kind.items()}
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.master.is_reduced
 
     def forward(self) -> Tensor:
         return through(self.master(), self.scheme.fake) if self.rounds else self.master()

@@ -31,13 +31,18 @@ def kinds_of(before, after) -> set[str]:
     return {name.rpartition(".")[2] for name, t in before.constants.items() if not torch.equal(t, after.constants[name])}
 
 
-def test_weights_are_trained_by_the_loss_only_where_some_were_removed():
+def test_weights_are_trained_by_the_loss_only_where_much_was_removed():
     blocks, _ = recovered("int4:group=32,recover:method=blocks:block_steps=2")
     both, _ = recovered("int4:group=32,recover:block_steps=2:steps=10:rate=0.01")
     assert kinds_of(blocks, both) == {"bias", "scale"}
     thin = "prune:ffn=0.25,recover:block_steps=2"
     (blocks, _), (both, _) = recovered(f"{thin}:method=blocks"), recovered(f"{thin}:steps=10:rate=0.01")
     assert "weight" in kinds_of(blocks, both)
+    for spec in ("int4:bits=3:group=32", "sparsify:sparsity=0.5"):
+        (blocks, _), (both, _) = (
+            recovered(f"{spec},recover:block_steps=2:{more}") for more in ("method=blocks", "steps=20:rate=0.01")
+        )
+        assert kinds_of(blocks, both) & {"qweight", "weight"}, spec
 
 
 def test_blocks_that_never_become_better_are_left():

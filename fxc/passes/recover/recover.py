@@ -62,7 +62,8 @@ class Recover(Pass):
     it ends with is solved for by least squares, and then all of it is trained, `block_steps` steps at `block_rate`, a share of
     the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
     norms: gains and biases alone; scales: those of packed weights, with gains and biases. auto: blocks, and then by the loss
-    scales, gains and biases, or all weights where layers, heads or channels were removed. With a schedule (below): all.
+    scales, gains and biases, or all weights where layers, heads, channels or single numbers were removed, or 3 bits are
+    left. With a schedule (below): all.
     lora: the rank of the product of two thin matrices through which the loss trains all weights, and which is merged in the
     end; weights that are no larger than these are trained as they are.
     precision: what products run in while it trains; weights are float32. auto: bfloat16 where the machine multiplies it itself.
@@ -194,6 +195,7 @@ class Recover(Pass):
         if self.lora:
             return EVERYTHING
         is_smaller = _matrices(student.program) < _matrices(original.program)
+        is_smaller = is_smaller or any(latent.is_reduced for latent in student.latents.values())
         is_learned = original.is_other or not loss.needs_teacher or is_smaller
         has_others = any(kind in KINDS["scales"] for kind in student.kinds.values())
         return KINDS["scales"] if has_others and not (is_learned or self._schedules or self.method == "blocks") else EVERYTHING
