@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FXC = "fxc"
+# Half-blocks trained on the calibration data.
+BLOCKS = "recover:method=blocks:block_steps=200"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ def _integers(bits: int, group: int) -> list[Contender]:
     theirs.append(Contender(title, "torchao Intx weight only", {"tool": "torchao", **size}))
     line = f"int4:group={group}" + (f":bits={bits}" if bits != 4 else "")
     lines = [line, *(f"{line}:algorithm={each}" for each in ("grid", "gptq", "qronos", "round"))]
+    lines.append(f"{line}:algorithm=qronos,{BLOCKS}")
     return theirs + [_ours(title, each) for each in lines]
 
 
@@ -56,6 +59,7 @@ def _zeros(title: str, pattern: str, prune: str) -> list[Contender]:
         for name, algorithm in (("Wanda", "wanda"), ("SparseGPT", "sparsegpt"))
     ]
     lines = [f"{prune}:criterion={each}" for each in ("magnitude", "wanda", "sparsegpt")]
+    lines.append(f"{prune}:criterion=sparsegpt,{BLOCKS}")
     return theirs + [_ours(title, each) for each in lines]
 
 

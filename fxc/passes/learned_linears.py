@@ -69,7 +69,7 @@ class Learning:
             if not reached:
                 made["parts"][name] = self.of.pack(weight)
             elif weight.ndim == 3:
-                made["parts"][name], made["errors"][name] = self._experts(name, weight, statistics, made["few"])
+                made["parts"][name], made["errors"][name] = learned_experts(self.of, name, weight, statistics, made["few"])
             else:
                 parts, made["errors"][name] = self.of.learned(weight, statistics[0])
                 made["parts"][name] = parts
@@ -137,25 +137,26 @@ class Learning:
             names = ", ".join(self.few)
             notes.append(f"experts that fewer tokens reach than they have columns, by {self.of.lighter}: {names}")
 
-    def _experts(
-        self, name: str, weight: Tensor, statistics: list[Statistic], few: list[str]
-    ) -> tuple[dict[str, Tensor], float]:
-        """As `learned`, of the experts [E, N, K] one by one. few: takes the names of those that fewer rows reached than they
-        have columns: what a Hessian of so few makes is worse than rounding to nearest, so that the lighter option is used."""
-        made = []
-        for at, (one, statistic) in enumerate(zip(weight, statistics, strict=True)):
-            if not statistic.rows:
-                few.append(f"{name}[{at}] (none: as without data)")
-                made.append((self.of.pack(one), 0.0))
-            elif isinstance(statistic, Hessian) and statistic.rows < one.shape[-1]:
-                few.append(f"{name}[{at}] ({statistic.rows})")
-                option, _, value = self.of.lighter.partition("=")
-                made.append(replace(self.of, **{option: value}).learned(one, statistic.squares()))
-            else:
-                made.append(self.of.learned(one, statistic))
-        parts = {part: torch.stack([each[part] for each, _ in made]) for part in made[0][0]}
-        rows = [statistic.rows for statistic in statistics]
-        return parts, sum(error * count for (_, error), count in zip(made, rows)) / sum(rows)
+
+def learned_experts(
+    of: PackLinears, name: str, weight: Tensor, statistics: list[Statistic], few: list[str]
+) -> tuple[dict[str, Tensor], float]:
+    """As `PackLinears.learned`, of the experts [E, N, K] one by one. few: takes the names of those that fewer rows reached than
+    they have columns: what a Hessian of so few makes is worse than rounding to nearest, so that the lighter option is used."""
+    made = []
+    for at, (one, statistic) in enumerate(zip(weight, statistics, strict=True)):
+        if not statistic.rows:
+            few.append(f"{name}[{at}] (none: as without data)")
+            made.append((of.pack(one), 0.0))
+        elif isinstance(statistic, Hessian) and statistic.rows < one.shape[-1]:
+            few.append(f"{name}[{at}] ({statistic.rows})")
+            option, _, value = of.lighter.partition("=")
+            made.append(replace(of, **{option: value}).learned(one, statistic.squares()))
+        else:
+            made.append(of.learned(one, statistic))
+    parts = {part: torch.stack([each[part] for each, _ in made]) for part in made[0][0]}
+    rows = [statistic.rows for statistic in statistics]
+    return parts, sum(error * count for (_, error), count in zip(made, rows)) / sum(rows)
 
 
 def learned_note(errors: dict[str, float], count: int, needs: Needs, error_of: str = "outputs") -> str:

@@ -170,7 +170,7 @@ class _Loop:
         self.seen += self.pieces.counted(self.batches) if self.pieces.counted else 0
         self.batches += 1
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.max_norm)
         if bool(norm.isfinite()):
             self.scaler.step(self.optimizer)
             self.losses.append(ranks.added(total))

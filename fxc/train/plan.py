@@ -23,7 +23,7 @@ class Plan:
     accumulate: in so many parts their gradients are computed, one after another, and added up, which takes less memory;
     rate: the largest learning rate of AdamW; vector_rate, scale_rate: of biases and gains, and of scales, as factors of it;
     weight_decay: of weights, not of vectors and scales; schedule: cosine, linear or constant, after `warmup` (a share of all
-    steps), down to a hundredth; clip: the largest norm of the gradient; precision: what products run in, by autocast, while
+    steps), down to a hundredth; max_norm: the largest norm of the gradient; precision: what products run in, by autocast, while
     master weights are float32; looks: so many times the held-out samples are looked at; patience: training ends after so many
     looks that were no better than the best, 0: never before its time; seed: of the order of samples.
     Raises UsageError for numbers that make no sense.
@@ -36,7 +36,7 @@ class Plan:
     weight_decay: float = 0.01
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
-    clip: float = 1.0
+    max_norm: float = 1.0
     precision: Precision = "float32"
     looks: int = 10
     seed: int = 0
@@ -52,7 +52,7 @@ class Plan:
         for name in ("minutes", "patience", "weight_decay", "vector_rate", "scale_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)} is not 0 or more", where=name)
-        for name in ("rate", "clip"):
+        for name in ("rate", "max_norm"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name}={getattr(self, name)} is not above 0", where=name)
         if not 0 <= self.warmup < 1:

@@ -16,6 +16,7 @@ from fxc.frontend.capture import capture
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.int8 import Int8
+from fxc.passes.learned_linears import learned_experts
 from fxc.pipeline import run_passes
 from fxc.schemes import int8, int8_sparse24, sparse24
 
@@ -100,7 +101,7 @@ def test_experts_learn_each_from_its_own_tokens():
         statistics[-1].add(inputs)
     few = []
     weight = torch.stack([each for each, _ in given])
-    parts, _ = Int8(algorithm="gptq")._experts("moe", weight, statistics, few)
+    parts, _ = learned_experts(Int8(algorithm="gptq"), "moe", weight, statistics, few)
     dense = int8.SCHEME.dense(parts)
     nearest = int8.SCHEME.dense(int8.SCHEME.pack(weight))
     for at, (one, inputs) in enumerate(given[:2]):

@@ -61,7 +61,7 @@ def gap(one: nn.Module, other: nn.Module) -> float:
 
 
 def test_a_step_is_one_of_adamw_on_clipped_gradients():
-    plan = Plan(steps=20, looks=1, clip=0.05, rate=3e-3, weight_decay=0.1)
+    plan = Plan(steps=20, looks=1, max_norm=0.05, rate=3e-3, weight_decay=0.1)
     net, fit = trained(plan)
     plain = Small()
     source = pieces(plain)

@@ -46,7 +46,7 @@ def test_kinds_have_their_own_rates():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 0}, {"accumulate": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"clip": 0.0}, {"minutes": -1.0},
+    [{"steps": 0}, {"accumulate": 0}, {"rate": 0.0}, {"rate": float("nan")}, {"max_norm": 0.0}, {"minutes": -1.0},
      {"patience": -1}, {"warmup": 1.0}, {"scale_rate": float("inf")}],
 )  # fmt: skip
 def test_numbers_that_make_no_sense_are_refused(wrong):

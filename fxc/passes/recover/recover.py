@@ -57,7 +57,7 @@ class Recover(Pass):
     again; task: the next token, or labels; features, features_cosine: what blocks end with; outputs, cosine: what the model
     gives; pooled: the mean of that over tokens. By default kl where it gives logits, else outputs.
     steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
-    which rises over `warmup`, a share of the steps, and falls by `schedule`. clip: the largest norm of a gradient.
+    which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the largest norm of a gradient.
     method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave: the layer that
     it ends with is solved for by least squares, and then all of it is trained, `block_steps` steps at `block_rate`, a share of
     the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
@@ -91,7 +91,7 @@ class Recover(Pass):
     rate: float = 5e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
-    clip: float = 1.0
+    max_norm: float = 1.0
     method: Literal["auto", "blocks", "all", "norms", "scales"] = "auto"
     block_steps: int = 100
     block_rate: float = 0.02
@@ -210,9 +210,9 @@ class Recover(Pass):
 
     def plan(self, seed: int) -> Plan:
         return Plan(
-            self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, warmup=self.warmup, clip=self.clip,
-            precision=chosen(self.precision),
-            accumulate=self.accumulate, patience=self.patience, scale_rate=self.scale_rate, seed=seed,
+            self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, warmup=self.warmup, max_norm=self.max_norm,
+            precision=chosen(self.precision), accumulate=self.accumulate, patience=self.patience, scale_rate=self.scale_rate,
+            seed=seed,
         )  # fmt: skip
 
     def _key(
