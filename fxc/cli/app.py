@@ -16,6 +16,7 @@ from fxc.cli.parameters import (
     Device,
     Dtype,
     Json,
+    Resume,
     Revision,
     Trust,
     checked_device,
@@ -82,10 +83,7 @@ def compile_(
     calib_disk: Annotated[
         Path | None, typer.Option(help="Keep the hidden states of --calib's samples in this folder and not in memory.")
     ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option(help="Go on where the same command was killed; with --no-resume nothing is saved to go on from."),
-    ] = None,
+    resume: Resume = None,
     eval_text: Annotated[
         Path | None, typer.Option(help="Measure perplexity on this text after every pass; else it is not measured.")
     ] = None,

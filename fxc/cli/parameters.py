@@ -11,6 +11,10 @@ from fxc.errors import UsageError
 if TYPE_CHECKING:
     from fxc.report.console import Output
 
+Resume = Annotated[
+    bool | None,
+    typer.Option(help="Go on where the same command was killed; with --no-resume nothing is saved to go on from."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxc.cli.parameters import Dtype, Json, Revision, Trust, output_for
+from fxc.cli.parameters import Dtype, Json, Resume, Revision, Trust, output_for
 from fxc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,10 +28,6 @@ Rate = Annotated[str | None, typer.Option(help="The largest learning rate; 0.000
 EvalText = Annotated[Path | None, typer.Option(help="Measure perplexity on this text before and after.")]
 Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")]
-Resume = Annotated[
-    bool | None,
-    typer.Option(help="Go on where the same command was killed; with --no-resume nothing is saved to go on from."),
-]
 Report = Annotated[bool, typer.Option("--report", help="Print all tables.")]
 
 
