@@ -65,8 +65,9 @@ def rows(only: set[str], share: float, precision: str) -> list[Row]:
             "dtype": "float32",
         }  # fmt: skip
         before = judged(load_source(str(PYLM)).model)
+        chosen = {name for each in only for name in _named(each)}
         for work in WORKS:
-            if only and not any(each in work.name for each in only):
+            if only and work.name not in chosen:
                 continue
             note(f"{work.name}: {work.minutes * share:.1f} minutes")
             compressed = fxc.optimize(PYLM, passes=work.passes, calib=text, calib_length=WINDOW, dtype="float32")
@@ -86,6 +87,12 @@ def rows(only: set[str], share: float, precision: str) -> list[Row]:
                 made.append(Row(name, "reference", before, without, judged(student), seconds, how))
                 note(str(made[-1]))
     return made
+
+
+def _named(part: str) -> list[str]:
+    """The work of that name, else all whose names have it in them."""
+    names = [work.name for work in WORKS]
+    return [part] if part in names else [name for name in names if part in name]
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,16 +12,25 @@ from torch import Tensor, fx
 from fxc.lower.siblings import Place, Siblings
 from fxc.schemes import int4, int8
 from fxc.schemes.scheme import product_of, scheme_of
-from fxc_kernels.cpu import int8_linear, int8_product
-from fxc_kernels.cpu.int8_static import to_levels
-from fxc_kernels.cpu.ops import DENSE_LINEAR, INT8_LINEAR, SPLIT_LINEAR, STATIC_LINEAR
+from fxc_kernels.cpu import int8_linear, int8_product, native_int4, native_int8
+from fxc_kernels.cpu.int8_static import POST_OPS, to_levels
+from fxc_kernels.cpu.ops import (
+    DENSE_LINEAR,
+    INT8_LINEAR,
+    NATIVE_INT4_LINEAR,
+    NATIVE_INT8_LINEAR,
+    SPLIT_LINEAR,
+    STATIC_LINEAR,
+)
 from fxc_kernels.cpu.packed_linear import dense_linear, packed_where_it_helps
+from fxc_kernels.cpu.rows import ACTIVATIONS
 from fxc_kernels.cpu.split_linear import symmetric_scales
-from fxc_kernels.int8_linear import quantize_rows
+from fxc_kernels.int4_linear import unpack
+from fxc_kernels.int8_linear import INT32_COLUMNS, quantize_rows
 
 # int4 weights run as int8 ones when that makes the error of int4 larger by no more than this. Rows without outliers: 0.3 %.
 INT4_AS_INT8 = 0.02
-_INT4 = {scheme.products[0].operator for scheme in int4.SCHEMES.values()}
+_INT4 = {scheme.products[0].operator: bits for bits, scheme in int4.SCHEMES.items()}
 
 Trial = Callable[[Tensor, bool], Callable[[], object]]
 """(x [M, K], whether what surrounds the product counts too) -> the call to be timed."""
@@ -44,7 +53,9 @@ class Candidate:
     runs; rows: the row counts at which it is timed; wins_for: "many" rows or "few", where it may be faster than float is;
     why_not: why it cannot run a group, None where it can; note: what a report says besides; trial: (int8 [N, K], scale [N],
     dtype) -> a layer to be timed; make: writes the layer into a program, with the weight in floats too for the row counts on
-    the other side of `limit` unless `dense` is None; absorbs: whether it takes the activation behind it.
+    the other side of `limit` unless `dense` is None; absorbs: the activations behind it that it takes; is_one_call: whether a
+    compiler sees one call instead of what it is made of, and fuses nothing with it; stays_packed: whether the weights keep
+    the few bits that they are stored in: such a form is taken where it is faster than float, without a float copy beside it.
     """
 
     name: str
@@ -57,7 +68,9 @@ class Candidate:
     note: Callable[[Siblings], str]
     trial: Callable[[Tensor, Tensor, torch.dtype], Trial]
     make: Callable[[CpuPlace, Siblings, Tensor | None, int], fx.Node]
-    absorbs: bool = False
+    absorbs: Collection[str] = ()
+    is_one_call: bool = False
+    stays_packed: bool = False
 
 
 def candidates(group: Siblings) -> tuple[Candidate, ...]:
@@ -133,6 +146,59 @@ def _make_int8(operator: object, place: CpuPlace, group: Siblings, dense: Tensor
     return place.call(operator, tuple(args), group)
 
 
+# Int8 in one call
+
+
+def _why_no_native_int8(group: Siblings) -> str | None:
+    if group.dtype not in (torch.float32, torch.bfloat16):
+        return f"no int8 product takes {group.dtype} to {group.dtype} on a CPU"
+    if group.columns > INT32_COLUMNS:
+        return f"sums of {group.columns} products do not fit into 32 bits"
+    return native_int8.why_not()
+
+
+def _native_int8_trial(split: bool, qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
+    layer = native_int8.pack(qweight, scale, None)
+    return lambda x, whole: functools.partial(NATIVE_INT8_LINEAR, x, *layer, len(scale), split)
+
+
+def _make_native_int8(split: bool, place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
+    made = native_int8.pack(group.argument(1), group.argument(2), group.bias)
+    constants = [place.constant(part, each) for part, each in zip(("weight", "scale", "sums", "bias"), made, strict=True)]
+    args = [group.x, *constants, sum(group.sizes), split]
+    if dense is not None:
+        args += [place.activation, place.constant("dense", dense), limit]
+    elif place.activation != "none":
+        args.append(place.activation)
+    return place.call(NATIVE_INT8_LINEAR, tuple(args), group)
+
+
+# Int4 in one call
+
+
+def _why_no_native_int4(group: Siblings) -> str | None:
+    if group.dtype not in (torch.float32, torch.bfloat16):
+        return f"no int4 product takes {group.dtype} on a CPU"
+    return native_int4.why_not()
+
+
+def _native_int4_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
+    rows, columns = qweight.shape
+    group = 32 if columns % native_int4.RUN else native_int4.RUN
+    scale = scale[:, None].expand(-1, columns // group).to(dtype)
+    weight, scale, _ = native_int4.pack(qweight.view(torch.uint8) & 15, scale, None)
+    return lambda x, whole: functools.partial(NATIVE_INT4_LINEAR, x, weight, scale, None, None, rows, group)
+
+
+def _make_native_int4(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
+    bits = _INT4[group.target]
+    q, scale, zero = unpack(group.argument(1), bits), group.argument(2), group.argument(3)
+    made = native_int4.pack(native_int4.moved(q, bits) if zero is None else q, scale, zero)
+    constants = [place.constant(part, each) for part, each in zip(("weight", "scale", "zero"), made, strict=True)]
+    args = (group.x, *constants, place.constant("bias", group.bias), sum(group.sizes), group.columns // scale.shape[1])
+    return place.call(NATIVE_INT4_LINEAR, args, group)
+
+
 # Int8 products by a scale from data
 
 
@@ -180,18 +246,66 @@ def _make_float(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: i
     return place.call(target, (group.x, place.constant("weight", weight), place.constant("bias", bias)), group)
 
 
+NATIVE_INT8 = Candidate(
+    name="int8",
+    timed_as="native int8",
+    kind="native int8",
+    targets=(int8.LINEAR,),
+    rows=(1, 16, 128, 256),  # one token, a few sequences decoding together, a prompt, a batch of them
+    wins_for="many",
+    why_not=_why_no_native_int8,
+    note=lambda group: "",
+    trial=functools.partial(_native_int8_trial, False),
+    make=functools.partial(_make_native_int8, False),
+    absorbs=native_int8.ACTIVATIONS,
+    is_one_call=True,
+)
+"""Activations quantized as they come, product and all around it in one call."""
+
+NATIVE_SPLIT = Candidate(
+    name="int8",
+    timed_as="native int8",
+    kind="native weight-only",
+    targets=(int8.WEIGHT_ONLY,),
+    rows=(1, 8, 32, 128, 256),
+    wins_for="few",
+    why_not=_why_no_native_int8,
+    note=lambda group: "",
+    trial=functools.partial(_native_int8_trial, True),
+    make=functools.partial(_make_native_int8, True),
+    absorbs=native_int8.ACTIVATIONS,
+    is_one_call=True,
+)
+"""Activations kept, as two int8 products, in one call."""
+
+NATIVE_INT4 = Candidate(
+    name="int4",
+    timed_as="native int4",
+    kind="native int4",
+    targets=tuple(_INT4),
+    rows=(1, 8, 32, 128, 256),
+    wins_for="few",
+    why_not=_why_no_native_int4,
+    note=lambda group: "",
+    trial=_native_int4_trial,
+    make=_make_native_int4,
+    is_one_call=True,
+    stays_packed=True,
+)
+"""Weights of four bits as they are, activations rounded to int8 by runs."""
+
 INT8 = Candidate(
     name="int8",
     timed_as="int8",
     kind="int8",
     targets=(int8.LINEAR,),
-    rows=(1, 16, 128, 256),  # one token, a few sequences decoding together, a prompt, a batch of them
+    rows=(1, 16, 128, 256),
     wins_for="many",
     why_not=_why_no_int8,
     note=_rounding,
     trial=functools.partial(_int8_trial, False),
     make=functools.partial(_make_int8, INT8_LINEAR),
-    absorbs=True,
+    absorbs=tuple(ACTIVATIONS),
 )
 """Activations quantized as they come."""
 
@@ -220,11 +334,11 @@ STATIC = Candidate(
     note=_rounding,
     trial=_static_trial,
     make=_make_static,
-    absorbs=True,
+    absorbs=tuple(POST_OPS),
 )
 """Activations rounded by a scale from data."""
 
-CANDIDATES = (INT8, SPLIT, STATIC)
+CANDIDATES = (NATIVE_INT8, NATIVE_SPLIT, NATIVE_INT4, INT8, SPLIT, STATIC)
 
 FLOAT = Candidate(
     name="dequantized",

@@ -132,7 +132,7 @@ def choose(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> Choi
     """Which of `forms`, the last of which is float, by what was measured. is_small: whether a layer may have a float copy
     beside another form, which for a large one would take more memory than was saved."""
     others = [_against_float(form, at, timing, is_small) for at, form in enumerate(forms[:-1])]
-    _, form, limit = max(others, key=lambda each: (each[1] is not None, each[0]))
+    _, form, limit = max(others, key=lambda each: (each[1] is not None, each[1] is not None and each[1].stays_packed, each[0]))
     described = describe(forms, timing)
     if form is None:
         names = ", ".join(dict.fromkeys(each.timed_as for each in forms[:-1]))
@@ -149,7 +149,7 @@ def choose(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> Choi
 def _against_float(form: Candidate, at: int, timing: Timing, is_small: bool) -> tuple[float, Candidate | None, int | None]:
     """(the mean gain over float, `form` or None where it is slower, up to or above how many rows float is used instead)."""
     times: Pairs = {rows: (each[at], each[-1]) for rows, each in timing.items()}
-    if not is_small:
+    if not is_small or form.stays_packed:
         return (_gain(times, times), form, None) if wins_on_the_whole(times) else (1.0, None, None)
     if form.wins_for == "many":
         limit = dense_limit(times)

@@ -148,8 +148,10 @@ def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> N
     packed = backend == "eager"
     name = module_name(program, group.names[0])
     activation = None
-    if packed and choice.form.absorbs and group.dtype == torch.float32:
+    if (packed or choice.form.is_one_call) and group.dtype == torch.float32:
         activation = _activation_after(group)
+        if activation and activation[0] not in choice.form.absorbs:
+            activation = None
     place = CpuPlace(program, group.nodes[0], name, packed, activation[0] if activation else "none")
     dense = None if choice.limit is None else float_weight(group, packed)
     out = choice.form.make(place, group, dense, choice.limit or 0)

@@ -22,23 +22,18 @@ from pathlib import Path
 
 import torch
 
+from fxc_kernels.cache import folder
+
 Timing = dict[int, tuple[float, ...]]
 """rows -> seconds of each form, the last of which is float"""
-
-
-def folder() -> Path | None:
-    """Where measurements are kept, or None where they are not."""
-    given = os.environ.get("FXC_CACHE")
-    if given == "off":
-        return None
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxc"
 
 
 def machine(threads: int) -> str:
     """What the time of a product depends on besides its size."""
     flags = ", ".join(sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True))
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "all"
-    return f"{cpu_name()}; {flags}; oneDNN up to {limit}; torch {torch.__version__}; {threads} threads"
+    native = os.environ.get("FXC_CPU_LEVEL") or "all"
+    return f"{cpu_name()}; {flags}; oneDNN up to {limit}, native up to {native}; torch {torch.__version__}; {threads} threads"
 
 
 @functools.cache

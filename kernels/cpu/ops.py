@@ -1,4 +1,4 @@
-"""What lowering for the CPU puts into a graph: the operators fxc_cpu::*, over weights that oneDNN packs.
+"""What lowering for the CPU puts into a graph: the operators fxc_cpu::*, over weights that oneDNN packs, or `native_*.pack`.
 
 Run one by one they take weights that are packed already, go through the rows in blocks and finish each in place. For Inductor
 they are the second functions of FUNCTIONS, which it traces into, fuses with what is around them, and whose weights freezing
@@ -19,6 +19,8 @@ from torch import Tensor
 from fxc_kernels.cpu.gelu import gelu
 from fxc_kernels.cpu.int8_linear import int8_linear, int8_linear_compiled
 from fxc_kernels.cpu.int8_static import conv2d_shape, max_pool2d, static_conv2d, static_linear, to_levels
+from fxc_kernels.cpu.native_int4 import native_int4_linear
+from fxc_kernels.cpu.native_int8 import native_int8_linear
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.split_linear import split_linear, split_linear_compiled
 
@@ -66,6 +68,25 @@ SPLIT_LINEAR = _define(
     _fake_linear,
 )
 """fxc::int8_weight_only_linear."""
+
+NATIVE_INT8_LINEAR = _define(
+    "fxc_cpu::native_int8_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor? bias, int outputs, bool split, str activation='none', "
+    "Tensor? dense=None, int limit=0) -> Tensor",
+    native_int8_linear,
+    None,
+    lambda x, weight, scale, sums, bias, outputs, *rest: x.new_empty(*x.shape[:-1], outputs),
+)
+"""fxc::int8_linear, or with `split` fxc::int8_weight_only_linear, over what `native_int8.pack` gives."""
+
+NATIVE_INT4_LINEAR = _define(
+    "fxc_cpu::native_int4_linear",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor? zero, Tensor? bias, int outputs, int group) -> Tensor",
+    native_int4_linear,
+    None,
+    lambda x, weight, scale, zero, bias, outputs, group: x.new_empty(*x.shape[:-1], outputs),
+)
+"""fxc::int4_weight_only_linear over what `native_int4.pack` gives."""
 
 _LEVELS = "ScalarType dtype, str activation='none', float? y_scale=None, int y_zero=0"
 

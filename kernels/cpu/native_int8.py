@@ -1,0 +1,74 @@
+"""fxc::int8_linear and fxc::int8_weight_only_linear on a CPU in one call: int8_linear.cpp quantizes the rows, multiplies and
+finishes, so that between float rows and float results nothing goes through the memory."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fxc_kernels.cpu import native
+from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.packed_linear import dense_linear
+from fxc_kernels.cpu.rows import activated
+
+PANEL = 16
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+def pack(qweight: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """int8 [N, K], float32 [N], [N] -> what int8_linear.cpp reads: (int8 [N/16, K/4, 64], scale, the rows' sums int32, bias
+    float32), all filled up with zeros."""
+    rows, columns = qweight.shape
+    more = -rows % PANEL
+    sums = qweight.sum(dim=1, dtype=torch.int32)
+    full = pad(qweight, (0, -columns % 4, 0, more))
+    panels = full.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous().flatten(2)
+    return panels, pad(scale, (0, more)), pad(sums, (0, more)), None if bias is None else pad(bias.float(), (0, more))
+
+
+@functools.cache
+def _functions(level: str) -> tuple[Callable, Callable]:
+    if level == "avx2":
+        raise NotBuilt("int8 products saturate on this CPU, which has no VNNI")
+    library = native.library("int8_linear", level)
+    at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    scratch, linear = library.int8_linear_scratch, library.int8_linear
+    scratch.restype, scratch.argtypes = long, (long, long, number)
+    linear.restype = None
+    linear.argtypes = (at, number, long, long, long, number, at, at, at, at, number, at, at, number)
+    return scratch, linear
+
+
+def why_not() -> str | None:
+    """Why this machine cannot run it, or None."""
+    try:
+        _functions(native.level())
+    except NotBuilt as error:
+        return str(error)
+    return None
+
+
+def native_int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, outputs: int, split: bool,
+    activation: str = "none", dense: Tensor | None = None, limit: int = 0,
+) -> Tensor:  # fmt: skip
+    """x [..., K] float32 or bfloat16 -> [..., outputs]. weight, scale, sums, bias: of `pack`. split: each row as two rows of
+    int8, whose error is 3e-5, instead of one. dense: see ops.py; used above `limit` rows with `split`, and up to it without."""
+    if dense is not None and (x.numel() > limit * x.shape[-1]) is split:
+        return activated(dense_linear(x, dense, None if bias is None else bias[:outputs]), activation)
+    scratch, linear = _functions(native.level())
+    columns = x.shape[-1]
+    x = x.contiguous()
+    rows = x.numel() // columns if columns else 0
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if rows and outputs:
+        space = torch.empty(scratch(rows, columns, split), dtype=torch.uint8, device=x.device)
+        linear(
+            x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, split, weight.data_ptr(), scale.data_ptr(),
+            sums.data_ptr(), pointer(bias), ACTIVATIONS.index(activation), y.data_ptr(), space.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return y

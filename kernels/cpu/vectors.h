@@ -1,0 +1,151 @@
+// Vectors as wide as the instructions that this file is compiled for: AVX512-VNNI, AVX-VNNI or AVX2.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512VNNI__)
+
+using Ints = __m512i;
+using Floats = __m512;
+constexpr int LANES = 16;
+
+INLINE Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void store_ints(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+INLINE Ints all(int32_t v) { return _mm512_set1_epi32(v); }
+INLINE Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+INLINE Ints high_nibbles(Ints v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+INLINE Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+INLINE Ints multiply(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+INLINE Ints clamp(Ints v, int32_t lo, int32_t hi) { return _mm512_min_epi32(_mm512_max_epi32(v, all(lo)), all(hi)); }
+// sum + the four products of unsigned and signed bytes in each lane. The intrinsic makes GCC 12 copy the sums in every step.
+INLINE Ints dot(Ints sum, Ints unsigned_bytes, Ints signed_bytes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+  return sum;
+}
+// a * b, both within 16 bits.
+INLINE Ints multiply_short(Ints a, Ints b) { return _mm512_madd_epi16(a, _mm512_and_si512(b, all(0xffff))); }
+INLINE Ints from_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_bytes(uint8_t* p, Ints v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
+INLINE Ints rounded(Floats v) { return _mm512_cvtps_epi32(v); }
+
+INLINE Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+INLINE Floats all(float v) { return _mm512_set1_ps(v); }
+INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+INLINE Floats magnitude(Floats v) { return _mm512_abs_ps(v); }
+INLINE Floats whole(Floats v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+INLINE Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
+INLINE Floats from_bfloat16(const uint16_t* p) {
+  return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE Ints shift_left(Ints v, int bits) { return _mm512_slli_epi32(v, bits); }
+INLINE Ints shift_right(Ints v, int bits) { return _mm512_srli_epi32(v, bits); }
+INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+INLINE void store_shorts(uint16_t* p, Ints v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
+
+#else
+
+using Ints = __m256i;
+using Floats = __m256;
+constexpr int LANES = 8;
+
+INLINE Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE void store_ints(void* p, Ints v) { _mm256_storeu_si256((__m256i*)p, v); }
+INLINE Ints all(int32_t v) { return _mm256_set1_epi32(v); }
+INLINE Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+INLINE Ints high_nibbles(Ints v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
+INLINE Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+INLINE Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+INLINE Ints multiply(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+INLINE Ints clamp(Ints v, int32_t lo, int32_t hi) { return _mm256_min_epi32(_mm256_max_epi32(v, all(lo)), all(hi)); }
+#if defined(__AVXVNNI__)
+INLINE Ints dot(Ints sum, Ints unsigned_bytes, Ints signed_bytes) { return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes); }
+#else
+// Exact only where two products next to each other fit into 16 bits, as those of 4 and 8 bits do.
+INLINE Ints dot(Ints sum, Ints unsigned_bytes, Ints signed_bytes) {
+  return add(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned_bytes, signed_bytes), _mm256_set1_epi16(1)));
+}
+#endif
+INLINE Ints multiply_short(Ints a, Ints b) { return _mm256_madd_epi16(a, _mm256_and_si256(b, all(0xffff))); }
+INLINE Ints from_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE void store_bytes(uint8_t* p, Ints v) {
+  __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  // Of 0..255 and of -128..127 alike: the low byte of each.
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(_mm_and_si128(shorts, _mm_set1_epi16(255)), shorts));
+}
+INLINE Ints rounded(Floats v) { return _mm256_cvtps_epi32(v); }
+
+INLINE Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+INLINE Floats all(float v) { return _mm256_set1_ps(v); }
+INLINE Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+INLINE Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+INLINE Floats whole(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
+INLINE Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
+INLINE Floats magnitude(Floats v) { return as_floats(_mm256_and_si256(as_ints(v), all(0x7fffffff))); }
+INLINE Floats from_bfloat16(const uint16_t* p) {
+  return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+INLINE Ints shift_left(Ints v, int bits) { return _mm256_slli_epi32(v, bits); }
+INLINE Ints shift_right(Ints v, int bits) { return _mm256_srli_epi32(v, bits); }
+INLINE Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+INLINE void store_shorts(uint16_t* p, Ints v) {
+  _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+
+#endif
+
+typedef int32_t __attribute__((may_alias, aligned(1))) Four;  // bytes
+INLINE Ints all_four(const void* p) { return all(*(const Four*)p); }
+
+INLINE Floats load_as_floats(const float* p) { return load_floats(p); }
+INLINE Floats load_as_floats(const uint16_t* p) { return from_bfloat16(p); }
+
+INLINE void store_as(float* p, Floats v) { store_floats(p, v); }
+// To bfloat16, halves to even. A NaN has to be the one that arithmetic gives, or this takes it for a number.
+INLINE void store_as(uint16_t* p, Floats v) {
+  Ints bits = as_ints(v);
+  Ints up = add(all(0x7fff), both(shift_right(bits, 16), all(1)));
+  store_shorts(p, shift_right(add(bits, up), 16));
+}
+
+INLINE float sum_of(Floats v) {
+  float each[LANES], sum = 0;
+  store_floats(each, v);
+  for (int i = 0; i < LANES; i++) sum += each[i];
+  return sum;
+}
+INLINE float largest_of(Floats v) {
+  float each[LANES];
+  store_floats(each, v);
+  float most = each[0];
+  for (int i = 1; i < LANES; i++) most = each[i] > most ? each[i] : most;
+  return most;
+}
+INLINE int32_t sum_of(Ints v) {
+  int32_t each[LANES], sum = 0;
+  store_ints(each, v);
+  for (int i = 0; i < LANES; i++) sum += each[i];
+  return sum;
+}
