@@ -18,7 +18,7 @@ from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
 from fxc.schemes.scheme import SCHEMES
-from fxc_kernels.cpu import int8_product
+from fxc_kernels.cpu import int8_product, native, native_int4, native_int8
 
 PACKAGES = (
     "torch",
@@ -81,7 +81,16 @@ def _processor() -> list[Finding]:
         *(Finding("cpu", name, "yes" if there else "no", there) for name, there in features.items()),
         Finding("cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"),
     ]
-    return [*found, _int8_path(onednn)]
+    return [*found, _int8_path(onednn), _native()]
+
+
+def _native() -> Finding:
+    refused = {name: each.why_not() for name, each in (("int8", native_int8), ("int4", native_int4))}
+    built = ", ".join(name for name, why in refused.items() if why is None)
+    why = "; ".join(dict.fromkeys(why for why in refused.values() if why))
+    if not built:
+        return Finding("cpu", "kernels in C++", "none", False, f"{why}; layers run in the forms of torch and oneDNN")
+    return Finding("cpu", "kernels in C++", f"{built} layers, for {native.level()}", True, why)
 
 
 def _int8_path(onednn: bool) -> Finding:

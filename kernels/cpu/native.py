@@ -1,6 +1,6 @@
 """Kernels in C++, the files *.cpp beside this one: built when they are first used, for the instructions that this CPU has.
 
-    <cache folder> / <kernel>-<level>-<hash of source, flags and compiler>.so
+    <cache folder> / <kernel>-<level>-<hash of source, flags and compiler>.so, and .sha256, of what it is
 
 They have a plain C interface and know nothing of torch, so a build takes seconds. The compiler is $CXX, else the first of c++,
 g++ and clang++ that is there; without one, or on a CPU that is none of LEVELS, `NotBuilt` says so and other forms run.
@@ -100,10 +100,8 @@ def _load(kernel: str, level: str) -> ctypes.CDLL:
     with _place() as place:
         built = place / f"{kernel}-{level}-{key}.so"
         with _alone(place):
-            if built.exists():
-                with contextlib.suppress(OSError):  # cut short by a full disk, or made for another system: built again
-                    return ctypes.CDLL(str(built))
-            _build([*command, str(source)], built)
+            if not _is_whole(built):
+                _build([*command, str(source)], built)
         return ctypes.CDLL(str(built))
 
 
@@ -132,10 +130,25 @@ def _alone(place: Path) -> Iterator[None]:
         yield
 
 
+def _is_whole(built: Path) -> bool:
+    """Whether the library is there as it was built: to load one that was cut short ends the process."""
+    try:
+        return _digest_of(built).read_text() == hashlib.sha256(built.read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_of(built: Path) -> Path:
+    return built.with_suffix(".sha256")
+
+
 def _build(command: list[str], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
         made = Path(scratch) / built.name
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=SECONDS)
         if done.returncode:
             raise NotBuilt(next((line for line in done.stderr.splitlines() if "error" in line), f"{command[0]} failed").strip())
+        digest = Path(scratch) / "digest"
+        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, built)
+        os.replace(digest, _digest_of(built))

@@ -1,0 +1,196 @@
+"""The kernels in C++ against the definitions of their operators, at every level that this CPU has, and how they are built."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from repo import REPO
+
+from fxc.schemes import int4
+from fxc_kernels import cache
+from fxc_kernels.cpu import native, native_int4, native_int8
+from fxc_kernels.cpu.native import NotBuilt
+from fxc_kernels.cpu.rows import activated
+from fxc_kernels.int8_linear import int8_linear_reference, int8_weight_only_linear_reference
+
+HERE = [name for name, (_, needs) in native.LEVELS.items() if set(needs.split()) <= native._abilities()]
+ROWS = (1, 2, 5, 7, 13, 400)
+
+
+@pytest.fixture(autouse=True, params=HERE or ["none"])
+def level(request, monkeypatch):
+    monkeypatch.setenv("FXC_CPU_LEVEL", request.param)
+    if request.param == "none":
+        pytest.skip("this CPU runs none of them")
+    return request.param
+
+
+def distance(y, expected):
+    return ((y.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-2)).item()
+
+
+def needs_vnni(level):
+    if level == "avx2":
+        pytest.skip("int8 products saturate at this level")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "columns"), [(96, 256), (50, 37), (17, 128), (3, 5), (64, 9000)])
+def test_int8_is_what_the_operators_say(level, outputs, columns, dtype):
+    needs_vnni(level)
+    torch.manual_seed(0)
+    qweight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8)
+    scale, bias = torch.rand(outputs) / 1000, torch.randn(outputs)
+    packed = native_int8.pack(qweight, scale, bias)
+    for rows in ROWS:
+        x = (torch.randn(rows, columns) * torch.rand(rows, 1) + torch.rand(rows, 1)).to(dtype)
+        for split, reference, near in (
+            (False, int8_linear_reference, 1e-5), (True, int8_weight_only_linear_reference, 1e-4)
+        ):  # fmt: skip
+            for activation in native_int8.ACTIVATIONS:
+                y = native_int8.native_int8_linear(x, *packed, outputs, split, activation)
+                expected = activated(reference(x.float(), qweight, scale, bias), activation)
+                assert y.dtype == dtype and y.shape == expected.shape
+                assert distance(y, expected) < (near if dtype == torch.float32 else 4e-3), (rows, split, activation)
+
+
+def test_rows_are_rounded_to_the_same_integers(level):
+    """Where weights pick one column each, a result is that integer: none may differ by a step."""
+    needs_vnni(level)
+    torch.manual_seed(0)
+    x = torch.randn(64, 48) * 10 ** torch.linspace(-20, 20, 64)[:, None]
+    x[3], x[4, 0] = 0, 1e30
+    weight, ones = torch.eye(48, dtype=torch.int8), torch.ones(48)
+    y = native_int8.native_int8_linear(x, *native_int8.pack(weight, ones, None), 48, False)
+    assert torch.equal(y, int8_linear_reference(x, weight, ones))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("outputs", "columns", "group"), [(96, 256, 32), (50, 384, 64), (17, 128, 128)])
+def test_int4_is_what_the_operators_say_but_for_the_rounding_of_rows(outputs, columns, group, symmetric, bits, dtype):
+    torch.manual_seed(0)
+    qweight, scale, zero = int4.quantize_weight(torch.randn(outputs, columns).to(dtype), group, symmetric, bits=bits)
+    weight, bias = int4.dequantize(qweight, scale, zero, group, bits), torch.randn(outputs)
+    q = int4.unpack(qweight, bits)
+    packed = native_int4.pack(native_int4.moved(q, bits) if zero is None else q, scale, zero)
+    for rows in ROWS:
+        x = torch.randn(rows, columns).to(dtype)
+        y = native_int4.native_int4_linear(x, *packed, bias, outputs, group)
+        assert y.dtype == dtype
+        assert distance(y, torch.nn.functional.linear(x.float(), weight, bias)) < 0.013, rows
+        # A row that is 127 at most, and whole, is not rounded at all.
+        x = torch.randint(-127, 128, (rows, columns)).float().index_fill_(1, torch.arange(0, columns, 32), 127).to(dtype)
+        y = native_int4.native_int4_linear(x, *packed, bias, outputs, group)
+        assert distance(y, torch.nn.functional.linear(x.float(), weight, bias)) < (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_what_rounding_the_rows_costs_stays_below_what_the_format_does():
+    """Also where one number of each run is all there is to see: see the docstring of native_int4."""
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512)
+    qweight, scale, _ = int4.quantize_weight(weight, 128, True)
+    rounded, packed = int4.dequantize(qweight, scale, None, 128), native_int4.pack(int4.unpack(qweight), scale, None)
+    x = torch.randn(40, 512)
+    x[:, ::64] *= torch.logspace(0, 4, 40)[:, None]
+    y = native_int4.native_int4_linear(x, *packed, None, 256, 128).double()
+    exact = x.double() @ weight.double().T
+    whole, format_alone = ((each - exact).norm(dim=1) for each in (y, x.double() @ rounded.double().T))
+    assert (whole / format_alone).max() < 1.05 and (whole / format_alone).log().mean().exp() < 1.02
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(level, value):
+    x = torch.randn(7, 64)
+    x[2, 5] = value
+    qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
+    made = [native_int4.native_int4_linear(x, *native_int4.pack(int4.unpack(qweight), scale, None), None, 32, 32)]
+    if level != "avx2":
+        int8 = native_int8.pack(torch.randint(-127, 128, (32, 64), dtype=torch.int8), torch.ones(32), None)
+        for each in (x, x.bfloat16()):
+            made += [native_int8.native_int8_linear(each, *int8, 32, split) for split in (False, True)]
+    for y in made:
+        assert not y[2].isfinite().any() and y[torch.arange(7) != 2].isfinite().all()
+
+
+def test_shapes_that_have_no_rows_and_tensors_that_are_not_contiguous(level):
+    qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
+    packed = native_int4.pack(int4.unpack(qweight), scale, None)
+    x = torch.randn(64, 6).t()
+    same = native_int4.native_int4_linear(x.contiguous(), *packed, None, 32, 32)
+    assert torch.equal(native_int4.native_int4_linear(x, *packed, None, 32, 32), same)
+    assert native_int4.native_int4_linear(x[:0], *packed, None, 32, 32).shape == (0, 32)
+    assert native_int4.native_int4_linear(x[None, :, :], *packed, None, 32, 32).shape == (1, 6, 32)
+
+
+def test_threads_change_nothing(level):
+    needs_vnni(level)
+    torch.manual_seed(0)
+    packed = native_int8.pack(torch.randint(-127, 128, (70, 96), dtype=torch.int8), torch.rand(70), torch.randn(70))
+    x = torch.randn(333, 96)
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(native_int8.native_int8_linear(x, *packed, 70, False))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(each, results[0]) for each in results)
+
+
+BUILT = "from fxc_kernels.cpu import native_int4; print(native_int4.why_not())"
+
+
+def said(environment: dict[str, str], program: str = BUILT) -> str:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_kernel_is_built_once_and_anew_where_it_is_damaged(tmp_path, level):
+    given = {"FXC_CACHE": str(tmp_path)}
+    assert said(given) == "None"
+    (built,) = tmp_path.glob("int4_linear-*.so")
+    assert level in built.name
+    before = built.stat().st_mtime_ns
+    assert said(given | {"CXX": ""}) == "None" and built.stat().st_mtime_ns == before
+    built.write_bytes(built.read_bytes()[:1000])
+    assert said(given) == "None" and built.stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {built.name, f"{built.stem}.sha256", "build.lock"}
+
+
+@pytest.mark.slow
+def test_without_a_place_to_keep_it_a_kernel_is_built_for_the_process(tmp_path):
+    assert said({"FXC_CACHE": "off", "TMPDIR": str(tmp_path)}) == "None"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"CXX": "no-such-compiler"}, "CXX='no-such-compiler' is not there"),
+        ({"CXX": "", "PATH": "/nowhere"}, "no C++ compiler: install g++, or set CXX"),
+        ({"CXX": "false"}, "was not built"),
+        ({"FXC_CPU_LEVEL": "none"}, "FXC_CPU_LEVEL=none"),
+        ({"FXC_CPU_LEVEL": "sse"}, "FXC_CPU_LEVEL=sse, which is none of avx512_vnni"),
+    ],
+)
+def test_where_there_can_be_none_it_says_why(tmp_path, environment, why):
+    assert why in said({"FXC_CACHE": str(tmp_path)} | environment)
+
+
+def test_saturating_products_are_refused(monkeypatch):
+    with pytest.raises(NotBuilt, match="no VNNI"):
+        native_int8._functions("avx2")
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FXC_CACHE", raising=False)
+    assert cache.folder() == tmp_path / "fxc"
+    monkeypatch.setenv("FXC_CACHE", "off")
+    assert cache.folder() is None
