@@ -23,11 +23,16 @@ QWEN25_7B = {
     "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False,
 }  # fmt: skip
+# Of Qwen/Qwen2.5-0.5B, whose head is its embedding.
+QWEN25_05B = QWEN25_7B | {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
 TINY = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
-MODELS = {"qwen2.5-7b": QWEN25_7B, "tiny": TINY}
+MODELS = {"qwen2.5-7b": QWEN25_7B, "qwen2.5-0.5b": QWEN25_05B, "tiny": TINY}
 
 
 def config_of(model: str, layers: int | None) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 
 import fxc.schemes  # noqa: F401 - programs name its operators
+from fxc import mapped
 from fxc.artifact import coding, companions
 from fxc.artifact.manifest import (
     CODED_FORMAT,
@@ -220,6 +221,7 @@ def read(path: str | Path) -> Artifact:
         constants = _read_constants(path, files)
         program = _read_text(path / TEXT, constants | _expanded(path, manifest.get("coded", {}), constants))
         _check_values(program)
+        mapped.let_go(program.constants.values())
     except OSError as error:
         where, what = error.filename or path, error.strerror or error
         raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error

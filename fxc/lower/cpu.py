@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxc.errors import UsageError
 from fxc.ir import edit
@@ -19,6 +19,7 @@ from fxc.lower.choose import Choice
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
+from fxc.mapped import Reading
 from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
 from fxc_kernels.cpu import ops
@@ -28,7 +29,6 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
 _PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
-
 Measure = Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]
 
 
@@ -107,16 +107,18 @@ def lower_layers(program: Program, backend: str, measure: Measure, expanded: Col
     """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
     2:4 sparse ones that were made dense."""
     report = []
-    for group in find_siblings(program, products_for(LINEAR)):
-        if group.is_empty:
-            name, reason = "unchanged", "the weight is empty"
-        else:
-            choice = _choose(group, measure)
-            _write(program, group, choice, backend)
-            name, reason = choice.name, choice.reason
-        for each in group.choices(name, reason):
-            sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
-            report.append(dataclasses.replace(each, reason=each.reason + sparse))
+    with Reading() as reading:
+        for group in find_siblings(program, products_for(LINEAR)):
+            if group.is_empty:
+                name, reason = "unchanged", "the weight is empty"
+            else:
+                choice = _choose(group, measure)
+                _write(program, group, choice, backend)
+                name, reason = choice.name, choice.reason
+                reading.done(each for arguments in group.arguments for each in arguments if isinstance(each, Tensor))
+            for each in group.choices(name, reason):
+                sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
+                report.append(dataclasses.replace(each, reason=each.reason + sparse))
     return report
 
 
@@ -177,17 +179,19 @@ def _activation_after(group: Siblings) -> tuple[str, fx.Node] | None:
 def pack_bfloat16_layers(program: Program) -> list[LayerChoice]:
     """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
     report = []
-    for node in program.graph.find_nodes(op="call_function", target=LINEAR):
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        value = program.constants.get(weight.target) if weight.op == "get_attr" else None
-        if value is None or value.dtype != torch.bfloat16 or value.numel() == 0:
-            continue
-        if bias is not None and bias.op != "get_attr":
-            continue
-        layer = layer_name(weight.target)
-        packed = edit.constant(program, f"{module_name(program, layer)}.weight", pack_bfloat16(value), node)
-        edit.call(program, ops.DENSE_LINEAR, (node.args[0], packed, bias), replacing=node, by="lower")
-        report.append(LayerChoice(layer, "bf16 packed", "kept in bfloat16", *value.shape))
+    with Reading() as reading:
+        for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+            weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+            value = program.constants.get(weight.target) if weight.op == "get_attr" else None
+            if value is None or value.dtype != torch.bfloat16 or value.numel() == 0:
+                continue
+            if bias is not None and bias.op != "get_attr":
+                continue
+            layer = layer_name(weight.target)
+            packed = edit.constant(program, f"{module_name(program, layer)}.weight", pack_bfloat16(value), node)
+            edit.call(program, ops.DENSE_LINEAR, (node.args[0], packed, bias), replacing=node, by="lower")
+            reading.done([value])
+            report.append(LayerChoice(layer, "bf16 packed", "kept in bfloat16", *value.shape))
     return report
 
 

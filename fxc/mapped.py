@@ -1,0 +1,71 @@
+"""Tensors whose numbers are in files that are mapped into memory, as those of an artifact are: what was read of them is let go
+again, and comes back from the file where somebody reads it once more."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+_HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
+_DONT_NEED = 4
+# So much may be in memory beside what is made of it.
+READ_BYTES = 1 << 27
+
+
+class Reading:
+    """Tensors that are read one after another, and let go whenever they are READ_BYTES together: to ask the system which may
+    be costs milliseconds. Used in a `with`, whose end lets go of the last ones."""
+
+    def __init__(self) -> None:
+        self._read: list[Tensor] = []
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def done(self, tensors: Iterable[Tensor]) -> None:
+        self._read += tensors
+        if sum(each.nbytes for each in self._read) > READ_BYTES:
+            self.__exit__()
+
+    def __exit__(self, *error: object) -> None:
+        let_go(self._read)
+        self._read.clear()
+
+
+def let_go(tensors: Iterable[Tensor]) -> int:
+    """Let the pages of those `tensors` go that lie in the mapping of a file and are as the file is. Returns their bytes: 0
+    where nothing is mapped, where a mapping was written to, and where there is no /proc that says so."""
+    found = 0
+    clean = _clean()
+    page = mmap.PAGESIZE
+    for tensor in tensors if clean else ():
+        if tensor.device.type != "cpu" or tensor.is_mkldnn or not tensor.is_contiguous():
+            continue
+        begin = -(-tensor.data_ptr() // page) * page
+        end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+        is_clean = begin < end and any(start <= begin and end <= stop for start, stop in clean)
+        if is_clean and ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED) == 0:
+            found += end - begin
+    return found
+
+
+def _clean() -> list[tuple[int, int]]:
+    """From where to where files are mapped of whose pages this process has no copies of its own, as it has where it wrote."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[tuple[int, int]] = []
+    for line in lines:
+        if header := _HEADER.match(line):
+            start, stop, inode = int(header[1], 16), int(header[2], 16), int(header[3])
+            if inode:
+                found.append((start, stop))
+        elif line.startswith("Anonymous:") and line.split()[1] != "0":
+            found = [each for each in found if each != (start, stop)]
+    return found
