@@ -36,7 +36,7 @@ ALLOWED = {
     "fxc.options": "errors passes source data artifact lower",
     "fxc.pipeline": "errors ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
-    "fxc.runtime": "errors ir schemes lower",
+    "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
     "fxc.captured": "errors neutral ir source data frontend artifact options",
     "fxc.recipe": "errors",

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from fxc.errors import UsageError
 from fxc.ir import edit
+from fxc.ir.call import Call
 from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
@@ -22,10 +23,10 @@ from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
 from fxc.mapped import Reading
 from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
-from fxc_kernels.cpu import ops
+from fxc_kernels.cpu import native_attention, ops
 from fxc_kernels.cpu.packed_linear import pack_bfloat16
 
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
 _PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
@@ -54,7 +55,7 @@ def lower_cpu(
     bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     program = program.copy()
     expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)
-    if bf16 and backend == "inductor":
+    if not attention_in_one_call(program) and bf16 and backend == "inductor":
         attention_in_bfloat16(program)
     report = lower_layers(program, backend, measure or _measured(backend), expanded)
     report += static.lower_convolutions(program, packed=backend == "eager")
@@ -69,9 +70,25 @@ def lower_cpu(
     return program, report
 
 
+def attention_in_one_call(program: Program) -> bool:
+    """Attention that `native_attention` computes is computed by it. Returns whether this machine does that."""
+    if torch.cpu._is_amx_tile_supported() or native_attention.why_not():
+        return False  # with AMX, torch's own in bfloat16 is not measured against it
+    for node in program.graph.find_nodes(op="call_function", target=ATTENTION):
+        call = Call(node)
+        query, mask = call["query"].meta["val"], call["attn_mask"]
+        values = [call[name].meta["val"] for name in ("query", "key", "value")]
+        fits = query.dtype in (torch.float32, torch.bfloat16) and all((v.dim(), v.dtype) == (4, query.dtype) for v in values)
+        mask_fits = mask is None or mask.meta["val"].dtype in (torch.bool, query.dtype)
+        width = query.shape[-1]
+        if fits and mask_fits and not call["dropout_p"] and isinstance(width, int) and width % native_attention.WIDTH == 0:
+            edit.call(program, ops.ATTENTION, node.args, kwargs=node.kwargs, replacing=node, by="lower")
+    return True
+
+
 def attention_in_bfloat16(program: Program) -> None:
     """float32 attention computes in bfloat16 when its query and key are int8 results, whose error is larger."""
-    for node in program.graph.find_nodes(op="call_function", target=_ATTENTION):
+    for node in program.graph.find_nodes(op="call_function", target=ATTENTION):
         query, key, value = node.args[:3]
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         fits = all(t.meta["val"].dtype == torch.float32 for t in (query, key, value))
@@ -81,7 +98,7 @@ def attention_in_bfloat16(program: Program) -> None:
             continue
         place = {"before": node, "by": "lower", "fqn": node.meta.get("fqn", "")}
         casts = [edit.insert(program, _TO, (t, torch.bfloat16), **place) for t in (query, key, value)]
-        mixed = edit.insert(program, _ATTENTION, (*casts, *node.args[3:]), kwargs=node.kwargs, **place)
+        mixed = edit.insert(program, ATTENTION, (*casts, *node.args[3:]), kwargs=node.kwargs, **place)
         edit.call(program, _TO, (mixed, torch.float32), replacing=node, by="lower")
     edit.sweep(program)
 

@@ -31,6 +31,7 @@ from fxc.ir.cache import as_past, is_past
 from fxc.ir.check import check
 from fxc.ir.infer import new_symbols
 from fxc.ir.program import Input, Program, Signature
+from fxc_kernels.cpu.ops import ATTENTION
 
 _aten = torch.ops.aten
 _SIZE = _aten.sym_size.int
@@ -69,6 +70,8 @@ def decode_program(lowered: Program) -> Program:
     _take_place_from(slot, _sizes(graph, names), past)
     logits = graph.output_node().args[0][signature.outputs.index("logits")]
     graph.output_node().args = ((logits,),)
+    for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        node.target = _ATTENTION  # for a single query the same
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         _attend_by_group(graph, node)
     _add_masks(graph)

@@ -33,23 +33,6 @@ struct Quantized {
   int64_t stride;
 };
 
-template <int N>
-INLINE Floats polynomial(const float (&coefficients)[N], Floats x) {
-  Floats value = all(coefficients[0]);
-  UNROLL for (int i = 1; i < N; i++) value = multiply_add(value, x, all(coefficients[i]));
-  return value;
-}
-
-// exp, for what sigmoids ask: 2^n * a polynomial of the rest, as in Cephes' expf.
-constexpr float EXP[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-INLINE Floats exponential(Floats x) {
-  x = smaller(larger(x, all(-87.0f)), all(88.0f));
-  const Floats n = whole(multiply(x, all(1.44269504088896341f)));
-  const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
-  const Floats y = multiply_add(multiply(polynomial(EXP, r), r), r, add(r, all(1.0f)));
-  return multiply(y, as_floats(shift_left(add(rounded(n), all(127)), 23)));
-}
-
 INLINE Floats sigmoid(Floats x) { return divide(all(1.0f), add(all(1.0f), exponential(subtract(all(0.0f), x)))); }
 
 // The rational erf of Eigen, as in gelu.py.

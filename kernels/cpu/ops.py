@@ -19,6 +19,7 @@ from torch import Tensor
 from fxc_kernels.cpu.gelu import gelu
 from fxc_kernels.cpu.int8_linear import int8_linear, int8_linear_compiled
 from fxc_kernels.cpu.int8_static import conv2d_shape, max_pool2d, static_conv2d, static_linear, to_levels
+from fxc_kernels.cpu.native_attention import native_attention
 from fxc_kernels.cpu.native_int4 import native_int4_linear
 from fxc_kernels.cpu.native_int8 import native_int8_linear
 from fxc_kernels.cpu.packed_linear import dense_linear
@@ -87,6 +88,23 @@ NATIVE_INT4_LINEAR = _define(
     lambda x, weight, scale, zero, bias, outputs, group: x.new_empty(*x.shape[:-1], outputs),
 )
 """fxc::int4_weight_only_linear over what `native_int4.pack` gives."""
+
+
+
+def _fake_attention(query, key, value, *rest, **options):
+    batch, heads, queries, depth = query.shape
+    return query.new_empty(batch, queries, heads, depth).transpose(1, 2)
+
+
+ATTENTION = _define(
+    "fxc_cpu::attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, bool is_causal=False, *, "
+    "float? scale=None, bool enable_gqa=False) -> Tensor",
+    native_attention,
+    None,
+    _fake_attention,
+)
+"""aten::scaled_dot_product_attention, with its arguments, see `native_attention`."""
 
 _LEVELS = "ScalarType dtype, str activation='none', float? y_scale=None, int y_zero=0"
 

@@ -52,6 +52,10 @@ INLINE Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
 INLINE Floats from_bfloat16(const uint16_t* p) {
   return as_floats(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+// value, or 0 in the lanes where x is below least.
+INLINE Floats zero_below(Floats value, Floats x, float least) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(least), _CMP_NLT_UQ), value);
+}
 INLINE Ints shift_left(Ints v, int bits) { return _mm512_slli_epi32(v, bits); }
 INLINE Ints shift_right(Ints v, int bits) { return _mm512_srli_epi32(v, bits); }
 INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
@@ -107,6 +111,9 @@ INLINE Floats magnitude(Floats v) { return as_floats(_mm256_and_si256(as_ints(v)
 INLINE Floats from_bfloat16(const uint16_t* p) {
   return as_floats(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
+INLINE Floats zero_below(Floats value, Floats x, float least) {
+  return _mm256_and_ps(_mm256_cmp_ps(x, all(least), _CMP_NLT_UQ), value);
+}
 INLINE Ints shift_left(Ints v, int bits) { return _mm256_slli_epi32(v, bits); }
 INLINE Ints shift_right(Ints v, int bits) { return _mm256_srli_epi32(v, bits); }
 INLINE Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
@@ -148,4 +155,21 @@ INLINE int32_t sum_of(Ints v) {
   store_ints(each, v);
   for (int i = 0; i < LANES; i++) sum += each[i];
   return sum;
+}
+
+template <int N>
+INLINE Floats polynomial(const float (&coefficients)[N], Floats x) {
+  Floats value = all(coefficients[0]);
+  UNROLL for (int i = 1; i < N; i++) value = multiply_add(value, x, all(coefficients[i]));
+  return value;
+}
+
+// exp, between -87 and 88: 2^n * a polynomial of the rest, as in Cephes' expf.
+constexpr float EXP[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+INLINE Floats exponential(Floats x) {
+  x = smaller(larger(x, all(-87.0f)), all(88.0f));
+  const Floats n = whole(multiply(x, all(1.44269504088896341f)));
+  const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
+  const Floats y = multiply_add(multiply(polynomial(EXP, r), r), r, add(r, all(1.0f)));
+  return multiply(y, as_floats(shift_left(add(rounded(n), all(127)), 23)));
 }

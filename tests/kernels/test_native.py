@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from repo import REPO
+from torch.nn.functional import scaled_dot_product_attention
 
 from fxc.schemes import int4
 from fxc_kernels import cache
-from fxc_kernels.cpu import native, native_int4, native_int8
+from fxc_kernels.cpu import native, native_attention, native_int4, native_int8
 from fxc_kernels.cpu.native import NotBuilt
 from fxc_kernels.cpu.rows import activated
 from fxc_kernels.int8_linear import int8_linear_reference, int8_weight_only_linear_reference
@@ -139,6 +140,57 @@ def test_threads_change_nothing(level):
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(each, results[0]) for each in results)
+
+
+def attention_inputs(kind, dtype, batch, heads, shared, queries, keys, width):
+    q, k, v = (
+        torch.randn(batch, length, count, width).to(dtype).transpose(1, 2)
+        for count, length in ((heads, queries), (shared, keys), (shared, keys))
+    )
+    masks = {
+        "bool": torch.rand(batch, 1, queries, keys) > 0.3,
+        "padding": (torch.arange(keys) < keys - 3)[None, None, None].expand(batch, 1, queries, keys),
+        "numbers": torch.randn(1, heads, queries, keys).to(dtype).masked_fill(torch.rand(queries, keys) > 0.8, -torch.inf),
+        "every other": (torch.rand(batch, 1, queries, 2 * keys) > 0.3)[..., ::2],
+    }
+    return q, k, v, masks.get(kind)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "padding", "numbers", "every other"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 8, 8, 16), (2, 12, 12, 37, 37, 32), (2, 6, 2, 50, 90, 64), (1, 4, 4, 129, 129, 80), (2, 4, 1, 17, 300, 128)],
+)
+def test_attention_is_what_torch_computes(sizes, dtype, kind):
+    torch.manual_seed(0)
+    q, k, v, mask = attention_inputs(kind, dtype, *sizes)
+    options = {"is_causal": kind == "causal", "enable_gqa": q.shape[1] != k.shape[1], "scale": 0.3 if kind == "bool" else None}
+    wide = mask.double() if kind == "numbers" else mask
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), wide, **options)
+    y = native_attention.native_attention(q, k, v, mask, **options)
+    assert native_attention._pays(q, k, v) and y.dtype == dtype and y.shape == exact.shape
+    assert distance(y, exact) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_queries_that_see_nothing_and_numbers_that_are_none():
+    q, k, v, _ = attention_inputs("none", torch.float32, 1, 2, 2, 16, 16, 16)
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    mask[3] = False
+    for each in (mask, torch.where(mask, 0.0, -torch.inf)):
+        y = native_attention.native_attention(q, k, v, each)
+        assert not y[:, :, 3].any() and torch.allclose(y, scaled_dot_product_attention(q, k, v, each), atol=1e-6)
+    q[0, 0, 5, 0] = torch.nan
+    y = native_attention.native_attention(q, k, v)
+    assert y[0, 0, 5].isnan().all() and y[0, 1].isfinite().all() and y[0, 0, 6:].isfinite().all()
+
+
+def test_attention_that_does_not_pay_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(native_attention, "_functions", lambda level: pytest.fail("computed"))
+    for sizes in ((1, 2, 2, 1, 50, 16), (1, 1, 1, 16, 20_000, 16), (0, 2, 2, 16, 16, 16), (1, 2, 2, 16, 0, 16)):
+        q, k, v, _ = attention_inputs("none", torch.float32, *sizes)
+        expected = scaled_dot_product_attention(q, k, v)
+        assert torch.equal(native_attention.native_attention(q, k, v), expected)
 
 
 BUILT = "from fxc_kernels.cpu import native_int4; print(native_int4.why_not())"

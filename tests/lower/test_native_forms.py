@@ -8,6 +8,8 @@ from torch import nn
 
 from fxc.frontend.capture import capture
 from fxc.lower.candidates import FLOAT, INT8, NATIVE_INT4, NATIVE_INT8, NATIVE_SPLIT, SPLIT, STATIC
+from fxc.lower.cpu import lower_cpu
+from fxc.lower.runnable import runnable
 from fxc.passes.base import Context
 from fxc.pipeline import Options, run_passes
 from fxc_kernels.cpu import native_int4, native_int8, ops
@@ -144,6 +146,36 @@ def test_layers_that_read_one_activation_are_one_call():
     assert len(calls(module, ops.NATIVE_INT8_LINEAR)) == 1 and "one product with q, k, v" in layers[0].reason
     for y, expected in zip(module(x), program.module()(x), strict=True):
         assert torch.allclose(y, expected, atol=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width))
+
+    def forward(self, q, k, v, mask):
+        q, k, v = (each * self.gain for each in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="left to torch where there is AMX")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_is_one_call(backend):
+    q, k, v = (torch.randn(2, 4, 20, 32) for _ in range(3))
+    mask = torch.rand(2, 1, 20, 20) > 0.3
+    program = capture(Attention(32).eval(), (q, k, v, mask))
+    lowered, _ = lower_cpu(program, backend)
+    assert lowered.graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    module = runnable(lowered, "cpu", backend)
+    for given in ((q, k, v, mask), tuple(each.repeat(2, *[1] * (each.dim() - 1)) for each in (q, k, v, mask))):
+        assert torch.allclose(module(*given)[0], program.module()(*given)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_attention_of_other_widths_stays_what_it_is(width):
+    q = torch.randn(2, 4, 20, width)
+    program = capture(Attention(width).eval(), (q, q, q, torch.ones(20, 20, dtype=torch.bool)))
+    assert not lower_cpu(program)[0].graph.find_nodes(op="call_function", target=ops.ATTENTION)
 
 
 def test_what_it_cannot_multiply_it_says(monkeypatch):
