@@ -79,32 +79,6 @@ INLINE void tile(const int8_t* const* w, const uint8_t* x, int64_t stride, int64
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) store_ints(sums + m * OUTPUTS + v * LANES, total[m][v]);
 }
 
-template <int V>
-void outputs_of(const Weight& w, const Quantized& x, int64_t first, int64_t last, int64_t n, int32_t* sums) {
-  const int8_t* q[V];
-  for (int v = 0; v < V; v++) {
-    const int64_t vector = n / LANES + v;
-    q[v] = w.q + vector / PARTS * w.columns * PANEL + vector % PARTS * LANES * 4;
-  }
-  const int64_t rows = last - first, passes = (rows + ROWS - 1) / ROWS;
-  for (int64_t from = 0; from < w.columns; from += DEPTH) {
-    const int64_t to = w.columns - from < DEPTH ? w.columns : from + DEPTH;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t row = rows * pass / passes;
-      const uint8_t* at = x.q + (first + row) * x.stride;
-      int32_t* into = sums + row * OUTPUTS;
-      switch (rows * (pass + 1) / passes - row) {
-        case 6: tile<6, V>(q, at, x.stride, from, to, !from, into); break;
-        case 5: tile<5, V>(q, at, x.stride, from, to, !from, into); break;
-        case 4: tile<4, V>(q, at, x.stride, from, to, !from, into); break;
-        case 3: tile<3, V>(q, at, x.stride, from, to, !from, into); break;
-        case 2: tile<2, V>(q, at, x.stride, from, to, !from, into); break;
-        case 1: tile<1, V>(q, at, x.stride, from, to, !from, into); break;
-      }
-    }
-  }
-}
-
 // What follows the integers: rows [first, last) of x, a vector of outputs at n.
 template <typename Number>
 INLINE void finish(const Weight& w, const Quantized& x, bool is_split, int64_t first, int64_t last, int64_t n, const int32_t* sums,
@@ -126,6 +100,41 @@ INLINE void finish(const Weight& w, const Quantized& x, bool is_split, int64_t f
       Number last_ones[LANES];
       store_as(last_ones, value);
       memcpy(out, last_ones, (w.outputs - n) * sizeof(Number));
+    }
+  }
+}
+
+// Rows [first, last) of x by V vectors of outputs, from output n on.
+template <int V, typename Number>
+void outputs_of(const Weight& w, const Quantized& x, bool is_split, int64_t first, int64_t last, int64_t n, int32_t* sums,
+                const float* bias, Activation activation, Number* y) {
+  const int8_t* q[V];
+  for (int v = 0; v < V; v++) {
+    const int64_t vector = n / LANES + v;
+    q[v] = w.q + vector / PARTS * w.columns * PANEL + vector % PARTS * LANES * 4;
+  }
+  // As few passes over the weight as there can be, alike in rows; both halves of a row are in one.
+  const int times = 1 + is_split;
+  const int64_t units = (last - first) / times, passes = (units * times + ROWS - 1) / ROWS;
+  // A weight that fits into the L2 is gone through once, and what comes out is finished while it is in the L1.
+  const bool is_whole = w.columns <= DEPTH;
+  for (int64_t from = 0; from < w.columns; from += DEPTH) {
+    const int64_t to = w.columns - from < DEPTH ? w.columns : from + DEPTH;
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const int64_t row = units * pass / passes * times, next = units * (pass + 1) / passes * times;
+      const uint8_t* at = x.q + (first + row) * x.stride;
+      int32_t* into = is_whole ? sums : sums + row * OUTPUTS;
+      switch (next - row) {
+        case 6: tile<6, V>(q, at, x.stride, from, to, !from, into); break;
+        case 5: tile<5, V>(q, at, x.stride, from, to, !from, into); break;
+        case 4: tile<4, V>(q, at, x.stride, from, to, !from, into); break;
+        case 3: tile<3, V>(q, at, x.stride, from, to, !from, into); break;
+        case 2: tile<2, V>(q, at, x.stride, from, to, !from, into); break;
+        case 1: tile<1, V>(q, at, x.stride, from, to, !from, into); break;
+      }
+      if (to == w.columns)
+        for (int v = 0; v < V; v++)
+          finish(w, x, is_split, first + row, first + next, n + v * LANES, into + v * LANES, bias, activation, y);
     }
   }
 }
@@ -210,14 +219,9 @@ void linear(const Weight& w, const Number* x, int64_t rows, int64_t columns, boo
       const int64_t n = job / shares * OUTPUTS, share = job % shares;
       const int64_t begin = count / times * share / shares * times, end = count / times * (share + 1) / shares * times;
       if (job / shares < wide) {
-        outputs_of<VECTORS>(w, q, begin, end, n, sums);
-        for (int v = 0; v < VECTORS; v++)
-          finish(w, q, is_split, begin, end, n + v * LANES, sums + v * LANES, bias, activation, to);
+        outputs_of<VECTORS>(w, q, is_split, begin, end, n, sums, bias, activation, to);
       } else {
-        for (int64_t at = n; at < padded && at < w.outputs; at += LANES) {
-          outputs_of<1>(w, q, begin, end, at, sums);
-          finish(w, q, is_split, begin, end, at, sums, bias, activation, to);
-        }
+        for (int64_t at = n; at < w.outputs; at += LANES) outputs_of<1>(w, q, is_split, begin, end, at, sums, bias, activation, to);
       }
     }
   }
