@@ -18,7 +18,7 @@ from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
 from fxc.schemes.scheme import SCHEMES
-from fxc_kernels.cpu import int8_product, native, native_int4, native_int8
+from fxc_kernels.cpu import int8_product, native, native_attention, native_int4, native_int8
 
 PACKAGES = (
     "torch",
@@ -32,6 +32,7 @@ PACKAGES = (
     "rich",
     "pillow",
 )
+_KERNELS = {"int8 layers": native_int8, "int4 layers": native_int4, "attention": native_attention}
 _OPTIONAL = {"pillow": "only for --image", "triton": "only for CUDA"}
 
 
@@ -85,12 +86,12 @@ def _processor() -> list[Finding]:
 
 
 def _native() -> Finding:
-    refused = {name: each.why_not() for name, each in (("int8", native_int8), ("int4", native_int4))}
+    refused = {name: each.why_not() for name, each in _KERNELS.items()}
     built = ", ".join(name for name, why in refused.items() if why is None)
     why = "; ".join(dict.fromkeys(why for why in refused.values() if why))
     if not built:
         return Finding("cpu", "kernels in C++", "none", False, f"{why}; layers run in the forms of torch and oneDNN")
-    return Finding("cpu", "kernels in C++", f"{built} layers, for {native.level()}", True, why)
+    return Finding("cpu", "kernels in C++", f"{built}, for {native.level()}", True, why)
 
 
 def _int8_path(onednn: bool) -> Finding:
