@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -14,6 +15,9 @@ from fxc.errors import InputRefused, UsageError
 from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.ir.cache import default_positions, empty_cache
 from fxc.ir.next_token import losses_of
+from fxc.lower.runnable import runnable
+from fxc.neutral import one_at_a_time
+from fxc.runtime.last_logits import last_logits
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
 
 # What the generation loop hands to a model besides its inputs, and models leave alone.
@@ -38,6 +42,8 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             )
         self.generation_config = generation_config_of(self.config, self.files)
         self._decoder: StaticDecoder | None = None
+        # Not a submodule: it shares the weights of the lowered one.
+        object.__setattr__(self, "_prompt", None)
 
     def use_static_cache(self, capacity: int = CAPACITY) -> CompiledCausalLM:
         """Let `generate()` decode over buffers of a fixed size, on CUDA as a recorded CUDA graph. Returns the model.
@@ -48,6 +54,20 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         """
         self._decoder = static_decoder(self.lowered, self.device, self.backend, capacity)
         return self
+
+    @one_at_a_time
+    def _prompt_module(self) -> nn.Module:
+        """What runs a prompt of which only the last logits are asked for."""
+        if self._prompt is None:
+            program = last_logits(self.lowered)
+            with torch.no_grad(), _disable_current_modes():
+                made = self.lower() if program is None else runnable(program, self.device, self.backend)
+            object.__setattr__(self, "_prompt", made)
+        return self._prompt
+
+    def __deepcopy__(self, memo: dict) -> CompiledCausalLM:
+        memo[id(self._prompt)] = self._prompt
+        return super().__deepcopy__(memo)
 
     def new_cache(self) -> Any:
         """An empty cache of the kind that `generate()` uses, for `past_key_values`."""
@@ -114,7 +134,9 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         if decodes:
             logits = past_key_values.decode(input_ids, attention_mask, position_ids)
         else:
-            logits, *present = self.run([input_ids, attention_mask, position_ids, *past])
+            is_last = isinstance(logits_to_keep, int) and logits_to_keep == 1 and new > 1 and labels is None
+            module = self._prompt_module() if is_last else None
+            logits, *present = self.run([input_ids, attention_mask, position_ids, *past], module)
         loss = None if labels is None else losses_of(logits, labels.to(logits.device), "mean")
         if isinstance(logits_to_keep, Tensor):
             logits = logits[:, logits_to_keep.to(logits.device)]

@@ -128,12 +128,12 @@ class CompiledModel(nn.Module):
         program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
         return _unpickled, (*program, self.record, self.config, files, options)
 
-    def run(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, tensors: list[Tensor], module: nn.Module | None = None) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
-        them, and they may be edited."""
+        them, and they may be edited. module: what was made of the lowered program, to run in its place."""
         # The program says in which types it computes; autocast would change them.
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            return self.lower()(*[t.to(self._device) for t in tensors])
+            return (module or self.lower())(*[t.to(self._device) for t in tensors])
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for."""
