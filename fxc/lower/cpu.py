@@ -14,7 +14,7 @@ from fxc.ir.call import Call
 from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
-from fxc.lower import choose, static
+from fxc.lower import choose, cpu_fusion, static
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
 from fxc.lower.choose import Choice
 from fxc.lower.remembered import Timing
@@ -62,6 +62,8 @@ def lower_cpu(
     report = static.chain(program, report)
     if bf16 and backend == "eager":
         report += pack_bfloat16_layers(program)
+    if backend == "eager":
+        cpu_fusion.fuse(program)
     relax_views(program)
     if backend == "inductor":
         gelu_for_inductor(program)

@@ -21,7 +21,8 @@ from fxc.ir import edit
 from fxc.ir.check import check
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
-from fxc.lower.cuda_fusion import GatedPair, activation_after, fuse_float_norms, fuse_norms, fuse_rope, gated_pair
+from fxc.lower.cuda_fusion import fuse_float_norms, fuse_norms, fuse_rope
+from fxc.lower.fusion import GatedPair, activation_after, gated_pair
 from fxc.lower.siblings import LayerChoice, Place, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense
 from fxc.schemes import fp8, int4, int8, int8_sparse24, sparse24

@@ -3,6 +3,8 @@
 #include "vectors.h"
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
 #endif
 
 namespace {
@@ -163,11 +165,7 @@ void attention(const Problem& p, float* scratch, int threads) {
   const int64_t size = floats_of(p);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
     float* own = scratch + omp_get_thread_num() * size;
-#else
-    float* own = scratch;
-#endif
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < pairs * shares; job++) {
       const int64_t pair = job / shares, share = job % shares;

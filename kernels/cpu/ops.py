@@ -20,6 +20,7 @@ from fxc_kernels.cpu.gelu import gelu
 from fxc_kernels.cpu.int8_linear import int8_linear, int8_linear_compiled
 from fxc_kernels.cpu.int8_static import conv2d_shape, max_pool2d, static_conv2d, static_linear, to_levels
 from fxc_kernels.cpu.native_attention import native_attention
+from fxc_kernels.cpu.native_between import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rope, silu_mul
 from fxc_kernels.cpu.native_int4 import native_int4_linear
 from fxc_kernels.cpu.native_int8 import native_int8_linear
 from fxc_kernels.cpu.packed_linear import dense_linear
@@ -105,6 +106,31 @@ ATTENTION = _define(
     _fake_attention,
 )
 """aten::scaled_dot_product_attention, with its arguments, see `native_attention`."""
+
+
+
+def _fake_same(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_two(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_GAINS = "Tensor? weight, Tensor? bias, float eps"
+RMS_NORM = _define("fxc_cpu::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, None, _fake_same)
+ADD_RMS_NORM = _define(
+    "fxc_cpu::add_rms_norm", "(Tensor x, Tensor other, Tensor weight, float eps) -> (Tensor, Tensor)", add_rms_norm, None,
+    _fake_two,
+)  # fmt: skip
+LAYER_NORM = _define(
+    "fxc_cpu::layer_norm", f"(Tensor x, Tensor? other, {_GAINS}) -> Tensor", layer_norm, None, _fake_same
+)  # fmt: skip
+ADD_LAYER_NORM = _define(
+    "fxc_cpu::add_layer_norm", f"(Tensor x, Tensor other, {_GAINS}) -> (Tensor, Tensor)", add_layer_norm, None, _fake_two
+)  # fmt: skip
+ROPE = _define("fxc_cpu::rope", "(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, None, _fake_same)
+SILU_MUL = _define("fxc_cpu::silu_mul", "(Tensor gate, Tensor up) -> Tensor", silu_mul, None, _fake_same)
 
 _LEVELS = "ScalarType dtype, str activation='none', float? y_scale=None, int y_zero=0"
 

@@ -1,0 +1,153 @@
+"""What several operators of a program are together, for lowerings that have one kernel for it: an activation behind a layer,
+gate and up, an RMS norm, a sum, a rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxc.lower.siblings import Siblings
+
+_ADD = torch.ops.aten.add.Tensor
+_MUL = torch.ops.aten.mul.Tensor
+_SILU = torch.ops.aten.silu.default
+_GELU = torch.ops.aten.gelu.default
+_TO = torch.ops.aten.to.dtype
+_SLICE = torch.ops.aten.slice.Tensor
+
+
+def activation_after(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """The activation that alone reads `node`, as kernels name it, and its node."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    if len(user.args) != 1:
+        return None
+    if user.target is _SILU:
+        return "silu", user
+    if user.target is _GELU:
+        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
+    return None
+
+
+@dataclass(frozen=True)
+class GatedPair:
+    """silu(gate) * up of two layers, positions in their group, that nothing else reads. result: the node of the product."""
+
+    gate: int
+    up: int
+    result: fx.Node
+
+
+def gated_pair(group: Siblings) -> GatedPair | None:
+    if len(group.nodes) != 2 or group.sizes[0] != group.sizes[1]:
+        return None
+    for gate, up in ((0, 1), (1, 0)):
+        found = activation_after(group.nodes[gate])
+        if found is None or found[0] != "silu" or len(found[1].users) != 1 or len(group.nodes[up].users) != 1:
+            continue
+        (result,) = found[1].users
+        if result.target is _MUL and set(result.args) == {found[1], group.nodes[up]}:
+            return GatedPair(gate, up, result)
+    return None
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """weight * (source / sqrt(mean(source^2) + eps)), rounded to source's dtype before the weight as Llama does."""
+
+    source: fx.Node
+    weight: fx.Node
+    eps: float
+
+    @property
+    def columns(self) -> int:
+        return self.weight.meta["val"].shape[0]
+
+
+def match_rms_norm(node: fx.Node) -> RmsNorm | None:
+    """The norm whose result `node` is."""
+    if node.target is not _MUL or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    if not isinstance(node.meta["val"], Tensor):
+        return None
+    weight, normed = node.args if node.args[0].op == "get_attr" else reversed(node.args)
+    dtype, columns = node.meta["val"].dtype, node.meta["val"].shape[-1]
+    if weight.op != "get_attr" or weight.meta["val"].dtype != dtype or tuple(weight.meta["val"].shape) != (columns,):
+        return None
+    normed = _before_cast(normed, dtype)
+    if normed.target is not _MUL or not all(isinstance(a, fx.Node) for a in normed.args):
+        return None
+    wide, inverse = normed.args
+    source = _before_cast(wide, torch.float32)
+    if wide.meta["val"].dtype != torch.float32 or source.meta["val"].dtype != dtype:
+        return None
+    if inverse.target is not torch.ops.aten.rsqrt.default:
+        return None
+    shifted = inverse.args[0]
+    if shifted.target is not _ADD or shifted.kwargs or not isinstance(shifted.args[1], float):
+        return None
+    mean, eps = shifted.args
+    if mean.target is not torch.ops.aten.mean.dim or mean.args[1:] != ([-1], True) or mean.kwargs:
+        return None
+    square = mean.args[0]
+    if square.target is not torch.ops.aten.pow.Tensor_Scalar or square.args != (wide, 2):
+        return None
+    return RmsNorm(source, weight, eps)
+
+
+def _before_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node.args[0] if node.target is _TO and node.args[1:] == (dtype,) and not node.kwargs else node
+
+
+def is_plain_sum(node: fx.Node) -> bool:
+    """Whether `node` adds two tensors of its own shape and dtype."""
+    if node.target is not _ADD or node.kwargs or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    types = [each.meta["val"] for each in (node, *node.args)]
+    return all(isinstance(t, Tensor) for t in types) and len({(str(t.dtype), *map(str, t.shape)) for t in types}) == 1
+
+
+def match_rope(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(x, cos, sin) where `node` is x * cos + rotate_half(x) * sin of heads of an even width."""
+    if not is_plain_sum(node) or any(each.target is not _MUL for each in node.args):
+        return None
+    if node.meta["val"].dtype not in (torch.float32, torch.bfloat16, torch.float16):  # kernels compute in float32
+        return None
+    for straight, turned in (node.args, reversed(node.args)):
+        for rotated, sin in (turned.args, reversed(turned.args)):
+            x = _rotated(rotated)
+            if x is None or x not in straight.args:
+                continue
+            cos = straight.args[1] if straight.args[0] is x else straight.args[0]
+            shape = [str(n) for n in x.meta["val"].shape]
+            tables = [each.meta["val"] for each in (cos, sin) if isinstance(each, fx.Node)]
+            if len(tables) == 2 and all(
+                table.dtype == x.meta["val"].dtype and table.dim() == 4 and table.shape[1] == 1
+                and str(table.shape[0]) in (shape[0], "1") and [str(n) for n in table.shape[2:]] == shape[2:]
+                for table in tables
+            ):  # fmt: skip
+                return x, cos, sin
+    return None
+
+
+def _rotated(node: object) -> fx.Node | None:
+    """x where `node` is [-second half, first half] of x [B, H, S, D]."""
+    if not isinstance(node, fx.Node) or node.target is not torch.ops.aten.cat.default or node.kwargs:
+        return None
+    parts, dim = node.args if len(node.args) == 2 else (node.args[0], 0)
+    if len(parts) != 2 or dim not in (-1, 3) or parts[0].target is not torch.ops.aten.neg.default:
+        return None
+    second, first = parts[0].args[0], parts[1]
+    if any(each.target is not _SLICE or each.kwargs or len(each.args) != 4 for each in (first, second)):
+        return None
+    x = first.args[0]
+    width = x.meta["val"].shape[-1]
+    if second.args[0] is not x or x.meta["val"].dim() != 4 or not isinstance(width, int) or width % 2:
+        return None
+    half = width // 2
+    is_first = first.args[1] in (-1, 3) and first.args[2:] == (0, half)
+    is_second = second.args[1] in (-1, 3) and second.args[2] == half and second.args[3] >= width
+    return x if is_first and is_second else None
