@@ -53,7 +53,7 @@ def _is_taken(node: fx.Node) -> bool:
 def _insert(
     program: Program, node: fx.Node, x: fx.Node, plain: object, other: tuple, with_sum: object, rest: tuple
 ) -> None:
-    """A norm of `x` in the place of `node`, or of the two that x is the sum of, which is a second result where others read it."""
+    """A norm of `x` in the place of `node`, or of the two that x is the sum of, a second result where others read that."""
     place = {"before": node, "by": "lower", "fqn": node.meta.get("fqn", "")}
     if not is_plain_sum(x):
         edit.replace(node, edit.insert(program, plain, (x, *other, *rest), **place))
