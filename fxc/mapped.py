@@ -3,6 +3,7 @@ again, and comes back from the file where somebody reads it once more."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -52,6 +53,12 @@ def let_go(tensors: Iterable[Tensor]) -> int:
         if is_clean and ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED) == 0:
             found += end - begin
     return found
+
+
+def give_back() -> None:
+    """Give the system what is free of this process's heap, of which the C library keeps what lies below something in use."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library that is not GNU's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _clean() -> list[tuple[int, int]]:

@@ -96,9 +96,17 @@ def _why_no_int8(group: Siblings) -> str | None:
         return "int8 products saturate on this CPU, which has no VNNI"
     if group.dtype not in (torch.float32, torch.bfloat16):
         return f"no int8 product takes {group.dtype} to {group.dtype} on a CPU"
+    if group.target in _INT4 and _stays_int4(group):
+        return "its weights stay four bits"
     if group.target in _INT4 and not (more := _int8_weight(group)[2]) <= INT4_AS_INT8:
         return f"as int8 the error of {scheme_of(group.target).label} would be {more:.1%} larger, by steps"
     return None
+
+
+def _stays_int4(group: Siblings) -> bool:
+    """Whether a form with the weights as they are is all that is asked for: without AMX an int8 one is not faster, and to find
+    out what it would cost expands the weight to floats."""
+    return _why_no_native_int4(group) is None and not torch.cpu._is_amx_tile_supported()
 
 
 def _rounding(group: Siblings) -> str:
@@ -186,14 +194,14 @@ def _native_int4_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tr
     rows, columns = qweight.shape
     group = 32 if columns % native_int4.RUN else native_int4.RUN
     scale = scale[:, None].expand(-1, columns // group).to(dtype)
-    weight, scale, _ = native_int4.pack(qweight.view(torch.uint8) & 15, scale, None)
+    weight, scale, _ = native_int4.pack(lambda rows: qweight[rows].view(torch.uint8) & 15, 4, scale, None)
     return lambda x, whole: functools.partial(NATIVE_INT4_LINEAR, x, weight, scale, None, None, rows, group)
 
 
 def _make_native_int4(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: int) -> fx.Node:
     bits = _INT4[group.target]
-    q, scale, zero = unpack(group.argument(1), bits), group.argument(2), group.argument(3)
-    made = native_int4.pack(native_int4.moved(q, bits) if zero is None else q, scale, zero)
+    qweight, scale, zero = group.argument(1), group.argument(2), group.argument(3)
+    made = native_int4.pack(lambda rows: unpack(qweight[rows], bits), bits, scale, zero)
     constants = [place.constant(part, each) for part, each in zip(("weight", "scale", "zero"), made, strict=True)]
     args = (group.x, *constants, place.constant("bias", group.bias), sum(group.sizes), group.columns // scale.shape[1])
     return place.call(NATIVE_INT4_LINEAR, args, group)

@@ -25,6 +25,9 @@ _SECONDS = 3e-3
 _ROUNDS = (6, 100)
 # Products that take long are steady: they get as many rounds as fit into this, and two at least.
 _LONG_SECONDS = 0.1
+# Of a larger layer so many numbers are timed, and the times taken to be in proportion: a head of 150,000 outputs would take
+# gigabytes and seconds.
+LARGEST = 1 << 24
 # So much slower after one call each, a form has lost.
 _HOPELESS = 10
 
@@ -78,6 +81,9 @@ def measure(
     whole: count what surrounds the int8 product too (in eager it is calls of its own, a compiler fuses it).
     threads: torch.get_num_threads(), since the answer depends on it.
     """
+    if out_features * in_features > LARGEST and (part := max(LARGEST // in_features, 256)) < out_features:
+        timing = measure(forms, part, in_features, dtype, whole, threads)
+        return {rows: tuple(each * out_features / part for each in times) for rows, times in timing.items()}
     counts = tuple(sorted({rows for each in forms for rows in each.rows}))
     kinds = "+".join(each.kind for each in forms[:-1])
     size = f"{str(dtype).removeprefix('torch.')} {out_features}x{in_features}"

@@ -20,7 +20,7 @@ from fxc.lower.choose import Choice
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
-from fxc.mapped import Reading
+from fxc.mapped import Reading, give_back
 from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
 from fxc_kernels.cpu import native_attention, ops
@@ -69,6 +69,7 @@ def lower_cpu(
         gelu_for_inductor(program)
     edit.sweep(program)
     check(program, lowered=True)
+    give_back()
     return program, report
 
 

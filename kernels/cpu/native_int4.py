@@ -22,26 +22,30 @@ from fxc_kernels.int4_linear import MIDDLE
 
 PANEL = 16
 RUN = 64
+# Outputs that are packed at once.
+AT_ONCE = 4096
 
 
-def pack(q: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """uint8 [N, K] of 0 to 15, scale [N, K/group] float32 or bfloat16, zero uint8 [N, K/group] or None -> what int4_linear.cpp
-    reads: (uint8 [N/16, K/8, 64], scale [N/16, K/group, 16], zero, as scale), filled up with zeros."""
-    rows, columns = q.shape
-    more = -rows % PANEL
+def pack(
+    levels: Callable[[slice], Tensor], bits: int, scale: Tensor, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """levels: rows -> uint8 [rows, K] of so many bits; scale [N, K/group] float32 or bfloat16; zero uint8, as scale, or None
+    for the middle. Gives what int4_linear.cpp reads: uint8 [N/16, K/8, 64], scale [N/16, K/group, 16], zero as scale, filled up
+    with zeros. Levels are asked for in parts, so that they never take more memory than what is made of them."""
+    outputs, more = scale.shape[0], -scale.shape[0] % PANEL
+    panels = []
+    for start in range(0, outputs, AT_ONCE):
+        q = levels(slice(start, start + AT_ONCE))
+        if zero is None:
+            q = q + (MIDDLE - (1 << bits - 1))
+        blocks = pad(q, (0, 0, 0, -len(q) % PANEL)).view(-1, PANEL, q.shape[1] // 8, 2, 4)
+        panels.append((blocks[..., 0, :] | blocks[..., 1, :] << 4).transpose(1, 2).contiguous().flatten(2))
 
     def beside(each: Tensor) -> Tensor:
         return pad(each, (0, 0, 0, more)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
-    blocks = pad(q, (0, 0, 0, more)).view(-1, PANEL, columns // 8, 2, 4)
-    bytes_ = (blocks[..., 0, :] | blocks[..., 1, :] << 4).transpose(1, 2).contiguous().flatten(2)
     scale = scale if scale.dtype == torch.bfloat16 else scale.float()
-    return bytes_, beside(scale), None if zero is None else beside(zero)
-
-
-def moved(q: Tensor, bits: int) -> Tensor:
-    """Numbers of so many bits that have no zero points, as those of 4 bits: zero is at MIDDLE."""
-    return q + (MIDDLE - (1 << bits - 1))
+    return torch.cat(panels), beside(scale), None if zero is None else beside(zero)
 
 
 @functools.cache

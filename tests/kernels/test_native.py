@@ -32,6 +32,10 @@ def distance(y, expected):
     return ((y.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-2)).item()
 
 
+def packed_int4(qweight, scale, zero=None, bits=4):
+    return native_int4.pack(lambda rows: int4.unpack(qweight[rows], bits), bits, scale, zero)
+
+
 def needs_vnni(level):
     if level == "avx2":
         pytest.skip("int8 products saturate at this level")
@@ -76,8 +80,7 @@ def test_int4_is_what_the_operators_say_but_for_the_rounding_of_rows(outputs, co
     torch.manual_seed(0)
     qweight, scale, zero = int4.quantize_weight(torch.randn(outputs, columns).to(dtype), group, symmetric, bits=bits)
     weight, bias = int4.dequantize(qweight, scale, zero, group, bits), torch.randn(outputs)
-    q = int4.unpack(qweight, bits)
-    packed = native_int4.pack(native_int4.moved(q, bits) if zero is None else q, scale, zero)
+    packed = packed_int4(qweight, scale, zero, bits)
     for rows in ROWS:
         x = torch.randn(rows, columns).to(dtype)
         y = native_int4.native_int4_linear(x, *packed, bias, outputs, group)
@@ -89,12 +92,19 @@ def test_int4_is_what_the_operators_say_but_for_the_rounding_of_rows(outputs, co
         assert distance(y, torch.nn.functional.linear(x.float(), weight, bias)) < (2e-6 if dtype == torch.float32 else 4e-3)
 
 
+def test_a_weight_that_is_packed_in_parts_is_the_same(monkeypatch):
+    qweight, scale, zero = int4.quantize_weight(torch.randn(100, 64), 32, False)
+    whole = packed_int4(qweight, scale, zero)
+    monkeypatch.setattr(native_int4, "AT_ONCE", 48)
+    assert all(torch.equal(a, b) for a, b in zip(whole, packed_int4(qweight, scale, zero), strict=True))
+
+
 def test_what_rounding_the_rows_costs_stays_below_what_the_format_does():
     """Also where one number of each run is all there is to see: see the docstring of native_int4."""
     torch.manual_seed(0)
     weight = torch.randn(256, 512)
     qweight, scale, _ = int4.quantize_weight(weight, 128, True)
-    rounded, packed = int4.dequantize(qweight, scale, None, 128), native_int4.pack(int4.unpack(qweight), scale, None)
+    rounded, packed = int4.dequantize(qweight, scale, None, 128), packed_int4(qweight, scale)
     x = torch.randn(40, 512)
     x[:, ::64] *= torch.logspace(0, 4, 40)[:, None]
     y = native_int4.native_int4_linear(x, *packed, None, 256, 128).double()
@@ -108,7 +118,7 @@ def test_what_is_not_finite_stays_in_its_row(level, value):
     x = torch.randn(7, 64)
     x[2, 5] = value
     qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
-    made = [native_int4.native_int4_linear(x, *native_int4.pack(int4.unpack(qweight), scale, None), None, 32, 32)]
+    made = [native_int4.native_int4_linear(x, *packed_int4(qweight, scale), None, 32, 32)]
     if level != "avx2":
         int8 = native_int8.pack(torch.randint(-127, 128, (32, 64), dtype=torch.int8), torch.ones(32), None)
         for each in (x, x.bfloat16()):
@@ -119,7 +129,7 @@ def test_what_is_not_finite_stays_in_its_row(level, value):
 
 def test_shapes_that_have_no_rows_and_tensors_that_are_not_contiguous(level):
     qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
-    packed = native_int4.pack(int4.unpack(qweight), scale, None)
+    packed = packed_int4(qweight, scale)
     x = torch.randn(64, 6).t()
     same = native_int4.native_int4_linear(x.contiguous(), *packed, None, 32, 32)
     assert torch.equal(native_int4.native_int4_linear(x, *packed, None, 32, 32), same)

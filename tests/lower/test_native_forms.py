@@ -93,8 +93,9 @@ def test_an_activation_that_it_does_not_know_stays_where_it_is():
     assert torch.allclose(module(x)[0], program.module()(x)[0], atol=1e-5)
 
 
-def test_int4_stays_int4_where_that_beats_float_though_another_form_is_faster():
+def test_int4_stays_int4_where_that_beats_float_though_another_form_is_faster(monkeypatch):
     program = passed("int4:group=32", nn.Linear(64, 96), torch.randn(3, 64))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
 
     def measure(forms, *layer):
         assert forms == (NATIVE_INT4, SPLIT, FLOAT)
@@ -109,6 +110,10 @@ def test_int4_stays_int4_where_that_beats_float_though_another_form_is_faster():
         return {rows: (2.0, 0.1, 1.0) for rows in NATIVE_INT4.rows}
 
     assert on_cpu(program, measure=slower)[1][0].op == "int8"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seen = []
+    on_cpu(program, measure=lambda forms, *layer: seen.append(forms) or {1: (0.5, 1.0)})
+    assert seen == [(NATIVE_INT4, FLOAT)]
 
 
 @pytest.mark.parametrize(
