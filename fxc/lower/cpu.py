@@ -17,6 +17,7 @@ from fxc.ir.program import Program
 from fxc.lower import choose, cpu_fusion, static
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
 from fxc.lower.choose import Choice
+from fxc.lower.fusion import repeated_heads
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
@@ -85,7 +86,12 @@ def attention_in_one_call(program: Program) -> bool:
         mask_fits = mask is None or mask.meta["val"].dtype in (torch.bool, query.dtype)
         width = query.shape[-1]
         if fits and mask_fits and not call["dropout_p"] and isinstance(width, int) and width % native_attention.WIDTH == 0:
-            edit.call(program, ops.ATTENTION, node.args, kwargs=node.kwargs, replacing=node, by="lower")
+            made = edit.call(program, ops.ATTENTION, node.args, kwargs=node.kwargs, replacing=node, by="lower")
+            parts = [repeated_heads(each) for each in made.args[1:3]]
+            if all(parts) and parts[0][1:3] == parts[1][1:3]:  # heads that share keys and values read the same ones
+                made.args = (made.args[0], *(x for x, *_ in parts), *made.args[3:])
+                made.kwargs = {**made.kwargs, "enable_gqa": True}
+    edit.sweep(program)
     return True
 
 

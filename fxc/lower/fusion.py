@@ -16,6 +16,8 @@ _SILU = torch.ops.aten.silu.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
 _SLICE = torch.ops.aten.slice.Tensor
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+_END = 2**63 - 1
 
 
 def activation_after(node: fx.Node) -> tuple[str, fx.Node] | None:
@@ -151,3 +153,27 @@ def _rotated(node: object) -> fx.Node | None:
     is_first = first.args[1] in (-1, 3) and first.args[2:] == (0, half)
     is_second = second.args[1] in (-1, 3) and second.args[2] == half and second.args[3] >= width
     return x if is_first and is_second else None
+
+
+def repeated_heads(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """Of reshape(expand(unsqueeze(x, 2))), which repeats each head of x [B, KV, S, D] G times: (x, KV, G, D)."""
+    if node.target not in _RESHAPES:
+        return None
+    expanded = node.args[0]
+    if expanded.target is not torch.ops.aten.expand.default or len(expanded.args[1]) != 5:
+        return None
+    _, heads, group, _, width = expanded.args[1]
+    _, all_heads, _, last = node.args[1] if len(node.args[1]) == 4 else (None,) * 4
+    numbers = (heads, group, width, all_heads, last)
+    if not all(isinstance(n, int) and n > 0 for n in numbers) or (all_heads, last) != (heads * group, width):
+        return None
+    unsqueezed = _without_full_slices(expanded.args[0])
+    if unsqueezed.target is not torch.ops.aten.unsqueeze.default or unsqueezed.args[1] != 2:
+        return None
+    return _without_full_slices(unsqueezed.args[0]), heads, group, width
+
+
+def _without_full_slices(node: fx.Node) -> fx.Node:
+    while node.target is _SLICE and len(node.args) == 4 and node.args[2:] == (0, _END):
+        node = node.args[0]
+    return node

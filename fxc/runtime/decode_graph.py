@@ -31,7 +31,7 @@ from fxc.ir.cache import as_past, is_past
 from fxc.ir.check import check
 from fxc.ir.infer import new_symbols
 from fxc.ir.program import Input, Program, Signature
-from fxc_kernels.cpu.ops import ATTENTION
+from fxc.lower.fusion import repeated_heads
 
 _aten = torch.ops.aten
 _SIZE = _aten.sym_size.int
@@ -70,8 +70,6 @@ def decode_program(lowered: Program) -> Program:
     _take_place_from(slot, _sizes(graph, names), past)
     logits = graph.output_node().args[0][signature.outputs.index("logits")]
     graph.output_node().args = ((logits,),)
-    for node in graph.find_nodes(op="call_function", target=ATTENTION):
-        node.target = _ATTENTION  # for a single query the same
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         _attend_by_group(graph, node)
     _add_masks(graph)
@@ -224,7 +222,7 @@ def _attend_by_group(graph: fx.Graph, node: fx.Node) -> None:
     where its mask is the same for every head. Left as it is otherwise."""
     arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args)) | node.kwargs
     mask = arguments.get("attn_mask")
-    repeated = [_repeated(arguments[name]) for name in ("key", "value")]
+    repeated = [repeated_heads(arguments[name]) for name in ("key", "value")]
     is_plain = not arguments.get("is_causal") and not arguments.get("enable_gqa")
     if not is_plain or None in repeated or repeated[0][1:] != repeated[1][1:]:
         return
@@ -255,27 +253,3 @@ def _add_masks(graph: fx.Graph) -> None:
             with graph.inserting_after(numbers):
                 made[mask, value.dtype] = graph.call_function(_aten.to.dtype, (numbers, value.dtype))
         node.replace_input_with(mask, made[mask, value.dtype])
-
-
-def _repeated(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
-    """Of reshape(expand(unsqueeze(x, 2))), which repeats each head of x [B, KV, S, D] G times: (x, KV, G, D)."""
-    if node.target not in _SHAPES or node.target is _aten.expand.default:
-        return None
-    expanded = node.args[0]
-    if expanded.target is not _aten.expand.default or len(expanded.args[1]) != 5:
-        return None
-    _, heads, group, _, width = expanded.args[1]
-    _, all_heads, _, last = node.args[1] if len(node.args[1]) == 4 else (None,) * 4
-    numbers = (heads, group, width, all_heads, last)
-    if not all(isinstance(n, int) and n > 0 for n in numbers) or (all_heads, last) != (heads * group, width):
-        return None
-    unsqueezed = _without_full_slices(expanded.args[0])
-    if unsqueezed.target is not _aten.unsqueeze.default or unsqueezed.args[1] != 2:
-        return None
-    return _without_full_slices(unsqueezed.args[0]), heads, group, width
-
-
-def _without_full_slices(node: fx.Node) -> fx.Node:
-    while node.target is _SLICE and len(node.args) == 4 and node.args[2:] == (0, _END):
-        node = node.args[0]
-    return node

@@ -13,6 +13,9 @@ constexpr int ROWS = LANES == 16 ? 6 : 3;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr float NONE = -3.0e38f;  // below every score, and finite, so that it can be subtracted
 
+constexpr int64_t FEW_QUERIES = 8;  // to lay keys and values out anew does not pay for fewer
+constexpr int64_t FEW = 1 << 17;    // products, below which a second thread costs more than it does
+
 // Strides in numbers; of each tensor the last dimension is contiguous. mask: bool, true for keys that are seen, or numbers that
 // are added; null for none. Its strides are zero along what it does not depend on.
 struct Problem {
@@ -26,7 +29,10 @@ struct Problem {
 };
 
 int64_t padded(int64_t keys) { return (keys + VECTORS * LANES - 1) / (VECTORS * LANES) * (VECTORS * LANES); }
-int64_t floats_of(const Problem& p) { return padded(p.keys) * (2 * p.depth + ROWS) + ROWS * p.depth; }
+int64_t floats_of(const Problem& p) {
+  // Few rows: the scores of one, the row, what comes out. More: keys and values laid out anew, and the scores of ROWS.
+  return p.queries < FEW_QUERIES ? padded(p.keys) + 2 * p.depth : padded(p.keys) * (2 * p.depth + ROWS) + ROWS * p.depth;
+}
 
 INLINE float as_float(float x) { return x; }
 INLINE float as_float(uint16_t x) {
@@ -157,12 +163,60 @@ void some_rows(const Problem& p, int64_t b, int64_t group, int64_t from, int64_t
   }
 }
 
+// The heads of a group, where there are few queries: keys and values are read as they are.
+template <typename Number>
+void few_rows(const Problem& p, int64_t b, int64_t group, float* scratch) {
+  const int64_t times = p.heads / p.kv_heads, width = padded(p.keys);
+  float *q = scratch + width, *y = q + p.depth;
+  const Number* key = (const Number*)p.k + b * p.k_strides[0] + group * p.k_strides[1];
+  const Number* value = (const Number*)p.v + b * p.v_strides[0] + group * p.v_strides[1];
+  for (int64_t h = group * times; h < (group + 1) * times; h++)
+    for (int64_t i = 0; i < p.queries; i++) {
+      const Number* from = (const Number*)p.q + b * p.q_strides[0] + h * p.q_strides[1] + i * p.q_strides[2];
+      const int64_t seen = p.is_causal && i + 1 < p.keys ? i + 1 : p.keys;
+      for (int64_t d = 0; d < p.depth; d += LANES) store_floats(q + d, multiply(load_as_floats(from + d), all(p.scale)));
+      constexpr int AT_ONCE = 4;
+      for (int64_t j = 0; j < seen; j += AT_ONCE) {
+        Floats sum[AT_ONCE];
+        UNROLL for (int n = 0; n < AT_ONCE; n++) sum[n] = all(0.0f);
+        for (int64_t d = 0; d < p.depth; d += LANES) {
+          const Floats part = load_floats(q + d);
+          UNROLL for (int n = 0; n < AT_ONCE; n++) {
+            const int64_t row = j + n < seen ? j + n : seen - 1;
+            sum[n] = multiply_add(part, load_as_floats(key + row * p.k_strides[2] + d), sum[n]);
+          }
+        }
+        UNROLL for (int n = 0; n < AT_ONCE; n++) scratch[j + n] = sum_of(sum[n]);
+      }
+      const Floats share = all(softmax<Number>(p, b, h, i, seen, padded(seen), scratch));
+      for (int64_t d = 0; d < p.depth; d += LANES) {
+        Floats one = all(0.0f), other = all(0.0f);
+        int64_t j = 0;
+        for (; j + 2 <= seen; j += 2) {
+          one = multiply_add(all(scratch[j]), load_as_floats(value + j * p.v_strides[2] + d), one);
+          other = multiply_add(all(scratch[j + 1]), load_as_floats(value + (j + 1) * p.v_strides[2] + d), other);
+        }
+        if (j < seen) one = multiply_add(all(scratch[j]), load_as_floats(value + j * p.v_strides[2] + d), one);
+        store_floats(y + d, multiply(add(one, other), share));
+      }
+      Number* to = (Number*)p.y + ((b * p.queries + i) * p.heads + h) * p.depth;
+      for (int64_t d = 0; d < p.depth; d += LANES) store_as(to + d, load_floats(y + d));
+    }
+}
+
 template <typename Number>
 void attention(const Problem& p, float* scratch, int threads) {
   const int64_t pairs = p.batch * p.kv_heads;
   int64_t shares = (2 * threads + pairs - 1) / pairs;
   if (threads == 1 || shares > p.queries / (8 * ROWS)) shares = threads > 1 && p.queries / (8 * ROWS) > 1 ? p.queries / (8 * ROWS) : 1;
   const int64_t size = floats_of(p);
+  if (p.queries < FEW_QUERIES) {
+    const int64_t work = p.batch * p.heads * p.queries * p.keys * p.depth;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && work > FEW) schedule(static)
+    for (int64_t pair = 0; pair < pairs; pair++)
+      few_rows<Number>(p, pair / p.kv_heads, pair % p.kv_heads, scratch + omp_get_thread_num() * size);
+    return;
+  }
 #pragma omp parallel num_threads(threads)
   {
     float* own = scratch + omp_get_thread_num() * size;

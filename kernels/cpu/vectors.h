@@ -138,10 +138,13 @@ INLINE void store_as(uint16_t* p, Floats v) {
 }
 
 INLINE float sum_of(Floats v) {
-  float each[LANES], sum = 0;
-  store_floats(each, v);
-  for (int i = 0; i < LANES; i++) sum += each[i];
-  return sum;
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_add_ps(v);
+#else
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
 }
 INLINE float largest_of(Floats v) {
   float each[LANES];

@@ -138,6 +138,9 @@ def test_a_language_model_is_mostly_calls_of_its_own(family, dtype):
     if family == "qwen2":
         assert count(made, ops.RMS_NORM) + count(made, ops.ADD_RMS_NORM) == 2 * layers + 1
         assert count(made, ops.SILU_MUL) == layers
+        calls = made.graph.find_nodes(op="call_function", target=ops.ATTENTION)
+        shared = [node.args[1].meta["val"].shape[1] for node in calls]
+        assert shared == ([] if torch.cpu._is_amx_tile_supported() else [model.config.num_key_value_heads] * layers)
     for given in samples(program)[:2]:
         for got, expected in zip(runnable(made, "cpu", "eager")(*given), program.module()(*given), strict=True):
             assert got.dtype == expected.dtype and distance(got, expected) < (1e-5 if dtype == torch.float32 else 3e-2)

@@ -9,24 +9,34 @@ from decoders import compiled
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir import check, print_program
 from fxc.runtime.decode_graph import decode_program
+from fxc_kernels.cpu import native_attention, ops
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gpt2"])
 def test_keys_are_not_repeated_and_masks_are_made_once(name):
-    model = compiled(name)
-    step = decode_program(model.lowered)
+    program = compiled(name).program
+    step = decode_program(program)
     aten = torch.ops.aten
     attentions = step.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     assert len(attentions) == 2
     for node in attentions:
         assert [each.target for each in node.args[1:3]] == [aten.index_copy_.default] * 2
     assert len({node.args[3] for node in attentions}) == 1 and attentions[0].args[3].target is aten.to.dtype
-    assert step.constants.keys() == model.lowered.constants.keys()
-    assert all(tensor is model.lowered.constants[name] for name, tensor in step.constants.items()), "weights are shared"
+    assert step.constants.keys() == program.constants.keys()
+    assert all(tensor is program.constants[name] for name, tensor in step.constants.items()), "weights are shared"
+
+
+def test_attention_in_cpp_reads_the_buffers_as_they_are():
+    lowered = compiled("qwen2").lowered
+    calls = decode_program(lowered).graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    if native_attention.why_not() or torch.cpu._is_amx_tile_supported():
+        assert not calls
+    else:
+        assert [each.target for each in calls[0].args[1:3]] == [torch.ops.aten.index_copy_.default] * 2 and len(calls) == 2
 
 
 def test_a_step_is_a_program():
-    step = decode_program(compiled("qwen2").lowered)
+    step = decode_program(compiled("qwen2").program)
     check(step, lowered=True)
     with pytest.raises(VerificationFailed, match="mutates its arguments"):
         check(step)

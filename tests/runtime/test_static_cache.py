@@ -15,6 +15,7 @@ from families import Mlp, _causal, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxc
+from fxc.compiled.model import compiled_model
 from fxc.errors import ResourceError, UsageError
 from fxc.lower.inductor import CompiledGraph
 from fxc.lower.runnable import runnable
@@ -152,12 +153,24 @@ class Tapes:
         return replay
 
 
+@pytest.fixture
+def taped(monkeypatch):
+    """Models that are lowered to what torch dispatches, for a tape sees no kernel in C++."""
+    monkeypatch.setenv("FXC_CPU_LEVEL", "none")
+
+    def model(name):
+        made = compiled(name)
+        return compiled_model(made.program, made.record, config=made.config, files=made.files)
+
+    return model
+
+
 @pytest.mark.parametrize(
     "name", ["qwen2", "gemma2", "bloom", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "gpt2", "mixtral"))]
 )
-def test_a_recorded_step_serves_every_token(name):
+def test_a_recorded_step_serves_every_token(name, taped):
     """A number or a tensor of the first call that stuck in the recording would give other logits in the later ones."""
-    model, tapes = compiled(name), Tapes()
+    model, tapes = taped(name), Tapes()
     for given, recorded in ((arguments(11, 24), 3), (arguments(5, 20, num_beams=3, do_sample=False), 6)):
         expected = generate(model, False, given)
         found = generate(model, True, given, tapes)
@@ -167,8 +180,8 @@ def test_a_recorded_step_serves_every_token(name):
     assert tapes.replayed == 23 + 19
 
 
-def test_the_tape_sees_what_a_recording_would_miss():
-    model = compiled("qwen2")
+def test_the_tape_sees_what_a_recording_would_miss(taped):
+    model = taped("qwen2")
     given = arguments(5, 8)
     expected = generate(model, False, given)[1]
     original = SlotCache.decode
@@ -186,8 +199,8 @@ def test_the_tape_sees_what_a_recording_would_miss():
     assert not torch.allclose(found, expected, rtol=1e-2)
 
 
-def test_tensors_of_a_step_are_never_replaced():
-    model, seen = compiled("qwen2"), {}
+def test_tensors_of_a_step_are_never_replaced(taped):
+    model, seen = taped("qwen2"), {}
 
     class Watched(Tapes):
         def __call__(self, function):
@@ -250,8 +263,8 @@ def test_a_copied_model_decodes_too():
     model._decoder = None
 
 
-def test_several_threads_may_generate_at_once():
-    model = compiled("qwen2")
+def test_several_threads_may_generate_at_once(taped):
+    model = taped("qwen2")
     given = [arguments(length, 12, do_sample=False, pad_token_id=0) for length in (5, 9, 5, 9)]
     model._decoder = None
     expected = [model.generate(**each) for each in given]
@@ -330,7 +343,7 @@ def test_the_check_sees_a_step_that_ignores_the_mask():
 
 
 def test_short_memory_is_a_resource_error(monkeypatch):
-    model = compiled("qwen2")
+    model = taped("qwen2")
 
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
