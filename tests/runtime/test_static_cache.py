@@ -332,8 +332,8 @@ def test_experts_cannot_be_captured():
         static_decoder(model.lowered, torch.device("cuda"))
 
 
-def test_the_check_sees_a_step_that_ignores_the_mask():
-    model = compiled("gpt2")
+def test_the_check_sees_a_step_that_ignores_the_mask(taped):
+    model = taped("gpt2")
     step = runnable(decode_program(model.lowered), "cpu", "eager")
     for node in step.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         node.args = node.args[:3]
