@@ -343,7 +343,7 @@ def test_the_check_sees_a_step_that_ignores_the_mask(taped):
 
 
 def test_short_memory_is_a_resource_error(monkeypatch):
-    model = taped("qwen2")
+    model = compiled("qwen2")
 
     def no_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
