@@ -83,6 +83,7 @@ INLINE void tile(const int8_t* const* w, const uint8_t* x, int64_t stride, int64
 template <typename Number>
 INLINE void finish(const Weight& w, const Quantized& x, bool is_split, int64_t first, int64_t last, int64_t n, const int32_t* sums,
                    const float* bias, Activation activation, Number* y) {
+  if (n >= w.outputs) return;  // the second half of a panel that the weight does not fill
   const Ints column_sum = load_ints(w.sum + n);
   const Floats scale = load_floats(w.scale + n), added = bias ? load_floats(bias + n) : all(0.0f);
   for (int64_t row = first; row < last; row += 1 + is_split) {
