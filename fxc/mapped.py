@@ -16,11 +16,13 @@ _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 _DONT_NEED = 4
 # So much may be in memory beside what is made of it.
 READ_BYTES = 1 << 27
+# To ask the system what is mapped takes up to a tenth of a second, for which less than this is not worth it.
+LEAST_BYTES = 1 << 24
 
 
 class Reading:
-    """Tensors that are read one after another, and let go whenever they are READ_BYTES together: to ask the system which may
-    be costs milliseconds. Used in a `with`, whose end lets go of the last ones."""
+    """Tensors that are read one after another, and let go whenever they are READ_BYTES together. Used in a `with`, whose end
+    lets go of the last ones."""
 
     def __init__(self) -> None:
         self._read: list[Tensor] = []
@@ -40,9 +42,10 @@ class Reading:
 
 def let_go(tensors: Iterable[Tensor]) -> int:
     """Let the pages of those `tensors` go that lie in the mapping of a file and are as the file is. Returns their bytes: 0
-    where nothing is mapped, where a mapping was written to, and where there is no /proc that says so."""
-    found = 0
-    clean = _clean()
+    where nothing is mapped, where a mapping was written to, where all are less than LEAST_BYTES, and where there is no /proc that
+    says so."""
+    found, tensors = 0, list(tensors)
+    clean = _clean() if sum(each.nbytes for each in tensors) >= LEAST_BYTES else []
     page = mmap.PAGESIZE
     for tensor in tensors if clean else ():
         if tensor.device.type != "cpu" or tensor.is_mkldnn or not tensor.is_contiguous():

@@ -14,6 +14,11 @@ MIB = 1 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what of a mapping is in memory")
 
 
+@pytest.fixture(autouse=True)
+def every_byte_counts(monkeypatch):
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 1)
+
+
 @pytest.fixture
 def tensor(tmp_path):
     save_file({"a": torch.arange(2 * MIB, dtype=torch.int32)}, tmp_path / "file.safetensors")
@@ -48,6 +53,12 @@ def test_what_is_in_no_file_stays(tensor):
     own = torch.ones(2 * MIB)
     assert mapped.let_go([own, torch.ones(3), torch.ones(0), own.t(), torch.ones(2, 3, device="meta")]) == 0
     assert own.sum() == 2 * MIB
+
+
+def test_little_is_not_worth_asking_for(tensor, monkeypatch):
+    monkeypatch.setattr(mapped, "LEAST_BYTES", 9 * MIB)
+    monkeypatch.setattr(mapped, "_clean", lambda: pytest.fail("asked"))
+    assert mapped.let_go([tensor]) == 0
 
 
 def test_without_proc_nothing_is_let_go(tensor, monkeypatch):
