@@ -42,8 +42,8 @@ class Reading:
 
 def let_go(tensors: Iterable[Tensor]) -> int:
     """Let the pages of those `tensors` go that lie in the mapping of a file and are as the file is. Returns their bytes: 0
-    where nothing is mapped, where a mapping was written to, where all are less than LEAST_BYTES, and where there is no /proc that
-    says so."""
+    where nothing is mapped, where a mapping was written to, where all are less than LEAST_BYTES, and where there is no /proc
+    that says so."""
     found, tensors = 0, list(tensors)
     clean = _clean() if sum(each.nbytes for each in tensors) >= LEAST_BYTES else []
     page = mmap.PAGESIZE
