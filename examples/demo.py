@@ -66,7 +66,7 @@ def main(model: Path, out: Path, output: Output) -> None:
         output.line(
             f"for comparison, {row.entry.how}: prefill {row.median('prefill'):.2f} ms, decode {row.median('decode'):.2f} ms"
         )
-    for line in describe(last.entry.model):
+    for line in describe(last.entry.model.layers):
         output.line(line)
 
     output.line(f"\nwritten to {out}; a fresh process loads it and continues {PROMPT!r}:\n")

@@ -181,14 +181,15 @@ def test_the_last_line_runs(folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     last = fxc("compile", "plain_linear:build", "--no-measure").stdout.splitlines()[-1]
-    assert last.startswith("load and run it in Python: import fxc; model = fxc.load('build-int8'); model(")
+    how = "load and run it in Python: import fxc; model = fxc.load('build-int8'); model("
+    assert last.startswith(f"written to build-int8; {how}")
     name = last.rpartition("model(")[2].rstrip(")")
     exec(last.partition("Python: ")[2], {name: torch.randn(3, 64)})
     last = fxc("compile", folder / "qwen2", "--no-measure").stdout.splitlines()[-1]
     assert "fxc run qwen2-int8 --prompt TEXT;" in last
     exec(last.partition("Python: ")[2], {"input_ids": torch.tensor([[5, 6]])})
     last = fxc("compile", folder / "vit", "-o", "a b", "--no-measure").stdout.splitlines()[-1]
-    assert last == "load and run it in Python: import fxc; model = fxc.load('a b'); model(pixel_values=...)"
+    assert last == "written to a b; load and run it in Python: import fxc; model = fxc.load('a b'); model(pixel_values=...)"
 
 
 def test_what_was_not_measured_is_said_and_nothing_is_timed_when_told(folder, tmp_path, monkeypatch):
