@@ -92,7 +92,7 @@ def test_a_sum_that_is_read_before_the_norm():
     x, y = torch.randn(3, 40), torch.randn(3, 40)
     program, made = lowered(Early(), x, y)
     for got, expected in zip(runnable(made, "cpu", "eager")(x, y), program.module()(x, y), strict=True):
-        assert torch.allclose(got, expected, atol=1e-6)
+        assert torch.allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (7, 1)])
@@ -108,7 +108,7 @@ def test_a_sum_that_is_broadcast_stays_one(shape):
     x = torch.randn(7, 40)
     program, made = lowered(Wide(), x)
     assert count(made, torch.ops.aten.add.Tensor) == 1 and count(made, ops.LAYER_NORM) == 1
-    assert torch.allclose(runnable(made, "cpu", "eager")(x)[0], program.module()(x)[0], atol=1e-6)
+    assert torch.allclose(runnable(made, "cpu", "eager")(x)[0], program.module()(x)[0], atol=1e-5)
 
 
 def test_other_norms_stay_what_they_are():
