@@ -190,7 +190,7 @@ def test_queries_that_see_nothing_and_numbers_that_are_none():
     mask[3] = False
     for each in (mask, torch.where(mask, 0.0, -torch.inf)):
         y = native_attention.native_attention(q, k, v, each)
-        assert not y[:, :, 3].any() and torch.allclose(y, scaled_dot_product_attention(q, k, v, each), atol=1e-6)
+        assert not y[:, :, 3].any() and torch.allclose(y, scaled_dot_product_attention(q, k, v, each), atol=1e-5)
     q[0, 0, 5, 0] = torch.nan
     y = native_attention.native_attention(q, k, v)
     assert y[0, 0, 5].isnan().all() and y[0, 1].isfinite().all() and y[0, 0, 6:].isfinite().all()
