@@ -46,14 +46,16 @@ def let_go(tensors: Iterable[Tensor]) -> int:
     that says so."""
     found, tensors = 0, list(tensors)
     clean = _clean() if sum(each.nbytes for each in tensors) >= LEAST_BYTES else []
-    page = mmap.PAGESIZE
-    for tensor in tensors if clean else ():
+    if not clean:
+        return 0
+    page, madvise = mmap.PAGESIZE, ctypes.CDLL(None).madvise
+    for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.is_mkldnn or not tensor.is_contiguous():
             continue
         begin = -(-tensor.data_ptr() // page) * page
         end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
         is_clean = begin < end and any(start <= begin and end <= stop for start, stop in clean)
-        if is_clean and ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED) == 0:
+        if is_clean and madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED) == 0:
             found += end - begin
     return found
 

@@ -139,8 +139,7 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         passes = shlex.quote(",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted))
         plan = shlex.quote(str(out / "plan.json"))
         output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
-    how = outputs.how_to_run(model, out)
-    output.line(f"written to {out}{'; ' if how.startswith('load') else chr(10)}{how}")
+    output.line(outputs.how_to_run(model, out))
     output.json(compilation.as_json(record, str(out), disk))
 
 

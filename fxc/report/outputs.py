@@ -118,7 +118,7 @@ def _embedding(items: dict[str, Any], output: Any, mask: Tensor | None) -> tuple
 
 
 def how_to_run(model: CompiledModel, folder: Path) -> str:
-    """One line on how to load the artifact `folder` and run it."""
+    """That the artifact `folder` was written, and how to load and run it: on a line of its own where a command runs it."""
     kept = model.files.keys()
     has_tokenizer = has_vocabulary(kept)
     has_processor = bool(kept & {"preprocessor_config.json", "processor_config.json"})
@@ -134,7 +134,9 @@ def how_to_run(model: CompiledModel, folder: Path) -> str:
         arguments, method = ", ".join(f"{d.name}=..." for d in model.program.signature.inputs if d.default is None), ""
     python = f"import fxc; model = fxc.load({str(folder)!r}); model{method}({arguments})"
     command = f"fxc run {shlex.quote(str(folder))} {takes.replace(' and ', ' ')}"
-    return f"run it: {command}; in Python: {python}" if runs else f"load and run it in Python: {python}"
+    if runs:
+        return f"written to {folder}\nrun it: {command}; in Python: {python}"
+    return f"written to {folder}; load and run it in Python: {python}"
 
 
 def _longest(model: CompiledModel) -> int:

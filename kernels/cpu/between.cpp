@@ -12,30 +12,12 @@ namespace {
 
 constexpr int64_t FEW = 1 << 15;  // numbers, below which a second thread costs more than it does
 
-template <typename Number>
-INLINE Floats load_some(const Number* x, int64_t count) {
-  if (count >= LANES) return load_as_floats(x);
-  Number some[LANES] = {};
-  memcpy(some, x, count * sizeof(Number));
-  return load_as_floats(some);
-}
-
-template <typename Number>
-INLINE void store_some(Number* y, Floats value, int64_t count) {
-  if (count >= LANES) return store_as(y, value);
-  Number some[LANES];
-  store_as(some, value);
-  memcpy(y, some, count * sizeof(Number));
-}
-
 INLINE Floats as_stored(float, Floats v) { return v; }
 INLINE Floats as_stored(uint16_t, Floats v) {
   uint16_t some[LANES];
   store_as(some, v);
   return load_as_floats(some);
 }
-
-INLINE Floats sigmoid(Floats x) { return divide(all(1.0f), add(all(1.0f), exponential(subtract(all(0.0f), x)))); }
 
 // A row of x + other, rounded as it is stored, into sum where there is one; returns it in floats in `row`.
 template <typename Number>

@@ -17,11 +17,10 @@ constexpr int64_t BLOCK = 384;          // rows that are quantized before they a
 
 struct Weight {
   const uint8_t* q;
-  const void* scale;
+  const void* scale;  // float32 or bfloat16
   const uint8_t* zero;
   int64_t columns, outputs;
   int group;
-  bool is_bfloat16;  // scale
 };
 
 struct Quantized {
@@ -95,13 +94,7 @@ void rows_by_outputs(const Weight& w, const Quantized& x, int64_t row, int64_t n
     Number* out = y + (row + m) * w.outputs + n;
     float* sum = sums + m * V * LANES;
     if (bias) for (int i = 0; i < V * LANES && n + i < w.outputs; i++) sum[i] += bias[n + i];
-    if (n + V * LANES <= w.outputs) {
-      for (int v = 0; v < V; v++) store_as(out + v * LANES, load_floats(sum + v * LANES));
-    } else {
-      Number last[V * LANES];
-      for (int v = 0; v < V; v++) store_as(last + v * LANES, load_floats(sum + v * LANES));
-      memcpy(out, last, (w.outputs - n) * sizeof(Number));
-    }
+    for (int v = 0; v < V; v++) store_some(out + v * LANES, load_floats(sum + v * LANES), w.outputs - n - v * LANES);
   }
 }
 
@@ -190,7 +183,7 @@ int64_t int4_linear_scratch(int64_t rows, int64_t columns, int group) {
 void int4_linear(const void* x, int x_is_bfloat16, int64_t rows, int64_t columns, int64_t outputs, int group, const uint8_t* q,
                  const void* scale, int scale_is_bfloat16, const uint8_t* zero, const float* bias, void* y, uint8_t* scratch,
                  int threads) {
-  const Weight w{q, scale, zero, columns, outputs, group, (bool)scale_is_bfloat16};
+  const Weight w{q, scale, zero, columns, outputs, group};
   if (x_is_bfloat16 && scale_is_bfloat16)
     linear<uint16_t>(w, (const uint16_t*)x, rows, bias, (uint16_t*)y, scratch, threads);
   else if (x_is_bfloat16)

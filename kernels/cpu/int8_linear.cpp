@@ -33,8 +33,6 @@ struct Quantized {
   int64_t stride;
 };
 
-INLINE Floats sigmoid(Floats x) { return divide(all(1.0f), add(all(1.0f), exponential(subtract(all(0.0f), x)))); }
-
 // The rational erf of Eigen, as in gelu.py.
 constexpr float ERF_P[] = {-2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f,
                            -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
@@ -95,13 +93,7 @@ INLINE void finish(const Weight& w, const Quantized& x, bool is_split, int64_t f
     }
     value = activated(add(multiply(multiply(value, scale), all(x.scale[row])), added), activation);
     Number* out = y + (is_split ? row / 2 : row) * w.outputs + n;
-    if (n + LANES <= w.outputs) {
-      store_as(out, value);
-    } else {
-      Number last_ones[LANES];
-      store_as(last_ones, value);
-      memcpy(out, last_ones, (w.outputs - n) * sizeof(Number));
-    }
+    store_some(out, value, w.outputs - n);
   }
 }
 
@@ -138,14 +130,6 @@ void outputs_of(const Weight& w, const Quantized& x, bool is_split, int64_t firs
           finish(w, x, is_split, first + row, first + next, n + v * LANES, into + v * LANES, bias, activation, y);
     }
   }
-}
-
-template <typename Number>
-INLINE Floats load_some(const Number* x, int64_t count) {
-  if (count >= LANES) return load_as_floats(x);
-  Number some[LANES] = {};
-  memcpy(some, x, count * sizeof(Number));
-  return load_as_floats(some);
 }
 
 template <typename Number>

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -66,6 +66,15 @@ def compiler() -> tuple[str, ...]:
         if found := shutil.which(command[0]):
             return (found, *command[1:])
     raise NotBuilt("no C++ compiler: install g++, or set CXX" if not given else f"CXX={given[0]!r:.100} is not there")
+
+
+def refusal(functions: Callable[[str], object]) -> str | None:
+    """Why this machine cannot run the functions of a kernel, made for a level, or None."""
+    try:
+        functions(level())
+    except NotBuilt as error:
+        return str(error)
+    return None
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

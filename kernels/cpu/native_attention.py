@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.native import pointer
 
 # As attention.cpp has it.
 FEW_QUERIES = 8
@@ -32,11 +32,7 @@ def _functions(level: str) -> tuple[Callable, Callable]:
 
 def why_not() -> str | None:
     """Why this machine cannot run it, or None."""
-    try:
-        _functions(native.level())
-    except NotBuilt as error:
-        return str(error)
-    return None
+    return native.refusal(_functions)
 
 
 def native_attention(

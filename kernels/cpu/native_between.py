@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.native import pointer
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -26,11 +26,7 @@ def _library(level: str) -> ctypes.CDLL:
 
 def why_not() -> str | None:
     """Why this machine cannot run it, or None."""
-    try:
-        _library(native.level())
-    except NotBuilt as error:
-        return str(error)
-    return None
+    return native.refusal(_library)
 
 
 def _norm(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.native import pointer
 from fxc_kernels.int4_linear import MIDDLE
 
 PANEL = 16
@@ -61,11 +61,7 @@ def _functions(level: str) -> tuple[Callable, Callable]:
 
 def why_not() -> str | None:
     """Why this machine cannot run it, or None."""
-    try:
-        _functions(native.level())
-    except NotBuilt as error:
-        return str(error)
-    return None
+    return native.refusal(_functions)
 
 
 def native_int4_linear(

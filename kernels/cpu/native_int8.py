@@ -44,11 +44,7 @@ def _functions(level: str) -> tuple[Callable, Callable]:
 
 def why_not() -> str | None:
     """Why this machine cannot run it, or None."""
-    try:
-        _functions(native.level())
-    except NotBuilt as error:
-        return str(error)
-    return None
+    return native.refusal(_functions)
 
 
 def native_int8_linear(

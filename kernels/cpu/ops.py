@@ -91,7 +91,6 @@ NATIVE_INT4_LINEAR = _define(
 """fxc::int4_weight_only_linear over what `native_int4.pack` gives."""
 
 
-
 def _fake_attention(query, key, value, *rest, **options):
     batch, heads, queries, depth = query.shape
     return query.new_empty(batch, queries, heads, depth).transpose(1, 2)
@@ -106,7 +105,6 @@ ATTENTION = _define(
     _fake_attention,
 )
 """aten::scaled_dot_product_attention, with its arguments, see `native_attention`."""
-
 
 
 def _fake_same(x: Tensor, *rest: object) -> Tensor:

@@ -137,6 +137,23 @@ INLINE void store_as(uint16_t* p, Floats v) {
   store_shorts(p, shift_right(add(bits, up), 16));
 }
 
+// The first `count` numbers at x, zeros behind them; and to y no more than so many.
+template <typename Number>
+INLINE Floats load_some(const Number* x, int64_t count) {
+  if (count >= LANES) return load_as_floats(x);
+  Number some[LANES] = {};
+  memcpy(some, x, count * sizeof(Number));
+  return load_as_floats(some);
+}
+
+template <typename Number>
+INLINE void store_some(Number* y, Floats value, int64_t count) {
+  if (count >= LANES) return store_as(y, value);
+  Number some[LANES];
+  store_as(some, value);
+  memcpy(y, some, count * sizeof(Number));
+}
+
 INLINE float sum_of(Floats v) {
 #if defined(__AVX512VNNI__)
   return _mm512_reduce_add_ps(v);
@@ -176,3 +193,5 @@ INLINE Floats exponential(Floats x) {
   const Floats y = multiply_add(multiply(polynomial(EXP, r), r), r, add(r, all(1.0f)));
   return multiply(y, as_floats(shift_left(add(rounded(n), all(127)), 23)));
 }
+
+INLINE Floats sigmoid(Floats x) { return divide(all(1.0f), add(all(1.0f), exponential(subtract(all(0.0f), x)))); }
