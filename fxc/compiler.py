@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -61,8 +62,11 @@ def optimize(
     teacher = capture_teacher(chosen, example_inputs)
     captured = capture_source(model, example_inputs, chosen, teacher)
     made = compile_captured(captured, chosen, on_step=on_step, teacher=teacher)
-    if chosen.resume is not None:
+    if chosen.resume is not None and not made.program.is_streamed:
         remove(Path(chosen.resume))
+    elif chosen.resume is not None:
+        # The model's weights are in it.
+        weakref.finalize(made.program.constants.spill, remove, Path(chosen.resume))
     return made
 
 

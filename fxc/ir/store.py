@@ -38,6 +38,7 @@ class Constants(dict[str, Tensor]):
         self.spill = spill
         self._reading = Reading(unwritten())
         self._waiting: dict[str, Tensor] = {}
+        self._again: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Tensor:
         self._reading.done([super().__getitem__(name)])
@@ -57,7 +58,7 @@ class Constants(dict[str, Tensor]):
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         others = [other for other, each in super().items() if each is tensor]
-        if others and others[0] not in self._waiting:
+        if (others and others[0] not in self._waiting) or any(each is tensor for each in self._again):
             super().__setitem__(name, tensor)
             return
         again = self.spill.saved(name.__eq__).get(name)
@@ -89,6 +90,12 @@ class Constants(dict[str, Tensor]):
         self.settle()
         return Constants(super().items(), self.spill)
 
+    def saved(self, accept: Callable[[str], bool]) -> dict[str, Tensor]:
+        """What a process that was killed put in next, of names that `accept` takes, to be put in again."""
+        found = self.spill.saved(accept)
+        self._again += found.values()
+        return found
+
     def settle(self) -> None:
         """Write what waits."""
         if self._waiting:
@@ -99,8 +106,8 @@ class Constants(dict[str, Tensor]):
 
 
 def saved(constants: Mapping[str, Tensor], accept: Callable[[str], bool]) -> dict[str, Tensor]:
-    """What a process that was killed put next into `constants`, of names that `accept` takes; nothing where they are a dict."""
-    return constants.spill.saved(accept) if isinstance(constants, Constants) else {}
+    """`Constants.saved`; nothing where they are a dict."""
+    return constants.saved(accept) if isinstance(constants, Constants) else {}
 
 
 def _module(name: str) -> str:

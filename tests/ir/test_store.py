@@ -107,3 +107,7 @@ def test_parts_are_asked_for_before_they_are_computed():
     assert list(saved(made, lambda name: name.startswith("x."))) == ["x.q", "x.scale"]
     assert saved(made, lambda name: name.startswith("x.")) == {}
     assert saved({}, lambda name: True) == {}
+    made = constants(**{"x.q": torch.zeros(1)})
+    made["x.q"] = saved(made, lambda name: True)["x.q"]
+    made.settle()
+    assert made.spill.written == []
