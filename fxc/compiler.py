@@ -24,7 +24,7 @@ from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
-from fxc.lower.target import check_target
+from fxc.lower.target import check_target, warm_up
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
@@ -241,6 +241,7 @@ def load(
             where=str(path),
             hint="'fxc compile MODEL -o DIR' writes one",
         )
+    warm_up(device)
     read = store.read(path)
     model = compiled_model(
         read.program,

@@ -276,9 +276,14 @@ def passes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the kernels in C++ first, for every kind of CPU: for an image.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can run, and why not."""
     from fxc.cli.show import examine_machine
 
     with output_for(as_json) as output:
-        examine_machine(output)
+        examine_machine(output, build)

@@ -143,9 +143,17 @@ def explain_passes(output: Output, spec: str) -> None:
     output.json({"order": steps})
 
 
-def examine_machine(output: Output) -> None:
+def examine_machine(output: Output, build: bool = False) -> None:
+    """build: build the kernels in C++ first. Raises ResourceError where that fails."""
+    built = {}
+    if build:
+        with output.doing("building kernels in C++"):
+            built = machine.build_kernels()
     findings = machine.examine()
     marks = {True: "ok", False: "no", None: ""}
     rows = [(f.group, f.name, f.value, marks[f.ok], f.note) for f in findings]
     output.table("this machine", ["area", "what", "found", "", "note"], rows)
-    output.json({"findings": [dataclasses.asdict(f) for f in findings]})
+    for level, files in built.items():
+        output.line(f"built for {level}: {', '.join(files)}, in {next(iter(files.values())).parent}")
+    paths = {level: {kernel: str(file) for kernel, file in files.items()} for level, files in built.items()}
+    output.json({"findings": [dataclasses.asdict(f) for f in findings]} | ({"built": paths} if build else {}))

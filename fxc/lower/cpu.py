@@ -24,7 +24,7 @@ from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
 from fxc.mapped import Reading, give_back
 from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
-from fxc_kernels.cpu import native_attention, ops
+from fxc_kernels.cpu import native, native_attention, ops
 from fxc_kernels.cpu.packed_linear import pack_bfloat16
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -53,6 +53,7 @@ def lower_cpu(
         raise UsageError(f"unknown CPU backend {backend!r}", hint="use eager or inductor")
     if program.is_on_meta:
         raise UsageError("a program without weights cannot run", where="lowering")
+    native.start()
     bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     program = program.copy()
     expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)

@@ -11,6 +11,7 @@ from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.siblings import LayerChoice
+from fxc_kernels.cpu import native
 
 BACKENDS = ("eager", "inductor")
 NEWEST = 90
@@ -41,6 +42,12 @@ def check_target(device: torch.device | str | None, backend: str | None, needs_g
         raise UsageError("this machine has no CUDA device that torch can use", hint="'fxc doctor' says why; use device=cpu")
     if (found.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"there is no device {device!r}", hint=f"this machine has {torch.cuda.device_count()}")
+
+
+def warm_up(device: torch.device | str | None) -> None:
+    """Begin what the first lowering for `device` would wait for, which reading a model can go on beside."""
+    if torch.device(device or "cpu").type == "cpu":
+        native.start()
 
 
 def lower(

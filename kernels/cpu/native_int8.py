@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.native import pointer
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.rows import activated
 
@@ -31,8 +31,6 @@ def pack(qweight: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 
 @functools.cache
 def _functions(level: str) -> tuple[Callable, Callable]:
-    if level == "avx2":
-        raise NotBuilt("int8 products saturate on this CPU, which has no VNNI")
     library = native.library("int8_linear", level)
     at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     scratch, linear = library.int8_linear_scratch, library.int8_linear
