@@ -16,6 +16,7 @@ from fxc.cli.parameters import (
     Device,
     Dtype,
     Json,
+    KeepFloat,
     Resume,
     Revision,
     Trust,
@@ -161,6 +162,7 @@ def run(
     image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,
     backend: Backend = "eager",
     device: Device = None,
+    keep_float: KeepFloat = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -169,7 +171,7 @@ def run(
     if (prompt is None) == (text is None and image is None):
         raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
     with output_for(as_json) as output:
-        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device))
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device), keep_float)
 
 
 @app.command("eval")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxc.cli.parameters import Backend, Device, Dtype, Json, checked_device, checked_dtype, output_for, sizes_of
+from fxc.cli.parameters import Backend, Device, Dtype, Json, KeepFloat, checked_device, checked_dtype, output_for, sizes_of
 from fxc.errors import UsageError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
@@ -30,6 +30,7 @@ def bench_model(
     keep_compressed: Annotated[
         bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
     ] = False,
+    keep_float: KeepFloat = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency of several models in one process, in turns."""
@@ -39,7 +40,7 @@ def bench_model(
     with output_for(as_json) as output:
         bench_models(
             output, models, *sizes, new, rounds, threads, backend, checked_device(device), checked_dtype(dtype),
-            static_cache, keep_compressed,
+            static_cache, keep_compressed, keep_float,
         )  # fmt: skip
 
 

@@ -78,7 +78,9 @@ def inspect_lowered(
     output.block(str(lowered).rstrip("\n"))
     for line in lowering.describe(layers):
         output.line(line)
-    output.json({"text": str(lowered), "layers": [dataclasses.asdict(layer) for layer in layers]})
+    output.line(lowering.describe_held(lowered))
+    about = {"text": str(lowered), "layers": [dataclasses.asdict(layer) for layer in layers]}
+    output.json(about | lowering.held_as_json(lowered))
 
 
 def diff_models(output: Output, a: str, b: str, trust_remote_code: bool) -> None:

@@ -15,9 +15,10 @@ from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.lower import choose, cpu_fusion, static
-from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
+from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight, held_bytes
 from fxc.lower.choose import Choice
 from fxc.lower.fusion import repeated_heads
+from fxc.lower.keep_float import Wish, within
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
@@ -35,7 +36,7 @@ Measure = Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]
 
 
 def lower_cpu(
-    program: Program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True
+    program: Program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True, keep_float: float = 1.0
 ) -> tuple[Program, list[LayerChoice]]:
     """Lower `program`, whose constants are on the CPU, for `backend` "eager" or "inductor".
 
@@ -47,6 +48,7 @@ def lower_cpu(
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
     query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
     no bfloat16 instructions.
+    keep_float: of the bytes that the smallest forms of all packed layers save, the share that floats may take again.
     Raises UsageError for an unknown backend or a program on meta.
     """
     if backend not in ("eager", "inductor"):
@@ -59,7 +61,7 @@ def lower_cpu(
     expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)
     if not attention_in_one_call(program) and bf16 and backend == "inductor":
         attention_in_bfloat16(program)
-    report = lower_layers(program, backend, measure or _measured(backend), expanded)
+    report = lower_layers(program, backend, measure or _measured(backend), expanded, keep_float)
     report += static.lower_convolutions(program, packed=backend == "eager")
     report = static.chain(program, report)
     if bf16 and backend == "eager":
@@ -130,16 +132,20 @@ def _comes_from_int8(node: fx.Node) -> bool:
     return found
 
 
-def lower_layers(program: Program, backend: str, measure: Measure, expanded: Collection[str] = ()) -> list[LayerChoice]:
+def lower_layers(
+    program: Program, backend: str, measure: Measure, expanded: Collection[str], keep_float: float
+) -> list[LayerChoice]:
     """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
-    2:4 sparse ones that were made dense."""
+    2:4 sparse ones that were made dense; keep_float: see `fxc.lower.keep_float`."""
     report = []
     with Reading() as reading:
-        for group in find_siblings(program, products_for(LINEAR)):
+        groups = find_siblings(program, products_for(LINEAR))
+        chosen = iter(within([_wish(group, measure) for group in groups if not group.is_empty], keep_float))
+        for group in groups:
             if group.is_empty:
                 name, reason = "unchanged", "the weight is empty"
             else:
-                choice = _choose(group, measure)
+                choice = next(chosen)
                 _write(program, group, choice, backend)
                 name, reason = choice.name, choice.reason
                 reading.done(each for arguments in group.arguments for each in arguments if isinstance(each, Tensor))
@@ -159,17 +165,21 @@ def _measured(backend: str) -> Measure:
     return measure
 
 
-def _choose(group: Siblings, measure: Measure) -> Choice:
-    """The form of the group's layers, and why."""
+def _wish(group: Siblings, measure: Measure) -> Wish:
+    """The forms that the group's layers may have, and why."""
     forms = candidates(group)
     refused = {each: each.why_not(group) for each in forms}
     able = tuple(each for each in forms if refused[each] is None)
     if len(able) == 1:
         why_not = [reason for reason in refused.values() if reason] or [f"no CPU kernel for {scheme_of(group.target).label}"]
-        return Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
+        only = Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
+        return Wish([only], [held_bytes(FLOAT, group)], held_bytes(FLOAT, group))
     rows, columns = sum(group.sizes), group.columns
-    choice = choose.choose(able, measure(able, rows, columns, group.dtype), rows * columns <= choose.SMALL_LAYER)
-    return dataclasses.replace(choice, reason=choice.reason + choice.form.note(group))
+    found = choose.alternatives(able, measure(able, rows, columns, group.dtype), rows * columns <= choose.SMALL_LAYER)
+    found = [dataclasses.replace(each, reason=each.reason + each.form.note(group)) for each in found]
+    group.kept.clear()  # what was made of the weights of all layers would be in memory at once
+    nbytes = [held_bytes(each.form, group, each.limit is not None) for each in found]
+    return Wish(found, nbytes, held_bytes(FLOAT, group))
 
 
 def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> None:
