@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,9 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
 _PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
+# A packed bfloat16 weight halves the time of one row, which is one of the four counts that a layer is timed at.
+_PACKED_GAIN = 2**0.25
+_UNPACKED = "bf16"
 Measure = Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]
 
 
@@ -61,11 +64,13 @@ def lower_cpu(
     expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)
     if not attention_in_one_call(program) and bf16 and backend == "inductor":
         attention_in_bfloat16(program)
-    report = lower_layers(program, backend, measure or _measured(backend), expanded, keep_float)
+    packs_bf16 = bf16 and backend == "eager"
+    copies = [node for node in bfloat16_layers(program) if packs_bf16 and _is_read_elsewhere(program, [node])]
+    report, without = lower_layers(program, backend, measure or _measured(backend), expanded, copies, keep_float)
     report += static.lower_convolutions(program, packed=backend == "eager")
     report = static.chain(program, report)
-    if bf16 and backend == "eager":
-        report += pack_bfloat16_layers(program)
+    if packs_bf16:
+        report += pack_bfloat16_layers(program, without)
     if backend == "eager":
         cpu_fusion.fuse(program)
     relax_views(program)
@@ -133,14 +138,20 @@ def _comes_from_int8(node: fx.Node) -> bool:
 
 
 def lower_layers(
-    program: Program, backend: str, measure: Measure, expanded: Collection[str], keep_float: float
-) -> list[LayerChoice]:
+    program: Program, backend: str, measure: Measure, expanded: Collection[str], copies: list[fx.Node], keep_float: float
+) -> tuple[list[LayerChoice], dict[fx.Node, Choice]]:
     """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
-    2:4 sparse ones that were made dense; keep_float: see `fxc.lower.keep_float`."""
+    2:4 sparse ones that were made dense; copies: bfloat16 layers whose packing leaves the weight where it is too; keep_float:
+    see `fxc.lower.keep_float`. Gives also which of the copies have no room, and why."""
     report = []
     with Reading() as reading:
         groups = find_siblings(program, products_for(LINEAR))
-        chosen = iter(within([_wish(group, measure) for group in groups if not group.is_empty], keep_float))
+        wishes = [_wish(program, group, measure) for group in groups if not group.is_empty]
+        # Where nothing is compressed nothing bounds what the program may hold.
+        wished = [_wish_for_copy(program, node) for node in copies if wishes]
+        found = within(wishes + wished, keep_float)
+        chosen = iter(found)
+        without = {node: each for node, each in zip(copies, found[len(wishes) :]) if each.name == _UNPACKED}
         for group in groups:
             if group.is_empty:
                 name, reason = "unchanged", "the weight is empty"
@@ -152,7 +163,7 @@ def lower_layers(
             for each in group.choices(name, reason):
                 sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
                 report.append(dataclasses.replace(each, reason=each.reason + sparse))
-    return report
+    return report, without
 
 
 def _measured(backend: str) -> Measure:
@@ -165,7 +176,20 @@ def _measured(backend: str) -> Measure:
     return measure
 
 
-def _wish(group: Siblings, measure: Measure) -> Wish:
+def _is_read_elsewhere(program: Program, nodes: list[fx.Node]) -> bool:
+    """Whether others than `nodes` read the weights of these, as a table does that is tied to a head."""
+    weights = {node.args[1].target for node in nodes}
+    reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target in weights]
+    return any(user not in nodes for read in reads for user in read.users)
+
+
+def _wish_for_copy(program: Program, node: fx.Node) -> Wish:
+    nbytes = program.constants[node.args[1].target].nbytes
+    choices = [Choice(FLOAT, None, "bf16 packed", "kept in bfloat16", _PACKED_GAIN), Choice(FLOAT, None, _UNPACKED, "as it is")]
+    return Wish(choices, [nbytes, 0], 0)
+
+
+def _wish(program: Program, group: Siblings, measure: Measure) -> Wish:
     """The forms that the group's layers may have, and why."""
     forms = candidates(group)
     refused = {each: each.why_not(group) for each in forms}
@@ -179,7 +203,8 @@ def _wish(group: Siblings, measure: Measure) -> Wish:
     found = [dataclasses.replace(each, reason=each.reason + each.form.note(group)) for each in found]
     group.kept.clear()  # what was made of the weights of all layers would be in memory at once
     nbytes = [held_bytes(each.form, group, each.limit is not None) for each in found]
-    return Wish(found, nbytes, held_bytes(FLOAT, group))
+    stays = sum(arguments[1].nbytes for arguments in group.arguments) if _is_read_elsewhere(program, group.nodes) else 0
+    return Wish(found, nbytes, held_bytes(FLOAT, group) - stays)
 
 
 def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> None:
@@ -213,18 +238,28 @@ def _activation_after(group: Siblings) -> tuple[str, fx.Node] | None:
     return (_PLAIN_ACTIVATIONS[user.target], user) if user.target in _PLAIN_ACTIVATIONS else None
 
 
-def pack_bfloat16_layers(program: Program) -> list[LayerChoice]:
-    """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
+def bfloat16_layers(program: Program) -> list[fx.Node]:
+    """The linear layers whose weight oneDNN could pack."""
+    found = []
+    for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        value = program.constants.get(weight.target) if weight.op == "get_attr" else None
+        is_bfloat16 = value is not None and value.dtype == torch.bfloat16 and value.numel() > 0
+        if is_bfloat16 and (bias is None or bias.op == "get_attr"):
+            found.append(node)
+    return found
+
+
+def pack_bfloat16_layers(program: Program, without: Mapping[fx.Node, Choice]) -> list[LayerChoice]:
+    """Linear layers that stay bfloat16 get a weight packed by oneDNN, but for those that have no room for it."""
     report = []
     with Reading() as reading:
-        for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        for node in bfloat16_layers(program):
             weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-            value = program.constants.get(weight.target) if weight.op == "get_attr" else None
-            if value is None or value.dtype != torch.bfloat16 or value.numel() == 0:
+            value, layer = program.constants[weight.target], layer_name(weight.target)
+            if choice := without.get(node):
+                report.append(LayerChoice(layer, choice.name, choice.reason, *value.shape))
                 continue
-            if bias is not None and bias.op != "get_attr":
-                continue
-            layer = layer_name(weight.target)
             packed = edit.constant(program, f"{module_name(program, layer)}.weight", pack_bfloat16(value), node)
             edit.call(program, ops.DENSE_LINEAR, (node.args[0], packed, bias), replacing=node, by="lower")
             reading.done([value])

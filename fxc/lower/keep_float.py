@@ -18,7 +18,7 @@ from fxc.lower.choose import Choice
 @dataclass(frozen=True)
 class Wish:
     """choices: how a layer may be lowered, the one that it wants first; nbytes: what it holds in each; dense: what it was
-    before it was compressed, in bytes."""
+    before it was compressed, in bytes, without what stays of it for other readers."""
 
     choices: Sequence[Choice]
     nbytes: Sequence[int]
