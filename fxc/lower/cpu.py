@@ -167,11 +167,21 @@ def lower_layers(
 
 
 def _measured(backend: str) -> Measure:
+    """For one lowering, in which layers that could not be timed are not tried again."""
+    busy: dict[tuple, str] = {}
+
     def measure(forms: tuple[Candidate, ...], rows: int, columns: int, dtype: torch.dtype) -> Timing:
         # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
         # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
         whole = backend == "eager" or dtype != torch.float32
-        return choose.measure(forms, rows, columns, dtype, whole, torch.get_num_threads())
+        layer = (forms, rows, columns, dtype, whole, torch.get_num_threads())
+        if layer in busy:
+            raise choose.Busy(busy[layer])
+        try:
+            return choose.measure(*layer)
+        except choose.Busy as why:
+            busy[layer] = str(why)
+            raise
 
     return measure
 
@@ -199,7 +209,12 @@ def _wish(program: Program, group: Siblings, measure: Measure) -> Wish:
         only = Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
         return Wish([only], [held_bytes(FLOAT, group)], held_bytes(FLOAT, group))
     rows, columns = sum(group.sizes), group.columns
-    found = choose.alternatives(able, measure(able, rows, columns, group.dtype), rows * columns <= choose.SMALL_LAYER)
+    try:
+        timing = measure(able, rows, columns, group.dtype)
+    except choose.Busy as why:
+        found = [choose.by_memory(able, why)]
+    else:
+        found = choose.alternatives(able, timing, rows * columns <= choose.SMALL_LAYER)
     found = [dataclasses.replace(each, reason=each.reason + each.form.note(group)) for each in found]
     group.kept.clear()  # what was made of the weights of all layers would be in memory at once
     nbytes = [held_bytes(each.form, group, each.limit is not None) for each in found]

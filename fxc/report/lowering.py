@@ -26,6 +26,8 @@ def describe(layers: Sequence[LayerChoice]) -> list[str]:
     for choice in layers:
         if choice.reason.startswith("keep_float="):
             reasons.setdefault("keep_float", f"{choice.reason.partition(';')[0]}, as {choice.fqn}")
+        elif "the machine was busy" in choice.reason:
+            reasons.setdefault("busy", f"{choice.op}: {choice.reason.partition(';')[0]}, as {choice.fqn}")
         elif choice.op == "dequantized":
             # The measured times differ from layer to layer, and what shares a product: one example stands for all.
             reasons.setdefault(choice.reason.partition(" (")[0].partition("; ")[0], f"{choice.reason}, as {choice.fqn}")
