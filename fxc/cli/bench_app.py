@@ -50,7 +50,9 @@ def bench_kernels(
     shapes: Annotated[str | None, typer.Option(help="qwen2.5-7b, llama3-8b:o, or N,K; several with commas between.")] = None,
     m: Annotated[str | None, typer.Option("--m", help="Numbers of rows (tokens), as in 1,16,64,256,2048,8192.")] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and for its rivals.")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Threads for torch and for its rivals; 1,2 for one run after the other.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each is measured; the median counts.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
@@ -64,6 +66,7 @@ def bench_kernels(
     if tune and out is None:
         raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
     rows = () if m is None else tuple(dict.fromkeys(sizes_of("--m", m)))
-    request = KernelsRequest(scheme, shapes, rows, checked_device(device), threads, rounds, out, tune, budget_seconds, peers)
+    counts = () if threads is None else tuple(dict.fromkeys(sizes_of("--threads", threads)))
+    request = KernelsRequest(scheme, shapes, rows, checked_device(device), counts, rounds, out, tune, budget_seconds, peers)
     with output_for(as_json) as output:
         bench_kernels(output, request)

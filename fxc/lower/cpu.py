@@ -51,7 +51,8 @@ def lower_cpu(
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
     query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
     no bfloat16 instructions.
-    keep_float: of the bytes that the smallest forms of all packed layers save, the share that floats may take again.
+    keep_float: of the bytes that the smallest forms of all packed layers save, the share that floats may take again; more than
+    1 is more than the original had.
     Raises UsageError for an unknown backend or a program on meta.
     """
     if backend not in ("eager", "inductor"):
