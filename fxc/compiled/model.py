@@ -21,7 +21,7 @@ from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.lower.held import held
-from fxc.lower.runnable import runnable
+from fxc.lower.runnable import Running, runnable
 from fxc.lower.target import check_keep_float, check_target, lower
 from fxc.neutral import one_at_a_time
 from fxc.safety import listed
@@ -143,8 +143,9 @@ class CompiledModel(nn.Module):
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited. module: what was made of the lowered program, to run in its place."""
         # The program says in which types it computes; autocast would change them.
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            return (module or self.lower())(*[t.to(self._device) for t in tensors])
+        module = module or self.lower()
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running():
+            return module(*[t.to(self._device) for t in tensors])
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for."""

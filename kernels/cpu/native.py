@@ -90,6 +90,29 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class Running:
+    """Of the models that run at once in threads of this process, each takes its share of the threads: see `threads`."""
+
+    def __enter__(self) -> None:
+        global _running
+        with _COUNT:
+            _running += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _running
+        with _COUNT:
+            _running -= 1
+
+
+_running = 0
+_COUNT = threading.Lock()
+
+
+def threads() -> int:
+    """How many a kernel takes: torch's number of them, divided among the models that run now. It changes no number."""
+    return max(torch.get_num_threads() // max(_running, 1), 1)
+
+
 def kernels(level: str) -> list[str]:
     """The kernels that are built for a level."""
     return sorted(source.stem for source in _HERE.glob("*.cpp") if (source.stem, level) not in UNFIT)

@@ -58,7 +58,7 @@ def native_attention(
     sizes = (batch, heads, key.shape[1], queries, key.shape[2], depth)
     steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
     numbers = (ctypes.c_int64 * 19)(*sizes, *steps)
-    threads = torch.get_num_threads()
+    threads = native.threads()
     scratch, attention = _functions(native.level())
     space = torch.empty(scratch(ctypes.addressof(numbers), threads), dtype=torch.uint8, device=query.device)
     attention(

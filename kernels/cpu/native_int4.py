@@ -78,6 +78,6 @@ def native_int4_linear(
         linear(
             x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, group, weight.data_ptr(), scale.data_ptr(),
             scale.dtype == torch.bfloat16, pointer(zero), pointer(bias), y.data_ptr(), space.data_ptr(),
-            torch.get_num_threads(),
+            native.threads(),
         )  # fmt: skip
     return y

@@ -63,6 +63,6 @@ def native_int8_linear(
         linear(
             x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, split, weight.data_ptr(), scale.data_ptr(),
             sums.data_ptr(), pointer(bias), ACTIVATIONS.index(activation), y.data_ptr(), space.data_ptr(),
-            torch.get_num_threads(),
+            native.threads(),
         )  # fmt: skip
     return y
