@@ -268,36 +268,28 @@ def _make_float(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: i
     return place.call(target, (group.x, place.constant("weight", weight), place.constant("bias", bias)), group)
 
 
-NATIVE_INT8 = Candidate(
-    name="int8",
-    timed_as="native int8",
-    kind="native int8",
-    targets=(int8.LINEAR,),
-    rows=(1, 16, 128, 256),  # one token, a few sequences decoding together, a prompt, a batch of them
-    wins_for="many",
-    why_not=_why_no_native_int8,
-    note=lambda group: "",
-    trial=functools.partial(_native_int8_trial, False),
-    make=functools.partial(_make_native_int8, False),
-    absorbs=native_int8.ACTIVATIONS,
-    is_one_call=True,
-)
+def _native_int8(split: bool, kind: str, target: object, rows: tuple[int, ...], wins_for: str) -> Candidate:
+    return Candidate(
+        name="int8",
+        timed_as="native int8",
+        kind=kind,
+        targets=(target,),
+        rows=rows,
+        wins_for=wins_for,
+        why_not=_why_no_native_int8,
+        note=lambda group: "",
+        trial=functools.partial(_native_int8_trial, split),
+        make=functools.partial(_make_native_int8, split),
+        absorbs=native_int8.ACTIVATIONS,
+        is_one_call=True,
+    )
+
+
+# One token, a few sequences decoding together, a prompt, a batch of them.
+NATIVE_INT8 = _native_int8(False, "native int8", int8.LINEAR, (1, 16, 128, 256), "many")
 """Activations quantized as they come, product and all around it in one call."""
 
-NATIVE_SPLIT = Candidate(
-    name="int8",
-    timed_as="native int8",
-    kind="native weight-only",
-    targets=(int8.WEIGHT_ONLY,),
-    rows=(1, 8, 32, 128, 256),
-    wins_for="few",
-    why_not=_why_no_native_int8,
-    note=lambda group: "",
-    trial=functools.partial(_native_int8_trial, True),
-    make=functools.partial(_make_native_int8, True),
-    absorbs=native_int8.ACTIVATIONS,
-    is_one_call=True,
-)
+NATIVE_SPLIT = _native_int8(True, "native weight-only", int8.WEIGHT_ONLY, (1, 8, 32, 128, 256), "few")
 """Activations kept, as two int8 products, in one call."""
 
 NATIVE_INT4 = Candidate(

@@ -17,7 +17,7 @@ from fxc.ir.program import Program
 from fxc.lower import choose, cpu_fusion, static
 from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight, held_bytes
 from fxc.lower.choose import Choice
-from fxc.lower.fusion import repeated_heads
+from fxc.lower.fusion import activation_after, repeated_heads
 from fxc.lower.keep_float import Wish, within
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
@@ -31,7 +31,6 @@ from fxc_kernels.cpu.packed_linear import pack_bfloat16
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
-_PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
 # A packed bfloat16 weight halves the time of one row, which is one of the four counts that a layer is timed at.
 _PACKED_GAIN = 2**0.25
 _UNPACKED = "bf16"
@@ -227,31 +226,17 @@ def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> N
     """Put the chosen form in the place of the group's layers."""
     packed = backend == "eager"
     name = module_name(program, group.names[0])
-    activation = None
-    if (packed or choice.form.is_one_call) and group.dtype == torch.float32:
-        activation = _activation_after(group)
-        if activation and activation[0] not in choice.form.absorbs:
-            activation = None
-    place = CpuPlace(program, group.nodes[0], name, packed, activation[0] if activation else "none")
+    activation = "none"
+    if (packed or choice.form.is_one_call) and group.dtype == torch.float32 and len(group.nodes) == 1:
+        activation, last = activation_after(group.nodes[0], choice.form.absorbs)
+    place = CpuPlace(program, group.nodes[0], name, packed, activation)
     dense = None if choice.limit is None else float_weight(group, packed)
     out = choice.form.make(place, group, dense, choice.limit or 0)
-    if activation:
-        edit.replace(activation[1], out)
+    if activation != "none":
+        edit.replace(last, out)
         edit.sweep(program)
     else:
         replace(program, group, out)
-
-
-def _activation_after(group: Siblings) -> tuple[str, fx.Node] | None:
-    """The activation that alone reads a layer's result, and its node."""
-    if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
-        return None
-    (user,) = group.nodes[0].users
-    if len(user.args) != 1:
-        return None
-    if user.target is _GELU:
-        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
-    return (_PLAIN_ACTIVATIONS[user.target], user) if user.target in _PLAIN_ACTIVATIONS else None
 
 
 def bfloat16_layers(program: Program) -> list[fx.Node]:

@@ -134,6 +134,31 @@ def library(kernel: str, level: str) -> ctypes.CDLL:
     return found
 
 
+def linear_functions(kernel: str, level: str, weights: tuple) -> tuple[Callable, Callable]:
+    """`<kernel>_scratch` and `<kernel>`, for `linear`. weights: the C types of what is the kernel's own."""
+    found = library(kernel, level)
+    at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    scratch, function = getattr(found, f"{kernel}_scratch"), getattr(found, kernel)
+    scratch.restype, scratch.argtypes = long, (long, long, number)
+    function.restype, function.argtypes = None, (at, number, long, long, long, number, *weights, at, at, number)
+    return scratch, function
+
+
+def linear(functions: tuple[Callable, Callable], x: torch.Tensor, outputs: int, how: int, *weights: object) -> torch.Tensor:
+    """x [..., K] float32 or bfloat16 -> [..., outputs] in its dtype. how: the number that the kernel takes beside the sizes."""
+    scratch, function = functions
+    columns, x = x.shape[-1], x.contiguous()
+    rows = x.numel() // columns if columns else 0
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if rows and outputs:
+        space = torch.empty(scratch(rows, columns, how), dtype=torch.uint8, device=x.device)
+        function(
+            x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, how, *weights, y.data_ptr(), space.data_ptr(),
+            threads(),
+        )  # fmt: skip
+    return y
+
+
 def build_all() -> dict[str, dict[str, Path]]:
     """Level -> kernel -> its library in the cache folder, of all LEVELS, whatever this CPU is: for an image or an installation.
     Raises NotBuilt where one cannot be built, and where nothing is kept."""

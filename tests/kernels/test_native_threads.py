@@ -14,23 +14,21 @@ import fxc
 from fxc_kernels.cpu import native, native_int4
 
 COUNTED = """
-import os, time, torch
+import os, torch
 torch.set_num_threads(1)  # what comes first begins none
 from fxc.schemes import int4
 from fxc_kernels.cpu import native, native_int4
 qweight, scale, _ = int4.quantize_weight(torch.zeros(512, 64), 32, True)
 packed = native_int4.pack(lambda rows: int4.unpack(qweight[rows], 4), 4, scale, None)
 x = torch.ones(64, 64)
-count = lambda: len(os.listdir("/proc/self/task"))
+tasks = lambda: set(os.listdir("/proc/self/task"))
 native_int4.why_not()
-while any(each.name.startswith("fxc-build") for each in __import__("threading").enumerate()):
-    time.sleep(0.01)
-before = count()
+before = tasks()
 torch.set_num_threads({threads})
 with native.Running():
     {more}
     native_int4.native_int4_linear(x, *packed, None, 512, 32)
-print(count() - before)
+print(len(tasks() - before))
 """
 
 
