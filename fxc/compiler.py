@@ -27,7 +27,7 @@ from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
-from fxc.lower.target import check_target
+from fxc.lower.target import check_keep_float, check_target, warm_up
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
@@ -234,6 +234,7 @@ def load(
     *,
     static_cache: bool = False,
     keep_compressed: bool = False,
+    keep_float: float | None = None,
 ) -> CompiledModel:
     """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
 
@@ -241,17 +242,23 @@ def load(
     `CompiledCausalLM.use_static_cache`.
     keep_compressed: run layers compressed also where their float form was measured to be faster: less memory, and the same
     choice on every load.
+    keep_float: on a CPU, of the bytes that compression saves, the share from 0 to 1 that layers may take again where floats are
+    faster: in floats, or with a float copy for some row counts beside the packed weights. 1 by default: never more than
+    the original's bytes. Where not all of it fits, the layers that gain most have it; `layers` says which do without.
 
-    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist.
+    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist
+    and for a keep_float that is no share.
     """
     path = Path(directory)
     check_target(device, backend)
+    check_keep_float(device, keep_float)
     if not store.is_artifact(path):
         raise UsageError(
             "this is not an fxc artifact: it has no fxc.json",
             where=str(path),
             hint="'fxc compile MODEL -o DIR' writes one",
         )
+    warm_up(device)
     read = store.read(path)
     model = compiled_model(
         read.program,
@@ -262,6 +269,7 @@ def load(
         device=device,
         backend=backend,
         keep_compressed=keep_compressed,
+        keep_float=keep_float,
     )
     if static_cache and not hasattr(model, "use_static_cache"):
         raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")

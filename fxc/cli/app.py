@@ -16,6 +16,7 @@ from fxc.cli.parameters import (
     Device,
     Dtype,
     Json,
+    KeepFloat,
     MaxMemory,
     Resume,
     Revision,
@@ -172,6 +173,7 @@ def run(
     image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,
     backend: Backend = "eager",
     device: Device = None,
+    keep_float: KeepFloat = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -180,7 +182,7 @@ def run(
     if (prompt is None) == (text is None and image is None):
         raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
     with output_for(as_json) as output:
-        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device))
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device), keep_float)
 
 
 @app.command("eval")
@@ -287,9 +289,14 @@ def passes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the kernels in C++ first, for every kind of CPU: for an image.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can run, and why not."""
     from fxc.cli.show import examine_machine
 
     with output_for(as_json) as output:
-        examine_machine(output)
+        examine_machine(output, build)

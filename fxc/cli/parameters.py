@@ -19,6 +19,10 @@ Resume = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+KeepFloat = Annotated[
+    float | None,
+    typer.Option(help="Of the bytes saved, the share that faster floats may take again on a CPU: 0 to 1, 1 by default."),
+]
 Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 MaxMemory = Annotated[

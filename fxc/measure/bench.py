@@ -67,18 +67,21 @@ def entries_of(
     dtype: str = "auto",
     static_cache: bool = False,
     keep_compressed: bool = False,
+    keep_float: float | None = None,
 ) -> list[Entry]:
     """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and,
     with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it.
 
-    static_cache, keep_compressed: see `fxc.load`; of artifacts.
+    static_cache, keep_compressed, keep_float: see `fxc.load`; of artifacts.
     """
     name = Path(source).name if Path(source).is_dir() else source
     if kind_of(source) == "artifact":
         model = load(
-            source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed
-        )
+            source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed,
+            keep_float=keep_float,
+        )  # fmt: skip
         how = f"fxc {backend}" + ", static cache" * static_cache + ", kept compressed" * keep_compressed
+        how += "" if keep_float is None else f", keep_float={keep_float:g}"
         return [Entry(name, how, model, model.program, model.program.nbytes())]
     loaded = load_source(source, dtype=dtype, device=device)
     program = capture(loaded.model, loaded.example_inputs, check=False)

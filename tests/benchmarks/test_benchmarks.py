@@ -118,7 +118,7 @@ def test_only_contenders_that_agree_are_timed(result):
     assert timed == {"base": ["1", "2"], "same": ["1", "2"], "broken": [], "wrong": [], "nan": []}
     assert result["rows"]["base"]["1"]["speedup"] == 1.0
     assert result["rows"]["same"]["2"]["cosine"] == 1.0
-    assert result["left_out"]["gone"] == "absent: no_such_module_here"
+    assert result["left_out"]["gone"] == "not measured: no_such_module_here not installed"
     assert result["left_out"]["unbuilt"] == "failed: RuntimeError: it broke"
     assert result["left_out"]["broken at 2"] == "failed: RuntimeError: it broke"
     assert result["left_out"]["wrong at 1"] == "wrong: cosine 0.0000"
@@ -155,7 +155,7 @@ def test_tables_show_the_numbers_and_what_is_left_out(result):
     shown = table.markdown(report)
     assert "| same | 3.00  3.00x<br>2.00-4.00 |" in shown
     assert "| wrong | - | - | - |" in shown
-    assert "- gone: absent: no_such_module_here" in shown
+    assert "- gone: not measured: no_such_module_here not installed" in shown
     assert "- same runs its layers as: 3 dequantized, 1 int8" in shown
     assert torch.__version__ in shown
 
@@ -211,6 +211,18 @@ def test_a_fault_of_ours_is_the_exit_status_and_a_partial_run_leaves_the_results
     assert list(tmp_path.iterdir()) == []
     assert run_main(monkeypatch) == 1
     assert len(list(tmp_path.glob("models-*"))) == 2
+
+
+def test_peers_are_on_also_without_the_word(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "RESULTS", tmp_path)
+    for given, are_there in (("--peers", True), ("--no-peers", False)):
+        run_main(monkeypatch, given)
+        shown = capsys.readouterr().out
+        assert ("gone: not measured: no_such_module_here not installed" in shown) == are_there and "same" in shown
+    assert len(list(tmp_path.glob("models-*"))) == 2, "a run without them is not a full one"
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--help")
+    assert "what it does without the word" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
