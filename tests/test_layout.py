@@ -43,10 +43,10 @@ ALLOWED = {
     "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
     "captured export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
-    "compiler compiled",
-    "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
+    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
+    "compiler compiled report",
+    "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
     "compiled recipe compiler teaching measure kernel_bench report fxc",
     "fxc.__main__": "cli",

@@ -100,7 +100,27 @@ def race(
     device: str | None = None,
     on_round: Callable[[int], None] = lambda number: None,
 ) -> list[Row]:
-    """Time every entry at every size: in each round each is called in turn, every other round in reverse.
+    """`race_at` every batch with every length."""
+    pairs = [(batch, length) for batch in batches for length in (lengths if takes_lengths(entries[0].program) else [None])]
+    return race_at(entries, pairs, new=new, rounds=rounds, device=device, on_round=on_round)
+
+
+def takes_lengths(program: Program) -> bool:
+    """Whether it takes sequences, so that a size is a batch and a length, and not a batch alone."""
+    return any(has_length(node.meta["val"]) for node in program.placeholders)
+
+
+def race_at(
+    entries: Sequence[Entry],
+    sizes: Sequence[tuple[int, int | None]],
+    *,
+    new: int = 16,
+    rounds: int = 7,
+    device: str | None = None,
+    on_round: Callable[[int], None] = lambda number: None,
+) -> list[Row]:
+    """Time every entry at every size: in each round each is called in turn, every other round in reverse. sizes: batch and
+    length, None for a model that takes no sequences. The rows are in the order of sizes, then of entries.
 
     new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
     not take the same inputs or the sizes are not ones that a model takes.
@@ -111,16 +131,14 @@ def race(
         a, b = ([i.name for i in e.program.signature.inputs if not is_past(i.name)] for e in (first, entry))
         if a != b:
             raise UsageError(f"{entry.name} and {first.name} do not take the same inputs", why=f"{b} and {a}")
-    if min([*batches, *lengths, new, rounds]) < 1:
+    if min([*(n for size in sizes for n in size if n is not None), new, rounds]) < 1:
         raise UsageError("sizes, tokens and rounds must be at least 1")
-    sequences = any(has_length(p.meta["val"]) for p in first.program.placeholders)
     rows, calls = [], []
-    for batch in batches:
-        for seq in lengths if sequences else [None]:
-            tensors = _inputs(first, batch, seq, new, device)
-            for entry in entries:
-                rows.append(Row(entry, batch, seq))
-                calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
+    for batch, seq in sizes:
+        tensors = _inputs(first, batch, seq, new, device)
+        for entry in entries:
+            rows.append(Row(entry, batch, seq))
+            calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
     with torch.inference_mode():
         for call in calls:
             call()
