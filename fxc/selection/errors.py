@@ -1,0 +1,147 @@
+"""What each format costs each layer, in the norm of what the layer gives: from one pass over calibration data.
+
+    e = tr(D H D^T) / tr(W H W^T)       H = 2/n X^T X of what the layer reads, D what the format changes of its weight W
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxc.calibrate import runner
+from fxc.calibrate.hessian import Hessian, Squares
+from fxc.calibrate.levels import lost
+from fxc.calibrate.stages import Statistic
+from fxc.ir.names import layer_name, layer_read_by
+from fxc.passes.linears import PackLinears
+from fxc.progress import Track, untracked
+from fxc.schemes.ops import GROUPED_LINEAR
+from fxc.schemes.scheme import LINEAR
+from fxc.selection.formats import FLOAT, Format
+from fxc.selection.groups import Group, Space
+
+
+@dataclass
+class Errors:
+    """by_weight: constant -> format's number -> e, for the formats that take it; of_noise: constant -> e of the noise that
+    `noise` gives; unreached: layers that no sample reached, whose weights count alike in all directions."""
+
+    by_weight: dict[str, dict[int, float]] = field(default_factory=dict)
+    of_noise: dict[str, float] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
+
+
+def noise(name: str, weight: Tensor, size: float, seed: int) -> Tensor:
+    """Gaussian noise for the weight `name` [..., K], float32: in each row of `size` times the root of its mean square. The same
+    for the same name and seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
+    drawn = torch.randn(weight.shape, generator=generator).to(weight.device)
+    return drawn * (size * weight.float().square().mean(-1, keepdim=True).sqrt())
+
+
+def errors_of(
+    space: Space, samples: Sequence[Sequence[Tensor]], size: float, seed: int, track: Track = untracked
+) -> Errors:
+    """size: of the noise. The layers before one are as they came, whatever the format: what errors add up to is left to
+    be measured."""
+    program, found = space.base, Errors()
+    forms = {
+        weight: [number for number in space.sizes[at] if space.formats[number] != FLOAT]
+        for at, group in enumerate(space.groups)
+        for weight in group.weights
+    }
+    layers = [
+        node for node in program.graph.nodes
+        if node.target in (LINEAR, GROUPED_LINEAR) and node.args[1].op == "get_attr" and node.args[1].target in forms
+    ]  # fmt: skip
+
+    def compress(nodes: list[fx.Node], statistics: list[Statistic]) -> dict[str, Any]:
+        for weight in dict.fromkeys(node.args[1].target for node in nodes):
+            dense = program.constants[weight]
+            if not any(each.rows for each in statistics):
+                continue
+            found.of_noise[weight] = _lost(dense, dense.float() + noise(weight, dense, size, seed), statistics)
+            found.by_weight[weight] = {
+                number: _lost(dense, _made(space.formats[number], dense, statistics), statistics) for number in forms[weight]
+            }
+        return {}
+
+    runner.run(program, layers, samples, compress, track=track)
+    names = {node.args[1].target: layer_read_by(node) for node in layers}
+    for weight, numbers in forms.items():
+        if weight not in found.by_weight:
+            # A table that no layer is tied to, or a layer that nothing reached.
+            dense = program.constants[weight]
+            alike = [_Alike(dense.shape[-1])] * (len(dense) if dense.ndim == 3 else 1)
+            found.of_noise[weight] = _lost(dense, dense.float() + noise(weight, dense, size, seed), alike)
+            found.by_weight[weight] = {n: _lost(dense, _made(space.formats[n], dense, None), alike) for n in numbers}
+            found.unreached += [names.get(weight, layer_name(weight))] if weight in names else []
+    return found
+
+
+class _Alike:
+    """Stands for a statistic in which all directions count alike."""
+
+    def __init__(self, width: int) -> None:
+        self.rows, self.mean = 1, torch.ones(width)
+
+
+def _lost(weight: Tensor, made: Tensor, statistics: Sequence[Any]) -> float:
+    """e of a weight, or of experts [E, N, K] together, each by the rows that reached it."""
+    if weight.ndim == 2:
+        return lost(weight.float(), made, statistics[0].mean)
+    if weight.ndim == 4:
+        return lost(weight.float().flatten(1), made.flatten(1), torch.ones(weight[0].numel()))
+    from fxc.calibrate.levels import energy
+
+    off = whole = 0.0
+    for one, other, statistic in zip(weight.float(), made, statistics, strict=True):
+        if statistic.rows:
+            whole += statistic.rows * energy(one, statistic.mean)
+            off += statistic.rows * energy(other - one, statistic.mean)
+    return off / whole if whole > 0 else 0.0
+
+
+def _made(form: Format, weight: Tensor, statistics: Sequence[Statistic] | None) -> Tensor:
+    """The numbers that `weight` has in the format, float32. statistics: None where there is nothing to learn from."""
+    if weight.ndim == 3:
+        given = statistics or [None] * len(weight)
+        return torch.stack([_matrix(form, each, known) for each, known in zip(weight, given, strict=True)])
+    if weight.ndim == 4:
+        return _matrix(form, weight.flatten(1), None).view(weight.shape)
+    return _matrix(form, weight, statistics[0] if statistics else None)
+
+
+def _matrix(form: Format, weight: Tensor, statistic: Statistic | None) -> Tensor:
+    made = weight
+    for each in form.passes:
+        kind = each.statistic()
+        if kind is None or statistic is None or not statistic.rows or each.fits_data():
+            parts = each.pack(made)
+        elif kind is Squares or (isinstance(statistic, Hessian) and statistic.rows < weight.shape[-1]):
+            parts, _ = _lighter(each).learned(made, statistic.squares())
+        else:
+            parts, _ = _of_one_stream(each).learned(made, statistic)
+        made = each.scheme.dense(parts).to(weight.dtype)
+    return made.float()
+
+
+def _lighter(of: PackLinears) -> PackLinears:
+    option, _, value = of.lighter.partition("=")
+    return replace(of, **{option: value})
+
+
+def _of_one_stream(of: PackLinears) -> PackLinears:
+    """What of `of` one pass over the model as it was can tell: of algorithms that also make up for the layers before, gptq."""
+    return replace(of, algorithm="gptq") if getattr(of.statistic()(1), "cross", None) is not None else of
+
+
+def group_errors(group: Group, errors: Errors, weights: dict[str, float]) -> dict[int, float]:
+    """The loss that each format is predicted to cost a group: the sum over its weights of e, each times its own weight."""
+    forms = set.intersection(*(set(errors.by_weight[each]) for each in group.weights))
+    return {n: sum(weights[each] * errors.by_weight[each][n] for each in group.weights) for n in sorted(forms)}

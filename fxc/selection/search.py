@@ -1,0 +1,427 @@
+"""fxc search: which compression for which layers, under budgets, predicted and then measured.
+
+Each layer's error in each format comes from one calibration pass (`errors`), how much it matters from a few runs with noise
+(`influence`), and the sum over layers is the predicted loss. An integer program chooses (`knapsack`), and what it chooses is
+compiled and measured (`trials`) beside every uniform choice that fits and might be better; then formats of a group or two are
+exchanged for as long as that is measured to be better. What was measured decides, and what was predicted stands beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import Tensor, nn
+
+from fxc.captured import Captured, capture_source
+from fxc.compiled.model import CompiledModel
+from fxc.compiler import samples_of
+from fxc.data.calibration import held_out
+from fxc.errors import UsageError, VerificationFailed
+from fxc.measure.contenders import Contender, Size
+from fxc.measure.quality import Evaluation, Quality, evaluation_of
+from fxc.neutral import one_at_a_time
+from fxc.options import Keywords, Options
+from fxc.progress import Say, Track, unsaid, untracked
+from fxc.recipe import recipe_text
+from fxc.selection.budget import Budget, parse_budget
+from fxc.selection.errors import errors_of, group_errors
+from fxc.selection.formats import Format, parse_formats, recipe_of
+from fxc.selection.groups import Space, space_of
+from fxc.selection.influence import SIZE, influence
+from fxc.selection.knapsack import Costs, solve, total
+from fxc.selection.trials import Plan, Trial, Trials
+
+TRIALS = 24
+AGREES = 0.8
+"""The rank correlation of predicted and measured losses below which the prediction is said to be of little use."""
+_BEST = 3
+"""So many of the best by prediction are measured, ..."""
+_HOPELESS = 2.0
+"""... and of uniform choices those whose predicted loss is not more than so many times what is needed."""
+_PATIENCE = 4
+_ADJUSTMENTS = 5
+_MOVES = 64
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    model: the best that fits, as `fxc compile --recipe` makes it; recipe: the text of that file; best: its trial; trials: all
+    that were measured, in order; correlation: the rank correlation of predicted and measured losses, None of fewer than three;
+    quality: of the original; left: layers that stay float in every format, and why; unmeasured: uniform choices that were
+    predicted to be hopeless.
+    """
+
+    model: CompiledModel
+    recipe: str
+    best: Trial
+    trials: list[Trial]
+    budget: Budget
+    quality: Quality
+    original_bytes: int
+    correlation: float | None
+    space: Space
+    predictions: list[Mapping[int, Costs]] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        forms = self.space.formats
+        groups = [
+            {"layers": group.layers, "format": str(forms[number]) if (number := self._chosen(at)) is not None else None,
+             "options": {str(forms[n]): dict(costs) for n, costs in self.predictions[at].items()}}
+            for at, group in enumerate(self.space.groups)
+        ]  # fmt: skip
+        return {
+            "budget": str(self.budget), "optimised": self.budget.optimised, "original_bytes": self.original_bytes,
+            "original_quality": self.quality.as_json(), "recipe": self.recipe, "best": self.best.as_json(),
+            "rank_correlation": self.correlation, "trials": [each.as_json() for each in self.trials],
+            "unmeasured": self.unmeasured, "groups": groups, "left_float": self.space.left,
+        }  # fmt: skip
+
+    def _chosen(self, at: int) -> int | None:
+        return None if self.best.plan.choice is None else self.best.plan.choice[at]
+
+
+@one_at_a_time
+def search(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    budget: str | Budget,
+    eval: Any = None,
+    eval_samples: int | None = None,
+    formats: str | Iterable[str] | None = None,
+    sizes: str | Sequence[Size] = (),
+    trials: int = TRIALS,
+    **options: Unpack[Keywords],
+) -> Found:
+    """The best compression of `model` within `budget`, as "size=0.4x,latency=0.6x,quality=1%" (see `Budget`): of quality, size
+    and latency the first that has no budget is made as good as it can be, and quality where all have one.
+
+    model, example_inputs, options: as of `fxc.optimize`; `calib` is what formats learn from, and `seed` is of the noise too.
+    eval: data that quality is measured on, as `calib`, with labels where it has some; None: made up. eval_samples: at most so
+    many of it. formats: what layers may become, as "int8;int4:group=32:algorithm=gptq" (default:
+    `fxc.selection.formats.DEFAULTS`). sizes: "1x128,8x512", where latency has a budget. trials: how many compilations are
+    measured at most.
+
+    Raises what `fxc.optimize` raises, and `VerificationFailed` where nothing meets the budget, with what is nearest.
+    """
+    chosen = checked(Options("", **options))
+    wanted = parse_budget(budget) if isinstance(budget, str) else budget
+    known = parse_formats(formats)
+    captured = capture_source(model, example_inputs, chosen)
+    evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed)
+    return search_of(captured, chosen, wanted, evaluation, known, trials=trials)
+
+
+def checked(options: Options) -> Options:
+    """Raises `UsageError` for options that no search has."""
+    if options.calib is None:
+        raise UsageError("formats learn from data", where="calib", hint="--calib FILE, in Python calib=...")
+    options.check()
+    if not isinstance(options.calib, (str, Path, Tensor, Mapping)):
+        return replace(options, calib=list(options.calib))
+    return options
+
+
+def search_of(
+    captured: Captured,
+    options: Options,
+    budget: Budget,
+    evaluation: Evaluation,
+    formats: Sequence[Format],
+    *,
+    original: Contender | None = None,
+    sizes: Sequence[Size] = (),
+    trials: int = TRIALS,
+    folder: Path | None = None,
+    track: Track = untracked,
+    say: Say = unsaid,
+) -> Found:
+    """`search` of what is captured already. original: what latencies are shares of; folder: where artifacts may be written to be
+    weighed."""
+    if trials < 1:
+        raise UsageError(f"{trials} trials find nothing", where="trials", hint="8 or more")
+    space = space_of(captured.program, formats, options.skip)
+    if not space.groups:
+        why = "; ".join(f"{layer}: {reason}" for layer, reason in list(space.left.items())[:3]) or "it has no layers"
+        raise UsageError("no format takes any layer of the model", why=why, hint="--formats")
+    learned, _ = held_out(samples_of(captured, options, track))
+    errors = errors_of(space, learned, SIZE, options.seed, track)
+    weights = influence(space.base, errors, learned, options.seed, track)
+    predictions: list[Mapping[int, Costs]] = []
+    for group, nbytes in zip(space.groups, space.sizes, strict=True):
+        known = {0: 0.0} | group_errors(group, errors, weights)
+        predictions.append({n: {"size": float(nbytes[n]), "loss": max(known[n], 0.0)} for n in nbytes})
+    measured = Trials(
+        captured, options, evaluation, trials, original=original, sizes=sizes, folder=folder, say=say
+    )
+    return _Search(captured, options, budget, space, predictions, measured).run()
+
+
+class _Search:
+    def __init__(
+        self, captured: Captured, options: Options, budget: Budget, space: Space, predictions: list[Mapping[int, Costs]],
+        trials: Trials,
+    ) -> None:  # fmt: skip
+        self.captured, self.options, self.budget, self.space = captured, options, budget, space
+        self.predictions, self.trials = predictions, trials
+        self.most_bytes = budget.most_bytes(captured.nbytes)
+        self.best: tuple[Trial, CompiledModel] | None = None
+        self.unmeasured: list[str] = []
+        self._tried: dict[tuple[int, ...], Trial] = {}
+
+    def run(self) -> Found:
+        self._check_possible()
+        self._first()
+        self._uniform()
+        self._next_best()
+        self._exchange()
+        self._other_algorithm()
+        if self.best is None:
+            raise self._missed()
+        trial, model = self.best
+        options = self.options
+        recipe = recipe_text(trial.plan.recipe, options.skip, options.dtype, _amounts(options))
+        return Found(
+            model, recipe, trial, self.trials.done, self.budget, self.trials.quality, self.captured.nbytes, self.correlation(),
+            self.space, self.predictions, self.unmeasured,
+        )  # fmt: skip
+
+    # What is predicted
+
+    @property
+    def scale(self) -> float:
+        """What is measured for each unit of what is predicted: least squares over the trials."""
+        pairs = [(t.plan.predicted, t.loss) for t in self._predicted() if t.plan.predicted > 0 and t.loss > 0]
+        if not pairs:
+            return 1.0
+        return sum(p * m for p, m in pairs) / sum(p * p for p, _ in pairs)
+
+    def correlation(self) -> float | None:
+        """Of the ranks of predicted and measured losses."""
+        from scipy.stats import spearmanr
+
+        pairs = [(t.plan.predicted, t.loss) for t in self._predicted()]
+        if len({p for p, _ in pairs}) < 3 or len({m for _, m in pairs}) < 2:
+            return None
+        return float(spearmanr(*zip(*pairs)).statistic)
+
+    def _predicted(self) -> list[Trial]:
+        return [t for t in self.trials.done if t.failed is None and t.plan.predicted is not None]
+
+    def _loss(self, choice: Sequence[int]) -> float:
+        return total(self.predictions, choice, "loss")
+
+    def _bytes(self, choice: Sequence[int]) -> int:
+        """On disk."""
+        return self.space.nbytes(choice) + self.trials.overhead
+
+    def _solved(self, loss: float = math.inf, unlike: Sequence[Sequence[int]] = (), differing: int = 1) -> list[int] | None:
+        """The best choice by prediction. loss: at most so much."""
+        limits = {"size": self.most_bytes - self.space.fixed - self.trials.overhead, "loss": loss}
+        return solve(self.predictions, self._minimised, limits, unlike, differing)
+
+    @property
+    def _minimised(self) -> str:
+        return "loss" if self.budget.optimised == "quality" else "size"
+
+    @property
+    def _most_loss(self) -> float:
+        """That prediction may say, by what was measured so far."""
+        return math.inf if self.budget.quality is None else self.budget.quality / self.scale
+
+    # What is measured
+
+    def _measure(self, choice: Sequence[int], kind: str, name: str | None = None) -> Trial | None:
+        """The trial of a choice, None where no more are left."""
+        at = tuple(choice)
+        if at in self._tried:
+            return self._tried[at]
+        if not self.trials.left:
+            return None
+        plan = Plan(self._passes(at), name or self._named(at), kind, at, self._loss(at))
+        self._tried[at] = trial = self._run(plan)
+        return trial
+
+    def _run(self, plan: Plan) -> Trial:
+        trial, model = self.trials.run(plan)
+        if model is not None and not trial.misses(self.budget, self.captured.nbytes) and (
+            self.best is None or trial.value(self.budget.optimised) < self.best[0].value(self.budget.optimised)
+        ):
+            self.best = trial, model
+        return trial
+
+    def _passes(self, choice: Sequence[int]) -> tuple[Any, ...]:
+        layers = [
+            [name for at, group in enumerate(self.space.groups) if choice[at] == number for name in group.layers]
+            for number in range(len(self.space.formats))
+        ]
+        tables = frozenset().union(*(group.tables for group in self.space.groups))
+        others = [*layers[0], *self.space.left]
+        return tuple(recipe_of(self.space.formats[1:], layers[1:], tables, others))
+
+    def _named(self, choice: Sequence[int]) -> str:
+        count = {n: choice.count(n) for n in sorted(set(choice))}
+        return "; ".join(f"{self.space.formats[n]} in {c} of {len(choice)} groups" for n, c in count.items())
+
+    # The steps
+
+    def _check_possible(self) -> None:
+        """Raises `VerificationFailed` where the smallest choice is too large."""
+        smallest = [min(sizes, key=sizes.__getitem__) for sizes in self.space.sizes]
+        if (least := self._bytes(smallest)) > self.most_bytes:
+            raise VerificationFailed(
+                f"nothing is as small as {self.budget} asks", where="size",
+                why=f"the smallest is {_size(least, self.captured.nbytes)}: {self._named(smallest)}; "
+                f"at most {_size(self.most_bytes, self.captured.nbytes)} is asked for",
+                hint="a larger size, formats of fewer bits (--formats), or prune the model first",
+            )  # fmt: skip
+
+    def _first(self) -> None:
+        """The best by prediction, and of a budget of quality where on the scale of predictions it lies."""
+        limit = self._most_loss
+        for _ in range(_ADJUSTMENTS):
+            choice = self._solved(limit)
+            if choice is None or tuple(choice) in self._tried:
+                break
+            trial = self._measure(choice, "predicted")
+            if trial is None or trial.failed is not None:
+                break
+            missed = trial.misses(self.budget, self.captured.nbytes)
+            if "size" in missed:
+                continue  # how much there is on disk besides constants is known better now
+            if self.budget.quality is None or trial.loss <= 0:
+                break
+            # At most by half or twice as much, for one measurement is not all.
+            limit = trial.plan.predicted * min(max(self.budget.quality / trial.loss, 0.5), 2.0)
+
+    def _uniform(self) -> None:
+        """Every choice of one format for all layers, and one for tables, that may be better than the best so far."""
+        groups = self.space.groups
+        tables = [at for at, group in enumerate(groups) if group.tables]
+        numbers = range(len(self.space.formats))
+        found: dict[tuple[int, ...], str] = {}
+        for form, table in itertools.product(numbers, numbers if tables else [0]):
+            choice = [
+                wanted if (wanted := table if at in tables else form) in sizes else 0
+                for at, sizes in enumerate(self.space.sizes)
+            ]
+            named = f"{self.space.formats[form]}" + (f", tables {self.space.formats[table]}" if tables else "")
+            found.setdefault(tuple(choice), named)
+        fitting = [each for each in found if self._bytes(each) <= self.most_bytes and each not in self._tried]
+        for choice in sorted(fitting, key=lambda each: (self._loss(each), self._bytes(each))):
+            if self._cannot_be_better(choice):
+                self.unmeasured.append(found[choice])
+            elif self._measure(choice, "uniform", found[choice]) is None:
+                self.unmeasured.append(found[choice])
+
+    def _cannot_be_better(self, choice: tuple[int, ...]) -> bool:
+        """Whether a uniform choice is larger than the best, where size counts, or was predicted to lose far too much."""
+        if self.budget.optimised == "size" and self.best and self._bytes(choice) > self.best[0].disk_bytes:
+            return True
+        needed = self._most_loss
+        if self.budget.optimised == "quality" and self.best:
+            needed = min(needed, max(self.best[0].loss / self.scale, self.best[0].plan.predicted or 0.0))
+        return self._loss(choice) > _HOPELESS * needed
+
+    def _next_best(self) -> None:
+        differing = max(1, len(self.space.groups) // 10)
+        known: list[list[int]] = []
+        for _ in range(_BEST):
+            choice = self._solved(self._most_loss, known, differing)
+            if choice is None or self._measure(choice, "predicted") is None:
+                return
+            known.append(choice)
+
+    def _exchange(self) -> None:
+        """Exchange formats of one group or two of the best, for as long as that is better than it was."""
+        fails = 0
+        # One trial is kept for the other algorithm.
+        while self.best and self.best[0].plan.choice and fails < _PATIENCE and self.trials.left > 1:
+            before = self.best[0]
+            choice = self._neighbour(before)
+            if choice is None:
+                return
+            self._measure(choice, "swapped")
+            fails = 0 if self.best[0] is not before else fails + 1
+
+    def _neighbour(self, of: Trial) -> tuple[int, ...] | None:
+        """The untried choice that differs from that of a trial in one group or two, keeps within the budgets by what is known,
+        and is the best by prediction."""
+        known = of.plan.choice
+        moves = [
+            (at, number, costs["loss"] - self.predictions[at][known[at]]["loss"],
+             costs["size"] - self.predictions[at][known[at]]["size"])
+            for at, options in enumerate(self.predictions) for number, costs in options.items() if number != known[at]
+        ]  # fmt: skip
+        better = sorted((m for m in moves if m[2] < 0), key=lambda m: m[2] / max(m[3], 1.0))[:_MOVES]
+        smaller = sorted((m for m in moves if m[3] < 0), key=lambda m: m[2] / -m[3])[:_MOVES]
+        room = self.most_bytes - of.disk_bytes
+        slack = math.inf if self.budget.quality is None else self.budget.quality - of.loss
+        best: tuple[float, tuple[int, ...]] | None = None
+        pairs = ((a, b) for a in better for b in smaller if a[0] != b[0])
+        for some in itertools.chain(((m,) for m in better + smaller), pairs):
+            loss, nbytes = sum(m[2] for m in some), sum(m[3] for m in some)
+            if nbytes > room or self.scale * loss > slack or (self._minimised == "size" and nbytes >= 0):
+                continue
+            value = loss if self._minimised == "loss" else nbytes
+            if best is not None and value >= best[0]:
+                continue
+            other = list(known)
+            for at, number, *_ in some:
+                other[at] = number
+            if tuple(other) not in self._tried:
+                best = value, tuple(other)
+        return None if best is None else best[1]
+
+    def _other_algorithm(self) -> None:
+        """gptq makes up for its own rounding, qronos for that of the layers before as well, which no prediction knows."""
+        if not self.best or not self.trials.left:
+            return
+        plan = self.best[0].plan
+        passes = tuple(
+            replace(each, algorithm="qronos") if getattr(each, "algorithm", None) == "gptq" else each for each in plan.passes
+        )
+        if passes != plan.passes:
+            self._run(replace(plan, passes=passes, name=f"{plan.name}; by qronos", kind="qronos", predicted=None))
+
+    def _missed(self) -> VerificationFailed:
+        known = [each for each in self.trials.done if each.failed is None]
+        if not known:
+            failed = self.trials.done[0].failed if self.trials.done else "no trial was made"
+            return VerificationFailed("nothing that was tried could be compiled", why=failed, hint="--formats, --skip")
+        nearest = min(known, key=lambda t: max(t.misses(self.budget, self.captured.nbytes).values()))
+        missing = ", ".join(_missing(nearest, name, self.budget, self.captured.nbytes)
+                            for name in nearest.misses(self.budget, self.captured.nbytes))  # fmt: skip
+        return VerificationFailed(
+            f"nothing that was measured meets {self.budget}",
+            why=f"the nearest of {len(known)} is {nearest.plan.name}; it has {missing}",
+            hint="a larger budget for that, more --trials, or other --formats; nothing was written",
+        )
+
+
+def _missing(trial: Trial, name: str, budget: Budget, original: int) -> str:
+    if name == "size":
+        return f"a size of {_size(trial.disk_bytes, original)} and not {_size(budget.most_bytes(original), original)}"
+    if name == "latency":
+        where = max(trial.latencies, key=trial.latencies.__getitem__)
+        return f"a latency of {trial.slowest:.3f}x at {where} and not {budget.latency:g}x"
+    return f"a loss of {trial.loss:.2%} and not {budget.quality:.2%}"
+
+
+def _size(nbytes: float, original: int) -> str:
+    return f"{nbytes / 1e6:.2f} MB ({nbytes / original:.3f}x)"
+
+
+def _amounts(options: Options) -> dict[str, int]:
+    """What of the data is read, where that is not as usual."""
+    usual = Options("")
+    given = {name: getattr(options, name) for name in ("calib_samples", "calib_length")}
+    return {name: value for name, value in given.items() if value != getattr(usual, name)}
