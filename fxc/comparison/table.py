@@ -35,7 +35,7 @@ def body(comparison: Comparison) -> list[list[str]]:
             f"{size(row.measured.disk_bytes)} ({row.measured.disk_bytes / max(first.measured.disk_bytes, 1):.2f})",
             size(row.measured.held_bytes),
             *(_latency(latency_of(row, each), latency_of(first, each)) for each in comparison.columns),
-            quality_text(row),
+            quality_text(row, is_first=row is first),
         ]
         for row in comparison.measured
     ]
@@ -46,15 +46,17 @@ def _latency(found: Latency, first: Latency) -> str:
     return f"{found.median:.2f} ± {(high - low) / 2:.2f} ({1 / found.share_of(first):.2f}x)"
 
 
-def quality_text(row: Row) -> str:
-    """The value, and by how much it is worse than the first row's, with the standard error of that."""
+def quality_text(row: Row, *, is_first: bool) -> str:
+    """The value, of the first row with its standard error, of others with how far from the first row's it is, and the standard
+    error of that."""
     quality, (loss, error) = row.measured.quality, row.loss
-    spread = quality.error
     if quality.kind == "perplexity":
-        return f"{quality.value:.3f} ({loss:+.2%}{_pm(error, '.2%')})"
+        return f"{quality.value:.3f}" + (_pm(quality.error, ".3f") if is_first else f" ({loss:+.2%}{_pm(error, '.2%')})")
     if quality.kind == "accuracy":
-        return f"{quality.value:.2%} ({-100 * loss:+.2f}{_pm(None if error is None else 100 * error, '.2f')} points)"
-    return f"{quality.value:.4f}{_pm(spread, '.4f')}"
+        points = [None if each is None else 100 * each for each in (quality.error, -loss, error)]
+        change = _pm(points[0], ".2f") if is_first else f" ({points[1]:+.2f}{_pm(points[2], '.2f')})"
+        return f"{100 * quality.value:.2f} %{change}"
+    return f"{quality.value:.4f}{_pm(quality.error, '.4f')}"
 
 
 def _pm(error: float | None, form: str) -> str:
@@ -80,8 +82,8 @@ def explanation(comparison: Comparison) -> str:
     quality = first.measured.quality
     found = ", found beside the model" if comparison.found else ""
     spread = {
-        "perplexity": "with its relative rise ± the standard error of paired windows",
-        "accuracy": "with its change ± the standard error of paired samples",
+        "perplexity": "± its standard error in the first row, then its relative rise ± the standard error of paired windows",
+        "accuracy": "± its standard error in the first row, then its change in points ± the standard error of paired samples",
     }.get(quality.kind, "± its standard error")
     return (
         "on disk: what makes the model run, and as a share of the first row; loaded: weights as this machine holds them; "
