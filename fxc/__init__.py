@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxc.comparison.compare import compare
     from fxc.compiled.model import CompiledModel
     from fxc.compiler import load, optimize
     from fxc.errors import FxcError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "distill", "load", "optimize", "recover",
+    "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "compare", "distill", "load", "optimize", "recover",
     "sensitivity",
 ]  # fmt: skip
 
@@ -34,6 +35,7 @@ _HOMES = {
     "Pass": "fxc.passes.base",
     "Program": "fxc.ir.program",
     "capture": "fxc.frontend.capture",
+    "compare": "fxc.comparison.compare",
     "distill": "fxc.teaching",
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",

@@ -121,7 +121,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
         model = copy.deepcopy(model).to(wanted)
         example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
     borrowed = model is given
-    model, part = _part_of(model, options.part)
+    model, part = part_of(model, options.part)
     program = capture(model, example_inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     nbytes = read if part else nbytes
@@ -140,7 +140,7 @@ def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captu
 
 def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured:
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model, part = _part_of(loaded.model, options.part)
+    model, part = part_of(loaded.model, options.part)
     program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
@@ -187,7 +187,7 @@ _NEGLIGIBLE = 0.01
 LANGUAGE_MODEL = "language_model"
 
 
-def _part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
+def part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
     """The module `part` of `model`, and its full name. A language model within another one is that model, called with text
     alone: its head is outside of it."""
     if part is None or (part == LANGUAGE_MODEL and hasattr(model, "generate")):

@@ -20,6 +20,7 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
+from fxc.progress import Track, untracked
 from fxc.source.load import kind_of, load_source
 
 _CALLS = 3
@@ -98,11 +99,11 @@ def race(
     new: int = 16,
     rounds: int = 7,
     device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[Row]:
     """`race_at` every batch with every length."""
     pairs = [(batch, length) for batch in batches for length in (lengths if takes_lengths(entries[0].program) else [None])]
-    return race_at(entries, pairs, new=new, rounds=rounds, device=device, on_round=on_round)
+    return race_at(entries, pairs, new=new, rounds=rounds, device=device, track=track)
 
 
 def takes_lengths(program: Program) -> bool:
@@ -117,7 +118,7 @@ def race_at(
     new: int = 16,
     rounds: int = 7,
     device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[Row]:
     """Time every entry at every size: in each round each is called in turn, every other round in reverse. sizes: batch and
     length, None for a model that takes no sequences. The rows are in the order of sizes, then of entries.
@@ -142,12 +143,11 @@ def race_at(
     with torch.inference_mode():
         for call in calls:
             call()
-        for number in range(rounds):
+        for number in track(range(rounds), f"timing {len(entries)} models in turns", rounds):
             order = range(len(rows)) if number % 2 == 0 else reversed(range(len(rows)))
             for i in order:
                 for phase, spent in calls[i]().items():
                     rows[i].milliseconds.setdefault(phase, []).append(spent * 1e3)
-            on_round(number)
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxc.captured import Captured
+from fxc.captured import Captured, part_of
 from fxc.compiled.model import CompiledModel
 from fxc.compiler import load
 from fxc.errors import UsageError
@@ -103,11 +103,12 @@ class Measured:
 
 def original_contender(
     source: str, captured: Captured, *, dtype: str = "auto", device: str | None = None, revision: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, part: str | None = None,
 ) -> Contender:  # fmt: skip
     """A source that is no artifact as it comes: its own code in eager mode. disk_bytes: of its weights, as they came."""
     loaded = load_source(source, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
-    entry = Entry("original", "torch eager", loaded.model, captured.program, captured.program.nbytes())
+    module, _ = part_of(loaded.model, part)
+    entry = Entry("original", "torch eager", module, captured.program, captured.program.nbytes())
     return Contender(entry, captured.nbytes)
 
 
@@ -168,11 +169,11 @@ def sizes_for(program: Program, given: Sequence[Size] = (), longest: int | None 
 
 def timed(
     contenders: Sequence[Contender], sizes: Sequence[Size], *, new: int = NEW, rounds: int = ROUNDS, device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[list[Latency]]:  # fmt: skip
     """The latencies of each contender, all taken in turns: in each round each is called once at each size, every other round in
     reverse."""
-    rows = race_at([each.entry for each in contenders], sizes, new=new, rounds=rounds, device=device, on_round=on_round)
+    rows = race_at([each.entry for each in contenders], sizes, new=new, rounds=rounds, device=device, track=track)
     return [_latencies(rows[place :: len(contenders)]) for place in range(len(contenders))]
 
 
@@ -185,7 +186,7 @@ def measure(
     rounds: int = ROUNDS, device: str | None = None, track: Track = untracked,
 ) -> list[Measured]:  # fmt: skip
     """All numbers of each contender; without an evaluation no quality."""
-    latencies = timed(contenders, sizes, new=new, rounds=rounds, device=device)
+    latencies = timed(contenders, sizes, new=new, rounds=rounds, device=device, track=track)
     return [
         Measured(
             each.name, each.entry.how, each.disk_bytes, each.held_bytes, spent,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from fxc.data.samples import drawn
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
+from fxc.ir.digest import digest_of
 from fxc.ir.next_token import counted, losses_of
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -85,6 +87,19 @@ class Quality:
     def as_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "value": self.value, "standard_error": self.error, "count": self.count, "of": self.of}
 
+    def whole(self) -> dict[str, Any]:
+        """All of it, as JSON from which `from_whole` makes it again."""
+        return {"kind": self.kind, "of": self.of, "totals": self.totals, "counts": self.counts}
+
+    @classmethod
+    def from_whole(cls, found: Any) -> Quality | None:
+        """What `whole` gave; None for anything else."""
+        try:
+            made = cls(found["kind"], found["of"], list(map(float, found["totals"])), list(map(int, found["counts"])))
+        except (TypeError, KeyError, ValueError):
+            return None
+        return made if made.count and len(made.totals) == len(made.counts) else None
+
 
 def _standard_error(totals: Sequence[float], counts: Sequence[int]) -> float | None:
     """Of the ratio of the sums, over units that were drawn: the linearised error of a ratio estimator."""
@@ -109,6 +124,13 @@ class Evaluation:
         self._program, self._samples, self._tokens, self._window, self._limit = program, samples, tokens, window, limit
         self._output = next((i for i, n in enumerate(program.results) if n.meta["val"].dtype.is_floating_point), None)
         self._expected: list[Tensor] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that `measure` depends on besides the model."""
+        tensors = [t for sample in self._samples for t in sample] + list(self._samples.labels or [])
+        tensors += [] if self._tokens is None else [self._tokens]
+        return digest_of(tensors, f"{self.kind} {self._window} {self._limit} {len(self._samples)}")
 
     def measure(self, model: nn.Module, track: Track = untracked) -> Quality:
         """Of the original itself or of what was made of it (a `CompiledModel`). Raises `VerificationFailed` where it gives
