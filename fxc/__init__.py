@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from fxc.measure.sensitivity import sensitivity
     from fxc.options import Options
     from fxc.passes.base import Pass
+    from fxc.selection.search import search
     from fxc.teaching import distill, recover
 
 __version__ = "0.1.0"
 __all__ = [
     "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "compare", "distill", "load", "optimize", "recover",
-    "sensitivity",
+    "search", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",
     "recover": "fxc.teaching",
+    "search": "fxc.selection.search",
     "sensitivity": "fxc.measure.sensitivity",
 }
 

@@ -46,11 +46,13 @@ ALLOWED = {
     "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled report",
+    "fxc.selection": "errors neutral progress ir schemes source data frontend calibrate passes pipeline lower options captured "
+    "recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure kernel_bench report fxc",
+    "compiled recipe compiler teaching measure selection kernel_bench report fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

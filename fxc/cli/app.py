@@ -285,6 +285,53 @@ def compare(
 
 
 @app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    budget: Annotated[
+        str, typer.Option(help="size=0.4x (or 4.1MB), latency=0.6x, quality=1%: any of them, with commas between.")
+    ],
+    calib: Annotated[Path, typer.Option(help="Data to learn from: as of 'fxc compile'.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact to write; the recipe is OUT.toml beside it.")],
+    data: Annotated[
+        Path | None, typer.Option("--eval", help="Data to measure quality on: as --calib, also with labels; else made up.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Where latency is measured: batch x length, as in 1x128,8x512, or batches, as in 1,8.")
+    ] = "",
+    formats: Annotated[
+        str | None, typer.Option(help="What layers may become, as in 'int8;int4:group=32:algorithm=gptq'; else a good set.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Compile and measure at most so many.")] = 24,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Use at most so many samples of --eval; 200 windows of a text, 1000 others by default.")
+    ] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of all that passes draw at random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there, with what is beside it.")] = False,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find which compression is best for which layers, within budgets of size, latency and quality."""
+    from fxc.cli.search import search_model
+
+    options = {
+        "budget": budget, "calib": calib, "eval": data, "sizes": sizes, "formats": formats, "trials": trials,
+        "eval_samples": eval_samples, "calib_samples": calib_samples, "calib_length": calib_length, "skip": skip, "seed": seed,
+        "backend": backend, "device": checked_device(device), "dtype": checked_dtype(dtype), "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    with output_for(as_json) as output:
+        search_model(output, model, out, overwrite, given)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,

@@ -1,4 +1,4 @@
-"""A program in float64, or float32: what rounding does not hide there is what was computed, by a pass or by the model itself."""
+"""A program in float64 or float32: what rounding does not hide there is what was computed, by a pass or by the model itself."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def in_float64(program: Program, *, typed: bool = False) -> Program | None:
 
 
 def in_float32(program: Program) -> Program | None:
-    """A copy that computes in float32 what it does in less, over the same constants where they are of no smaller type; None when
-    it would be too large or when weights are quantized."""
+    """A copy that computes in float32 what it does in less, over the same constants where they are of no smaller type; None
+    when it would be too large or when weights are quantized."""
     if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
     return _in(program, _SINGLE) if 4 * program.numel() <= _LIMIT else None

@@ -33,6 +33,11 @@ class Budget:
         have one."""
         return next((name for name in ("quality", "size", "latency") if getattr(self, name) is None), "quality")
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether latency counts."""
+        return self.latency is not None or self.optimised == "latency"
+
     def most_bytes(self, original: int) -> float:
         """Of a model with so many bytes; infinite without a budget of size."""
         if self.size is None:
@@ -62,7 +67,7 @@ def parse_budget(text: str) -> Budget:
             raise UsageError(f"{name} is given twice", where="budget", hint=_HINT)
         if number == 0 and name != "quality":
             raise UsageError(f"nothing has a {name} of zero", where="budget", hint=_HINT)
-        given[name] = number / 100 if unit == "%" else number * _UNITS.get(unit, 1.0)
+        given[name] = number / 100 if unit == "%" else round(number * _UNITS[unit]) if unit in _UNITS else number
         if unit in _UNITS:
             given["in_bytes"] = True
     return Budget(**given)

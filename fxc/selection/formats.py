@@ -17,8 +17,8 @@ DEFAULTS = (
     "int4:group=64:algorithm=gptq", "int4:group=128:algorithm=gptq", "int4:bits=3:group=32:algorithm=gptq",
     "int4:bits=3:group=128:algorithm=gptq", "int4:bits=2:group=32:algorithm=gptq",
 )  # fmt: skip
-"""What groups may become besides float, where nobody says otherwise. Not grid, which takes the bytes of gptq and loses more, nor
-2:4, which in 4 bits takes those of 3 bits and loses several times as much."""
+"""What groups may become besides float, where nobody says otherwise. Not grid, which takes the bytes of gptq and loses more,
+nor 2:4, which in 4 bits takes those of 3 bits and loses several times as much."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ FLOAT = Format()
 
 
 def parse_format(text: str) -> Format:
-    """Raises `UsageError` for passes that are no formats of layers, or that are for some of them already. Tables are packed like
-    layers where the pass can do that."""
+    """Raises `UsageError` for passes that are no formats of layers, or that are for some of them already. Tables are packed
+    like layers where the pass can do that."""
     passes = parse_passes(text)
     for each in passes:
         if not isinstance(each, PackLinears):

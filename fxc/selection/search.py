@@ -9,6 +9,7 @@ exchanged for as long as that is measured to be better. What was measured decide
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,8 @@ from fxc.compiled.model import CompiledModel
 from fxc.compiler import samples_of
 from fxc.data.calibration import held_out
 from fxc.errors import UsageError, VerificationFailed
-from fxc.measure.contenders import Contender, Size
+from fxc.measure.bench import Entry
+from fxc.measure.contenders import Contender, Size, artifact, compiled, original_contender, sizes_for, sizes_of
 from fxc.measure.quality import Evaluation, Quality, evaluation_of
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
@@ -34,7 +36,9 @@ from fxc.selection.formats import Format, parse_formats, recipe_of
 from fxc.selection.groups import Space, space_of
 from fxc.selection.influence import SIZE, influence
 from fxc.selection.knapsack import Costs, solve, total
+from fxc.selection.times import rows_of, times_of
 from fxc.selection.trials import Plan, Trial, Trials
+from fxc.source.load import kind_of
 
 TRIALS = 24
 AGREES = 0.8
@@ -43,6 +47,7 @@ _BEST = 3
 """So many of the best by prediction are measured, ..."""
 _HOPELESS = 2.0
 """... and of uniform choices those whose predicted loss is not more than so many times what is needed."""
+_AT_LEAST = 3
 _PATIENCE = 4
 _ADJUSTMENTS = 5
 _MOVES = 64
@@ -70,6 +75,17 @@ class Found:
     predictions: list[Mapping[int, Costs]] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
 
+    def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write the artifact `out` and beside it the recipe, `out`.toml, and all that was predicted and measured,
+        `out`.search.json: the paths of these two. Raises what `CompiledModel.save` raises, and `UsageError` where such a file
+        is there and `overwrite` is not set."""
+        beside = files_beside(out)
+        check_free(beside, overwrite)
+        self.model.save(out, overwrite=overwrite, source=self.model.source)
+        beside[0].write_text(self.recipe, encoding="utf-8")
+        beside[1].write_text(json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        return beside
+
     def as_json(self) -> dict[str, Any]:
         forms = self.space.formats
         groups = [
@@ -88,6 +104,18 @@ class Found:
         return None if self.best.plan.choice is None else self.best.plan.choice[at]
 
 
+def files_beside(out: str | Path) -> list[Path]:
+    """The recipe and the record of a search, beside its artifact."""
+    path = Path(out)
+    return [path.with_name(f"{path.name}{suffix}") for suffix in (".toml", ".search.json")]
+
+
+def check_free(files: Iterable[Path], overwrite: bool) -> None:
+    """Raises `UsageError` for a file that is there and would be lost."""
+    if not overwrite and (there := [path for path in files if path.exists()]):
+        raise UsageError("there is a file already", where=there[0], hint="--overwrite, or another name")
+
+
 @one_at_a_time
 def search(
     model: nn.Module | str | Path,
@@ -99,6 +127,8 @@ def search(
     formats: str | Iterable[str] | None = None,
     sizes: str | Sequence[Size] = (),
     trials: int = TRIALS,
+    track: Track = untracked,
+    say: Say = unsaid,
     **options: Unpack[Keywords],
 ) -> Found:
     """The best compression of `model` within `budget`, as "size=0.4x,latency=0.6x,quality=1%" (see `Budget`): of quality, size
@@ -115,9 +145,33 @@ def search(
     chosen = checked(Options("", **options))
     wanted = parse_budget(budget) if isinstance(budget, str) else budget
     known = parse_formats(formats)
+    at = sizes_of(sizes) if isinstance(sizes, str) and sizes else list(sizes)
+    if at and not wanted.is_timed:
+        raise UsageError("latency has no budget, and is not measured", where="sizes", hint="latency=0.6x, or no sizes")
+    if trials < 1:
+        raise UsageError(f"{trials} trials find nothing", where="trials", hint="8 or more")
+    say("capturing the model ...")
     captured = capture_source(model, example_inputs, chosen)
-    evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed)
-    return search_of(captured, chosen, wanted, evaluation, known, trials=trials)
+    evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed, track=track)
+    original = _original(model, captured, chosen) if wanted.is_timed else None
+    return search_of(
+        captured, chosen, wanted, evaluation, known, original=original, sizes=sizes_for(captured.program, at), trials=trials,
+        track=track, say=say,
+    )  # fmt: skip
+
+
+def _original(model: nn.Module | str | Path, captured: Captured, options: Options) -> Contender:
+    """What latencies are shares of: the model as it comes."""
+    if isinstance(model, CompiledModel):
+        return compiled("original", model, captured.nbytes)
+    if isinstance(model, nn.Module):
+        return Contender(Entry("original", "torch eager", model, captured.program, captured.nbytes), captured.nbytes)
+    if kind_of(str(model)) == "artifact":
+        return artifact("original", model, backend=options.backend or "eager", device=options.device)
+    return original_contender(
+        str(model), captured, dtype=str(options.dtype).removeprefix("torch."), device=options.device,
+        revision=options.revision, trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
 
 
 def checked(options: Options) -> Options:
@@ -144,15 +198,14 @@ def search_of(
     track: Track = untracked,
     say: Say = unsaid,
 ) -> Found:
-    """`search` of what is captured already. original: what latencies are shares of; folder: where artifacts may be written to be
-    weighed."""
-    if trials < 1:
-        raise UsageError(f"{trials} trials find nothing", where="trials", hint="8 or more")
+    """`search` of what is captured already. original: what latencies are shares of; folder: where artifacts may be written to
+    be weighed."""
     space = space_of(captured.program, formats, options.skip)
     if not space.groups:
         why = "; ".join(f"{layer}: {reason}" for layer, reason in list(space.left.items())[:3]) or "it has no layers"
         raise UsageError("no format takes any layer of the model", why=why, hint="--formats")
-    learned, _ = held_out(samples_of(captured, options, track))
+    samples = samples_of(captured, options, track)
+    learned, _ = held_out(samples)
     errors = errors_of(space, learned, SIZE, options.seed, track)
     weights = influence(space.base, errors, learned, options.seed, track)
     predictions: list[Mapping[int, Costs]] = []
@@ -160,9 +213,24 @@ def search_of(
         known = {0: 0.0} | group_errors(group, errors, weights)
         predictions.append({n: {"size": float(nbytes[n]), "loss": max(known[n], 0.0)} for n in nbytes})
     measured = Trials(
-        captured, options, evaluation, trials, original=original, sizes=sizes, folder=folder, say=say
+        captured, options, samples, evaluation, trials, original=original, sizes=sizes, folder=folder, say=say
     )
+    if original is not None:
+        times = times_of(space, rows_of(captured.program, sizes), options.device, options.backend, track)
+        predictions = [_with_times(each, known, measured.seconds) for each, known in zip(predictions, times, strict=True)]
     return _Search(captured, options, budget, space, predictions, measured).run()
+
+
+def _with_times(
+    options: Mapping[int, Costs], times: Mapping[int, Mapping[str, float]], original: Mapping[str, float]
+) -> dict[int, Costs]:
+    """The options of a group with what they take more than float does, in shares of the original's latency by phase, and as
+    "latency" the mean of these."""
+    found = {}
+    for number, costs in options.items():
+        more = {p: (times[number][p] - times[0][p]) / whole if times else 0.0 for p, whole in original.items()}
+        found[number] = {**costs, **more, "latency": sum(more.values()) / len(more)}
+    return found
 
 
 class _Search:
@@ -172,6 +240,7 @@ class _Search:
     ) -> None:  # fmt: skip
         self.captured, self.options, self.budget, self.space = captured, options, budget, space
         self.predictions, self.trials = predictions, trials
+        self._worthwhile = [_undominated(each) for each in predictions]
         self.most_bytes = budget.most_bytes(captured.nbytes)
         self.best: tuple[Trial, CompiledModel] | None = None
         self.unmeasured: list[str] = []
@@ -226,11 +295,21 @@ class _Search:
     def _solved(self, loss: float = math.inf, unlike: Sequence[Sequence[int]] = (), differing: int = 1) -> list[int] | None:
         """The best choice by prediction. loss: at most so much."""
         limits = {"size": self.most_bytes - self.space.fixed - self.trials.overhead, "loss": loss}
-        return solve(self.predictions, self._minimised, limits, unlike, differing)
+        if self.budget.latency is not None:
+            limits |= {phase: self.budget.latency - share - self._slower(phase) for phase, share in self.trials.plain.items()}
+        return solve(self._worthwhile, self._minimised, limits, unlike, differing)
+
+    def _slower(self, phase: str) -> float:
+        """By how much, in shares of the original's latency, what was measured was slower than predicted, in the mean."""
+        off = [
+            t.latencies[phase] - self.trials.plain[phase] - total(self.predictions, t.plan.choice, phase)
+            for t in self._predicted() if t.plan.choice is not None
+        ]  # fmt: skip
+        return sum(off) / len(off) if off else 0.0
 
     @property
     def _minimised(self) -> str:
-        return "loss" if self.budget.optimised == "quality" else "size"
+        return "loss" if self.budget.optimised == "quality" else self.budget.optimised
 
     @property
     def _most_loss(self) -> float:
@@ -308,7 +387,8 @@ class _Search:
         tables = [at for at, group in enumerate(groups) if group.tables]
         numbers = range(len(self.space.formats))
         found: dict[tuple[int, ...], str] = {}
-        for form, table in itertools.product(numbers, numbers if tables else [0]):
+        int8 = [n for n in numbers if str(self.space.formats[n]).startswith("int8")][:1]
+        for form, table in ((f, t) for f in numbers for t in (dict.fromkeys([0, f, *int8]) if tables else [0])):
             choice = [
                 wanted if (wanted := table if at in tables else form) in sizes else 0
                 for at, sizes in enumerate(self.space.sizes)
@@ -316,10 +396,14 @@ class _Search:
             named = f"{self.space.formats[form]}" + (f", tables {self.space.formats[table]}" if tables else "")
             found.setdefault(tuple(choice), named)
         fitting = [each for each in found if self._bytes(each) <= self.most_bytes and each not in self._tried]
+        measured = 0
         for choice in sorted(fitting, key=lambda each: (self._loss(each), self._bytes(each))):
-            if self._cannot_be_better(choice):
+            # A few are measured in any case, so that what is predicted is seen to hold for more than the best.
+            if measured >= _AT_LEAST and self._cannot_be_better(choice):
                 self.unmeasured.append(found[choice])
-            elif self._measure(choice, "uniform", found[choice]) is None:
+                continue
+            measured += 1
+            if self._measure(choice, "uniform", found[choice]) is None:
                 self.unmeasured.append(found[choice])
 
     def _cannot_be_better(self, choice: tuple[int, ...]) -> bool:
@@ -355,24 +439,30 @@ class _Search:
     def _neighbour(self, of: Trial) -> tuple[int, ...] | None:
         """The untried choice that differs from that of a trial in one group or two, keeps within the budgets by what is known,
         and is the best by prediction."""
-        known = of.plan.choice
-        moves = [
-            (at, number, costs["loss"] - self.predictions[at][known[at]]["loss"],
-             costs["size"] - self.predictions[at][known[at]]["size"])
-            for at, options in enumerate(self.predictions) for number, costs in options.items() if number != known[at]
-        ]  # fmt: skip
-        better = sorted((m for m in moves if m[2] < 0), key=lambda m: m[2] / max(m[3], 1.0))[:_MOVES]
-        smaller = sorted((m for m in moves if m[3] < 0), key=lambda m: m[2] / -m[3])[:_MOVES]
-        room = self.most_bytes - of.disk_bytes
-        slack = math.inf if self.budget.quality is None else self.budget.quality - of.loss
+        known, aim = of.plan.choice, self._minimised
+        room = {"size": self.most_bytes - of.disk_bytes}
+        if self.budget.quality is not None:
+            room["loss"] = (self.budget.quality - of.loss) / self.scale
+        if self.budget.latency is not None:
+            room |= {phase: self.budget.latency - share for phase, share in of.latencies.items()}
+        room = {name: left for name, left in room.items() if left != math.inf}
+        usual = {name: max(sum(max(abs(c[name]) for c in each.values()) for each in self._worthwhile), 1e-30) for name in room}
+        moves: list[tuple[int, int, dict[str, float], float]] = []
+        for at, options in enumerate(self._worthwhile):
+            now = self.predictions[at][known[at]]
+            for number, costs in options.items():
+                if number != known[at]:
+                    more = {name: costs[name] - now[name] for name in {*room, aim}}
+                    moves.append((at, number, more, sum(more[name] / usual[name] for name in room)))
+        helps = sorted((m for m in moves if m[2][aim] < 0), key=lambda m: m[2][aim] / max(m[3], 1e-9))[:_MOVES]
+        pays = sorted((m for m in moves if m[2][aim] >= 0 and m[3] < 0), key=lambda m: m[2][aim] / -m[3])[:_MOVES]
         best: tuple[float, tuple[int, ...]] | None = None
-        pairs = ((a, b) for a in better for b in smaller if a[0] != b[0])
-        for some in itertools.chain(((m,) for m in better + smaller), pairs):
-            loss, nbytes = sum(m[2] for m in some), sum(m[3] for m in some)
-            if nbytes > room or self.scale * loss > slack or (self._minimised == "size" and nbytes >= 0):
-                continue
-            value = loss if self._minimised == "loss" else nbytes
+        pairs = ((a, b) for a in helps for b in pays if a[0] != b[0])
+        for some in itertools.chain(((m,) for m in helps + pays), pairs):
+            value = sum(m[2][aim] for m in some)
             if best is not None and value >= best[0]:
+                continue
+            if any(sum(m[2][name] for m in some) > left for name, left in room.items()) or (aim == "size" and value >= 0):
                 continue
             other = list(known)
             for at, number, *_ in some:
@@ -405,6 +495,18 @@ class _Search:
             why=f"the nearest of {len(known)} is {nearest.plan.name}; it has {missing}",
             hint="a larger budget for that, more --trials, or other --formats; nothing was written",
         )
+
+
+def _undominated(options: Mapping[int, Costs]) -> dict[int, Costs]:
+    """Without those that another is as good as in everything; of equals the first stays."""
+    kept: dict[int, Costs] = {}
+    for number, costs in options.items():
+        others = [each for n, each in options.items() if n != number]
+        if not any(
+            all(each[k] <= costs[k] for k in costs) and (each != costs or each in kept.values()) for each in others
+        ):
+            kept[number] = costs
+    return kept
 
 
 def _missing(trial: Trial, name: str, budget: Budget, original: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from fxc.captured import Captured
 from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.compiler import compile_captured
+from fxc.data.labels import Samples
 from fxc.errors import UsageError, VerificationFailed
 from fxc.measure.contenders import Contender, Size, compiled, timed
 from fxc.measure.quality import Evaluation, Quality
@@ -80,32 +81,38 @@ class Trial:
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.plan.name, "kind": self.plan.kind, "passes": self.plan.recipe, "predicted": self.plan.predicted,
-            "loss": self.loss, "standard_error": self.error, "weights_bytes": self.nbytes, "disk_bytes": self.disk_bytes,
-            "latency": self.latencies, "failed": self.failed,
+            "loss": None if self.failed else self.loss, "standard_error": self.error, "weights_bytes": self.nbytes,
+            "disk_bytes": self.disk_bytes, "latency": self.latencies, "failed": self.failed,
         }  # fmt: skip
 
 
 class Trials:
     """Compiles and measures plans, at most `most`, each once. done: those so far.
 
-    Quality is measured with every layer in its compressed form (`keep_compressed`), so that it does not depend on which form was
-    faster when it was loaded.
+    Quality is measured with every layer in its compressed form (`keep_compressed`), so that it does not depend on which form
+    was faster when it was loaded.
     """
 
     def __init__(
-        self, captured: Captured, options: Options, evaluation: Evaluation, most: int, *, original: Contender | None = None,
-        sizes: Sequence[Size] = (), folder: Path | None = None, say: Say = unsaid,
+        self, captured: Captured, options: Options, samples: Samples, evaluation: Evaluation, most: int, *,
+        original: Contender | None = None, sizes: Sequence[Size] = (), folder: Path | None = None, say: Say = unsaid,
     ) -> None:  # fmt: skip
-        """options: as the recipe will be compiled with, but its passes; original: what latencies are shares of, at `sizes`;
-        None: latency is not measured; folder: in which artifacts are written to be weighed, and removed."""
-        self.captured, self.options, self.evaluation, self.most = captured, options, evaluation, most
+        """options: as the recipe will be compiled with, but its passes; samples: what `options.calib` is; original: what
+        latencies are shares of, at `sizes`; None: latency is not measured; folder: in which artifacts are written to be
+        weighed, and removed."""
+        self.captured, self.options, self.samples = captured, options, samples
+        self.evaluation, self.most = evaluation, most
         self.original, self.sizes, self.folder, self.say = original, sizes, folder, say
         self.done: list[Trial] = []
+        self.seconds: dict[str, float] = {}
+        """Of the original, as it was measured last."""
         self._began = time.monotonic()
-        plain = compile_captured(captured, _with(options, (), learns=False))
+        plain = compile_captured(captured, replace(options, passes=(), calib=None))
         self.quality: Quality = evaluation.measure(plain)
         self.overhead = self._weighed(plain) - plain.program.nbytes()
         """Bytes on disk beyond those of constants, the most that was seen."""
+        self.plain = self._timed(plain, 0) if original else {}
+        """Latencies of the model as fxc runs it with nothing done to it, shares of the original's."""
 
     @property
     def left(self) -> int:
@@ -118,7 +125,9 @@ class Trials:
         self.say(f"trial {len(self.done) + 1} of at most {self.most}{left}: {plan.kind}, {plan.name}")
         began = time.monotonic()
         try:
-            model = compile_captured(self.captured, _with(self.options, plan.passes))
+            model = compile_captured(
+                self.captured, replace(self.options, passes=plan.passes), read={"calib": self.samples}
+            )
             packed = compiled_model(
                 model.program, model.record, config=model.config, device=self.options.device, backend=self.options.backend,
                 keep_compressed=True,
@@ -143,8 +152,5 @@ class Trials:
     def _timed(self, model: CompiledModel, disk: int) -> dict[str, float]:
         """In turns with the original, so that what else the machine does hits both."""
         baseline, ours = timed([self.original, compiled("", model, disk)], self.sizes, device=self.options.device)
+        self.seconds = {f"{b.size} {b.phase}": b.median / 1e3 for b in baseline}
         return {f"{b.size} {b.phase}": each.share_of(b) for b, each in zip(baseline, ours, strict=True)}
-
-
-def _with(options: Options, passes: tuple[Pass, ...], learns: bool = True) -> Options:
-    return replace(options, passes=passes, calib=options.calib if learns else None)
