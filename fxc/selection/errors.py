@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxc.calibrate import runner
 from fxc.calibrate.hessian import Hessian, Squares
-from fxc.calibrate.levels import lost
+from fxc.calibrate.levels import energy, lost
 from fxc.calibrate.stages import Statistic
 from fxc.ir.names import layer_name, layer_read_by
 from fxc.passes.linears import PackLinears
@@ -29,7 +29,8 @@ from fxc.selection.groups import Group, Space
 @dataclass
 class Errors:
     """by_weight: constant -> format's number -> e, for the formats that take it; of_noise: constant -> e of the noise that
-    `noise` gives; unreached: layers that no sample reached, whose weights count alike in all directions."""
+    `noise` gives; unreached: layers that no sample reached. Of their weights, of tables and of convolutions all directions
+    count alike; what rounding activations costs is in none."""
 
     by_weight: dict[str, dict[int, float]] = field(default_factory=dict)
     of_noise: dict[str, float] = field(default_factory=dict)
@@ -37,11 +38,12 @@ class Errors:
 
 
 def noise(name: str, weight: Tensor, size: float, seed: int) -> Tensor:
-    """Gaussian noise for the weight `name` [..., K], float32: in each row of `size` times the root of its mean square. The same
-    for the same name and seed."""
+    """Gaussian noise for the weight `name` [..., K], float32: in each row (of a convolution: output channel) of `size` times
+    the root of its mean square. The same for the same name and seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
     drawn = torch.randn(weight.shape, generator=generator).to(weight.device)
-    return drawn * (size * weight.float().square().mean(-1, keepdim=True).sqrt())
+    row = (1, 2, 3) if weight.ndim == 4 else -1
+    return drawn * (size * weight.float().square().mean(row, keepdim=True).sqrt())
 
 
 def errors_of(
@@ -77,7 +79,8 @@ def errors_of(
         if weight not in found.by_weight:
             # A table that no layer is tied to, or a layer that nothing reached.
             dense = program.constants[weight]
-            alike = [_Alike(dense.shape[-1])] * (len(dense) if dense.ndim == 3 else 1)
+            width = dense[0].numel() if dense.ndim == 4 else dense.shape[-1]
+            alike = [_Alike(width)] * (len(dense) if dense.ndim == 3 else 1)
             found.of_noise[weight] = _lost(dense, dense.float() + noise(weight, dense, size, seed), alike)
             found.by_weight[weight] = {n: _lost(dense, _made(space.formats[n], dense, None), alike) for n in numbers}
             found.unreached += [names.get(weight, layer_name(weight))] if weight in names else []
@@ -96,9 +99,7 @@ def _lost(weight: Tensor, made: Tensor, statistics: Sequence[Any]) -> float:
     if weight.ndim == 2:
         return lost(weight.float(), made, statistics[0].mean)
     if weight.ndim == 4:
-        return lost(weight.float().flatten(1), made.flatten(1), torch.ones(weight[0].numel()))
-    from fxc.calibrate.levels import energy
-
+        return lost(weight.float().flatten(1), made.flatten(1), statistics[0].mean)
     off = whole = 0.0
     for one, other, statistic in zip(weight.float(), made, statistics, strict=True):
         if statistic.rows:

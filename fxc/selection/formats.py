@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from fxc.errors import UsageError
+from fxc.ir.program import Program
 from fxc.passes.base import Pass, parse_passes
 from fxc.passes.linears import PackLinears
 from fxc.passes.patterns import matches
 from fxc.passes.tables import PackTables
+from fxc.schemes import int8
 
 DEFAULTS = (
     "int8:mode=weight_only", "int8", "int4:group=32", "int4:group=128", "int4:group=32:algorithm=gptq",
@@ -19,6 +21,8 @@ DEFAULTS = (
 )  # fmt: skip
 """What groups may become besides float, where nobody says otherwise. Not grid, which takes the bytes of gptq and loses more,
 nor 2:4, which in 4 bits takes those of 3 bits and loses several times as much."""
+
+CONVOLUTIONS = "int8:mode=static"
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,19 @@ def parse_format(text: str) -> Format:
     return Format(tuple(_with_tables(each) for each in passes))
 
 
-def parse_formats(text: str | Iterable[str] | None) -> list[Format]:
-    """float, and those in `text`, between semicolons, or in several texts; `DEFAULTS` for None."""
-    texts = DEFAULTS if text is None else text.split(";") if isinstance(text, str) else text
+def parse_formats(text: str | Iterable[str] | None, program: Program | None = None) -> list[Format]:
+    """float, and those in `text`, between semicolons, or in several texts; None: `DEFAULTS`, and for a program with
+    convolutions that which takes them."""
+    usual = (*DEFAULTS, CONVOLUTIONS) if program is not None and _convolves(program) else DEFAULTS
+    texts = usual if text is None else text.split(";") if isinstance(text, str) else text
     found = [parse_format(each) for each in texts if each.strip()]
     if not found:
         raise UsageError("there is no format to choose from", where="formats", hint="as in 'int8;int4:group=32:algorithm=gptq'")
     return [FLOAT, *dict.fromkeys(found)]
+
+
+def _convolves(program: Program) -> bool:
+    return bool(program.graph.find_nodes(op="call_function", target=int8.CONV2D))
 
 
 def _with_tables(of: PackLinears) -> PackLinears:
@@ -69,17 +79,21 @@ def _without_tables(of: Pass) -> Pass:
 
 
 def recipe_of(
-    formats: Sequence[Format], layers: Sequence[Sequence[str]], tables: frozenset[str], others: Sequence[str]
+    formats: Sequence[Format],
+    layers: Sequence[Sequence[str]],
+    tables: frozenset[str],
+    floats: Sequence[str] = (),
+    left: Sequence[str] = (),
 ) -> list[Pass]:
-    """The passes that make each of `formats` for its `layers`, and of nothing else: those that do so as they are for all layers
-    stay short. tables: which of all layers are looked up; others: layers that are float, by choice or because no format takes
-    them and its refusal is of no matter here."""
+    """The passes that make each of `formats` for its `layers`, and of nothing else; one for all layers names none. tables: which
+    of all layers are looked up; floats: layers that are float by choice; left: those that no format takes."""
     made: list[Pass] = []
-    every = [name for some in layers for name in some] + list(others)
+    chosen = [name for some in layers for name in some] + list(floats)
+    every = [*chosen, *left]
     for form, names in zip(formats, layers, strict=True):
         if not names:
             continue
-        only = "" if len(names) == len(every) else ";".join(_pattern(name, every) for name in names)
+        only = "" if len(names) == len(chosen) else ";".join(_pattern(name, every) for name in names)
         for each in form.passes:
             own = each if tables & set(names) else _without_tables(each)
             made.append(replace(own, only=only))

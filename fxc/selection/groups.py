@@ -114,7 +114,7 @@ def space_of(
     for number, (made, _) in planned.items():
         nbytes, _ = _bytes_by(made, owner)
         for at, group in enumerate(found):
-            if not refused[number].intersection(group.layers) - left:
+            if at in nbytes and not refused[number].intersection(group.layers) - left:
                 sizes[at][number] = nbytes[at]
     chosen = [at for at, group in enumerate(found) if set(group.layers) - left]
     fixed += sum(plain[at] for at in range(len(found)) if at not in chosen)
@@ -129,7 +129,8 @@ def _planned(
     """`program` with every layer in the format, on meta, and why which layers are not."""
     meta = program.copy()
     meta.constants = {name: tensor.to("meta") for name, tensor in meta.constants.items()}
-    passes = (*form.passes, *after)
+    # What scales are moved needs data, and bytes do not depend on it.
+    passes = (*(replace(each, smooth=False) if hasattr(each, "smooth") else each for each in form.passes), *after)
     options = Options(passes or (Canonicalize(),), verify=False, allow_noop=True, skip=tuple(skip))
     made, steps = run_passes(meta, Context(skip=tuple(skip)), options)
     return made, {refusal.fqn: refusal.reason for step in steps for refusal in step.refusals}

@@ -28,6 +28,7 @@ from fxc.measure.contenders import Contender, Size, artifact, compiled, original
 from fxc.measure.quality import Evaluation, Quality, evaluation_of
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
+from fxc.passes.base import parse_passes
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.recipe import recipe_text
 from fxc.selection.budget import Budget, parse_budget
@@ -43,6 +44,9 @@ from fxc.source.load import kind_of
 TRIALS = 24
 AGREES = 0.8
 """The rank correlation of predicted and measured losses below which the prediction is said to be of little use."""
+PRUNED = ("prune:budget=0.02:round_to=32", "prune:budget=0.1:round_to=32", "prune:layers=0.2")
+"""What is tried of pruning: as much as costs so much of the loss, in channels that groups of 32 divide; and a fifth of the
+layers."""
 _BEST = 3
 """So many of the best by prediction are measured, ..."""
 _HOPELESS = 2.0
@@ -144,7 +148,7 @@ def search(
     """
     chosen = checked(Options("", **options))
     wanted = parse_budget(budget) if isinstance(budget, str) else budget
-    known = parse_formats(formats)
+    parse_formats(formats)
     at = sizes_of(sizes) if isinstance(sizes, str) and sizes else list(sizes)
     if at and not wanted.is_timed:
         raise UsageError("latency has no budget, and is not measured", where="sizes", hint="latency=0.6x, or no sizes")
@@ -155,8 +159,8 @@ def search(
     evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed, track=track)
     original = _original(model, captured, chosen) if wanted.is_timed else None
     return search_of(
-        captured, chosen, wanted, evaluation, known, original=original, sizes=sizes_for(captured.program, at), trials=trials,
-        track=track, say=say,
+        captured, chosen, wanted, evaluation, parse_formats(formats, captured.program), original=original,
+        sizes=sizes_for(captured.program, at), trials=trials, track=track, say=say,
     )  # fmt: skip
 
 
@@ -253,6 +257,7 @@ class _Search:
         self._next_best()
         self._exchange()
         self._other_algorithm()
+        self._pruned()
         if self.best is None:
             raise self._missed()
         trial, model = self.best
@@ -274,11 +279,16 @@ class _Search:
         return sum(p * m for p, m in pairs) / sum(p * p for p, _ in pairs)
 
     def correlation(self) -> float | None:
-        """Of the ranks of predicted and measured losses."""
+        """Of the ranks of predicted and measured losses, where what lies within a standard error of each other is a tie."""
         from scipy.stats import spearmanr
 
-        pairs = [(t.plan.predicted, t.loss) for t in self._predicted()]
-        if len({p for p, _ in pairs}) < 3 or len({m for _, m in pairs}) < 2:
+        known = self._predicted()
+        errors = sorted(t.error for t in known if t.error)
+        step = errors[len(errors) // 2] if errors else 0.0
+        pairs = [(self.scale * t.plan.predicted, t.loss) for t in known]
+        if step:
+            pairs = [(round(predicted / step), round(loss / step)) for predicted, loss in pairs]
+        if len(pairs) < 3 or min(len(set(each)) for each in zip(*pairs)) < 2:
             return None
         return float(spearmanr(*zip(*pairs)).statistic)
 
@@ -343,8 +353,7 @@ class _Search:
             for number in range(len(self.space.formats))
         ]
         tables = frozenset().union(*(group.tables for group in self.space.groups))
-        others = [*layers[0], *self.space.left]
-        return tuple(recipe_of(self.space.formats[1:], layers[1:], tables, others))
+        return tuple(recipe_of(self.space.formats[1:], layers[1:], tables, layers[0], list(self.space.left)))
 
     def _named(self, choice: Sequence[int]) -> str:
         count = {n: choice.count(n) for n in sorted(set(choice))}
@@ -399,17 +408,19 @@ class _Search:
         measured = 0
         for choice in sorted(fitting, key=lambda each: (self._loss(each), self._bytes(each))):
             # A few are measured in any case, so that what is predicted is seen to hold for more than the best.
-            if measured >= _AT_LEAST and self._cannot_be_better(choice):
+            if self._is_larger(choice) or (measured >= _AT_LEAST and self._is_hopeless(choice)):
                 self.unmeasured.append(found[choice])
                 continue
             measured += 1
             if self._measure(choice, "uniform", found[choice]) is None:
                 self.unmeasured.append(found[choice])
 
-    def _cannot_be_better(self, choice: tuple[int, ...]) -> bool:
-        """Whether a uniform choice is larger than the best, where size counts, or was predicted to lose far too much."""
-        if self.budget.optimised == "size" and self.best and self._bytes(choice) > self.best[0].disk_bytes:
-            return True
+    def _is_larger(self, choice: tuple[int, ...]) -> bool:
+        """Whether it cannot be the smallest."""
+        return self.budget.optimised == "size" and self.best is not None and self.space.nbytes(choice) > self.best[0].nbytes
+
+    def _is_hopeless(self, choice: tuple[int, ...]) -> bool:
+        """Whether it was predicted to lose far too much."""
         needed = self._most_loss
         if self.budget.optimised == "quality" and self.best:
             needed = min(needed, max(self.best[0].loss / self.scale, self.best[0].plan.predicted or 0.0))
@@ -427,8 +438,9 @@ class _Search:
     def _exchange(self) -> None:
         """Exchange formats of one group or two of the best, for as long as that is better than it was."""
         fails = 0
-        # One trial is kept for the other algorithm.
-        while self.best and self.best[0].plan.choice and fails < _PATIENCE and self.trials.left > 1:
+        # Trials are kept for what comes after.
+        kept = 1 + (len(PRUNED) if self.budget.is_timed else 0)
+        while self.best and self.best[0].plan.choice and fails < _PATIENCE and self.trials.left > kept:
             before = self.best[0]
             choice = self._neighbour(before)
             if choice is None:
@@ -482,12 +494,26 @@ class _Search:
         if passes != plan.passes:
             self._run(replace(plan, passes=passes, name=f"{plan.name}; by qronos", kind="qronos", predicted=None))
 
-    def _missed(self) -> VerificationFailed:
+    def _pruned(self) -> None:
+        """Heads, channels and layers less, in front of the best or of what is nearest, where latency counts or nothing fits
+        yet: what that costs does not add up, and is measured. Without training, fewer bits save the same bytes for less."""
+        if self.best and not self.budget.is_timed:
+            return
+        plan = self.best[0].plan if self.best else getattr(self._nearest(), "plan", None)
+        for text in PRUNED if plan else ():
+            if self.trials.left:
+                passes = (*parse_passes(text), *plan.passes)
+                self._run(replace(plan, passes=passes, name=f"{text}; {plan.name}", kind="pruned", predicted=None))
+
+    def _nearest(self) -> Trial | None:
         known = [each for each in self.trials.done if each.failed is None]
-        if not known:
+        return min(known, key=lambda t: max(t.misses(self.budget, self.captured.nbytes).values(), default=0), default=None)
+
+    def _missed(self) -> VerificationFailed:
+        nearest, known = self._nearest(), [each for each in self.trials.done if each.failed is None]
+        if nearest is None:
             failed = self.trials.done[0].failed if self.trials.done else "no trial was made"
             return VerificationFailed("nothing that was tried could be compiled", why=failed, hint="--formats, --skip")
-        nearest = min(known, key=lambda t: max(t.misses(self.budget, self.captured.nbytes).values()))
         missing = ", ".join(_missing(nearest, name, self.budget, self.captured.nbytes)
                             for name in nearest.misses(self.budget, self.captured.nbytes))  # fmt: skip
         return VerificationFailed(

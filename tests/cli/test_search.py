@@ -19,7 +19,7 @@ def test_what_is_found_is_written_and_compiled_again_to_the_same_bytes(folder, t
         "-o", tmp_path / "again")  # fmt: skip
     files = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
     assert len(files) > 3 and all((out / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in files)
-    assert "already" in fxc(*given, "--budget", "size=0.6x", "-o", out, code=2).stderr
+    assert "exists" in fxc(*given, "--budget", "size=0.6x", "-o", out, code=2).stderr
     found = fxc_json(*given, "--budget", "size=0.6x", "-o", out, "--overwrite")
     assert found["recipe"] == record["recipe"] and found["out"] == str(out)
 

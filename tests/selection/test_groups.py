@@ -29,7 +29,7 @@ def test_a_format_is_offered_where_it_takes_all_of_a_group(space):
 def passes_of(space, choice):
     layers = [[n for at, g in enumerate(space.groups) if choice[at] == f for n in g.layers] for f in range(len(space.formats))]
     tables = frozenset().union(*(group.tables for group in space.groups))
-    return recipe_of(space.formats[1:], layers[1:], tables, [*layers[0], *space.left])
+    return recipe_of(space.formats[1:], layers[1:], tables, layers[0], list(space.left))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,7 +50,7 @@ def test_bytes_are_those_of_what_is_compiled(captured, space, data, seed):
 
 def test_one_format_for_all_layers_needs_no_names():
     both = parse_format("int8:mode=weight_only"), parse_format("sparse24,int4:group=32")
-    made = recipe_of(both, [["a", "b"], []], frozenset({"a"}), [])
+    made = recipe_of(both, [["a", "b"], []], frozenset({"a"}), left=["c"])
     assert [str(each) for each in made] == ["int8:mode=weight_only:embeddings=int8"]
     made = recipe_of(both, [["a"], ["b.a", "c"]], frozenset({"a"}), ["a.d"])
     assert [str(each) for each in made] == [
