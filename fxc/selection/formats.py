@@ -85,8 +85,8 @@ def recipe_of(
     floats: Sequence[str] = (),
     left: Sequence[str] = (),
 ) -> list[Pass]:
-    """The passes that make each of `formats` for its `layers`, and of nothing else; one for all layers names none. tables: which
-    of all layers are looked up; floats: layers that are float by choice; left: those that no format takes."""
+    """The passes that make each of `formats` for its `layers`, and of nothing else; one for all layers names none. tables:
+    which of all layers are looked up; floats: layers that are float by choice; left: those that no format takes."""
     made: list[Pass] = []
     chosen = [name for some in layers for name in some] + list(floats)
     every = [*chosen, *left]
