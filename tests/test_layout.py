@@ -47,10 +47,12 @@ ALLOWED = {
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
+    "fxc.comparison": "errors progress memory recipe ir source data calibrate passes artifact lower options captured compiled "
+    "compiler report measure kernel_bench",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure kernel_bench report fxc",
+    "compiled recipe compiler teaching measure kernel_bench report comparison fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 
