@@ -193,7 +193,7 @@ class _Timing:
         for each in made:
             passes = [str(p) for p in each.strategy.passes]
             if each.quality is None:
-                rows.append(Row(each.strategy.text, passes, why_not=each.why_not))
+                rows.append(Row(each.strategy.text, passes, why_not=each.why_not, reused=each.reused))
                 continue
             contender, numbers = next(measured)
             forms = dict(Counter(layer.op for layer in contender.entry.model.layers))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fxc.artifact.manifest import replaceable
+from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
 from fxc.captured import Captured
 from fxc.comparison.folder import Folder
@@ -116,20 +118,21 @@ class Maker:
         return [self.evaluation.digest, self.request.backend, str(self.request.options.device or "cpu")]
 
     def _make(self, strategy: Strategy, slug: str, key: dict[str, Any]) -> Made:
-        """Compile it, write its artifact and measure its quality; or why that cannot be."""
+        """Compile it, write its artifact and measure its quality; or why not. Raises what is wrong with the folder."""
         began = time.perf_counter()
         path = self.folder.artifact(slug)
+        check_target(path, self.request.folder, replaceable)
         # From now on what is there under this name is this strategy's.
         self.folder.write(slug, {"key": key})
         try:
             model = self._compiled(strategy, slug)
-            model.save(path, overwrite=path.is_dir(), source=self.request.folder)
         except ResourceError as error:
             # Later there may be what is missing.
             return Made(strategy, slug, why_not=error.as_json())
         except FxcError as error:
             self.folder.write(slug, {"key": key, "why_not": error.as_json()})
             return Made(strategy, slug, why_not=error.as_json())
+        model.save(path, overwrite=True, source=self.request.folder)
         remove(self.folder.resume(slug))
         made = Made(strategy, slug, self.folder.hash_of(slug), seconds=round(time.perf_counter() - began, 3))
         self.folder.write(slug, {"key": key, "hash": made.hash, "seconds": made.seconds})

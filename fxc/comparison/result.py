@@ -29,7 +29,9 @@ class Row:
     runs_as: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = {"strategy": self.strategy, "passes": self.passes, "why_not": self.why_not}
+        content: dict[str, Any] = {
+            "strategy": self.strategy, "passes": self.passes, "why_not": self.why_not, "reused": self.reused,
+        }  # fmt: skip
         if self.measured is not None:
             loss, error = self.loss or (None, None)
             content |= {
@@ -37,7 +39,7 @@ class Row:
                 "disk_bytes": self.measured.disk_bytes, "held_bytes": self.measured.held_bytes,
                 "latencies": [each.as_json() for each in self.measured.latencies],
                 "quality": self.measured.quality.as_json(), "loss": loss, "loss_standard_error": error,
-                "seconds": self.seconds, "reused": self.reused, "runs_as": self.runs_as,
+                "seconds": self.seconds, "runs_as": self.runs_as,
             }  # fmt: skip
         return content
 
