@@ -49,10 +49,12 @@ ALLOWED = {
     "fxc.selection": "errors neutral progress ir schemes source data frontend calibrate passes pipeline lower options captured "
     "recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
+    "fxc.comparison": "errors progress memory recipe ir source data calibrate passes artifact lower options captured compiled "
+    "compiler report measure kernel_bench",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure selection kernel_bench report fxc",
+    "compiled recipe compiler teaching measure kernel_bench report comparison selection fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure selection",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

@@ -27,7 +27,7 @@ from fxc.comparison import plots, table
 from fxc.comparison.folder import Folder, check_folder, opened
 from fxc.comparison.making import PACKAGES, Made, Maker
 from fxc.comparison.request import Request
-from fxc.comparison.result import Comparison, Row
+from fxc.comparison.result import Comparison, Row, reason
 from fxc.comparison.strategies import ORIGINAL, parse_strategies
 from fxc.errors import ResourceError, UsageError
 from fxc.ir.digest import digest_of
@@ -178,7 +178,7 @@ class _Timing:
                 contenders.append(self._loaded(each, len(contenders)))
                 qualities.append(each.quality)
         if not contenders:
-            why = "; ".join(f"{each.strategy.text}: {each.why_not}" for each in made)
+            why = "; ".join(f"{each.strategy.text}: {reason(each.why_not)}" for each in made)
             raise UsageError("none of the strategies can be carried out", where=self.request.name, why=why)
         latencies = timed(
             contenders, self.sizes, new=self.request.new, rounds=self.request.rounds, device=self.request.options.device,
@@ -193,7 +193,7 @@ class _Timing:
         for each in made:
             passes = [str(p) for p in each.strategy.passes]
             if each.quality is None:
-                rows.append(Row(each.strategy.text, passes, why_not=each.why_not))
+                rows.append(Row(each.strategy.text, passes, why_not=each.why_not, reused=each.reused))
                 continue
             contender, numbers = next(measured)
             forms = dict(Counter(layer.op for layer in contender.entry.model.layers))

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from fxc.artifact.manifest import replaceable
+from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
 from fxc.captured import Captured
 from fxc.comparison.folder import Folder
 from fxc.comparison.request import Request
+from fxc.comparison.result import reason
 from fxc.comparison.strategies import Strategy, slug_of
 from fxc.compiled.model import CompiledModel
 from fxc.compiler import compile_captured, digest_of_samples, load, samples_of
@@ -32,12 +35,13 @@ TIMING = 2.0
 @dataclass(frozen=True)
 class Made:
     """What became of one strategy. slug: the name of its artifact's folder; hash: what the artifact says that it is; why_not:
-    why there are no numbers; seconds: what making it took; reused: whether an earlier run had made it."""
+    the error for which there are no numbers, as JSON (`FxcError.as_json`); seconds: what making it took; reused: whether an
+    earlier run had made it."""
 
     strategy: Strategy
     slug: str
     hash: str | None = None
-    why_not: str | None = None
+    why_not: dict[str, Any] | None = None
     quality: Quality | None = None
     seconds: float | None = None
     reused: bool = False
@@ -74,7 +78,7 @@ class Maker:
                 self.say(f"{about}{f', {left}' if left else ''} ...")
                 was = self._make(strategy, slug, key) if was is None else self._measured(was, key)
             if was.why_not:
-                self.say(f"{strategy.text}: left out: {was.why_not}")
+                self.say(f"{strategy.text}: left out: {reason(was.why_not)}")
             done.append(was)
         return done, pace.left(len(plan))
 
@@ -102,7 +106,7 @@ class Maker:
         entry = self.folder.read(slug) or {}
         if entry.get("key") != key:
             return None
-        if isinstance(why_not := entry.get("why_not"), str):
+        if isinstance(why_not := entry.get("why_not"), dict):
             return Made(strategy, slug, why_not=why_not, reused=True)
         if entry.get("hash") is None or entry["hash"] != self.folder.hash_of(slug):
             return None
@@ -114,20 +118,21 @@ class Maker:
         return [self.evaluation.digest, self.request.backend, str(self.request.options.device or "cpu")]
 
     def _make(self, strategy: Strategy, slug: str, key: dict[str, Any]) -> Made:
-        """Compile it, write its artifact and measure its quality; or why that cannot be."""
+        """Compile it, write its artifact and measure its quality; or why not. Raises what is wrong with the folder."""
         began = time.perf_counter()
         path = self.folder.artifact(slug)
+        check_target(path, self.request.folder, replaceable)
         # From now on what is there under this name is this strategy's.
         self.folder.write(slug, {"key": key})
         try:
             model = self._compiled(strategy, slug)
-            model.save(path, overwrite=path.is_dir(), source=self.request.folder)
         except ResourceError as error:
             # Later there may be what is missing.
-            return Made(strategy, slug, why_not=reason(error))
+            return Made(strategy, slug, why_not=error.as_json())
         except FxcError as error:
-            self.folder.write(slug, {"key": key, "why_not": reason(error)})
-            return Made(strategy, slug, why_not=reason(error))
+            self.folder.write(slug, {"key": key, "why_not": error.as_json()})
+            return Made(strategy, slug, why_not=error.as_json())
+        model.save(path, overwrite=True, source=self.request.folder)
         remove(self.folder.resume(slug))
         made = Made(strategy, slug, self.folder.hash_of(slug), seconds=round(time.perf_counter() - began, 3))
         self.folder.write(slug, {"key": key, "hash": made.hash, "seconds": made.seconds})
@@ -154,7 +159,8 @@ class Maker:
         try:
             quality = self.evaluation.measure(model, self.track)
         except FxcError as error:
-            return replace(made, why_not=f"its quality could not be measured: {reason(error)}")
+            found = error.as_json()
+            return replace(made, why_not=found | {"what": f"its quality could not be measured: {error.what}"})
         entry = {"key": key, "hash": made.hash, "seconds": made.seconds, "measured_by": self._measures()}
         self.folder.write(made.slug, entry | {"quality": quality.whole()})
         return replace(made, quality=quality)
@@ -185,9 +191,3 @@ class _Data:
 
     def digests(self, options: Options) -> dict[str, list[Any]]:
         return {name: [self._whole(amount, options)[1], *amount[1:]] for name, amount in self._of(options).items()}
-
-
-def reason(error: FxcError) -> str:
-    """Why there are no numbers, in a line."""
-    said = f"{error.where}: {error.what}" if error.where else error.what
-    return "; ".join(part for part in (said, error.why and error.why[:300], error.hint) if part)

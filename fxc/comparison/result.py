@@ -8,25 +8,30 @@ from typing import Any
 
 from fxc.measure.contenders import Latency, Measured
 
+_LONGEST = 160
+
 
 @dataclass(frozen=True)
 class Row:
     """One strategy. folder: the name of its artifact's folder; measured: its numbers, None where there are none, and then
-    why_not says why, in words; loss: how much worse than the first row, with its standard error (`Quality.loss_against`);
-    seconds: what making it took; reused: whether an earlier run had made it; runs_as: forms of its layers -> how many."""
+    why_not is the error for that, as JSON (`FxcError.as_json`); loss: how much worse than the first row, with its standard
+    error (`Quality.loss_against`); seconds: what making it took; reused: whether an earlier run had made it; runs_as: forms of
+    its layers -> how many."""
 
     strategy: str
     passes: list[str]
     folder: str | None = None
     measured: Measured | None = None
     loss: tuple[float, float | None] | None = None
-    why_not: str | None = None
+    why_not: dict[str, Any] | None = None
     seconds: float | None = None
     reused: bool = False
     runs_as: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        content: dict[str, Any] = {"strategy": self.strategy, "passes": self.passes, "why_not": self.why_not}
+        content: dict[str, Any] = {
+            "strategy": self.strategy, "passes": self.passes, "why_not": self.why_not, "reused": self.reused,
+        }  # fmt: skip
         if self.measured is not None:
             loss, error = self.loss or (None, None)
             content |= {
@@ -34,7 +39,7 @@ class Row:
                 "disk_bytes": self.measured.disk_bytes, "held_bytes": self.measured.held_bytes,
                 "latencies": [each.as_json() for each in self.measured.latencies],
                 "quality": self.measured.quality.as_json(), "loss": loss, "loss_standard_error": error,
-                "seconds": self.seconds, "reused": self.reused, "runs_as": self.runs_as,
+                "seconds": self.seconds, "runs_as": self.runs_as,
             }  # fmt: skip
         return content
 
@@ -79,6 +84,17 @@ class Comparison:
             "rows": [row.as_json() for row in self.rows],
             "pareto": {"size": [row.strategy for row in self.by_size()], "latency": latency}, "notes": self.notes,
         }  # fmt: skip
+
+
+def reason(why_not: dict[str, Any]) -> str:
+    """Why a strategy has no numbers, in a line: what is wrong, and the evidence, or else what to do."""
+    said = f"{why_not['where']}: {why_not['what']}" if why_not.get("where") else str(why_not.get("what"))
+    more = why_not.get("why") or why_not.get("hint")
+    return f"{said}; {_cut(str(more))}" if more else said
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def latency_of(row: Row, column: tuple[str, str]) -> Latency:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxc.comparison.result import Comparison, Row, latency_of
+from fxc.comparison.result import Comparison, Row, latency_of, reason
 from fxc.errors import printable
 from fxc.kernel_bench.files import markdown_table, versions_text
 from fxc.measure.contenders import Latency
@@ -27,17 +27,24 @@ def _column(column: tuple[str, str]) -> str:
 
 
 def body(comparison: Comparison) -> list[list[str]]:
-    """The rows that have numbers."""
+    """A row for each strategy; of one without numbers the last cell says what stood in the way."""
     first = comparison.measured[0]
+    return [_missing(comparison, row) if row.measured is None else _row(comparison, row, first) for row in comparison.rows]
+
+
+def _missing(comparison: Comparison, row: Row) -> list[str]:
+    what = str(row.why_not["what"])
+    return [row.strategy, *["-"] * (2 + len(comparison.columns)), what if len(what) <= 60 else f"{what[:57]}..."]
+
+
+def _row(comparison: Comparison, row: Row, first: Row) -> list[str]:
+    its, disk = row.measured, first.measured.disk_bytes
     return [
-        [
-            row.strategy,
-            f"{size(row.measured.disk_bytes)} ({row.measured.disk_bytes / max(first.measured.disk_bytes, 1):.2f})",
-            size(row.measured.held_bytes),
-            *(_latency(latency_of(row, each), latency_of(first, each)) for each in comparison.columns),
-            quality_text(row, is_first=row is first),
-        ]
-        for row in comparison.measured
+        row.strategy,
+        f"{size(its.disk_bytes)} ({its.disk_bytes / disk:.2f})" if disk else size(its.disk_bytes),
+        size(its.held_bytes),
+        *(_latency(latency_of(row, each), latency_of(first, each)) for each in comparison.columns),
+        quality_text(row, is_first=row is first),
     ]
 
 
@@ -64,11 +71,11 @@ def _pm(error: float | None, form: str) -> str:
 
 
 def lines(comparison: Comparison) -> list[str]:
-    """What stands below the table: what nothing beats, what could not be made, what the numbers are."""
+    """What stands below the table: what nothing beats, why some could not be made, what the numbers are."""
     found = [f"nothing is smaller and as good: {_names(comparison.by_size())}"]
     for each in comparison.columns:
         found.append(f"nothing is faster at {_column(each)} and as good: {_names(comparison.by_latency(each))}")
-    found += [f"{row.strategy}: {row.why_not}" for row in comparison.rows if row.measured is None]
+    found += [f"{row.strategy}: {reason(row.why_not)}" for row in comparison.rows if row.measured is None]
     return [*found, explanation(comparison), *comparison.notes]
 
 

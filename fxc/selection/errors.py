@@ -18,19 +18,24 @@ from fxc.calibrate.hessian import Hessian, Squares
 from fxc.calibrate.levels import energy, lost
 from fxc.calibrate.stages import Statistic
 from fxc.ir.names import layer_name, layer_read_by
+from fxc.ir.observe import inputs_of, observe
 from fxc.passes.linears import PackLinears
 from fxc.progress import Track, untracked
 from fxc.schemes.ops import GROUPED_LINEAR
-from fxc.schemes.scheme import LINEAR
+from fxc.schemes.scheme import LINEAR, product_of
 from fxc.selection.formats import FLOAT, Format
 from fxc.selection.groups import Group, Space
+
+
+ACTIVATIONS = 4
+"""On so many samples it is measured what rounding activations costs."""
 
 
 @dataclass
 class Errors:
     """by_weight: constant -> format's number -> e, for the formats that take it; of_noise: constant -> e of the noise that
     `noise` gives; unreached: layers that no sample reached. Of their weights, of tables and of convolutions all directions
-    count alike; what rounding activations costs is in none."""
+    count alike; what static formats round of activations is in none."""
 
     by_weight: dict[str, dict[int, float]] = field(default_factory=dict)
     of_noise: dict[str, float] = field(default_factory=dict)
@@ -46,6 +51,7 @@ def noise(name: str, weight: Tensor, size: float, seed: int) -> Tensor:
     return drawn * (size * weight.float().square().mean(row, keepdim=True).sqrt())
 
 
+@torch.no_grad()
 def errors_of(
     space: Space, samples: Sequence[Sequence[Tensor]], size: float, seed: int, track: Track = untracked
 ) -> Errors:
@@ -74,6 +80,10 @@ def errors_of(
         return {}
 
     runner.run(program, layers, samples, compress, track=track)
+    for weight, more in _of_activations(space, layers, samples[:ACTIVATIONS]).items():
+        for number, error in more.items():
+            if number in found.by_weight.get(weight, ()):
+                found.by_weight[weight][number] += error
     names = {node.args[1].target: layer_read_by(node) for node in layers}
     for weight, numbers in forms.items():
         if weight not in found.by_weight:
@@ -84,6 +94,39 @@ def errors_of(
             found.of_noise[weight] = _lost(dense, dense.float() + noise(weight, dense, size, seed), alike)
             found.by_weight[weight] = {n: _lost(dense, _made(space.formats[n], dense, None), alike) for n in numbers}
             found.unreached += [names.get(weight, layer_name(weight))] if weight in names else []
+    return found
+
+
+def _of_activations(
+    space: Space, layers: Sequence[fx.Node], samples: Sequence[Sequence[Tensor]]
+) -> dict[str, dict[int, float]]:
+    """Weight -> format's number -> e of what the format rounds of activations as it runs."""
+    kinds = {
+        number: {target: product.rounded for target in (LINEAR, GROUPED_LINEAR)
+                 if (product := product_of(form.passes[-1].operator(target))) and product.rounded and not product.learned}
+        for number, form in enumerate(space.formats) if form != FLOAT
+    }  # fmt: skip
+    sums: dict[tuple[str, int], list[float]] = {}
+
+    def watch(node: fx.Node, x: Tensor) -> None:
+        weight = space.base.constants[node.args[1].target]
+        # Which rows an expert reads is not asked: of experts it is the error of what they read.
+        through = weight.float() if weight.ndim == 2 else torch.eye(x.shape[-1])
+        for number, rounded in kinds.items():
+            if node.target in rounded:
+                x = x.float().flatten(0, -2)
+                off = (rounded[node.target](x) - x) @ through.t()
+                both = sums.setdefault((node.args[1].target, number), [0.0, 0.0])
+                both[0] += off.square().sum(dtype=torch.float64).item()
+                both[1] += (x @ through.t()).square().sum(dtype=torch.float64).item()
+
+    if any(kinds.values()):
+        module = space.base.module()
+        for sample in samples:
+            observe(module, sample, inputs_of(layers, watch))
+    found: dict[str, dict[int, float]] = {}
+    for (weight, number), (off, whole) in sums.items():
+        found.setdefault(weight, {})[number] = off / whole if whole else 0.0
     return found
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fxc.captured import capture_source
 from fxc.options import Options
-from fxc.schemes import int4
+from fxc.schemes import int4, int8
 from fxc.selection.errors import errors_of, group_errors, noise
 from fxc.selection.formats import parse_formats
 from fxc.selection.groups import space_of
@@ -87,3 +87,17 @@ def test_the_same_seed_gives_the_same_and_weights_are_put_back(known):
     before = {name: tensor.clone() for name, tensor in space.base.constants.items()}
     assert influence(space.base, errors, [[x] for x in data], seed=0) == weights
     assert all(torch.equal(before[name], tensor) for name, tensor in space.base.constants.items())
+
+
+def test_rounding_activations_counts_where_a_format_does_it(known):
+    model, data, *_ = known
+    data = [torch.cat([x, torch.full((len(x), 1), 40.0)], 1)[:, 1:] for x in data]  # one channel is much larger than the others
+    captured = capture_source(model, (data[0],), Options(""))
+    space = space_of(captured.program, parse_formats("int8:mode=weight_only;int8"))
+    errors = errors_of(space, [[x] for x in data], SIZE, seed=0).by_weight["first.weight"]
+    read = torch.cat(data)
+    scheme = int8.SCHEME.fake(model.first.weight)
+    with torch.no_grad():
+        whole, found = read @ model.first.weight.T, torch.ops.fxc.int8_linear(read, *int8.SCHEME.pack(model.first.weight).values(), None)
+        off = (found - read @ scheme.T).square().sum() / whole.square().sum()
+    assert errors[2] - errors[1] == pytest.approx(off.item(), rel=0.05) and errors[2] > 2 * errors[1]
