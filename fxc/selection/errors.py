@@ -26,7 +26,6 @@ from fxc.schemes.scheme import LINEAR, product_of
 from fxc.selection.formats import FLOAT, Format
 from fxc.selection.groups import Group, Space
 
-
 ACTIVATIONS = 4
 """On so many samples it is measured what rounding activations costs."""
 
@@ -74,9 +73,7 @@ def errors_of(
             if not any(each.rows for each in statistics):
                 continue
             found.of_noise[weight] = _lost(dense, dense.float() + noise(weight, dense, size, seed), statistics)
-            found.by_weight[weight] = {
-                number: _lost(dense, _made(space.formats[number], dense, statistics), statistics) for number in forms[weight]
-            }
+            found.by_weight[weight] = _errors_of_one(space, forms[weight], dense, statistics)
         return {}
 
     runner.run(program, layers, samples, compress, track=track)
@@ -128,6 +125,37 @@ def _of_activations(
     for (weight, number), (off, whole) in sums.items():
         found.setdefault(weight, {})[number] = off / whole if whole else 0.0
     return found
+
+
+def _errors_of_one(
+    space: Space, numbers: Sequence[int], weight: Tensor, statistics: Sequence[Statistic]
+) -> dict[int, float]:
+    """Format's number -> e. Of formats that differ in the size of groups alone the first is learned, for that takes long, and
+    the others are taken to be better than rounding to nearest by the same share."""
+    better: dict[object, float] = {}
+    found = {}
+    for number in numbers:
+        form = space.formats[number]
+        alike = tuple(map(_without_groups, form.passes))
+        plain = Format(tuple(map(_unlearned, form.passes)))
+        learns = plain != form
+        if not learns or alike not in better:
+            found[number] = _lost(weight, _made(form, weight, statistics), statistics)
+        if learns:
+            nearest = _lost(weight, _made(plain, weight, None), statistics)
+            if number in found:
+                better[alike] = found[number] / nearest if nearest > 0 else 1.0
+            else:
+                found[number] = better[alike] * nearest
+    return found
+
+
+def _without_groups(of: PackLinears) -> str:
+    return ":".join(each for each in str(of).split(":") if not each.startswith("group="))
+
+
+def _unlearned(of: PackLinears) -> PackLinears:
+    return replace(of, algorithm="rtn") if hasattr(of, "algorithm") else of
 
 
 class _Alike:

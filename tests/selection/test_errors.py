@@ -91,13 +91,24 @@ def test_the_same_seed_gives_the_same_and_weights_are_put_back(known):
 
 def test_rounding_activations_counts_where_a_format_does_it(known):
     model, data, *_ = known
-    data = [torch.cat([x, torch.full((len(x), 1), 40.0)], 1)[:, 1:] for x in data]  # one channel is much larger than the others
+    # One channel is much larger than the others.
+    data = [torch.cat([x[:, 1:], torch.full((len(x), 1), 40.0)], 1) for x in data]
     captured = capture_source(model, (data[0],), Options(""))
     space = space_of(captured.program, parse_formats("int8:mode=weight_only;int8"))
     errors = errors_of(space, [[x] for x in data], SIZE, seed=0).by_weight["first.weight"]
-    read = torch.cat(data)
-    scheme = int8.SCHEME.fake(model.first.weight)
+    read, parts = torch.cat(data), int8.SCHEME.pack(model.first.weight.detach())
     with torch.no_grad():
-        whole, found = read @ model.first.weight.T, torch.ops.fxc.int8_linear(read, *int8.SCHEME.pack(model.first.weight).values(), None)
-        off = (found - read @ scheme.T).square().sum() / whole.square().sum()
+        whole, found = read @ model.first.weight.T, torch.ops.fxc.int8_linear(read, *parts.values(), None)
+        off = (found - read @ int8.SCHEME.dense(parts).T).square().sum() / whole.square().sum()
     assert errors[2] - errors[1] == pytest.approx(off.item(), rel=0.05) and errors[2] > 2 * errors[1]
+
+
+def test_of_groups_of_other_sizes_the_gain_of_learning_is_taken_over(known):
+    model, data, *_ = known
+    captured = capture_source(model, (data[0],), Options(""))
+    both = "int4:group=32:algorithm=gptq;int4:group=64:algorithm=gptq"
+    samples = [[x] for x in data]
+    together = errors_of(space_of(captured.program, parse_formats(both)), samples, SIZE, seed=0)
+    alone = errors_of(space_of(captured.program, parse_formats(both.partition(";")[2])), samples, SIZE, seed=0)
+    for name, found in together.by_weight.items():
+        assert found[2] == pytest.approx(alone.by_weight[name][1], rel=0.25) and found[2] > found[1]
