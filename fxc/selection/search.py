@@ -248,6 +248,8 @@ class _Search:
         self.most_bytes = budget.most_bytes(captured.nbytes)
         self.best: tuple[Trial, CompiledModel] | None = None
         self.unmeasured: list[str] = []
+        # Trials for what no prediction knows, which comes last.
+        self._kept = min(1 + (len(PRUNED) if budget.is_timed else 0), trials.most // 3)
         self._tried: dict[tuple[int, ...], Trial] = {}
 
     def run(self) -> Found:
@@ -333,7 +335,7 @@ class _Search:
         at = tuple(choice)
         if at in self._tried:
             return self._tried[at]
-        if not self.trials.left:
+        if self.trials.left <= self._kept:
             return None
         plan = Plan(self._passes(at), name or self._named(at), kind, at, self._loss(at))
         self._tried[at] = trial = self._run(plan)
@@ -438,14 +440,11 @@ class _Search:
     def _exchange(self) -> None:
         """Exchange formats of one group or two of the best, for as long as that is better than it was."""
         fails = 0
-        # Trials are kept for what comes after.
-        kept = 1 + (len(PRUNED) if self.budget.is_timed else 0)
-        while self.best and self.best[0].plan.choice and fails < _PATIENCE and self.trials.left > kept:
+        while self.best and self.best[0].plan.choice and fails < _PATIENCE:
             before = self.best[0]
             choice = self._neighbour(before)
-            if choice is None:
+            if choice is None or self._measure(choice, "swapped") is None:
                 return
-            self._measure(choice, "swapped")
             fails = 0 if self.best[0] is not before else fails + 1
 
     def _neighbour(self, of: Trial) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from torch import nn
 from fxc.captured import capture_source
 from fxc.options import Options
 from fxc.schemes import int4, int8
+from fxc.selection import influence as influence_module
 from fxc.selection.errors import errors_of, group_errors, noise
 from fxc.selection.formats import parse_formats
 from fxc.selection.groups import space_of
@@ -112,3 +113,14 @@ def test_of_groups_of_other_sizes_the_gain_of_learning_is_taken_over(known):
     alone = errors_of(space_of(captured.program, parse_formats(both.partition(";")[2])), samples, SIZE, seed=0)
     for name, found in together.by_weight.items():
         assert found[2] == pytest.approx(alone.by_weight[name][1], rel=0.25) and found[2] > found[1]
+
+
+def test_runs_are_shared_out_so_that_time_grows_with_the_model_alone(known, monkeypatch):
+    _, data, space, errors, weights = known
+    runs = []
+    loss = influence_module._Clean.loss
+    monkeypatch.setattr(influence_module._Clean, "loss", lambda self, outputs: runs.append(self) or loss(self, outputs))
+    monkeypatch.setattr(influence_module, "RUNS", 12)
+    found = influence(space.base, errors, [[x] for x in data], seed=0)
+    assert len(runs) == 12 and len(set(map(id, runs))) == 4  # of three weights each has two of the four samples
+    assert all(found[name] == pytest.approx(weights[name], rel=0.5) for name in weights)

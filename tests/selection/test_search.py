@@ -3,6 +3,7 @@
 import pytest
 import torch
 from choosable import FORMATS, Small
+from torch import nn
 
 import fxc
 from fxc.errors import UsageError, VerificationFailed
@@ -10,7 +11,7 @@ from fxc.recipe import read_recipe
 
 
 def searched(model, data, budget, **options):
-    given = {"formats": FORMATS, "trials": 8, "verify": False} | options
+    given = {"formats": FORMATS, "trials": 6, "verify": False} | options
     return fxc.search(model, (data[0],), budget=budget, calib=data, eval=data[4:], **given)
 
 
@@ -30,9 +31,9 @@ def test_the_best_within_a_size_is_no_worse_than_any_uniform_choice(half):
     assert found.best.disk_bytes <= 0.5 * found.original_bytes and not found.best.misses(found.budget, found.original_bytes)
     uniform = [each for each in found.trials if each.plan.kind == "uniform" and each.disk_bytes <= 0.5 * found.original_bytes]
     assert uniform and all(found.best.loss <= each.loss for each in uniform)
-    assert {"predicted", "uniform"} <= {each.plan.kind for each in found.trials} and len(found.trials) <= 8
+    assert {"predicted", "uniform"} <= {each.plan.kind for each in found.trials} and len(found.trials) <= 6
     assert found.model.program.nbytes() == found.best.nbytes == found.space.nbytes(found.best.plan.choice)
-    assert any("trial 2 of at most 8" in each and "left" in each for each in said)
+    assert any("trial 2 of at most 6" in each and "left" in each for each in said)
     assert len({each.plan.recipe[0] if each.plan.recipe else "" for each in found.trials}) > 1
 
 
@@ -74,11 +75,13 @@ def test_the_smallest_within_a_loss(model, data):
     assert found.best.disk_bytes < 0.6 * found.original_bytes
 
 
-def test_a_latency_is_measured_in_turns_with_the_original(model, data):
-    found = searched(model, data, "latency=50x,size=0.6x", sizes="1x12", trials=3)
+def test_a_latency_is_measured_in_turns_with_the_original_and_pruning_is_tried(model, data):
+    found = searched(model, data, "latency=50x,size=0.6x", sizes="1x12", trials=6)
     assert set(found.best.latencies) == {"1x12 forward"} and 0 < found.best.slowest <= 50
     costs = found.as_json()["groups"][1]["options"]
     assert all("1x12 forward" in each for each in costs.values()) and costs["float"]["1x12 forward"] == 0
+    pruned = [each.plan for each in found.trials if each.plan.kind == "pruned"]
+    assert pruned and all(each.recipe[0].startswith("prune:") and each.predicted is None for each in pruned)
 
 
 def test_what_nothing_meets_is_said_with_what_is_nearest(model, data):
@@ -86,11 +89,8 @@ def test_what_nothing_meets_is_said_with_what_is_nearest(model, data):
         searched(model, data, "size=0.01x")
     assert "the smallest is" in caught.value.why and caught.value.exit_code == 5
     with pytest.raises(VerificationFailed) as caught:  # and the fastest of them is looked for
-        searched(model, data, "size=0.3x,quality=0%", trials=3, sizes="1x12")
+        searched(model, data, "size=0.3x,quality=0%", trials=1, sizes="1x12")
     assert "the nearest of" in caught.value.why and "a loss of" in caught.value.why
-    with pytest.raises(VerificationFailed) as caught:
-        searched(model, data, "latency=0.0001x", trials=2, sizes="1x12")
-    assert "latency of" in caught.value.why
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,23 @@ def test_what_is_asked_for_wrongly_is_refused(model, data, options, what):
     with pytest.raises(UsageError, match="learn from data"):
         fxc.search(model, (data[0],), budget="size=0.5x")
     assert torch.is_tensor(data[0])
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3)
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+def test_convolutions_become_static_int8_by_themselves():
+    generator = torch.Generator().manual_seed(3)
+    images = [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(8)]
+    made = fxc.search(Convolutions().eval(), (images[0],), budget="quality=2%", calib=images, eval=images[4:], trials=2)
+    chosen = {layer for trial in [made.best] for each in trial.plan.passes for layer in each.limited_to()}
+    assert any("mode=static" in each for each in made.best.plan.recipe) and made.best.loss <= 0.02
+    assert not chosen or {"first", "second"} & chosen
