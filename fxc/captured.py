@@ -30,7 +30,8 @@ class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
     what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the
-    tensors of the caller's model; has_own_tokenizer: whether its tokenizer is the one in `folder`."""
+    tensors of the caller's model; has_own_tokenizer: whether its tokenizer is the one in `folder`; module:
+    the model itself, over the same weights, where it was asked for and is no artifact."""
 
     program: Program
     config: Any
@@ -42,14 +43,20 @@ class Captured:
     borrowed: bool = False
     is_compiled: bool = False
     has_own_tokenizer: bool = True
+    module: nn.Module | None = None
 
 
 @one_at_a_time
 def capture_source(
-    model: Any, example_inputs: Any = None, options: Options = Options(), teacher: Captured | None = None
+    model: Any,
+    example_inputs: Any = None,
+    options: Options = Options(),
+    teacher: Captured | None = None,
+    *,
+    keep_module: bool = False,
 ) -> Captured:
     """The program of a model or of a source, with what belongs to it. teacher: of a student, which may be a configuration: see
-    `Options.teacher`."""
+    `Options.teacher`. keep_module: keep the model as well (`Captured.module`)."""
     is_student = teacher is not None and is_configuration(model)
     if not is_student:
         check_is_model(model)
@@ -66,6 +73,8 @@ def capture_source(
         captured = _capture_artifact(Path(model), options)
     else:
         captured = _capture_loaded(str(model), example_inputs, options)
+    if not keep_module:
+        captured.module = None
     if given is not None:
         captured.files = companions.with_tokenizer(captured.files, given)
         captured.has_own_tokenizer = False
@@ -128,7 +137,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
     config = getattr(model, "config", None)
     source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
     files = files_of_module(model)
-    return Captured(program, config, files, source, nbytes, borrowed=borrowed)
+    return Captured(program, config, files, source, nbytes, borrowed=borrowed, module=model)
 
 
 def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:
@@ -149,7 +158,7 @@ def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured
     config = getattr(model, "config", None)
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     origin = loaded.source | ({"part": part} if part else {})
-    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
+    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir, module=model)
 
 
 def _capture_artifact(path: Path, options: Options) -> Captured:

@@ -8,7 +8,6 @@ killed goes on.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import platform
@@ -34,7 +33,6 @@ from fxc.ir.digest import digest_of
 from fxc.kernel_bench.cpu_platform import FLAGS
 from fxc.kernel_bench.files import versions
 from fxc.lower.remembered import cpu_name
-from fxc.measure.bench import Entry
 from fxc.measure.contenders import (
     NEW,
     ROUNDS,
@@ -42,12 +40,12 @@ from fxc.measure.contenders import (
     Measured,
     Size,
     artifact,
+    as_it_comes,
     held_bytes,
-    original_contender,
     sizes_for,
     sizes_of,
     timed,
-)  # fmt: skip
+)
 from fxc.measure.quality import WINDOW as EVALUATED
 from fxc.measure.quality import Evaluation, Quality, evaluation_of
 from fxc.options import Keywords, Options
@@ -110,19 +108,21 @@ def _threads(count: int | None) -> Iterator[None]:
 def _compare(request: Request, force: bool, track: Track, say: Say) -> Comparison:
     check_folder(request.out, request.folder)
     say(f"capturing {request.name} ...")
-    captured = capture_source(request.model, request.example_inputs, replace(request.options, calib=None, train=None))
+    options = replace(request.options, calib=None, train=None)
+    captured = capture_source(request.model, request.example_inputs, options, keep_module=True)
     evaluation = evaluation_of(
         captured, request.found if request.data is None else request.data, samples=request.eval_samples,
         window=request.eval_length, seed=request.options.seed, track=track,
     )  # fmt: skip
-    sizes = sizes_for(captured.program, request.sizes, _longest(captured))
+    sizes = sizes_for(captured.program, request.sizes, _longest(captured), request.new)
     conditions = _conditions(request, sizes)
     program = digest_of(captured.program.constants.values(), str(captured.program))
     with opened(request.out, {"program": program, "name": request.name}, request.folder, force=force) as folder:
         original = _original(request, captured, program, evaluation, folder, track, say)
         made, left = Maker(request, captured, program, evaluation, folder, track, say).all()
         timing = _Timing(request, sizes, folder, track)
-        say(f"loading {len(made)} models and timing them in turns{f', {left}' if left else ''} ...")
+        count = sum(each.quality is not None for each in made)
+        say(f"loading {count} artifacts and timing them in turns{f', {left}' if left else ''} ...")
         rows = timing.rows(original, made)
         comparison = Comparison(request.name, evaluation.data, request.found is not None, conditions, rows)
         drawn = plots.pictures(comparison)
@@ -139,17 +139,9 @@ def _original(
     request: Request, captured: Captured, program: str, evaluation: Evaluation, folder: Folder, track: Track, say: Say
 ) -> tuple[Contender, Quality] | None:
     """The model as it comes, where it is no artifact."""
-    if captured.is_compiled:
+    if captured.module is None:
         return None
-    options, module = request.options, request.model
-    if request.source is not None:
-        contender = original_contender(
-            request.source, captured, dtype=options.dtype, device=options.device, revision=options.revision,
-            trust_remote_code=options.trust_remote_code, part=options.part,
-        )  # fmt: skip
-    else:
-        module = copy.deepcopy(module).eval() if module.training else module
-        contender = Contender(Entry(ORIGINAL, "torch eager", module, captured.program, captured.nbytes), captured.nbytes)
+    contender = as_it_comes(captured, request.options.device)
     key = {"program": program, "evaluation": evaluation.digest, "versions": versions(PACKAGES)}
     entry = folder.read(ORIGINAL) or {}
     quality = Quality.from_whole(entry.get("quality")) if entry.get("key") == key else None

@@ -7,6 +7,7 @@ that it holds when it is loaded, latency at chosen sizes, quality.
 
 from __future__ import annotations
 
+import copy
 import re
 import statistics
 from collections.abc import Sequence
@@ -105,9 +106,24 @@ def original_contender(
     source: str, captured: Captured, *, dtype: str = "auto", device: str | None = None, revision: str | None = None,
     trust_remote_code: bool = False, part: str | None = None,
 ) -> Contender:  # fmt: skip
-    """A source that is no artifact as it comes: its own code in eager mode. disk_bytes: of its weights, as they came."""
+    """A source that is no artifact as it comes: its own code in eager mode. The module that was captured is taken where it was
+    kept, and else it is loaded again. disk_bytes: of its weights, as they came."""
+    if captured.module is not None:
+        return as_it_comes(captured, device)
     loaded = load_source(source, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
     module, _ = part_of(loaded.model, part)
+    return _as_it_comes(module, captured)
+
+
+def as_it_comes(captured: Captured, device: str | None = None) -> Contender:
+    """The module that was captured (`capture_source(keep_module=True)`), in eager mode."""
+    module = captured.module
+    if module.training or torch.device(device or "cpu").type != "cpu":
+        module = copy.deepcopy(module).eval().to(device or "cpu")
+    return _as_it_comes(module, captured)
+
+
+def _as_it_comes(module: nn.Module, captured: Captured) -> Contender:
     entry = Entry("original", "torch eager", module, captured.program, captured.program.nbytes())
     return Contender(entry, captured.nbytes)
 
@@ -153,10 +169,11 @@ def size_text(size: Size) -> str:
     return f"{batch}" if length is None else f"{batch}x{length}"
 
 
-def sizes_for(program: Program, given: Sequence[Size] = (), longest: int | None = None) -> list[Size]:
+def sizes_for(program: Program, given: Sequence[Size] = (), longest: int | None = None, new: int = NEW) -> list[Size]:
     """The sizes to time a model at: those given, or 1x128 of a language model, 1x128 and 8x128 of another that takes sequences,
-    1 and 8 of any other. longest: the most tokens that it takes. Raises `UsageError` for sizes of another kind."""
-    sequences, room = takes_lengths(program), NEW if is_causal_lm(program) else 0
+    1 and 8 of any other. longest: the most tokens that it takes; new: how many a language model generates after a prompt.
+    Raises `UsageError` for sizes of another kind, and lengths that it does not take."""
+    sequences, room = takes_lengths(program), new if is_causal_lm(program) else 0
     if not given:
         usual = min(128, max(1, (longest or 128 + room) - room))
         return ([(1, usual)] if room else [(1, usual), (8, usual)]) if sequences else [(1, None), (8, None)]
@@ -164,6 +181,9 @@ def sizes_for(program: Program, given: Sequence[Size] = (), longest: int | None 
     if wrong:
         hint = "batch x length, as in 1x128,8x512" if sequences else "batches alone, as in 1,8: this model takes no sequences"
         raise UsageError(f"{wrong[0]} is no size of this model", where="sizes", hint=hint)
+    if longest and sequences and (most := max(length for _, length in given) + room) > longest:
+        hint = "shorter ones, or less --new"
+        raise UsageError(f"the model takes at most {longest} tokens, not {most}", where="sizes", hint=hint)
     return list(given)
 
 

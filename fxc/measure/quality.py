@@ -37,7 +37,7 @@ from fxc.ir.digest import digest_of
 from fxc.ir.next_token import counted, losses_of
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.measure.perplexity import perplexity
+from fxc.measure.perplexity import WORST_LOSS, perplexity
 from fxc.progress import Track, untracked
 
 Kind = Literal["perplexity", "accuracy", "cosine", "kl"]
@@ -155,6 +155,9 @@ class Evaluation:
             counts.append(count)
         if not sum(counts):
             raise UsageError("the data has nothing to score", where=self.data, hint="texts of two tokens and more, or labels")
+        if self.kind == "perplexity" and sum(totals) / sum(counts) > WORST_LOSS:
+            what = f"the mean loss is {sum(totals) / sum(counts):.0f} nats"
+            raise VerificationFailed(what, hint="no perplexity can be computed: the model is broken")
         return Quality(self.kind, of, totals, counts)
 
     def _originals(self, track: Track) -> list[Tensor]:

@@ -43,6 +43,7 @@ COMMANDS = command_options()
 OPTIONS = set().union(*COMMANDS.values()) | {"--help"} | OTHERS
 CALLS = (
     fxc.optimize,
+    fxc.compare,
     fxc.Options,
     fxc.load,
     load_source,

@@ -1,6 +1,7 @@
 """fxc.compare: every strategy a row or a reason, nothing made twice, artifacts as fxc.optimize makes them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -130,6 +131,24 @@ def test_a_recipe_brings_its_skips_and_its_dtype_has_to_be_the_models(net, tmp_p
     folder = tmp_path / "out" / found.rows[1].folder
     assert "up.qweight" not in fxc.load(folder).program.constants and "down.qweight" in fxc.load(folder).program.constants
     assert "for bfloat16" in found.rows[2].why_not["what"] and "--dtype bfloat16" in found.rows[2].why_not["hint"]
+
+
+def test_a_function_that_makes_a_model_is_called_once(tmp_path, monkeypatch):
+    """Two calls would give other weights."""
+    (tmp_path / "makes_a_net.py").write_text(
+        "import torch\nfrom torch import nn\ncalls = []\n"
+        "def net():\n    calls.append(1)\n    return nn.Linear(32, 32), (torch.zeros(4, 32),)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = fxc.compare("makes_a_net:net", None, "none", out="out", sizes="1", rounds=1)
+    assert len(sys.modules["makes_a_net"].calls) == 1 and found.rows[0].measured.quality.value == pytest.approx(1)
+    assert found.rows[0].measured.disk_bytes == 4 * (32 * 32 + 32)
+
+
+def test_an_artifact_has_no_row_of_its_own_code(net, tmp_path):
+    fxc.optimize(*net, "").save(tmp_path / "plain")
+    found = fxc.compare(tmp_path / "plain", None, "none;int8", out=tmp_path / "out", sizes="1", rounds=1)
+    assert [row.strategy for row in found.rows] == ["none", "int8"] and found.rows[0].loss[0] == 0
 
 
 def test_labels_make_it_accuracy(net, data, tmp_path):

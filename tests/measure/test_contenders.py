@@ -30,6 +30,8 @@ def test_sizes_are_of_the_kind_that_a_model_takes(pair):
     assert sizes_for(program) == [(1, 128)] and sizes_for(program, longest=40) == [(1, 8)]
     with pytest.raises(UsageError, match="no size of this model"):
         sizes_for(program, [(4, None)])
+    with pytest.raises(UsageError, match="at most 40 tokens, not 41"):
+        sizes_for(program, [(1, 33)], longest=40, new=8)
     image = fxc.optimize(nn.Conv2d(3, 4, 3), (torch.zeros(2, 3, 8, 8),), passes="").program
     assert sizes_for(image) == [(1, None), (8, None)]
     with pytest.raises(UsageError, match="batches alone"):
