@@ -10,7 +10,7 @@ from typing import Any
 from fxc.comparison.result import Comparison, Row, latency_of
 from fxc.errors import printable
 
-MISSING = "no pictures: matplotlib is not installed (pip install 'fxc[bench]' has it)"
+MISSING = "no pictures: matplotlib is not installed (pip install matplotlib)"
 _LINE, _POINT, _FRONT = "#59636e", "#0969da", "#bc4c00"
 _LABELS = {
     "perplexity": "perplexity (less is better)", "accuracy": "accuracy", "cosine": "cosine with the original",
