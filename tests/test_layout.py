@@ -20,7 +20,7 @@ ALLOWED = {
     "fxc.progress": "",
     "fxc.memory": "",
     "fxc.mapped": "",
-    "fxc.ir": "errors",
+    "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
     "fxc.data": "errors safety progress ir schemes",
@@ -38,10 +38,11 @@ ALLOWED = {
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
-    "fxc.captured": "errors neutral ir source data frontend artifact options",
+    "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
+    "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
     "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
-    "captured export compiled",
+    "captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
@@ -52,7 +53,7 @@ ALLOWED = {
     "fxc.comparison": "errors progress memory recipe ir source data calibrate passes artifact lower options captured compiled "
     "compiler report measure kernel_bench",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure kernel_bench report comparison selection fxc",
+    "compiled recipe streaming compiler teaching measure kernel_bench report comparison selection fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from fxc.captured import Captured, capture_source
+from fxc.captured import Captured, capture_source, part_of
 from fxc.compiled.model import CompiledModel
 from fxc.compiler import samples_of
 from fxc.data.calibration import held_out
@@ -169,12 +169,13 @@ def _original(model: nn.Module | str | Path, captured: Captured, options: Option
     if isinstance(model, CompiledModel):
         return compiled("original", model, captured.nbytes)
     if isinstance(model, nn.Module):
-        return Contender(Entry("original", "torch eager", model, captured.program, captured.nbytes), captured.nbytes)
+        module, _ = part_of(model, options.part)
+        return Contender(Entry("original", "torch eager", module, captured.program, captured.nbytes), captured.nbytes)
     if kind_of(str(model)) == "artifact":
         return artifact("original", model, backend=options.backend or "eager", device=options.device)
     return original_contender(
         str(model), captured, dtype=str(options.dtype).removeprefix("torch."), device=options.device,
-        revision=options.revision, trust_remote_code=options.trust_remote_code,
+        revision=options.revision, trust_remote_code=options.trust_remote_code, part=options.part,
     )  # fmt: skip
 
 
