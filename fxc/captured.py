@@ -33,7 +33,8 @@ class Captured:
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
     what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the
     tensors of the caller's model; is_streamed: whether they are mapped from files and were not read, for the model is larger
-    than memory; small: the program of its first layers then; has_own_tokenizer: whether its tokenizer is that in `folder`."""
+    than memory; small: the program of its first layers then; has_own_tokenizer: whether its tokenizer is that in `folder`;
+    module: the model itself, over the same weights, where it was asked for and is no artifact."""
 
     program: Program
     config: Any
@@ -47,14 +48,20 @@ class Captured:
     is_streamed: bool = False
     small: Program | None = None
     has_own_tokenizer: bool = True
+    module: nn.Module | None = None
 
 
 @one_at_a_time
 def capture_source(
-    model: Any, example_inputs: Any = None, options: Options = Options(), teacher: Captured | None = None
+    model: Any,
+    example_inputs: Any = None,
+    options: Options = Options(),
+    teacher: Captured | None = None,
+    *,
+    keep_module: bool = False,
 ) -> Captured:
     """The program of a model or of a source, with what belongs to it. teacher: of a student, which may be a configuration: see
-    `Options.teacher`."""
+    `Options.teacher`. keep_module: keep the model as well (`Captured.module`)."""
     is_student = teacher is not None and is_configuration(model)
     if not is_student:
         check_is_model(model)
@@ -71,6 +78,8 @@ def capture_source(
         captured = _capture_artifact(Path(model), options)
     else:
         captured = _capture_loaded(str(model), example_inputs, options)
+    if not keep_module:
+        captured.module = None
     if given is not None:
         captured.files = companions.with_tokenizer(captured.files, given)
         captured.has_own_tokenizer = False
@@ -126,14 +135,14 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
         model = copy.deepcopy(model).to(wanted)
         example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
     borrowed = model is given
-    model, part = _part_of(model, options.part)
+    model, part = part_of(model, options.part)
     program = capture(model, example_inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     nbytes = read if part else nbytes
     config = getattr(model, "config", None)
     source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
     files = files_of_module(model)
-    return Captured(program, config, files, source, nbytes, borrowed=borrowed)
+    return Captured(program, config, files, source, nbytes, borrowed=borrowed, module=model)
 
 
 def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:
@@ -161,7 +170,7 @@ def is_streamed(source: str, options: Options) -> bool:
 
 def _captured(loaded: Loaded, example_inputs: Any, options: Options, streams: bool = False) -> Captured:
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model, part = _part_of(loaded.model, options.part)
+    model, part = part_of(loaded.model, options.part)
     small = None
     if streams:
         program, small = capture_larger(model, inputs, options.dynamic_shapes, options.verify)
@@ -175,7 +184,9 @@ def _captured(loaded: Loaded, example_inputs: Any, options: Options, streams: bo
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     origin = loaded.source | ({"part": part} if part else {})
     folder = loaded.tokenizer_dir
-    return Captured(program, config, files, origin, nbytes, folder=folder, is_streamed=streams, small=small)
+    return Captured(
+        program, config, files, origin, nbytes, folder=folder, is_streamed=streams, small=small, module=model
+    )
 
 
 def _capture_artifact(path: Path, options: Options) -> Captured:
@@ -213,7 +224,7 @@ _NEGLIGIBLE = 0.01
 LANGUAGE_MODEL = "language_model"
 
 
-def _part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
+def part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
     """The module `part` of `model`, and its full name. A language model within another one is that model, called with text
     alone: its head is outside of it."""
     if part is None or (part == LANGUAGE_MODEL and hasattr(model, "generate")):

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -79,17 +79,20 @@ def compile_captured(
     track: Track = untracked,
     say: Say = unsaid,
     teacher: Captured | None = None,
+    read: Mapping[str, Samples] | None = None,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples; say: tells what a pass is going to take. What passes saved in `options.resume`
-    stays there. teacher: what `options.teacher` is."""
+    stays there. teacher: what `options.teacher` is. read: "calib" or "train" -> what `samples_of` gave for it, where that was
+    read already."""
     before = captured.program
     context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
     if teacher is not None:
         context.teacher, context.is_other = taught_by(captured, teacher), not captured.is_compiled
-    context.samples, context.held_out, calibration = _data(captured, options, "calib", track)
-    context.training, context.judging, training = _data(captured, options, "train", track)
+    there = read or {}
+    context.samples, context.held_out, calibration = _data(captured, options, "calib", track, there.get("calib"))
+    context.training, context.judging, training = _data(captured, options, "train", track, there.get("train"))
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
@@ -139,16 +142,21 @@ def compile_captured(
 
 
 def _data(
-    captured: Captured, options: Options, name: str, track: Track
+    captured: Captured, options: Options, name: str, track: Track, read: Samples | None
 ) -> tuple[Samples, Samples, Calibration | None]:
     """Of `options.calib` or `options.train`: samples to learn from, samples to judge by, and what they are."""
     if getattr(options, name) is None:
         return Samples(), Samples(), None
-    read = samples_of(captured, options, track, name)
-    digest = digest_of(each for sample in [*read, read.labels or []] for each in sample)
+    read = samples_of(captured, options, track, name) if read is None else read
+    digest = digest_of_samples(read)
     learned, judged = held_out(read)
     most, length = getattr(options, f"{name}_samples"), getattr(options, f"{name}_length")
     return learned, judged, Calibration(len(learned), len(judged), most, length, digest)
+
+
+def digest_of_samples(samples: Samples) -> str:
+    """A hash of samples and their labels."""
+    return digest_of(each for sample in [*samples, samples.labels or []] for each in sample)
 
 
 def samples_of(captured: Captured, options: Options, track: Track = untracked, name: str = "calib") -> Samples:

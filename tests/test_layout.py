@@ -44,14 +44,18 @@ ALLOWED = {
     "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
     "captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
-    "compiler compiled",
-    "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
+    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
+    "compiler compiled report",
+    "fxc.selection": "errors neutral progress ir schemes source data frontend calibrate passes pipeline lower options captured "
+    "recipe compiler compiled measure report",
+    "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
+    "fxc.comparison": "errors progress memory recipe ir source data calibrate passes artifact lower options captured compiled "
+    "compiler report measure kernel_bench",
     "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe streaming compiler teaching measure kernel_bench report fxc",
+    "compiled recipe streaming compiler teaching measure kernel_bench report comparison selection fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

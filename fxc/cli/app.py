@@ -237,6 +237,114 @@ def sensitivity(
 
 
 @app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pass line, a recipe file (.toml), none, or default: a good set. Repeatable, or with semicolons between, "
+            "as in 'none;int8;prune:heads=0.25,int8'. default if left out."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data to measure quality on: as --calib, also with labels; else heldout.txt in MODEL, or made up."),
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Use at most so many samples of --data; 200 windows of a text, 1000 others by default.")
+    ] = None,
+    eval_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 256 by default.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Data for recover to train on; else it is --calib.")] = None,
+    train_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --train; 4096 by default.")] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Where to time: batch x length, as in 1x128,8x512, or batches, as in 1,8; else by the model.")
+    ] = "",
+    new: Annotated[int | None, typer.Option(help="Tokens that a language model generates after each prompt; else 32.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How often each is timed, in turns; the median counts; else 7.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder for artifacts, tables, pictures; by default ./MODEL-compare.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that holds a comparison.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that passes draw at random.")] = 0,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    part: Annotated[
+        str | None, typer.Option(help="Compare this module alone; language_model of a model that reads images too.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model in several ways, and show what each costs in size, memory, time and quality."""
+    from fxc.cli.compare import compare_strategies
+
+    options = {
+        "data": data, "eval_samples": eval_samples, "eval_length": eval_length, "calib": calib, "calib_samples": calib_samples,
+        "calib_length": calib_length, "train": train, "train_samples": train_samples, "train_length": train_length,
+        "sizes": sizes, "new": new, "rounds": rounds, "threads": threads, "force": force, "skip": skip, "seed": seed,
+        "backend": backend, "device": device, "dtype": dtype, "part": part, "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    with output_for(as_json) as output:
+        compare_strategies(output, model, strategies or ["default"], out, given)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    budget: Annotated[
+        str, typer.Option(help="size=0.4x (or 4.1MB), latency=0.6x, quality=1%: any of them, with commas between.")
+    ],
+    calib: Annotated[Path, typer.Option(help="Data to learn from: as of 'fxc compile'.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact to write; the recipe is OUT.toml beside it.")],
+    data: Annotated[
+        Path | None, typer.Option("--eval", help="Data to measure quality on: as --calib, also with labels; else made up.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Where latency is measured: batch x length, as in 1x128,8x512, or batches, as in 1,8.")
+    ] = "",
+    formats: Annotated[
+        str | None, typer.Option(help="What layers may become, as in 'int8;int4:group=32:algorithm=gptq'; else a good set.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Compile and measure at most so many.")] = 24,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Use at most so many samples of --eval; 200 windows of a text, 1000 others by default.")
+    ] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of all that passes draw at random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there, with what is beside it.")] = False,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find which compression is best for which layers, within budgets of size, latency and quality."""
+    from fxc.cli.search import search_model
+
+    options = {
+        "budget": budget, "calib": calib, "eval": data, "sizes": sizes, "formats": formats, "trials": trials,
+        "eval_samples": eval_samples, "calib_samples": calib_samples, "calib_length": calib_length, "skip": skip, "seed": seed,
+        "backend": backend, "device": checked_device(device), "dtype": checked_dtype(dtype), "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    with output_for(as_json) as output:
+        search_model(output, model, out, overwrite, given)
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[bool, typer.Option("--text", help="Print the program.")] = False,

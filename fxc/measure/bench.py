@@ -20,6 +20,7 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
+from fxc.progress import Track, untracked
 from fxc.source.load import kind_of, load_source
 
 _CALLS = 3
@@ -101,9 +102,29 @@ def race(
     new: int = 16,
     rounds: int = 7,
     device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[Row]:
-    """Time every entry at every size: in each round each is called in turn, every other round in reverse.
+    """`race_at` every batch with every length."""
+    pairs = [(batch, length) for batch in batches for length in (lengths if takes_lengths(entries[0].program) else [None])]
+    return race_at(entries, pairs, new=new, rounds=rounds, device=device, track=track)
+
+
+def takes_lengths(program: Program) -> bool:
+    """Whether it takes sequences, so that a size is a batch and a length, and not a batch alone."""
+    return any(has_length(node.meta["val"]) for node in program.placeholders)
+
+
+def race_at(
+    entries: Sequence[Entry],
+    sizes: Sequence[tuple[int, int | None]],
+    *,
+    new: int = 16,
+    rounds: int = 7,
+    device: str | None = None,
+    track: Track = untracked,
+) -> list[Row]:
+    """Time every entry at every size: in each round each is called in turn, every other round in reverse. sizes: batch and
+    length, None for a model that takes no sequences. The rows are in the order of sizes, then of entries.
 
     new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
     not take the same inputs or the sizes are not ones that a model takes.
@@ -114,25 +135,22 @@ def race(
         a, b = ([i.name for i in e.program.signature.inputs if not is_past(i.name)] for e in (first, entry))
         if a != b:
             raise UsageError(f"{entry.name} and {first.name} do not take the same inputs", why=f"{b} and {a}")
-    if min([*batches, *lengths, new, rounds]) < 1:
+    if min([*(n for size in sizes for n in size if n is not None), new, rounds]) < 1:
         raise UsageError("sizes, tokens and rounds must be at least 1")
-    sequences = any(has_length(p.meta["val"]) for p in first.program.placeholders)
     rows, calls = [], []
-    for batch in batches:
-        for seq in lengths if sequences else [None]:
-            tensors = _inputs(first, batch, seq, new, device)
-            for entry in entries:
-                rows.append(Row(entry, batch, seq))
-                calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
+    for batch, seq in sizes:
+        tensors = _inputs(first, batch, seq, new, device)
+        for entry in entries:
+            rows.append(Row(entry, batch, seq))
+            calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
     with torch.inference_mode():
         for call in calls:
             call()
-        for number in range(rounds):
+        for number in track(range(rounds), f"timing {len(entries)} models in turns", rounds):
             order = range(len(rows)) if number % 2 == 0 else reversed(range(len(rows)))
             for i in order:
                 for phase, spent in calls[i]().items():
                     rows[i].milliseconds.setdefault(phase, []).append(spent * 1e3)
-            on_round(number)
     return rows
 
 

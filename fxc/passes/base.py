@@ -252,14 +252,14 @@ _OTHERWISE = {
 }
 
 
-def _masked(text: str) -> str:
+def quoted_masked(text: str) -> str:
     """`text` with another character in the place of each one in quotes."""
     return _QUOTED.sub(lambda quoted: "x" * len(quoted[0]), text)
 
 
 def _split(spec: str) -> list[str]:
     """What stands between commas that are not in quotes."""
-    ends = [i for i, each in enumerate(_masked(spec)) if each == ","]
+    ends = [i for i, each in enumerate(quoted_masked(spec)) if each == ","]
     return [spec[i:j] for i, j in zip([0, *(end + 1 for end in ends)], [*ends, len(spec)], strict=True)]
 
 
@@ -274,7 +274,7 @@ def check_data_is_given(passes: Iterable[Pass], is_given: bool, can_train: bool 
 
 
 def _parse_pass(text: str) -> Pass:
-    masked = _masked(text)
+    masked = quoted_masked(text)
     name = masked.partition(":")[0]
     options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)

@@ -235,11 +235,14 @@ def test_bad_options_are_refused(monkeypatch, arguments):
 
 
 @pytest.mark.slow
-def test_strategies_on_the_example(capsys):
+def test_strategies_on_the_examples(capsys, tmp_path):
     from benchmarks import strategies
 
-    assert strategies.main(["--quick", "--backend", "eager"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| passes", "| as it comes", "| int8", "| sparse24"]
-    sizes = [float(row.split(" MB (")[1].split(")")[0]) for row in rows[1:]]
-    assert sizes[0] == 1 and max(sizes[1:]) < 0.7
+    assert strategies.main(["--quick", "--backend", "eager", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    named = ["| strategy", "| `original`", "| `none`", "| `int8`", "| `int8:mode=static`"]
+    assert [row[0] for row in rows] == 3 * named
+    assert [each in text for each in ("perplexity: over", "cosine with the original: over", "accuracy: over")] == [True] * 3
+    shares = [float(row[1].partition("(")[2].rstrip(")")) for row in rows if row[0] == "| `int8:mode=static`"]
+    assert max(shares) < 0.7
