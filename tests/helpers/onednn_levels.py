@@ -1,9 +1,9 @@
-"""int8 layers at the extremes of their range, in a process whose oneDNN may use only a part of the CPU's instructions.
+"""int8 layers at the extremes of their range, in processes whose oneDNN may use only a part of the CPU's instructions.
 
-python onednn_levels.py FOLDER LEVEL...: a fork of this process for each level, because oneDNN reads ONEDNN_MAX_CPU_ISA once, when
-it is first used, and importing takes most of the time. Each compares every form of an int8 layer with its definition and prints
-"exact" or "float" for how int8 layers run there, to LEVEL.out and LEVEL.err in the folder. The level "force" is AVX2, and the
-probe is told that products are exact. Prints the exit status of each as JSON.
+python onednn_levels.py FOLDER LEVEL...: each level in a fork of this process, because oneDNN reads ONEDNN_MAX_CPU_ISA once,
+when it is first used, and importing takes most of the time. It compares every form of an int8 layer with its definition and
+prints "exact" or "float" for how int8 layers run there; what it says goes to LEVEL.out and LEVEL.err in the folder. The level
+"force" is AVX2, and the probe is told that products are exact. Prints the exit status of each as JSON.
 """
 
 import json
