@@ -39,7 +39,13 @@ def test_kernels_follow_their_references(checks):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("chip", "build"), each_once(SHIPPED + FLOAT8))
+def _is_repeated(chip, build) -> bool:
+    """The kernels for sparse tensor cores take longest, and are the same instructions on both chips: on the older one types and
+    epilogues that the newer one has are left out."""
+    return chip == 80 and "mma.sp" in build.name and (build.arguments["KIND"] == "f16" or build.arguments["parts"] is not None)
+
+
+@pytest.mark.parametrize(("chip", "build"), each_once([each for each in SHIPPED + FLOAT8 if not _is_repeated(*each)]))
 def test_a_shipped_configuration_compiles_well(chip, build):
     made = triton_build.compile_for(build, chip)
     assert made.spilled == 0
