@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxc.ir.recurrent import OPERATORS, symbolic_lengths
@@ -55,7 +55,8 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple, kwargs: dict) -> Any:
         return known[key]
     # The Python dispatcher is what export traces under: some composite operators are symbolic only there.
     lengths = symbolic_lengths() if target in OPERATORS else nullcontext()
-    with mode, torch.no_grad(), enable_python_dispatcher(), lengths:
+    # What repeats is known here, and torch takes longer to remember a call with symbols than to make it.
+    with disable_fake_tensor_cache(mode), mode, torch.no_grad(), enable_python_dispatcher(), lengths:
         value = target(*args, **kwargs)
     if key is not None:
         known[key] = value
