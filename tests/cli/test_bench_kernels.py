@@ -6,13 +6,18 @@ import json
 import pytest
 import torch
 from command import fxc
-from toy_bench import Toy, dense
+from toy_bench import Toy, dense, quick_cpu
 
 from fxc.cli import bench_kernels
 from fxc.errors import ResourceError
 from fxc.kernel_bench.files import slug
 from fxc.kernel_bench.limits import Peaks
 from fxc.report.console import Output
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quick_cpu(monkeypatch)
 
 
 def test_a_bench_ends_within_its_budget():
@@ -33,6 +38,7 @@ def test_the_command_on_a_cpu_from_end_to_end(tmp_path):
     for row in ok:
         assert row["us"] > 0 and len(row["rounds"]) == 2 and row["speedup"] > 0 and row["fraction"]["measured"] > 0
         assert row["p20"] <= row["us"] <= row["p80"] and row["error"] < 0.02 and row["fraction"]["datasheet"] is None
+    assert max(row["copies"] for row in ok) > 1, "weights take turns"
     assert found["peaks"]["datasheet"] is None and found["peaks"]["measured"]["bandwidth"] > 1e9
     assert found["device"]["l3_bytes"] >= 0 and found["protocol"]["rounds"] == 2 and found["versions"]["torch"]
     assert found["absent"] == {} and "onnxruntime" not in found["versions"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -18,7 +19,13 @@ from fxc.ir.program import Program
 _KEPT: dict[str, Program] = {}
 _TRACED: dict[tuple[str, int], Program] = {}
 LARGEST = 100_000_000
-_calls_of, _freest, _export = capture.calls_of, capture._freest, capture._export
+_calls_of, _freest, _traced = capture.calls_of, capture._freest, capture._export
+
+
+def _export(model: nn.Module, call: Call) -> Program:
+    """Traced without torch's memory of what operators give for which types, which pays from eight layers on."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return _traced(model, call)
 
 
 class _Calls:
@@ -71,12 +78,14 @@ def share(patch: Any) -> None:
     """Until `patch`, a pytest.MonkeyPatch, is undone: what was captured once in this process is not traced again."""
     patch.setattr(capture, "calls_of", _Calls)
     patch.setattr(capture, "_freest", _remembered)
+    patch.setattr(capture, "_export", _export)
 
 
 def apart(patch: Any) -> None:
     """Until `patch` is undone: every capture anew, for tests of what captures."""
     patch.setattr(capture, "calls_of", _calls_of)
     patch.setattr(capture, "_freest", _freest)
+    patch.setattr(capture, "_export", _traced)
 
 
 def _own(program: Program) -> Program:
