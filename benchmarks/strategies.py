@@ -22,13 +22,13 @@ from benchmarks import table
 from benchmarks.output import RESULTS, note, quiet, write
 from benchmarks.python_source import python_source
 from benchmarks.workloads import PYLM
+from fxc.analysis.sizes import on_disk
 from fxc.data.text import encode, tokenizer_of
 from fxc.kernel_bench.files import slug, versions_text
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench
 from fxc.measure.perplexity import perplexity
 from fxc.passes.base import parse_passes
-from fxc.report.sizes import on_disk
 from fxc.source.load import load_source
 
 PRUNE = "prune:heads=0.25:ffn=0.3:criterion=taylor"

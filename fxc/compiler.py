@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from fxc.analysis.sizes import layers
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
 from fxc.captured import Captured, capture_source, capture_teacher, check_tokenizers, own_constants
@@ -112,6 +113,7 @@ def compile_captured(
         training=training,
         teacher=teacher.source if teacher is not None else None,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
+        layers={each.name: each.as_json() for each in layers(before)},
     )
     files = captured.files | _plan(steps)
     if changes:

@@ -18,6 +18,7 @@ ALLOWED = {
     "fxc.safety": "errors",
     "fxc.neutral": "",
     "fxc.progress": "",
+    "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
     "fxc.ir": "errors",
@@ -37,18 +38,19 @@ ALLOWED = {
     "fxc.pipeline": "errors ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
-    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
+    "fxc.page": "errors units ir schemes analysis calibrate",
+    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
     "fxc.captured": "errors neutral ir source data frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
-    "captured export compiled",
+    "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
+    "options captured export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
-    "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure kernel_bench report fxc",
+    "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
+    "fxc.cli": "errors safety ir schemes analysis source data calibrate train passes compilation artifact options captured "
+    "lower compiled recipe compiler teaching measure kernel_bench page report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure",
 }
