@@ -45,7 +45,7 @@ ALLOWED = {
     "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
     "options captured export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
+    "fxc.measure": "errors neutral progress ir lower source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",

@@ -14,6 +14,7 @@ from fxc.ir.program import Program
 from fxc.page import told
 
 UNKNOWN, SAME, PACKED, SMALLER, GONE, NEW = "not recorded", "as it was", "packed", "smaller", "removed", "new"
+BOTH = "smaller, packed"
 
 
 @dataclass
@@ -78,9 +79,10 @@ def _status(before: Mapping[str, Any], after: Mapping[str, Any], is_recorded: bo
         return GONE
     if not before:
         return NEW
-    if (before["kind"], before["dtypes"]) != (after["kind"], after["dtypes"]):
-        return PACKED
-    return SAME if before["shape"] == after["shape"] else SMALLER
+    is_packed = (before["kind"], before["dtypes"]) != (after["kind"], after["dtypes"])
+    if before["shape"] == after["shape"]:
+        return PACKED if is_packed else SAME
+    return BOTH if is_packed else SMALLER
 
 
 def _readers(program: Program) -> tuple[dict[str, int], dict[str, set[str]]]:
@@ -116,7 +118,7 @@ def _follow(step: Mapping[str, Any], rows: dict[str, Row], makers: Mapping[str, 
         what = [_gone(each) for each in removed if _touches(each["scope"], row)]
         if what:
             row.decided.append((name, "; ".join(what)))
-        elif row.name in errors or (short in makers.get(row.name, ()) and row.status in (PACKED, NEW)):
+        elif row.name in errors or (short in makers.get(row.name, ()) and row.status in (PACKED, BOTH, NEW)):
             row.decided.append((name, "rewrote it"))
     for each in told.mappings(step.get("refusals")):
         fqn, why = each.get("fqn"), told.text(each.get("reason"), 300)

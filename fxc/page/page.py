@@ -13,7 +13,7 @@ from fxc.ir.program import Program
 from fxc.page import plots, told
 from fxc.page.again import again
 from fxc.page.graph import parts_of_graph
-from fxc.page.layers import GONE, NEW, PACKED, SAME, SMALLER, UNKNOWN, Row, rows_of
+from fxc.page.layers import BOTH, GONE, NEW, PACKED, SAME, SMALLER, UNKNOWN, Row, rows_of
 from fxc.schemes.parameters import parameters
 from fxc.units import ratio, size
 
@@ -32,7 +32,7 @@ def page(program: Program, manifest: Mapping[str, Any], measured: Any = None) ->
     steps = told.mappings(report.get("passes"))
     colors = _colors(steps)
     listed = _largest(rows)
-    statuses = [status for status in (PACKED, SMALLER, GONE, NEW, SAME, UNKNOWN) if any(r.status == status for r in rows)]
+    statuses = [status for status in (PACKED, BOTH, SMALLER, GONE, NEW, SAME, UNKNOWN) if any(r.status == status for r in rows)]
     drawn = plots.plots_of(report, rows, measured.roofline if measured else None) if plots.is_there() else []
     script, css = _source("report.js"), _source("report.css")
     from markupsafe import Markup
@@ -102,7 +102,7 @@ def _cards(program: Program, manifest: Mapping[str, Any], report: Mapping[str, A
     numbers = parameters(program)
     cards = [
         ("weights", f"{size(was)} → {size(now)}" if was else size(now), ratio(now, was) if was else ""),
-        ("on disk", size(sum(sizes)), "weights, program, manifest, configuration"),
+        ("on disk", size(sum(sizes)), "weights, program, configuration"),
     ]
     before = told.whole(report.get("parameters_before"))
     known = f"{before:,} → {numbers:,}" if before else f"{numbers:,}"
@@ -125,7 +125,7 @@ def _cards(program: Program, manifest: Mapping[str, Any], report: Mapping[str, A
 
 
 def _is_the_model(name: str) -> bool:
-    """As `fxc.analysis.sizes.on_disk` counts."""
+    """As `fxc.analysis.sizes.on_disk` counts, without the manifest, which does not know its own size."""
     return name.endswith((".safetensors", ".safetensors.index.json")) or name in ("program.fxc", "config.json")
 
 
@@ -181,7 +181,6 @@ def _heads(timed: bool) -> list[str]:
 
 def _row(row: Row) -> dict[str, Any]:
     was, now = row.before, row.after
-    formats = [" ".join(filter(None, (each["kind"], f"({each['dtypes']})"))) if each else "" for each in (was, now)]
     refused = dict.fromkeys(f"{name.partition(':')[0]}: {why}" for name, why in row.refused)
     silent = row.status == SAME and not row.refused and not row.decided
     return {
@@ -189,7 +188,7 @@ def _row(row: Row) -> dict[str, Any]:
         "status": row.status,
         "before_shape": _shape(was),
         "after_shape": _shape(now),
-        "format": formats[1] if formats[0] in ("", formats[1]) else f"{formats[0]} → {formats[1] or 'gone'}",
+        "format": _format(was, now),
         "before_bytes": _plain(was.get("bytes")),
         "before_size": "" if was.get("bytes") is None else size(was["bytes"]),
         "after_bytes": _plain(now.get("bytes")),
@@ -202,6 +201,16 @@ def _row(row: Row) -> dict[str, Any]:
         or ("no pass of the recipe is for it" if silent else ""),
         "refused": told.text("; ".join(refused), 300),
     }  # fmt: skip
+
+
+def _format(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The kinds before and after, where they are one its dtypes."""
+    if not was or not now:
+        return (now or was)["kind"]
+    if was["kind"] != now["kind"]:
+        return f"{was['kind']} → {now['kind']}"
+    dtypes = list(dict.fromkeys((was["dtypes"], now["dtypes"])))
+    return f"{now['kind']} ({' → '.join(dtypes)})"
 
 
 def _plain(value: Any) -> str:

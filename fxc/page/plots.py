@@ -78,6 +78,9 @@ def _errors(rows: Sequence[Row]) -> str | None:
             axes.annotate(row.name[-60:], (place[row.name], row.error), fontsize=7, color=_INK,
                           ha="right" if place[row.name] > len(place) / 2 else "left")  # fmt: skip
         axes.set_ylabel("relative error")
+        for which in ("set_major_formatter", "set_minor_formatter"):
+            getattr(axes.yaxis, which)("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=6)
         return _svg(figure, "errors")
 
 
@@ -130,6 +133,8 @@ def _roofline(measured: Mapping[str, Any] | None) -> str | None:
         axes.plot(grid, [min(at * bandwidth, peak) / 1e9 for at in grid], color=_INK, linewidth=1)
         axes.plot(intensities, [y / 1e9 for _, y in points], "o", color=_AFTER, markersize=4)
         axes.set_ylabel("GFLOP/s")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         return _svg(figure, "roofline")
 
 
