@@ -49,8 +49,8 @@ ALLOWED = {
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.cli": "errors safety ir schemes analysis source data calibrate train passes compilation artifact options captured "
-    "lower compiled recipe compiler teaching measure kernel_bench page report fxc",
+    "fxc.cli": "errors progress safety ir schemes analysis source data calibrate train passes compilation artifact options "
+    "captured lower compiled recipe compiler teaching measure kernel_bench page report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure",
 }

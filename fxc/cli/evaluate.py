@@ -120,9 +120,12 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output, watche
     else:
         tokenizer = tokenizer_of(other or folder) if text is not None else None
         inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
+    for each in (model, original):
+        with output.doing(f"preparing it for {each.device}"):
+            each.lower()
     found = agreement(model, original, inputs, track=output.track)
-    with output.doing("comparing layers"):
-        layers, parting = compare_layers(model.program, original.program, inputs[:_LAYER_INPUTS], request.tolerance)
+    few = inputs[:_LAYER_INPUTS]
+    layers, parting = compare_layers(model.program, original.program, few, request.tolerance, output.track)
     result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
     result["parting"] = dataclasses.asdict(parting)
     output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])

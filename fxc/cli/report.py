@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fxc
 from fxc.artifact import store
-from fxc.artifact.manifest import PAGE
+from fxc.artifact.manifest import PAGE, read_manifest
 from fxc.artifact.staging import check_writable, write_file
 from fxc.errors import UsageError
 from fxc.page.page import page
@@ -18,6 +18,7 @@ _PEAK_SECONDS = 4.0
 
 def write_report(output: Output, artifact: Path, out: Path | None, timed: bool) -> None:
     """Write the page of an artifact, by default into it. Weights are read only to be timed."""
+    read_manifest(artifact)
     target = artifact / PAGE if out is None else out
     if target.is_dir():
         raise UsageError("the output is a folder", where=target, hint=f"-o {target / PAGE}")

@@ -31,7 +31,8 @@ def inspect_model(
 ) -> None:
     program, report = _program(output, source, revision, trust_remote_code)
     if axes:
-        Canonicalize().run(program, Context())
+        with output.doing("following axes"):
+            Canonicalize().run(program, Context())
         coupled.show(output, program, every)
         output.json({"groups": coupled.as_json(program)})
         return

@@ -20,6 +20,7 @@ from fxc.ir.digest import digest_of
 from fxc.lower.remembered import cpu_name
 from fxc.measure import history
 from fxc.measure.bench import Entry, race
+from fxc.progress import Track
 from fxc.report import drift
 from fxc.report.console import Output
 from fxc.source.load import kind_of
@@ -53,8 +54,7 @@ class Watched:
             if not math.isfinite(worse):
                 hint = "nothing was added to the history"
                 raise VerificationFailed(f"the {measure} is {value}", where=self.source, hint=hint)
-            with output.doing("timing"):
-                latency = _latency(model)
+            latency = _latency(model, output.track)
             entry = {
                 "fxc_history": history.VERSION,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -136,12 +136,12 @@ def _limit(text: str) -> float:
     return value
 
 
-def _latency(model: CompiledModel) -> dict[str, float]:
+def _latency(model: CompiledModel, track: Track) -> dict[str, float]:
     """Milliseconds of each phase, batch 1, the median."""
     entry = Entry("it", "fxc", model, model.program, model.program.nbytes())
     longest = getattr(model.config, "max_position_embeddings", None) or _LENGTH + _NEW
     length = max(1, min(_LENGTH, longest - _NEW))
-    row = race([entry], [1], [length], new=_NEW, rounds=_ROUNDS, device=str(model.device))[0]
+    row = race([entry], [1], [length], new=_NEW, rounds=_ROUNDS, device=str(model.device), track=track)[0]
     return {phase: round(median(each), 4) for phase, each in row.milliseconds.items()}
 
 

@@ -125,7 +125,7 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
 
 
 def compare_layers(
-    program: Program, original: Program, inputs: Sequence[list[Tensor]], tolerance: float = 0.01
+    program: Program, original: Program, inputs: Sequence[list[Tensor]], tolerance: float = 0.01, track: Track = untracked
 ) -> tuple[list[LayerError], Parting]:
     """`layer_agreement`, and where the two first part."""
     programs = [p.copy() for p in (program, original)]
@@ -140,7 +140,7 @@ def compare_layers(
     own: defaultdict[str, list[float]] = defaultdict(list)
     accumulated: defaultdict[str, list[float]] = defaultdict(list)
     modules = [p.module() for p in programs]
-    for tensors in inputs:
+    for tensors in track(inputs, "comparing layers", len(inputs)):
         with torch.no_grad():
             given = for_both(tensors, *programs)
             truth = values_at(modules[1], given[1], set(pairs.values()))

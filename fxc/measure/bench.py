@@ -20,6 +20,7 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
+from fxc.progress import Track, untracked
 from fxc.source.load import kind_of, load_source
 
 _CALLS = 3
@@ -98,12 +99,12 @@ def race(
     new: int = 16,
     rounds: int = 7,
     device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[Row]:
     """Time every entry at every size: in each round each is called in turn, every other round in reverse.
 
-    new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
-    not take the same inputs or the sizes are not ones that a model takes.
+    new: how many tokens a causal language model generates after each prompt; track: shows progress.
+    Raises `UsageError` when the entries do not take the same inputs or the sizes are not ones that a model takes.
     """
     first = entries[0]
     for entry in entries[1:]:
@@ -122,14 +123,13 @@ def race(
                 rows.append(Row(entry, batch, seq))
                 calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
     with torch.inference_mode():
-        for call in calls:
+        for call in track(calls, "warming up", len(calls)):
             call()
-        for number in range(rounds):
+        for number in track(range(rounds), "timing", rounds):
             order = range(len(rows)) if number % 2 == 0 else reversed(range(len(rows)))
             for i in order:
                 for phase, spent in calls[i]().items():
                     rows[i].milliseconds.setdefault(phase, []).append(spent * 1e3)
-            on_round(number)
     return rows
 
 

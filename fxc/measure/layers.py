@@ -52,19 +52,21 @@ def measure(model: CompiledModel, peaks: tuple[float, float] | None = None, trac
             microseconds[layer] = microseconds.get(layer, 0.0) + 1e6 * seconds * share
         if shares and timer.moved[name] and (operations := timer.operations.get(name)):
             points.append((operations / timer.moved[name], operations / seconds))
-    how = f"one sample of {LENGTH} tokens" if is_causal_lm(model.program) or _has_length(model) else "one sample"
+    length = _length(model)
+    how = "one sample" if length is None else f"one sample of {length} tokens"
     described = f"{how}, eager, {torch.get_num_threads()} threads, {cpu_name()}, median of {ROUNDS}, operator by operator"
     roofline = None if peaks is None else {"points": points, "bandwidth": peaks[0], "operations": peaks[1]}
     return Measured(microseconds, described, roofline)
 
 
-def _has_length(model: CompiledModel) -> bool:
-    return any(has_length(node.meta["val"]) for node in model.program.placeholders)
+def _length(model: CompiledModel) -> int | None:
+    if not any(has_length(node.meta["val"]) for node in model.program.placeholders):
+        return None
+    return min(LENGTH, getattr(model.config, "max_position_embeddings", None) or LENGTH)
 
 
 def _inputs(model: CompiledModel) -> list[Tensor]:
-    longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    made = sample_of_size(model.program, 1, min(LENGTH, longest) if _has_length(model) else None)
+    made = sample_of_size(model.program, 1, _length(model))
     return decoder_inputs(model.program, made[0]) if is_causal_lm(model.program) else made
 
 

@@ -19,6 +19,10 @@ _COLORS = {"#010101": "--ink", "#020202": "--grid", "#030303": "--before", "#040
 _INK, _GRID, _BEFORE, _AFTER, _BAD = _COLORS
 _OUTPUTS = re.compile(r"outputs differ by ([0-9.]+(?:e[+-]?[0-9]+)?)")
 _MOST_KINDS = 12
+_ROOF = (
+    "products of layers under the roofline of the machine that measured them: the line is its memory and the fastest of "
+    "torch's own products there; above it a kernel was faster than those, or the machine was busy while they were measured"
+)
 
 
 def is_there() -> bool:
@@ -32,7 +36,7 @@ def plots_of(report: Mapping[str, Any], rows: Sequence[Row], roofline: Mapping[s
         ("relative error of single layers, in the order of the program", _errors(rows)),
         _quality(report),
         *_training(report),
-        ("where the layers stand under the roofline of the machine that measured them", _roofline(roofline)),
+        (_ROOF, _roofline(roofline)),
     ]
     return [(title, svg) for title, svg in made if svg is not None]
 
@@ -78,9 +82,7 @@ def _errors(rows: Sequence[Row]) -> str | None:
             axes.annotate(row.name[-60:], (place[row.name], row.error), fontsize=7, color=_INK,
                           ha="right" if place[row.name] > len(place) / 2 else "left")  # fmt: skip
         axes.set_ylabel("relative error")
-        for which in ("set_major_formatter", "set_minor_formatter"):
-            getattr(axes.yaxis, which)("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=6)
+        _plain_ticks(axes.yaxis)
         return _svg(figure, "errors")
 
 
@@ -133,9 +135,18 @@ def _roofline(measured: Mapping[str, Any] | None) -> str | None:
         axes.plot(grid, [min(at * bandwidth, peak) / 1e9 for at in grid], color=_INK, linewidth=1)
         axes.plot(intensities, [y / 1e9 for _, y in points], "o", color=_AFTER, markersize=4)
         axes.set_ylabel("GFLOP/s")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
         return _svg(figure, "roofline")
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... and no powers of ten, which would be mathematics."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
