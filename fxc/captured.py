@@ -17,8 +17,10 @@ from fxc.artifact import companions, config_json, store
 from fxc.data.text import tokenizer_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.frontend.capture import capture
+from fxc.frontend.larger import capture_larger
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
+from fxc.memory import is_larger
 from fxc.neutral import one_at_a_time
 from fxc.options import Options
 from fxc.source.fresh import fresh, is_configuration
@@ -30,7 +32,8 @@ class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
     what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the
-    tensors of the caller's model; has_own_tokenizer: whether its tokenizer is the one in `folder`."""
+    tensors of the caller's model; is_streamed: whether they are mapped from files and were not read, for the model is larger
+    than memory; small: the program of its first layers then; has_own_tokenizer: whether its tokenizer is that in `folder`."""
 
     program: Program
     config: Any
@@ -41,6 +44,8 @@ class Captured:
     passes: list[dict[str, Any]] = field(default_factory=list)
     borrowed: bool = False
     is_compiled: bool = False
+    is_streamed: bool = False
+    small: Program | None = None
     has_own_tokenizer: bool = True
 
 
@@ -132,16 +137,36 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
 
 
 def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:
+    streams = is_streamed(source, options)
+    if streams and options.dtype != "auto":
+        raise UsageError(
+            "a model that is read piece by piece keeps its dtype", where="dtype", hint="the passes bf16 and fp16 change it"
+        )
     loaded = load_source(
-        source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-    )
-    return _captured(loaded, example_inputs, options)
+        source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code,
+        check_values=not streams,
+    )  # fmt: skip
+    return _captured(loaded, example_inputs, options, streams)
 
 
-def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured:
+def is_streamed(source: str, options: Options) -> bool:
+    """Whether the model is read piece by piece. Raises UsageError where that is asked for and cannot be."""
+    files = list(Path(source).expanduser().glob("*.safetensors")) if kind_of(source) == "folder" else []
+    if options.stream and not files:
+        raise UsageError("only a folder of safetensors can be read piece by piece", where=source, hint="leave --stream out")
+    if options.stream is not None:
+        return options.stream
+    return bool(files) and is_larger(sum(file.stat().st_size for file in files), options.max_memory)
+
+
+def _captured(loaded: Loaded, example_inputs: Any, options: Options, streams: bool = False) -> Captured:
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
     model, part = _part_of(loaded.model, options.part)
-    program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
+    small = None
+    if streams:
+        program, small = capture_larger(model, inputs, options.dynamic_shapes, options.verify)
+    else:
+        program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
     unused = loaded.source.get("unused", {}).get("bytes", 0)
@@ -149,7 +174,8 @@ def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured
     config = getattr(model, "config", None)
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     origin = loaded.source | ({"part": part} if part else {})
-    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
+    folder = loaded.tokenizer_dir
+    return Captured(program, config, files, origin, nbytes, folder=folder, is_streamed=streams, small=small)
 
 
 def _capture_artifact(path: Path, options: Options) -> Captured:

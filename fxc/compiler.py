@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from fxc import streaming
 from fxc.analysis.sizes import layers
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
@@ -31,7 +33,7 @@ from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.teacher import Teacher
-from fxc.pipeline import run_passes
+from fxc.pipeline import rehearse, run_passes
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.schemes.parameters import parameters
 
@@ -92,7 +94,12 @@ def compile_captured(
         if on_step is not None:
             on_step(step, after)
 
-    with _saves(options) as context.saves:
+    with _saves(options, captured.is_streamed) as context.saves:
+        if captured.is_streamed:
+            before = replace(before, constants=streaming.constants_of(captured, options))
+            if captured.small is not None and options.verify and not any(each.uses_data() for each in options.passes):
+                say("trying the passes on the first layers")
+                rehearse(captured.small, options)
         program, steps = run_passes(before, context, options, watch)
     if captured.borrowed:
         own_constants(program, before)
@@ -164,10 +171,10 @@ def taught_by(captured: Captured, teacher: Captured) -> Program:
 
 
 @contextmanager
-def _saves(options: Options) -> Iterator[Saves | None]:
+def _saves(options: Options, is_streamed: bool) -> Iterator[Saves | None]:
     """Where passes that learn save what they do, while they run."""
     has_data = options.calib is not None or options.train is not None
-    if not has_data or (options.resume is None and options.calib_disk is None):
+    if not (has_data or is_streamed) or (options.resume is None and options.calib_disk is None):
         yield None
     elif options.resume is not None:
         with saving(Path(options.resume), in_memory=options.calib_disk is None) as saves:

@@ -21,7 +21,7 @@ ALLOWED = {
     "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
-    "fxc.ir": "errors",
+    "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
     "fxc.data": "errors safety progress ir schemes",
@@ -40,17 +40,18 @@ ALLOWED = {
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
-    "fxc.captured": "errors neutral ir source data frontend artifact options",
+    "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
+    "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
     "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
-    "options captured export compiled",
+    "options captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.measure": "errors neutral progress ir lower source data frontend passes verify compilation options captured "
     "compiler compiled",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.cli": "errors progress safety ir schemes analysis source data calibrate train passes compilation artifact options "
-    "captured lower compiled recipe compiler teaching measure kernel_bench page report fxc",
+    "captured lower compiled recipe streaming compiler teaching measure kernel_bench page report fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure",
 }

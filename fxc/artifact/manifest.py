@@ -41,8 +41,12 @@ def new_manifest(own: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             "the manifest is not JSON", where="manifest", why=error, hint="use strings, finite numbers, lists and dicts"
         ) from None
-    versions = {name: metadata.version(name) for name in ("fxc", "torch", "transformers")}
-    return {**plain, "format": "fxc", "format_version": FORMAT, "versions": versions}
+    return {**plain, "format": "fxc", "format_version": FORMAT, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of what the bytes of an artifact depend on."""
+    return {name: metadata.version(name) for name in ("fxc", "torch", "transformers")}
 
 
 def encode(content: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,8 @@ and versions give equal bytes.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -119,7 +121,7 @@ def save(
     ) as folder:
         (folder / TEXT).write_text(text, encoding="ascii")
         stored, codes = _coded(program.constants) if program.is_stored_coded else (program.constants, {})
-        _write_constants(stored, folder, max_shard_bytes, out)
+        _write_constants(stored, folder, max_shard_bytes, out, {} if codes else _parts(program))
         companions.write(extra_files, folder)
         content |= {"coded": codes, "format_version": CODED_FORMAT} if codes else {}
         content |= {"files": describe(folder)}
@@ -145,20 +147,37 @@ def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
             raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
 
 
-def _write_constants(constants: dict[str, Tensor], folder: Path, max_shard_bytes: int, out: Path) -> None:
-    """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants."""
+def _parts(program: Program) -> dict[Path, list[str]]:
+    """Files that hold constants of a program that is larger than memory, and nothing else, and which."""
+    if not program.is_streamed:
+        return {}
+    parts = program.constants.spill.parts
+    newest = {name: path for path, names in parts.items() for name in names}
+    return {
+        path: names for path, names in parts.items()
+        if all(newest[name] == path and name in program.constants for name in names)
+        and safetensors_header(path)[0].keys() == set(names)
+    }  # fmt: skip
+
+
+def _write_constants(
+    constants: Mapping[str, Tensor], folder: Path, max_shard_bytes: int, out: Path, parts: Mapping[Path, list[str]]
+) -> None:
+    """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants. parts:
+    files that are shards already, and the names of what is in them."""
+    there = {name for names in parts.values() for name in names}
     shards: list[list[str]] = []
     size = 0
-    for fqn in sorted(constants):
+    for fqn in sorted(constants.keys() - there):
         nbytes = _nbytes(constants[fqn])
         if not shards or size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(fqn)
         size += nbytes
-    weight_map = {}
+    count, weight_map = len(shards) + len(parts), {}
     for number, shard in enumerate(shards, 1):
-        name = _SHARD.format(number, len(shards))
+        name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(shard, name)
         try:
             save_file(_storable({fqn: constants[fqn] for fqn in shard}), folder / name)
@@ -169,10 +188,22 @@ def _write_constants(constants: dict[str, Tensor], folder: Path, max_shard_bytes
                 why=error,
                 hint="check the free space of the disk and your permissions; what was there before is unchanged",
             ) from error
-    if shards:
+    for number, (path, names) in enumerate(parts.items(), len(shards) + 1):
+        name = _SHARD.format(number, count)
+        weight_map |= dict.fromkeys(names, name)
+        _linked(path, folder / name)
+    if weight_map:
         total = sum(map(_nbytes, constants.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="ascii")
+
+
+def _linked(path: Path, to: Path) -> None:
+    """The same file under another name, or a copy where the file system has no two names for one."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -196,9 +227,13 @@ def _check_written(folder: Path, out: Path, program: Program) -> None:
         raise VerificationFailed(
             f"what was written does not read back: {error.what}", where=out, why=f"{error.where}: {error.why}"
         ) from error
-    for fqn, tensor in program.constants.items():
-        if not torch.equal(_bytes(again.constants[fqn]), _bytes(tensor)):
-            raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
+    there = {name for names in _parts(program).values() for name in names}
+    with mapped.Reading() as reading:
+        for fqn in program.constants.keys() - there:
+            pair = again.constants[fqn], program.constants[fqn]
+            if not torch.equal(*map(_bytes, pair)):
+                raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
+            reading.done(pair)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from fxc.cli.parameters import (
     Device,
     Dtype,
     Json,
+    MaxMemory,
     Resume,
     Revision,
+    Stream,
     Trust,
+    bytes_of,
     checked_device,
     checked_dtype,
     dynamic_shapes_of,
@@ -108,7 +111,14 @@ def compile_(
     drop: Annotated[
         list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="A JSON file of what to prune.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A JSON file of what to prune. --plan without one is --plan-only.", metavar="[FILE]")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Say what memory, disk and time it takes, and write nothing.")
+    ] = False,
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
     dynamic: Annotated[
         list[str] | None, typer.Option(help="Dimensions of an input that vary, NAME:0,1; else found by trying. Repeatable.")
     ] = None,
@@ -128,11 +138,12 @@ def compile_(
         "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,
+        "stream": stream, "max_memory": bytes_of("--max-memory", max_memory) if max_memory is not None else None,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(
         model, given, out, recipe, eval_text, min_coverage, overwrite, tuple(print_after or ()), measure, tuple(drop or ()),
-        plan, report, resume,
+        plan, report, resume, plan_only,
     )  # fmt: skip
     with output_for(as_json) as output:
         compile_model(request, output)

@@ -23,13 +23,14 @@ from fxc.export.configuration import Fit, changed_fields, describe, weight
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import cache_types, is_causal_lm
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.safety import check_relative_name, listed
 from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 _WEIGHTS = "model*.safetensors"
 _OWN = {"config.json", "generation_config.json", "model.safetensors.index.json"}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxc.calibrate.journal import Saves
 from fxc.errors import UsageError
@@ -113,7 +113,9 @@ class Context:
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
     before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
-    passes have packed, as they were just before, by name; seed: of all that passes draw at random.
+    passes have packed, as they were just before, by name; seed: of all that passes draw at random; on_layer: of a program
+    that is larger than memory, what judges a layer as soon as it is packed: it is given the program, the layer as it was, its
+    float weight, and what stands in its place.
     """
 
     skip: tuple[str, ...] = ()
@@ -132,6 +134,7 @@ class Context:
     floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     later: tuple[Pass, ...] = ()
+    on_layer: Callable[[Program, fx.Node, Tensor, fx.Node], None] | None = None
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

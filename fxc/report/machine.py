@@ -18,7 +18,15 @@ from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
 from fxc.schemes.scheme import SCHEMES
-from fxc_kernels.cpu import int8_product, native, native_attention, native_between, native_int4, native_int8
+from fxc_kernels.cpu import (
+    int8_product,
+    native,
+    native_attention,
+    native_between,
+    native_int4,
+    native_int4_quantize,
+    native_int8,
+)
 
 PACKAGES = (
     "torch",
@@ -34,6 +42,7 @@ PACKAGES = (
 )
 _KERNELS = {
     "int8 layers": native_int8, "int4 layers": native_int4, "attention": native_attention, "norms": native_between,
+    "rounding to int4": native_int4_quantize,
 }  # fmt: skip
 _OPTIONAL = {"pillow": "only for --image", "triton": "only for CUDA"}
 

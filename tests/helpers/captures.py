@@ -32,16 +32,16 @@ class _Calls:
         return iter(self.calls)
 
 
-def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
-    traced = _key(model, *calls.made_of[1:])
+def _remembered(model: nn.Module, calls: _Calls, check: bool, reads: bool) -> Program:
+    traced = _key(model, *calls.made_of[1:3]) if reads else None
     if traced is None:
-        return _freest(model, calls, check)
+        return _freest(model, calls, check, reads)
     key = f"{traced} {check}"
     if key not in _KEPT:
         # What is checked or not is traced alike.
         capture._export = _tracing(traced)
         try:
-            program = _freest(model, calls, check)
+            program = _freest(model, calls, check, reads)
         finally:
             capture._export = _export
         if program.nbytes() < LARGEST:
@@ -50,16 +50,16 @@ def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
     return _own(_KEPT[key])
 
 
-def _tracing(key: str) -> Callable[[nn.Module, Call], Program]:
+def _tracing(key: str) -> Callable[[nn.Module, Call, bool], Program]:
     """`_export` for the calls of the model and inputs `key`, in their order."""
     count = itertools.count()
 
-    def export(model: nn.Module, call: Call) -> Program:
+    def export(model: nn.Module, call: Call, reads: bool) -> Program:
         number = next(count)
         if (key, number) in _TRACED:
             call.module(*call.inputs.values())  # which keeps what it gives
             return _own(_TRACED[key, number])
-        program = _export(model, call)
+        program = _export(model, call, reads)
         if program.nbytes() < LARGEST:
             _TRACED[key, number] = _own(program)
         return program

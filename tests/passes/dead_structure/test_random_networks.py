@@ -14,12 +14,13 @@ from structures import elements
 import fxc
 from fxc.analysis.known import known_values
 from fxc.ir.check import check
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 # torch.nn.utils.prune computes a layer's weight anew in every call, and torch.export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
