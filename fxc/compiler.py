@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fxc import streaming
+from fxc.analysis.sizes import layers
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
 from fxc.captured import Captured, capture_source, capture_teacher, check_tokenizers, own_constants
@@ -126,6 +127,7 @@ def compile_captured(
         training=training,
         teacher=teacher.source if teacher is not None else None,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
+        layers={each.name: each.as_json() for each in layers(before)},
     )
     files = captured.files | _plan(steps)
     if changes:

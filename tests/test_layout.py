@@ -18,6 +18,7 @@ ALLOWED = {
     "fxc.safety": "errors",
     "fxc.neutral": "",
     "fxc.progress": "",
+    "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
     "fxc.ir": "errors mapped",
@@ -37,23 +38,25 @@ ALLOWED = {
     "fxc.pipeline": "errors ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
-    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
+    "fxc.page": "errors units ir schemes analysis calibrate",
+    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
-    "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
-    "captured streaming export compiled",
+    "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
+    "options captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
-    "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
+    "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
+    "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "
     "compiler compiled report",
-    "fxc.selection": "errors neutral progress ir schemes source data frontend calibrate passes pipeline lower options captured "
-    "recipe compiler compiled measure report",
+    "fxc.selection": "errors neutral progress units ir schemes analysis source data frontend calibrate passes pipeline lower "
+    "options captured recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
-    "fxc.comparison": "errors progress memory recipe ir source data calibrate passes artifact lower options captured compiled "
-    "compiler report measure kernel_bench",
-    "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe streaming compiler teaching measure kernel_bench report comparison selection fxc",
+    "fxc.comparison": "errors progress memory units recipe ir analysis source data calibrate passes artifact lower options "
+    "captured compiled compiler report measure kernel_bench",
+    "fxc.cli": "errors progress safety units ir schemes analysis source data calibrate train passes compilation artifact "
+    "options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison selection "
+    "fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }

@@ -5,6 +5,7 @@
           model.safetensors.index.json       which constant is in which of them
           fxc.json                           fxc.artifact.manifest
           config.json, tokenizer.json, ...   files of the source, as they were
+          report.html                        for people; nothing reads it, and the manifest does not list it
 
 Nothing in it is unpickled or executed, and everything behind the hashes is checked as if there were none. Equal inputs
 and versions give equal bytes.
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,8 @@ from fxc.artifact.manifest import (
     CODED_FORMAT,
     DAMAGED,
     MANIFEST,
+    PAGE,
+    check_file,
     check_listed,
     describe,
     encode,
@@ -83,12 +86,13 @@ def save(
     overwrite: bool = False,
     source: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    page: Callable[[Mapping[str, Any]], bytes] | None = None,
 ) -> None:
     """Write `program` as an artifact: all of it, verified by reading it again, or nothing.
 
     manifest: JSON to keep beside the program (finite numbers only); extra_files: relative name -> content, or a file to
     copy. overwrite: replace `out` if it is an artifact that holds nothing but its own files. source: the folder that
-    the model came from, which `out` may not touch.
+    the model came from, which `out` may not touch. page: what `report.html` is, made of the manifest.
 
     Raises `UsageError` for a target or a manifest that cannot be, `VerificationFailed` for a program that is not well
     formed or does not read back, `ResourceError` for a full disk, a lack of permission or another writer.
@@ -120,7 +124,10 @@ def save(
         _write_constants(stored, folder, max_shard_bytes, out, {} if codes else _parts(program))
         companions.write(extra_files, folder)
         content |= {"coded": codes, "format_version": CODED_FORMAT} if codes else {}
-        (folder / MANIFEST).write_bytes(encode({**content, "files": describe(folder)}))
+        content |= {"files": describe(folder)}
+        (folder / MANIFEST).write_bytes(encode(content))
+        if page is not None:
+            (folder / PAGE).write_bytes(page(content))
         _check_written(folder, out, program)
 
 
@@ -136,7 +143,7 @@ def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
     for name in extra_files:
         plain = PurePosixPath(check_relative_name(name, where="extra_files"))
         is_weights = plain.suffix == ".safetensors" and len(plain.parts) == 1
-        if str(plain) != name or name in (MANIFEST, TEXT, SAFE_INDEX) or is_weights:
+        if str(plain) != name or name in (MANIFEST, PAGE, TEXT, SAFE_INDEX) or is_weights:
             raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
 
 
@@ -263,6 +270,25 @@ def read(path: str | Path) -> Artifact:
     return Artifact(program, manifest, path)
 
 
+def read_outline(path: str | Path) -> Artifact:
+    """`read` without the weights, which stay on meta: the manifest and the text alone are verified.
+
+    Raises what `read` does.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        entry = manifest["files"].get(TEXT)
+        if entry is None:
+            raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
+        check_file(path, TEXT, entry)
+        program = _read_text(path / TEXT, None)
+    except OSError as error:
+        where, what = error.filename or path, error.strerror or error
+        raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
+    return Artifact(program, manifest, path)
+
+
 def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
     """FQN -> tensor, mapped from the files and not copied."""
     # In a folder of their own are the weights of what comes after the model: see fxc.artifact.companions.
@@ -311,7 +337,7 @@ def _expanded(path: Path, codes: object, constants: dict[str, Tensor]) -> dict[s
     return found
 
 
-def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:
+def _read_text(file: Path, constants: dict[str, Tensor] | None) -> Program:
     check_json_size(file)
     try:
         text = file.read_bytes().decode("ascii")

@@ -189,7 +189,15 @@ def run(
 def eval_(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --against: a text, a .jsonl file or a folder of images, with labels or without.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Measure agreement with this model too, usually the original.")] = None,
+    history: Annotated[Path | None, typer.Option(help="With --against: add a line of JSON to this file, and plot it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to plot the history: .svg, .png or .pdf; else beside it.")] = None,
+    fail_over: Annotated[
+        str | None, typer.Option(help="With --against: exit with 5 where quality is worse by more, as in 1% or 0.01.")
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="With --against, name the first layer that is off by more.")] = 0.01,
@@ -205,10 +213,24 @@ def eval_(
 
     request = EvalRequest(
         model, text, against, window, windows, tolerance, backend, checked_device(device), checked_dtype(dtype), revision,
-        trust_remote_code,
+        trust_remote_code, data, history, plot, fail_over,
     )  # fmt: skip
     with output_for(as_json) as output:
         evaluate(request, output)
+
+
+@app.command()
+def report(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; by default report.html in it.")] = None,
+    timed: Annotated[bool, typer.Option("--measure", help="Time its layers on this machine and draw the roofline.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the page that says what was done to a model, layer by layer: one HTML file, which opens offline."""
+    from fxc.cli.report import write_report
+
+    with output_for(as_json) as output:
+        write_report(output, artifact, out, timed)
 
 
 @app.command()

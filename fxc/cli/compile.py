@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxc.analysis import sizes
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
@@ -29,7 +30,7 @@ from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.order import order
 from fxc.passes.prune.prune import Prune, with_drops
 from fxc.recipe import read_recipe
-from fxc.report import compilation, outputs, sizes
+from fxc.report import compilation, outputs
 from fxc.report.console import Output, size
 from fxc.source.load import kind_of
 from fxc.streaming import plan_of

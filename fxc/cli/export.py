@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import fxc
+from fxc.analysis.sizes import on_disk
 from fxc.report.console import Output, size
-from fxc.report.sizes import on_disk
 from fxc.safety import listed
 
 

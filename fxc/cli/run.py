@@ -23,16 +23,19 @@ def run_model(
 ) -> None:
     with output.doing(f"loading {out}"):
         model = fxc.load(out, device=device, backend=backend, keep_float=keep_float)
-    model.lower()
+    with output.doing(f"preparing it for {model.device}"):
+        model.lower()
     for line in describe(model.layers):
         output.note(line)
     output.note(describe_held(model.lowered))
     if prompt is not None:
-        made = outputs.generate(model, out, prompt, new)
+        with output.doing("generating"):
+            made = outputs.generate(model, out, prompt, new)
         output.block(made["prompt"] + made["text"])
         output.note(f"{made['tokens']} tokens in {made['seconds']:.2f} s on {model.device}, backend {backend}")
     else:
-        made = outputs.read(model, out, text, image)
+        with output.doing("running"):
+            made = outputs.read(model, out, text, image)
         if made["kind"] == "labels":
             rows = [(row["label"], f"{row['probability']:.4f}") for row in made["top"]]
             output.table("labels", ["label", ">probability"], rows)

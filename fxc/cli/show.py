@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxc.analysis import sizes
 from fxc.artifact import store
 from fxc.captured import capture_source
 from fxc.ir.program import Program
@@ -16,7 +17,7 @@ from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
 from fxc.report import axes as coupled
-from fxc.report import lowering, machine, sizes
+from fxc.report import lowering, machine
 from fxc.report.console import Output, size
 from fxc.report.difference import unified_diff
 from fxc.schemes.parameters import parameters
@@ -30,7 +31,8 @@ def inspect_model(
 ) -> None:
     program, report = _program(output, source, revision, trust_remote_code)
     if axes:
-        Canonicalize().run(program, Context())
+        with output.doing("following axes"):
+            Canonicalize().run(program, Context())
         coupled.show(output, program, every)
         output.json({"groups": coupled.as_json(program)})
         return

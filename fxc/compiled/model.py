@@ -24,6 +24,7 @@ from fxc.lower.held import held
 from fxc.lower.runnable import Running, runnable
 from fxc.lower.target import check_keep_float, check_target, lower
 from fxc.neutral import one_at_a_time
+from fxc.page.page import page
 from fxc.safety import listed
 
 AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
@@ -234,6 +235,7 @@ class CompiledModel(nn.Module):
             self.program,
             Path(directory),
             manifest={"report": lasting(self.report)},
+            page=lambda manifest: page(self.program, manifest),
             extra_files=config_json.marked(self.files),
             overwrite=overwrite,
             source=Path(source) if source is not None else None,

@@ -126,8 +126,8 @@ def race_at(
     """Time every entry at every size: in each round each is called in turn, every other round in reverse. sizes: batch and
     length, None for a model that takes no sequences. The rows are in the order of sizes, then of entries.
 
-    new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
-    not take the same inputs or the sizes are not ones that a model takes.
+    new: how many tokens a causal language model generates after each prompt; track: shows progress.
+    Raises `UsageError` when the entries do not take the same inputs or the sizes are not ones that a model takes.
     """
     first = entries[0]
     for entry in entries[1:]:
@@ -144,7 +144,7 @@ def race_at(
             rows.append(Row(entry, batch, seq))
             calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
     with torch.inference_mode():
-        for call in calls:
+        for call in track(calls, "warming up", len(calls)):
             call()
         for number in track(range(rounds), f"timing {len(entries)} models in turns", rounds):
             order = range(len(rows)) if number % 2 == 0 else reversed(range(len(rows)))

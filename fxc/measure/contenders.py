@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxc.analysis.sizes import on_disk
 from fxc.captured import Captured, part_of
 from fxc.compiled.model import CompiledModel
 from fxc.compiler import load
@@ -27,7 +28,6 @@ from fxc.ir.program import Program
 from fxc.measure.bench import Entry, Row, race_at, takes_lengths
 from fxc.measure.quality import Evaluation, Quality
 from fxc.progress import Track, untracked
-from fxc.report.sizes import on_disk
 from fxc.source.load import load_source
 
 Size = tuple[int, int | None]
@@ -137,7 +137,7 @@ def artifact(
 
 
 def compiled(name: str, model: CompiledModel, disk_bytes: int) -> Contender:
-    """A compiled model. disk_bytes: of its artifact (`fxc.report.sizes.on_disk`)."""
+    """A compiled model. disk_bytes: of its artifact (`fxc.analysis.sizes.on_disk`)."""
     how = f"fxc {model.backend}" + ", kept compressed" * model.keep_compressed
     return Contender(Entry(name, how, model, model.program, model.program.nbytes()), disk_bytes)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fxc.analysis.sizes import on_disk
 from fxc.captured import Captured
 from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.compiler import compile_captured
@@ -19,7 +20,6 @@ from fxc.measure.quality import Evaluation, Quality
 from fxc.options import Options
 from fxc.passes.base import Pass
 from fxc.progress import Say, in_words, unsaid
-from fxc.report.sizes import on_disk
 from fxc.selection.budget import Budget
 
 

@@ -8,13 +8,13 @@ from families import build
 from tiny import byte_tokenizer
 
 import fxc
+from fxc.analysis import sizes
 from fxc.captured import Captured, capture_source
 from fxc.compiler import compile_captured
 from fxc.data.comparison import inputs_for
 from fxc.errors import UsageError
 from fxc.measure.agreement import agreement, compare_layers, layer_agreement
 from fxc.options import Options
-from fxc.report import sizes
 
 
 def test_a_model_agrees_with_itself_and_less_with_its_int8_form(pair):
