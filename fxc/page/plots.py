@@ -15,7 +15,7 @@ from fxc.units import size
 
 MISSING = "there are no plots: matplotlib was not installed where this page was written (pip install matplotlib)"
 # What matplotlib draws in -> what the style sheet calls it.
-_COLORS = {"#010101": "--ink", "#020202": "--grid", "#030303": "--before", "#040404": "--after", "#050505": "--bad"}
+_COLORS = {"#010101": "ink", "#020202": "grid", "#030303": "before", "#040404": "after", "#050505": "bad"}
 _INK, _GRID, _BEFORE, _AFTER, _BAD = _COLORS
 _OUTPUTS = re.compile(r"outputs differ by ([0-9.]+(?:e[+-]?[0-9]+)?)")
 _MOST_KINDS = 12
@@ -191,5 +191,5 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", svg, count=1)
     for color, variable in _COLORS.items():
-        svg = svg.replace(color, f"var({variable})")
+        svg = svg.replace(color, f"var(--{variable})")
     return svg

@@ -22,10 +22,10 @@ LARGEST = 100_000_000
 _calls_of, _freest, _traced = capture.calls_of, capture._freest, capture._export
 
 
-def _export(model: nn.Module, call: Call) -> Program:
+def _export(model: nn.Module, call: Call, reads: bool) -> Program:
     """Traced without torch's memory of what operators give for which types, which pays from eight layers on."""
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-        return _traced(model, call)
+        return _traced(model, call, reads)
 
 
 class _Calls:
