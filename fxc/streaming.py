@@ -15,7 +15,7 @@ import torch
 from fxc.artifact.manifest import versions
 from fxc.artifact.spill import Spill
 from fxc.captured import Captured
-from fxc.errors import FxcError, ResourceError
+from fxc.errors import FxcError, InputRefused, ResourceError
 from fxc.ir.program import Program
 from fxc.ir.store import PART_BYTES, Constants
 from fxc.mapped import READ_BYTES, let_go
@@ -116,7 +116,10 @@ def _seconds(program: Program, options: Options) -> float | None:
     for each in passes:
         some = weight[: max(AT_ONCE // weight.shape[1], 1)]
         begin = time.perf_counter()
-        each.pack(some)
+        try:
+            each.pack(some)
+        except InputRefused:  # this one stays as it is
+            return None
         total += (time.perf_counter() - begin) * program.numel() / some.numel()
     return total
 

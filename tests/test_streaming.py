@@ -128,6 +128,12 @@ def test_of_passes_that_need_values_the_plan_knows_no_result(folder):
     assert plan.result is None and plan.seconds is None and "depends on the weights" in str(plan)
 
 
+def test_a_pass_that_the_largest_weight_does_not_go_with_has_no_time(folder):
+    options = Options("int4:group=128", stream=True, allow_noop=True)
+    plan = streaming.plan_of(capture_source(folder, options=options), options)
+    assert plan.seconds is None and plan.result > 0
+
+
 def test_what_cannot_be_read_piece_by_piece_says_so(folder):
     with pytest.raises(UsageError, match="folder of safetensors"):
         fxc.optimize("nowhere:model", stream=True)
