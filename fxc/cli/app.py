@@ -419,6 +419,18 @@ def passes(
 
 
 @app.command()
+def explain(
+    code: Annotated[str, typer.Argument(help="The code of an error, as in FXC-E5.")],
+    as_json: Json = False,
+) -> None:
+    """Say what an error's code means, and what to do."""
+    from fxc.cli.show import explain_code
+
+    with output_for(as_json) as output:
+        explain_code(output, code)
+
+
+@app.command()
 def doctor(
     build: Annotated[
         bool, typer.Option("--build", help="Build the kernels in C++ first, for every kind of CPU: for an image.")

@@ -20,6 +20,7 @@ from fxc.report import axes as coupled
 from fxc.report import lowering, machine
 from fxc.report.console import Output, size
 from fxc.report.difference import unified_diff
+from fxc.report.explain import as_text, explained
 from fxc.schemes.parameters import parameters
 from fxc.source.load import kind_of
 
@@ -161,3 +162,10 @@ def examine_machine(output: Output, build: bool = False) -> None:
         output.line(f"built for {level}: {', '.join(files)}, in {next(iter(files.values())).parent}")
     paths = {level: {kernel: str(file) for kernel, file in files.items()} for level, files in built.items()}
     output.json({"findings": [dataclasses.asdict(f) for f in findings]} | ({"built": paths} if build else {}))
+
+
+def explain_code(output: Output, code: str) -> None:
+    each = explained(code)
+    output.block(as_text(each) + "\n")
+    cases = [{"what": what, "cure": cure} for what, cure in each.cases]
+    output.json({"code": each.code, "kind": each.kind.__name__, "meaning": each.meaning, "cases": cases})
