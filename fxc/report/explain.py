@@ -112,11 +112,11 @@ def as_text(each: Explained) -> str:
 
 def page() -> str:
     """docs/errors.md."""
-    lines = [
-        "# Errors", "",
-        "Every error says what, where, why and what to do next; with `--json` as an object on stdout. The number of its code is",
-        "the exit code of the command line (130 where somebody interrupted it). `fxc explain FXC-E5` prints what stands here.", "",
-    ]  # fmt: skip
+    first = (
+        "Every error says what, where, why and what to do next; with `--json` as an object on stdout. The number of its code is the "
+        "exit\ncode of the command line (130 where somebody interrupted it). `fxc explain FXC-E5` prints what stands here."
+    )
+    lines = ["# Errors", "", first, ""]
     for each in EXPLAINED:
         lines += [f"## {each.code}: {each.kind.__name__}", "", each.meaning, "", "| what happened | what to do |", "|---|---|"]
         lines += [f"| {what} | {cure} |" for what, cure in each.cases] + [""]
