@@ -148,7 +148,7 @@ def check_written(
         if names := [str(key) for key in report.get(kind) or ()]:
             raise VerificationFailed(f"the folder does not load as written: {kind}: {listed(names)}", where=folder)
     with redirect_stderr(StringIO()):
-        error = _error(loaded.eval(), _in_float32(program) if wide != dtype else program, wide)
+        error = _error(loaded.eval(), in_float32(program) if wide != dtype else program, wide)
     allowed = tolerance(wide) if allowed is None else allowed
     if not error <= allowed:
         left = sorted(set(program.constants) - set(fit.places.values()))
@@ -171,7 +171,7 @@ def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> float:
     return worst
 
 
-def _in_float32(program: Program) -> Program:
+def in_float32(program: Program) -> Program:
     wide = program.copy()
     wide.constants = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in program.constants.items()}
     for node in wide.graph.nodes:
