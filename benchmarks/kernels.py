@@ -1,11 +1,12 @@
 """Single linear layers: fxc's kernels beside torch's and the rivals in benchmarks/kernel_peers, and what the machine allows.
 
-    python -m benchmarks.kernels --threads 2
+    python -m benchmarks.kernels --threads 1,2
     python -m benchmarks.kernels --scheme int4 --shapes 4096,4096 --m 1,16 --out /tmp
 
 This is `fxc bench kernels` with those rivals and a place for its results: benchmarks/results/kernels-<machine>.json, .csv, .md
-and pictures. A run with --scheme, --shapes or --m is not a full one, and writes only where --out says. On a machine that does
-other work too, set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against the others) and leave a core free.
+and pictures, with several numbers of threads a set for each. A run with --scheme, --shapes or --m is not a full one, and writes
+only where --out says. On a machine that does other work too, set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against
+the others) and leave a core free.
 
 Where typer or rich are missing, as on a machine that somebody lends, the same runs with plain output.
 """
@@ -62,24 +63,30 @@ class PlainOutput:
         yield
 
 
+def _sizes(option: str, text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    if not all(each.strip().isdecimal() and int(each) for each in text.split(",")):
+        raise UsageError(f"{text!r} is not a list of sizes", where=option, hint="as in 1,8,32")
+    return tuple(dict.fromkeys(int(each) for each in text.split(",")))
+
+
 def run_plainly(given: list[str]) -> int:
     """The command without typer and rich: (its exit code)."""
     from fxc.cli.bench_kernels import KernelsRequest, bench_kernels
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--scheme", "--shapes", "--m", "--device", "--peers"):
+    for name in ("--scheme", "--shapes", "--m", "--device", "--threads", "--peers"):
         parser.add_argument(name)
-    for name, kind in (("--threads", int), ("--rounds", int), ("--out", Path), ("--budget-seconds", float)):
+    for name, kind in (("--rounds", int), ("--out", Path), ("--budget-seconds", float)):
         parser.add_argument(name, type=kind)
     for name in ("--tune", "--json"):
         parser.add_argument(name, action="store_true")
     options = parser.parse_args(given)
     try:
-        if options.m is not None and not all(each.strip().isdecimal() and int(each) for each in options.m.split(",")):
-            raise UsageError(f"{options.m!r} is not a list of sizes", where="--m", hint="as in 1,8,32")
-        rows = () if options.m is None else tuple(dict.fromkeys(int(each) for each in options.m.split(",")))
+        rows, threads = _sizes("--m", options.m), _sizes("--threads", options.threads)
         bench_kernels(PlainOutput(options.json), KernelsRequest(
-            options.scheme, options.shapes, rows, options.device, options.threads, options.rounds, options.out, options.tune,
+            options.scheme, options.shapes, rows, options.device, threads, options.rounds, options.out, options.tune,
             options.budget_seconds, options.peers,
         ))  # fmt: skip
     except FxcError as error:

@@ -1,10 +1,11 @@
 """Latency of whole models: fxc beside torch, torch.compile, ONNX Runtime, OpenVINO and torchao, all in one process.
 
-    python -m benchmarks.models --threads 2
+    python -m benchmarks.models --peers --threads 2
     python -m benchmarks.models --only 'encoder,*int8*' --sizes 8x128 --rounds 3
 
 Every contender must first give the original's numbers; then all are timed in interleaved rounds. A full run writes
-benchmarks/results/models-<cpu>.json and .md; one with --only or --sizes is only printed, unless --json names a file.
+benchmarks/results/models-<cpu>.json and .md; one with --only, --sizes or --no-peers is only printed, unless --json names a
+file.
 On a machine that does other work too, set OMP_WAIT_POLICY=PASSIVE (else OpenMP's threads spin against the others) and
 leave a core free.
 """
@@ -36,8 +37,10 @@ SIZES = "1x32,1x128,8x128,32x128"
 LEAST_COSINE = 0.98
 
 
-def chosen(contenders: list[Contender], workload: str, only: list[str]) -> list[Contender]:
-    """Those that `only` asks for (workload names, patterns of row names, or both) and the first one, the baseline."""
+def chosen(contenders: list[Contender], workload: str, only: list[str], peers: bool = True) -> list[Contender]:
+    """Those that `only` asks for (workload names, patterns of row names, or both) and the first one, the baseline. peers: also
+    those that are not ours."""
+    contenders = [each for at, each in enumerate(contenders) if peers or at == 0 or each.ours]
     workloads = [name for name in only if name in WORKLOADS]
     patterns = [name for name in only if name not in WORKLOADS] or ["*"]
     if workloads and workload not in workloads:
@@ -51,7 +54,7 @@ def build(contenders: list[Contender], bench: Workbench) -> tuple[dict[str, Any]
     built, left_out = {}, {}
     for each in contenders:
         if missing := each.absent():
-            left_out[each.name] = f"absent: {', '.join(missing)}"
+            left_out[each.name] = f"not measured: {', '.join(missing)} not installed"
         else:
             start = time.perf_counter()
             try:
@@ -84,9 +87,11 @@ def agreeing(
     return calls, cosines
 
 
-def measure(workload: Any, only: list[str], threads: int, rounds: int, seconds: float = 0.3) -> dict | None:
+def measure(
+    workload: Any, only: list[str], threads: int, rounds: int, seconds: float = 0.3, peers: bool = True
+) -> dict | None:
     """One workload's results, as `table` takes them; None when nothing of it is chosen."""
-    contenders = chosen(workload.contenders, workload.name, only)
+    contenders = chosen(workload.contenders, workload.name, only, peers)
     if not contenders:
         return None
     result = {"name": workload.name, "title": workload.title, "sizes": workload.sizes, "rows": {}}
@@ -123,6 +128,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's own choice")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="patterns of row names, or encoder or decoder, with commas between")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True,
+        help="measure the rivals too, those that are installed, and name the others as not measured; this is what it does "
+        "without the word as well. --no-peers: fxc beside the original alone, printed and not written, unless --json is given",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write; markdown goes beside it")
     options = parser.parse_args()
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", size) for size in options.sizes.split(",")):
@@ -146,7 +156,7 @@ def main() -> int:
     broken = []
     for workload in (Encoder(options.sizes.split(",")), Decoder()):
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
-            result = measure(workload, only, options.threads, options.rounds)
+            result = measure(workload, only, options.threads, options.rounds, peers=options.peers)
         if result is None:
             continue
         report["workloads"].append(result)
@@ -158,7 +168,7 @@ def main() -> int:
     if not report["workloads"]:
         note(f"error: --only {options.only}: no row has such a name")
         return 2
-    partial = bool(only) or options.sizes != SIZES
+    partial = bool(only) or options.sizes != SIZES or not options.peers
     if options.json or not partial:
         path = options.json or RESULTS / f"models-{slug(report['hardware']['cpu'])}.json"
         write(path, report, md=table.markdown(report))

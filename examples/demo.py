@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import fxc
+from fxc.analysis import sizes
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import FxcError, UsageError
 from fxc.lower.inductor import require_compiler
 from fxc.measure import bench
 from fxc.measure.perplexity import perplexity, relative_change
-from fxc.report import compilation, sizes
+from fxc.report import compilation
 from fxc.report.console import Output, ratio, size
 from fxc.report.lowering import describe
 from fxc.source.load import load_source

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxc.comparison.compare import compare
     from fxc.compiled.model import CompiledModel
     from fxc.compiler import load, optimize
     from fxc.errors import FxcError
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from fxc.measure.sensitivity import sensitivity
     from fxc.options import Options
     from fxc.passes.base import Pass
+    from fxc.selection.search import search
     from fxc.teaching import distill, recover
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "distill", "load", "optimize", "recover",
-    "sensitivity",
+    "CompiledModel", "FxcError", "Options", "Pass", "Program", "capture", "compare", "distill", "load", "optimize", "recover",
+    "search", "sensitivity",
 ]  # fmt: skip
 
 _HOMES = {
@@ -34,10 +36,12 @@ _HOMES = {
     "Pass": "fxc.passes.base",
     "Program": "fxc.ir.program",
     "capture": "fxc.frontend.capture",
+    "compare": "fxc.comparison.compare",
     "distill": "fxc.teaching",
     "load": "fxc.compiler",
     "optimize": "fxc.compiler",
     "recover": "fxc.teaching",
+    "search": "fxc.selection.search",
     "sensitivity": "fxc.measure.sensitivity",
 }
 

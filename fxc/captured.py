@@ -17,8 +17,10 @@ from fxc.artifact import companions, config_json, store
 from fxc.data.text import tokenizer_of
 from fxc.errors import CaptureFailed, UsageError
 from fxc.frontend.capture import capture
+from fxc.frontend.larger import capture_larger
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
+from fxc.memory import is_larger
 from fxc.neutral import one_at_a_time
 from fxc.options import Options
 from fxc.source.fresh import fresh, is_configuration
@@ -30,7 +32,9 @@ class Captured:
     """A captured source. config: its Hugging Face configuration, if it has one; files: tokenizer and configuration files;
     source: what it is, as JSON; nbytes: bytes of its weights as they came; folder: where it is, if it is a folder; passes:
     what an artifact went through already; is_compiled: whether it is one; borrowed: whether the program's constants are the
-    tensors of the caller's model; has_own_tokenizer: whether its tokenizer is the one in `folder`."""
+    tensors of the caller's model; is_streamed: whether they are mapped from files and were not read, for the model is larger
+    than memory; small: the program of its first layers then; has_own_tokenizer: whether its tokenizer is that in `folder`;
+    module: the model itself, over the same weights, where it was asked for and is no artifact."""
 
     program: Program
     config: Any
@@ -41,15 +45,23 @@ class Captured:
     passes: list[dict[str, Any]] = field(default_factory=list)
     borrowed: bool = False
     is_compiled: bool = False
+    is_streamed: bool = False
+    small: Program | None = None
     has_own_tokenizer: bool = True
+    module: nn.Module | None = None
 
 
 @one_at_a_time
 def capture_source(
-    model: Any, example_inputs: Any = None, options: Options = Options(), teacher: Captured | None = None
+    model: Any,
+    example_inputs: Any = None,
+    options: Options = Options(),
+    teacher: Captured | None = None,
+    *,
+    keep_module: bool = False,
 ) -> Captured:
     """The program of a model or of a source, with what belongs to it. teacher: of a student, which may be a configuration: see
-    `Options.teacher`."""
+    `Options.teacher`. keep_module: keep the model as well (`Captured.module`)."""
     is_student = teacher is not None and is_configuration(model)
     if not is_student:
         check_is_model(model)
@@ -66,6 +78,8 @@ def capture_source(
         captured = _capture_artifact(Path(model), options)
     else:
         captured = _capture_loaded(str(model), example_inputs, options)
+    if not keep_module:
+        captured.module = None
     if given is not None:
         captured.files = companions.with_tokenizer(captured.files, given)
         captured.has_own_tokenizer = False
@@ -121,27 +135,47 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
         model = copy.deepcopy(model).to(wanted)
         example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
     borrowed = model is given
-    model, part = _part_of(model, options.part)
+    model, part = part_of(model, options.part)
     program = capture(model, example_inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     nbytes = read if part else nbytes
     config = getattr(model, "config", None)
     source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
     files = files_of_module(model)
-    return Captured(program, config, files, source, nbytes, borrowed=borrowed)
+    return Captured(program, config, files, source, nbytes, borrowed=borrowed, module=model)
 
 
 def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:
+    streams = is_streamed(source, options)
+    if streams and options.dtype != "auto":
+        raise UsageError(
+            "a model that is read piece by piece keeps its dtype", where="dtype", hint="the passes bf16 and fp16 change it"
+        )
     loaded = load_source(
-        source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-    )
-    return _captured(loaded, example_inputs, options)
+        source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code,
+        check_values=not streams,
+    )  # fmt: skip
+    return _captured(loaded, example_inputs, options, streams)
 
 
-def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured:
+def is_streamed(source: str, options: Options) -> bool:
+    """Whether the model is read piece by piece. Raises UsageError where that is asked for and cannot be."""
+    files = list(Path(source).expanduser().glob("*.safetensors")) if kind_of(source) == "folder" else []
+    if options.stream and not files:
+        raise UsageError("only a folder of safetensors can be read piece by piece", where=source, hint="leave --stream out")
+    if options.stream is not None:
+        return options.stream
+    return bool(files) and is_larger(sum(file.stat().st_size for file in files), options.max_memory)
+
+
+def _captured(loaded: Loaded, example_inputs: Any, options: Options, streams: bool = False) -> Captured:
     inputs = example_inputs if example_inputs is not None else loaded.example_inputs
-    model, part = _part_of(loaded.model, options.part)
-    program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
+    model, part = part_of(loaded.model, options.part)
+    small = None
+    if streams:
+        program, small = capture_larger(model, inputs, options.dynamic_shapes, options.verify)
+    else:
+        program = capture(model, inputs, dynamic_shapes=options.dynamic_shapes, check=options.verify)
     read = _check_whole(model, program, part, example_inputs)
     sizes = [f["size"] for f in loaded.source.get("files", {}).values()]
     unused = loaded.source.get("unused", {}).get("bytes", 0)
@@ -149,7 +183,10 @@ def _captured(loaded: Loaded, example_inputs: Any, options: Options) -> Captured
     config = getattr(model, "config", None)
     nbytes = read if part else sum(sizes) - unused if sizes else _nbytes(loaded.model)
     origin = loaded.source | ({"part": part} if part else {})
-    return Captured(program, config, files, origin, nbytes, folder=loaded.tokenizer_dir)
+    folder = loaded.tokenizer_dir
+    return Captured(
+        program, config, files, origin, nbytes, folder=folder, is_streamed=streams, small=small, module=model
+    )
 
 
 def _capture_artifact(path: Path, options: Options) -> Captured:
@@ -187,7 +224,7 @@ _NEGLIGIBLE = 0.01
 LANGUAGE_MODEL = "language_model"
 
 
-def _part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
+def part_of(model: nn.Module, part: str | None) -> tuple[nn.Module, str | None]:
     """The module `part` of `model`, and its full name. A language model within another one is that model, called with text
     alone: its head is outside of it."""
     if part is None or (part == LANGUAGE_MODEL and hasattr(model, "generate")):

@@ -128,7 +128,8 @@ class Compilation:
     of the weights as they came; bytes_after, parameters: of the program's constants. coverage: of the bytes that were there
     when the first pass came that rewrites weights, the share that was rewritten. earlier: the passes that an artifact went
     through before, as its report says; passes: those of this compilation; teacher: the source that taught it, if one was given.
-    perplexity, stages: where they were measured; stages are of one machine, and no artifact keeps them.
+    perplexity, stages: where they were measured; stages are of one machine, and no artifact keeps more of them than their
+    perplexity. layers: of each layer of the program as it came, by name, its kind, dtypes, shape, parameters and bytes.
     """
 
     source: dict[str, Any]
@@ -148,6 +149,7 @@ class Compilation:
     training: Calibration | None = None
     perplexity: PerplexityChange | None = None
     stages: list[Stage] = field(default_factory=list)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def worst(self, count: int = 5) -> list[Worst]:
         """The layers with the largest errors in any pass, the worst first."""
@@ -162,6 +164,10 @@ class Compilation:
         """The report: `passes` are all that the model went through; what was not measured or did not change is left out."""
         content = asdict(self)
         del content["stages"]
+        if not content["layers"]:
+            del content["layers"]
+        if scored := [{"name": s.name, "perplexity": s.perplexity} for s in self.stages if s.perplexity is not None]:
+            content["quality"] = scored
         content["passes"] = content.pop("earlier") + [each.as_json() for each in self.passes]
         if worst := self.worst():
             content["worst"] = [asdict(each) for each in worst]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
 
+from fxc import streaming
+from fxc.analysis.sizes import layers
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
 from fxc.captured import Captured, capture_source, capture_teacher, check_tokenizers, own_constants
@@ -24,13 +28,13 @@ from fxc.errors import UsageError
 from fxc.export.configuration import changed_fields, describe_config
 from fxc.ir.digest import digest_of
 from fxc.ir.program import Program
-from fxc.lower.target import check_target
+from fxc.lower.target import check_keep_float, check_target, warm_up
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.teacher import Teacher
-from fxc.pipeline import run_passes
+from fxc.pipeline import rehearse, run_passes
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.schemes.parameters import parameters
 
@@ -59,8 +63,11 @@ def optimize(
     teacher = capture_teacher(chosen, example_inputs)
     captured = capture_source(model, example_inputs, chosen, teacher)
     made = compile_captured(captured, chosen, on_step=on_step, teacher=teacher)
-    if chosen.resume is not None:
+    if chosen.resume is not None and not made.program.is_streamed:
         remove(Path(chosen.resume))
+    elif chosen.resume is not None:
+        # The model's weights are in it.
+        weakref.finalize(made.program.constants.spill, remove, Path(chosen.resume))
     return made
 
 
@@ -73,17 +80,20 @@ def compile_captured(
     track: Track = untracked,
     say: Say = unsaid,
     teacher: Captured | None = None,
+    read: Mapping[str, Samples] | None = None,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples; say: tells what a pass is going to take. What passes saved in `options.resume`
-    stays there. teacher: what `options.teacher` is."""
+    stays there. teacher: what `options.teacher` is. read: "calib" or "train" -> what `samples_of` gave for it, where that was
+    read already."""
     before = captured.program
     context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
     context.check_skip(before)
     if teacher is not None:
         context.teacher, context.is_other = taught_by(captured, teacher), not captured.is_compiled
-    context.samples, context.held_out, calibration = _data(captured, options, "calib", track)
-    context.training, context.judging, training = _data(captured, options, "train", track)
+    there = read or {}
+    context.samples, context.held_out, calibration = _data(captured, options, "calib", track, there.get("calib"))
+    context.training, context.judging, training = _data(captured, options, "train", track, there.get("train"))
     described = _Described(captured.config)
 
     def watch(step: Step, after: Program) -> None:
@@ -91,7 +101,12 @@ def compile_captured(
         if on_step is not None:
             on_step(step, after)
 
-    with _saves(options) as context.saves:
+    with _saves(options, captured.is_streamed) as context.saves:
+        if captured.is_streamed:
+            before = replace(before, constants=streaming.constants_of(captured, options))
+            if captured.small is not None and options.verify and not any(each.uses_data() for each in options.passes):
+                say("trying the passes on the first layers")
+                rehearse(captured.small, options)
         program, steps = run_passes(before, context, options, watch)
     if captured.borrowed:
         own_constants(program, before)
@@ -112,6 +127,7 @@ def compile_captured(
         training=training,
         teacher=teacher.source if teacher is not None else None,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
+        layers={each.name: each.as_json() for each in layers(before)},
     )
     files = captured.files | _plan(steps)
     if changes:
@@ -128,16 +144,21 @@ def compile_captured(
 
 
 def _data(
-    captured: Captured, options: Options, name: str, track: Track
+    captured: Captured, options: Options, name: str, track: Track, read: Samples | None
 ) -> tuple[Samples, Samples, Calibration | None]:
     """Of `options.calib` or `options.train`: samples to learn from, samples to judge by, and what they are."""
     if getattr(options, name) is None:
         return Samples(), Samples(), None
-    read = samples_of(captured, options, track, name)
-    digest = digest_of(each for sample in [*read, read.labels or []] for each in sample)
+    read = samples_of(captured, options, track, name) if read is None else read
+    digest = digest_of_samples(read)
     learned, judged = held_out(read)
     most, length = getattr(options, f"{name}_samples"), getattr(options, f"{name}_length")
     return learned, judged, Calibration(len(learned), len(judged), most, length, digest)
+
+
+def digest_of_samples(samples: Samples) -> str:
+    """A hash of samples and their labels."""
+    return digest_of(each for sample in [*samples, samples.labels or []] for each in sample)
 
 
 def samples_of(captured: Captured, options: Options, track: Track = untracked, name: str = "calib") -> Samples:
@@ -162,10 +183,10 @@ def taught_by(captured: Captured, teacher: Captured) -> Program:
 
 
 @contextmanager
-def _saves(options: Options) -> Iterator[Saves | None]:
+def _saves(options: Options, is_streamed: bool) -> Iterator[Saves | None]:
     """Where passes that learn save what they do, while they run."""
     has_data = options.calib is not None or options.train is not None
-    if not has_data or (options.resume is None and options.calib_disk is None):
+    if not (has_data or is_streamed) or (options.resume is None and options.calib_disk is None):
         yield None
     elif options.resume is not None:
         with saving(Path(options.resume), in_memory=options.calib_disk is None) as saves:
@@ -223,6 +244,7 @@ def load(
     *,
     static_cache: bool = False,
     keep_compressed: bool = False,
+    keep_float: float | None = None,
 ) -> CompiledModel:
     """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
 
@@ -230,17 +252,23 @@ def load(
     `CompiledCausalLM.use_static_cache`.
     keep_compressed: run layers compressed also where their float form was measured to be faster: less memory, and the same
     choice on every load.
+    keep_float: on a CPU, of the bytes that compression saves, the share from 0 to 1 that layers may take again where floats are
+    faster: in floats, or with a float copy for some row counts beside the packed weights. 1 by default: never more than
+    the original's bytes. Where not all of it fits, the layers that gain most have it; `layers` says which do without.
 
-    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist.
+    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist
+    and for a keep_float that is no share.
     """
     path = Path(directory)
     check_target(device, backend)
+    check_keep_float(device, keep_float)
     if not store.is_artifact(path):
         raise UsageError(
             "this is not an fxc artifact: it has no fxc.json",
             where=str(path),
             hint="'fxc compile MODEL -o DIR' writes one",
         )
+    warm_up(device)
     read = store.read(path)
     model = compiled_model(
         read.program,
@@ -251,6 +279,7 @@ def load(
         device=device,
         backend=backend,
         keep_compressed=keep_compressed,
+        keep_float=keep_float,
     )
     if static_cache and not hasattr(model, "use_static_cache"):
         raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 _DONT_NEED = 4
+Ranges = list[tuple[int, int]]
 # So much may be in memory beside what is made of it.
 READ_BYTES = 1 << 27
 # To ask the system what is mapped takes up to a tenth of a second, for which less than this is not worth it.
@@ -22,30 +23,36 @@ LEAST_BYTES = 1 << 24
 
 class Reading:
     """Tensors that are read one after another, and let go whenever they are READ_BYTES together. Used in a `with`, whose end
-    lets go of the last ones."""
+    lets go of the last ones. clean: what `unwritten` says, where it stays as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, clean: Ranges | None = None) -> None:
         self._read: list[Tensor] = []
+        self._bytes = 0
+        self.clean = clean
 
     def __enter__(self) -> Reading:
         return self
 
     def done(self, tensors: Iterable[Tensor]) -> None:
-        self._read += tensors
-        if sum(each.nbytes for each in self._read) > READ_BYTES:
+        for each in tensors:
+            self._read.append(each)
+            self._bytes += each.nbytes
+        if self._bytes > READ_BYTES:
             self.__exit__()
 
     def __exit__(self, *error: object) -> None:
-        let_go(self._read)
+        let_go(self._read, self.clean)
         self._read.clear()
+        self._bytes = 0
 
 
-def let_go(tensors: Iterable[Tensor]) -> int:
+def let_go(tensors: Iterable[Tensor], clean: Ranges | None = None) -> int:
     """Let the pages of those `tensors` go that lie in the mapping of a file and are as the file is. Returns their bytes: 0
     where nothing is mapped, where a mapping was written to, where all are less than LEAST_BYTES, and where there is no /proc
-    that says so."""
+    that says so. clean: what `unwritten` said."""
     found, tensors = 0, list(tensors)
-    clean = _clean() if sum(each.nbytes for each in tensors) >= LEAST_BYTES else []
+    if clean is None:
+        clean = unwritten() if sum(each.nbytes for each in tensors) >= LEAST_BYTES else []
     if not clean:
         return 0
     page, madvise = mmap.PAGESIZE, ctypes.CDLL(None).madvise
@@ -66,13 +73,13 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _clean() -> list[tuple[int, int]]:
+def unwritten() -> Ranges:
     """From where to where files are mapped of whose pages this process has no copies of its own, as it has where it wrote."""
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
         return []
-    found: list[tuple[int, int]] = []
+    found: Ranges = []
     for line in lines:
         if header := _HEADER.match(line):
             start, stop, inode = int(header[1], 16), int(header[2], 16), int(header[3])

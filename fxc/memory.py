@@ -11,6 +11,15 @@ from pathlib import Path
 _FILES = (("memory.max", "memory.current", "inactive_file"),
           ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
 
+# What compiling a model in memory takes: so many times its bytes, and what torch, transformers and gates take of any.
+TIMES, BESIDES = 3, 1 << 30
+
+
+def is_larger(nbytes: int, limit: int | None = None) -> bool:
+    """Whether to compile a model of so many bytes takes more than `limit` bytes, or else more than there are."""
+    left = available() if limit is None else limit
+    return left is not None and TIMES * nbytes + BESIDES > left
+
 
 def available(root: Path = Path("/")) -> int | None:
     """Bytes: the least of what the machine has, what control groups (of both versions) leave of their limits, and `ulimit -v`.

@@ -16,6 +16,8 @@ from fxc.lower.target import check_target
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
 from fxc.source.load import as_dtype, check_is_model
 
+LEAST_MEMORY = 500_000_000
+
 
 @dataclass(frozen=True)
 class Options:
@@ -48,6 +50,9 @@ class Options:
     policy pass may cause in the outputs, and in one layer alone; by default each pass has its own. allow_noop: let a policy
     pass change nothing. dump_dir: a folder for the text of the program before the first pass and after each.
     seed: of all that passes draw at random.
+    stream: do not load the model: read its weights from their files when they are needed, write what passes make of them to
+    files (in `resume`, else in a temporary folder), and let gates judge layers one by one; by default where a model in a
+    folder of safetensors does not fit into memory. max_memory: bytes that compiling may take, by default what there are.
 
     Raises `UsageError` for passes that do not exist.
     """
@@ -77,6 +82,8 @@ class Options:
     dump_dir: str | Path | None = None
     part: str | None = None
     seed: int = 0
+    stream: bool | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", tuple(parse_passes(self.passes)))
@@ -101,6 +108,9 @@ class Options:
                 hint = "add recover to the passes, or leave the teacher out"
                 raise UsageError("no pass is taught by a teacher", where="teacher", hint=hint)
         as_dtype(self.dtype)
+        if self.max_memory is not None and self.max_memory < LEAST_MEMORY:
+            hint = f"torch and transformers alone take about {LEAST_MEMORY / 1e9:.1f} GB"
+            raise UsageError(f"{self.max_memory:,} bytes are too few", where="max_memory", hint=hint)
         check_target(self.device, self.backend)
         check_data_is_given(self.passes, self.calib is not None, self.train is not None)
         for folder in (self.dump_dir, self.calib_disk, self.resume):
@@ -135,3 +145,5 @@ class Keywords(TypedDict, total=False):
     dump_dir: str | Path | None
     part: str | None
     seed: int
+    stream: bool | None
+    max_memory: int | None

@@ -21,6 +21,7 @@ from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
 from fxc.schemes.parameters import parameters
 from fxc.verify.gates import Budget, judge
+from fxc.verify.layer_gate import LayerGate
 
 # What a context holds of inputs.
 DATA = ("samples", "held_out", "training", "judging")
@@ -33,11 +34,14 @@ def run_passes(
     context: Context,
     options: Options,
     on_step: Callable[[Step, Program], None] | None = None,
+    *,
+    is_small: bool = False,
 ) -> tuple[Program, list[Step]]:
     """Run the passes of `options` in the order that their facts demand; `program` itself is not changed.
 
     options: of these passes, verify, budget, layer_budget, allow_noop and dump_dir are read; the text of the program goes to
-    00-capture.fxc, 01-NAME.fxc, ... in dump_dir. on_step: called after each pass.
+    00-capture.fxc, 01-NAME.fxc, ... in dump_dir. on_step: called after each pass. is_small: whether a program whose
+    constants are in files can be run all the same.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
     that changed nothing.
     """
@@ -48,16 +52,24 @@ def run_passes(
     if dump_dir is not None:
         dump_dir.mkdir(parents=True, exist_ok=True)
         _dump(program, dump_dir / "00-capture.fxc")
-    tried = samples(program) if options.verify and not program.is_on_meta else []
+    # What is larger than memory is not run as a whole: see `rehearse`.
+    runs = options.verify and not program.is_on_meta and not (program.is_streamed and not is_small)
+    tried = samples(program) if runs else []
     original = Original(program, context.samples)
     steps = []
     for number, step in enumerate(ordered, 1):
         after = program.copy()
         context = replace(context, later=tuple(ordered[number:]))
         began = time.perf_counter()
+        budget, layer_budget = options.budget, options.layer_budget
+        own = step.limits
+        limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
+        alone = LayerGate(step, limits.layer) if program.is_streamed and options.verify and step.is_policy else None
         try:
             limit = options.budget if options.verify else None
-            result = step.run(after, replace(context, limit=limit, tried=tried, original=original))
+            result = step.run(after, replace(context, limit=limit, tried=tried, original=original, on_layer=alone))
+            if after.is_streamed:
+                after.constants.settle()
         except FxcError:
             raise
         except Exception as error:
@@ -80,13 +92,12 @@ def run_passes(
             repeat=str(result.repeat) if result.repeat else None, cut_off=result.cut_off, training=result.training,
         )  # fmt: skip
         if options.verify:
-            budget, layer_budget = options.budget, options.layer_budget
-            own = step.limits
-            limits = Budget(own[0] if budget is None else budget, own[1] if layer_budget is None else layer_budget)
             judged = context.samples[:JUDGED] if step.fits_data() and context.samples else tried
             gates = judge(step, program, after, result, judged, limits, context)
             done.gates, done.layer_errors, done.saturation = gates.outcome, gates.layers, gates.saturation
-            if gates.layers:
+            if alone:
+                gates.outcome["layers"], done.layer_errors, done.judged_on = alone.outcome(), alone.errors, "drawn rows"
+            elif gates.layers:
                 done.judged_on = "made-up inputs" if judged is tried else "calibration data"
         if dump_dir is not None:
             _dump(after, dump_dir / f"{number:02}-{step.name}.fxc")
@@ -106,6 +117,15 @@ def run_passes(
         if on_step is not None:
             on_step(done, program)
     return program, steps
+
+
+def rehearse(small: Program, options: Options) -> None:
+    """Run the passes up to the last mechanism over the first layers of a model that is larger than memory, so that their gates
+    hold there. Raises what `run_passes` does."""
+    ordered = order(options.passes, small).passes
+    last = max((at for at, step in enumerate(ordered, 1) if not step.is_policy), default=0)
+    chosen = replace(options, passes=ordered[:last], dump_dir=None, allow_noop=True)
+    run_passes(small, Context(skip=options.skip, seed=options.seed), chosen, is_small=True)
 
 
 def _dump(program: Program, path: Path) -> None:

@@ -9,7 +9,9 @@ calib_length = 512
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,19 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise UsageError(f"{key} has to be a list of strings", where=path, hint=f'{key} = ["..."]')
     return content
+
+
+def recipe_text(
+    passes: Iterable[str], skip: Iterable[str] = (), dtype: object = "auto", amounts: Mapping[str, int] | None = None
+) -> str:
+    """The file that says so, which `read_recipe` reads: a pass a line. dtype: left out where it is "auto"; amounts: of the data
+    that is read, by name."""
+    # Strings of JSON are strings of TOML.
+    quoted = "".join(f"    {json.dumps(each, ensure_ascii=False)},\n" for each in passes)
+    lines = [f"passes = [\n{quoted}]" if quoted else "passes = []"]
+    if skip := list(skip):
+        lines.append(f"skip = {json.dumps(skip, ensure_ascii=False)}")
+    if str(dtype) != "auto":
+        lines.append(f"dtype = {json.dumps(str(dtype).removeprefix('torch.'))}")
+    lines += [f"{name} = {number}" for name, number in (amounts or {}).items()]
+    return "\n".join(lines) + "\n"

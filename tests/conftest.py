@@ -6,6 +6,8 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Inductor would start processes that import torch to compile in, for each worker; the cores have their tests already.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import gc
 import shutil
@@ -22,6 +24,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", os.environ["FXC_CACHE"] + "/triton")
 
 import captures
 import hypothesis
+import parsed
 import pytest
 import torch
 from repo import REPO
@@ -43,9 +46,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared_captures() -> Iterator[None]:
+def shared_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         captures.share(patch)
+        parsed.share(patch)
         yield
 
 

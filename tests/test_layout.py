@@ -18,9 +18,10 @@ ALLOWED = {
     "fxc.safety": "errors",
     "fxc.neutral": "",
     "fxc.progress": "",
+    "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
-    "fxc.ir": "errors",
+    "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
     "fxc.data": "errors safety progress ir schemes",
@@ -37,20 +38,27 @@ ALLOWED = {
     "fxc.pipeline": "errors ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
-    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime",
-    "fxc.captured": "errors neutral ir source data frontend artifact options",
+    "fxc.page": "errors units ir schemes analysis calibrate",
+    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
+    "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.compiler": "errors progress neutral ir data schemes calibrate passes compilation pipeline artifact lower options "
-    "captured export compiled",
+    "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
+    "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
+    "options captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
-    "fxc.measure": "errors neutral progress ir source data frontend passes verify compilation options captured "
-    "compiler compiled",
+    "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
+    "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "
+    "compiler compiled report",
+    "fxc.selection": "errors neutral progress units ir schemes analysis source data frontend calibrate passes pipeline lower "
+    "options captured recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
-    "fxc.report": "errors ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.cli": "errors safety ir schemes source data calibrate train passes compilation artifact options captured lower "
-    "compiled recipe compiler teaching measure kernel_bench report fxc",
+    "fxc.comparison": "errors progress memory units recipe ir analysis source data calibrate passes artifact lower options "
+    "captured compiled compiler report measure kernel_bench",
+    "fxc.cli": "errors progress safety units ir schemes analysis source data calibrate train passes compilation artifact "
+    "options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison selection "
+    "fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure",
+    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

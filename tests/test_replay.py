@@ -108,7 +108,9 @@ def summary(before: Program, program: Program, report: dict[str, Any], recipe: s
         digest.update(bytes_of(tensor))
         near += weighted_sum(tensor) if digest is floats else 0.0
     steps = [{k: v for k, v in step.items() if k != "seconds"} for step in report["passes"]]
-    told = json.dumps(report | {"passes": steps, "source": None}, sort_keys=True, default=str)
+    # What layers were before is the same for every recipe, and follows from the program as captured.
+    rest = {name: value for name, value in report.items() if name != "layers"}
+    told = json.dumps(rest | {"passes": steps, "source": None}, sort_keys=True, default=str)
     return {
         "lines": str(program).count("\n"),
         "text": hashlib.sha256(str(program).encode()).hexdigest()[:16],

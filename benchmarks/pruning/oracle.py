@@ -11,9 +11,10 @@ from torch import Tensor
 from fxc.data.decoder import decoder_sample
 from fxc.data.samples import samples
 from fxc.ir.cache import as_past, is_causal_lm, is_past, is_present
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.passes.float64 import in_float64
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 # Beyond this the masked and the sliced model are not the same function.
 EXACT = 1e-10

@@ -19,10 +19,10 @@ from fxc.captured import Captured
 from fxc.compiled.model import CompiledModel, compiled_model
 from fxc.compiler import compile_captured
 from fxc.errors import UsageError
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.lower.inductor import require_compiler
 from fxc.options import Options
-from fxc.verify.compare import run
 
 # The models that are timed are chosen by the first; what the second would have chosen is only rated.
 CRITERION, PLAIN = "taylor", "l2"

@@ -22,6 +22,8 @@ from fxc.safety import check_contained, check_files, check_relative_name, listed
 FORMAT, CODED_FORMAT = 1, 2
 """What is written: artifacts with coded constants are of a later format, so that what cannot read them says so."""
 MANIFEST = "fxc.json"
+PAGE = "report.html"
+"""What people read of an artifact. No manifest lists it: nothing depends on it, and it may be written again or deleted."""
 DAMAGED = "the artifact was damaged or changed: copy it again or compile the model again"
 _OWN_KEYS = ("format", "format_version", "versions", "files", "coded", "sha256")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -39,8 +41,12 @@ def new_manifest(own: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             "the manifest is not JSON", where="manifest", why=error, hint="use strings, finite numbers, lists and dicts"
         ) from None
-    versions = {name: metadata.version(name) for name in ("fxc", "torch", "transformers")}
-    return {**plain, "format": "fxc", "format_version": FORMAT, "versions": versions}
+    return {**plain, "format": "fxc", "format_version": FORMAT, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of what the bytes of an artifact depend on."""
+    return {name: metadata.version(name) for name in ("fxc", "torch", "transformers")}
 
 
 def encode(content: Mapping[str, Any]) -> bytes:
@@ -94,15 +100,7 @@ def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
     that a loader would read, but for a tokenizer that was put there afterwards."""
     check_files(path)
     for name, entry in files.items():
-        file = path / name
-        check_contained(path, file)
-        if not file.is_file():
-            raise InputRefused("the file is missing", where=file, why=f"{MANIFEST} lists it", hint=DAMAGED)
-        size, expected = file.stat().st_size, entry["size"]
-        if size != expected:
-            left = "bytes left over at the end"
-            what = f"truncated: {expected - size:,} bytes are missing" if size < expected else left
-            raise InputRefused(what, where=file, why=f"it has {size:,} bytes, not {expected:,}", hint=DAMAGED)
+        _check_size(path, name, entry)
     readable = {p.name for p in path.iterdir() if p.suffix in _READ_WHEN_THERE and p.is_file()}
     others = readable - files.keys() - {MANIFEST}
     if others and (has_vocabulary(files) or not is_added_tokenizer(path, others)):
@@ -113,15 +111,36 @@ def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
             hint="move them away: a loader would read them as if they were the model's",
         )
     for name, digest in zip(files, _digests([path / name for name in files]), strict=True):
-        if digest != files[name]["sha256"]:
-            why = f"{MANIFEST} says another one"
-            raise InputRefused("the file does not match its hash", where=path / name, why=why, hint=DAMAGED)
+        _check_digest(path / name, digest, files[name])
+
+
+def check_file(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Of `check_listed` what is about one file."""
+    _check_size(path, name, entry)
+    _check_digest(path / name, _digests([path / name])[0], entry)
+
+
+def _check_size(path: Path, name: str, entry: dict[str, Any]) -> None:
+    file = path / name
+    check_contained(path, file)
+    if not file.is_file():
+        raise InputRefused("the file is missing", where=file, why=f"{MANIFEST} lists it", hint=DAMAGED)
+    size, expected = file.stat().st_size, entry["size"]
+    if size != expected:
+        left = "bytes left over at the end"
+        what = f"truncated: {expected - size:,} bytes are missing" if size < expected else left
+        raise InputRefused(what, where=file, why=f"it has {size:,} bytes, not {expected:,}", hint=DAMAGED)
+
+
+def _check_digest(file: Path, digest: str, entry: dict[str, Any]) -> None:
+    if digest != entry["sha256"]:
+        raise InputRefused("the file does not match its hash", where=file, why=f"{MANIFEST} says another one", hint=DAMAGED)
 
 
 def replaceable(folder: Path) -> str | None:
     """Why `folder` must not be replaced, or None: it has to be an artifact and to hold nothing but its own files."""
     try:
-        names = {*read_manifest(folder)["files"], MANIFEST}
+        names = {*read_manifest(folder)["files"], MANIFEST, PAGE}
     except InputRefused as error:
         return error.what
     present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}

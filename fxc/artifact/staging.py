@@ -210,6 +210,20 @@ def _open_to_others(folder: Path) -> None:
             path.chmod(mode & 0o777)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write one file as a whole, or leave what was there. Raises `ResourceError` where the machine does not permit it."""
+    aside = _beside(path, "tmp")
+    try:
+        try:
+            aside.write_bytes(content)
+            sync(aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise resource_error(error, path) from error
+
+
 def _sync(folder: Path) -> None:
     for path in [*sorted(folder.rglob("*")), folder]:
         sync(path)

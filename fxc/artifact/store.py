@@ -5,6 +5,7 @@
           model.safetensors.index.json       which constant is in which of them
           fxc.json                           fxc.artifact.manifest
           config.json, tokenizer.json, ...   files of the source, as they were
+          report.html                        for people; nothing reads it, and the manifest does not list it
 
 Nothing in it is unpickled or executed, and everything behind the hashes is checked as if there were none. Equal inputs
 and versions give equal bytes.
@@ -13,8 +14,10 @@ and versions give equal bytes.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +36,8 @@ from fxc.artifact.manifest import (
     CODED_FORMAT,
     DAMAGED,
     MANIFEST,
+    PAGE,
+    check_file,
     check_listed,
     describe,
     encode,
@@ -81,12 +86,13 @@ def save(
     overwrite: bool = False,
     source: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    page: Callable[[Mapping[str, Any]], bytes] | None = None,
 ) -> None:
     """Write `program` as an artifact: all of it, verified by reading it again, or nothing.
 
     manifest: JSON to keep beside the program (finite numbers only); extra_files: relative name -> content, or a file to
     copy. overwrite: replace `out` if it is an artifact that holds nothing but its own files. source: the folder that
-    the model came from, which `out` may not touch.
+    the model came from, which `out` may not touch. page: what `report.html` is, made of the manifest.
 
     Raises `UsageError` for a target or a manifest that cannot be, `VerificationFailed` for a program that is not well
     formed or does not read back, `ResourceError` for a full disk, a lack of permission or another writer.
@@ -115,10 +121,13 @@ def save(
     ) as folder:
         (folder / TEXT).write_text(text, encoding="ascii")
         stored, codes = _coded(program.constants) if program.is_stored_coded else (program.constants, {})
-        _write_constants(stored, folder, max_shard_bytes, out)
+        _write_constants(stored, folder, max_shard_bytes, out, {} if codes else _parts(program))
         companions.write(extra_files, folder)
         content |= {"coded": codes, "format_version": CODED_FORMAT} if codes else {}
-        (folder / MANIFEST).write_bytes(encode({**content, "files": describe(folder)}))
+        content |= {"files": describe(folder)}
+        (folder / MANIFEST).write_bytes(encode(content))
+        if page is not None:
+            (folder / PAGE).write_bytes(page(content))
         _check_written(folder, out, program)
 
 
@@ -134,24 +143,41 @@ def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
     for name in extra_files:
         plain = PurePosixPath(check_relative_name(name, where="extra_files"))
         is_weights = plain.suffix == ".safetensors" and len(plain.parts) == 1
-        if str(plain) != name or name in (MANIFEST, TEXT, SAFE_INDEX) or is_weights:
+        if str(plain) != name or name in (MANIFEST, PAGE, TEXT, SAFE_INDEX) or is_weights:
             raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
 
 
-def _write_constants(constants: dict[str, Tensor], folder: Path, max_shard_bytes: int, out: Path) -> None:
-    """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants."""
+def _parts(program: Program) -> dict[Path, list[str]]:
+    """Files that hold constants of a program that is larger than memory, and nothing else, and which."""
+    if not program.is_streamed:
+        return {}
+    parts = program.constants.spill.parts
+    newest = {name: path for path, names in parts.items() for name in names}
+    return {
+        path: names for path, names in parts.items()
+        if all(newest[name] == path and name in program.constants for name in names)
+        and safetensors_header(path)[0].keys() == set(names)
+    }  # fmt: skip
+
+
+def _write_constants(
+    constants: Mapping[str, Tensor], folder: Path, max_shard_bytes: int, out: Path, parts: Mapping[Path, list[str]]
+) -> None:
+    """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants. parts:
+    files that are shards already, and the names of what is in them."""
+    there = {name for names in parts.values() for name in names}
     shards: list[list[str]] = []
     size = 0
-    for fqn in sorted(constants):
+    for fqn in sorted(constants.keys() - there):
         nbytes = _nbytes(constants[fqn])
         if not shards or size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(fqn)
         size += nbytes
-    weight_map = {}
+    count, weight_map = len(shards) + len(parts), {}
     for number, shard in enumerate(shards, 1):
-        name = _SHARD.format(number, len(shards))
+        name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(shard, name)
         try:
             save_file(_storable({fqn: constants[fqn] for fqn in shard}), folder / name)
@@ -162,10 +188,22 @@ def _write_constants(constants: dict[str, Tensor], folder: Path, max_shard_bytes
                 why=error,
                 hint="check the free space of the disk and your permissions; what was there before is unchanged",
             ) from error
-    if shards:
+    for number, (path, names) in enumerate(parts.items(), len(shards) + 1):
+        name = _SHARD.format(number, count)
+        weight_map |= dict.fromkeys(names, name)
+        _linked(path, folder / name)
+    if weight_map:
         total = sum(map(_nbytes, constants.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="ascii")
+
+
+def _linked(path: Path, to: Path) -> None:
+    """The same file under another name, or a copy where the file system has no two names for one."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,9 +227,13 @@ def _check_written(folder: Path, out: Path, program: Program) -> None:
         raise VerificationFailed(
             f"what was written does not read back: {error.what}", where=out, why=f"{error.where}: {error.why}"
         ) from error
-    for fqn, tensor in program.constants.items():
-        if not torch.equal(_bytes(again.constants[fqn]), _bytes(tensor)):
-            raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
+    there = {name for names in _parts(program).values() for name in names}
+    with mapped.Reading() as reading:
+        for fqn in program.constants.keys() - there:
+            pair = again.constants[fqn], program.constants[fqn]
+            if not torch.equal(*map(_bytes, pair)):
+                raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
+            reading.done(pair)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -222,6 +264,25 @@ def read(path: str | Path) -> Artifact:
         program = _read_text(path / TEXT, constants | _expanded(path, manifest.get("coded", {}), constants))
         _check_values(program)
         mapped.let_go(program.constants.values())
+    except OSError as error:
+        where, what = error.filename or path, error.strerror or error
+        raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
+    return Artifact(program, manifest, path)
+
+
+def read_outline(path: str | Path) -> Artifact:
+    """`read` without the weights, which stay on meta: the manifest and the text alone are verified.
+
+    Raises what `read` does.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        entry = manifest["files"].get(TEXT)
+        if entry is None:
+            raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
+        check_file(path, TEXT, entry)
+        program = _read_text(path / TEXT, None)
     except OSError as error:
         where, what = error.filename or path, error.strerror or error
         raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
@@ -276,7 +337,7 @@ def _expanded(path: Path, codes: object, constants: dict[str, Tensor]) -> dict[s
     return found
 
 
-def _read_text(file: Path, constants: dict[str, Tensor]) -> Program:
+def _read_text(file: Path, constants: dict[str, Tensor] | None) -> Program:
     check_json_size(file)
     try:
         text = file.read_bytes().decode("ascii")

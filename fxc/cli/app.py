@@ -16,9 +16,13 @@ from fxc.cli.parameters import (
     Device,
     Dtype,
     Json,
+    KeepFloat,
+    MaxMemory,
     Resume,
     Revision,
+    Stream,
     Trust,
+    bytes_of,
     checked_device,
     checked_dtype,
     dynamic_shapes_of,
@@ -108,7 +112,14 @@ def compile_(
     drop: Annotated[
         list[str] | None, typer.Option(help="Prune this: MODULE:heads=0,5 (kv_heads, ffn, channels), or MODULE. Repeatable.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="A JSON file of what to prune.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A JSON file of what to prune. --plan without one is --plan-only.", metavar="[FILE]")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Say what memory, disk and time it takes, and write nothing.")
+    ] = False,
+    stream: Stream = None,
+    max_memory: MaxMemory = None,
     dynamic: Annotated[
         list[str] | None, typer.Option(help="Dimensions of an input that vary, NAME:0,1; else found by trying. Repeatable.")
     ] = None,
@@ -128,11 +139,12 @@ def compile_(
         "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,
+        "stream": stream, "max_memory": bytes_of("--max-memory", max_memory) if max_memory is not None else None,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(
         model, given, out, recipe, eval_text, min_coverage, overwrite, tuple(print_after or ()), measure, tuple(drop or ()),
-        plan, report, resume,
+        plan, report, resume, plan_only,
     )  # fmt: skip
     with output_for(as_json) as output:
         compile_model(request, output)
@@ -162,6 +174,7 @@ def run(
     image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,
     backend: Backend = "eager",
     device: Device = None,
+    keep_float: KeepFloat = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -170,14 +183,22 @@ def run(
     if (prompt is None) == (text is None and image is None):
         raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
     with output_for(as_json) as output:
-        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device))
+        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device), keep_float)
 
 
 @app.command("eval")
 def eval_(
     model: Annotated[str, typer.Argument(help="A model or an artifact.")],
     text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --against: a text, a .jsonl file or a folder of images, with labels or without.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Measure agreement with this model too, usually the original.")] = None,
+    history: Annotated[Path | None, typer.Option(help="With --against: add a line of JSON to this file, and plot it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to plot the history: .svg, .png or .pdf; else beside it.")] = None,
+    fail_over: Annotated[
+        str | None, typer.Option(help="With --against: exit with 5 where quality is worse by more, as in 1% or 0.01.")
+    ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens in a window; windows do not overlap.")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="Use only so many windows, or lines, of the text.")] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="With --against, name the first layer that is off by more.")] = 0.01,
@@ -193,10 +214,24 @@ def eval_(
 
     request = EvalRequest(
         model, text, against, window, windows, tolerance, backend, checked_device(device), checked_dtype(dtype), revision,
-        trust_remote_code,
+        trust_remote_code, data, history, plot, fail_over,
     )  # fmt: skip
     with output_for(as_json) as output:
         evaluate(request, output)
+
+
+@app.command()
+def report(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; by default report.html in it.")] = None,
+    timed: Annotated[bool, typer.Option("--measure", help="Time its layers on this machine and draw the roofline.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the page that says what was done to a model, layer by layer: one HTML file, which opens offline."""
+    from fxc.cli.report import write_report
+
+    with output_for(as_json) as output:
+        write_report(output, artifact, out, timed)
 
 
 @app.command()
@@ -222,6 +257,114 @@ def sensitivity(
     }  # fmt: skip
     with output_for(as_json) as output:
         show_sensitivity(output, model, {name: value for name, value in options.items() if value is not None}, out)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pass line, a recipe file (.toml), none, or default: a good set. Repeatable, or with semicolons between, "
+            "as in 'none;int8;prune:heads=0.25,int8'. default if left out."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Data to measure quality on: as --calib, also with labels; else heldout.txt in MODEL, or made up."),
+    ] = None,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Use at most so many samples of --data; 200 windows of a text, 1000 others by default.")
+    ] = None,
+    eval_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 256 by default.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Data to learn from: a text, a .jsonl file or a folder of images.")] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Data for recover to train on; else it is --calib.")] = None,
+    train_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --train; 4096 by default.")] = None,
+    train_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Where to time: batch x length, as in 1x128,8x512, or batches, as in 1,8; else by the model.")
+    ] = "",
+    new: Annotated[int | None, typer.Option(help="Tokens that a language model generates after each prompt; else 32.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="How often each is timed, in turns; the median counts; else 7.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for torch.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The folder for artifacts, tables, pictures; by default ./MODEL-compare.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew in a folder that holds a comparison.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that passes draw at random.")] = 0,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    part: Annotated[
+        str | None, typer.Option(help="Compare this module alone; language_model of a model that reads images too.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model in several ways, and show what each costs in size, memory, time and quality."""
+    from fxc.cli.compare import compare_strategies
+
+    options = {
+        "data": data, "eval_samples": eval_samples, "eval_length": eval_length, "calib": calib, "calib_samples": calib_samples,
+        "calib_length": calib_length, "train": train, "train_samples": train_samples, "train_length": train_length,
+        "sizes": sizes, "new": new, "rounds": rounds, "threads": threads, "force": force, "skip": skip, "seed": seed,
+        "backend": backend, "device": device, "dtype": dtype, "part": part, "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    with output_for(as_json) as output:
+        compare_strategies(output, model, strategies or ["default"], out, given)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, package.module:function, or an artifact.")],
+    budget: Annotated[
+        str, typer.Option(help="size=0.4x (or 4.1MB), latency=0.6x, quality=1%: any of them, with commas between.")
+    ],
+    calib: Annotated[Path, typer.Option(help="Data to learn from: as of 'fxc compile'.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The artifact to write; the recipe is OUT.toml beside it.")],
+    data: Annotated[
+        Path | None, typer.Option("--eval", help="Data to measure quality on: as --calib, also with labels; else made up.")
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Where latency is measured: batch x length, as in 1x128,8x512, or batches, as in 1,8.")
+    ] = "",
+    formats: Annotated[
+        str | None, typer.Option(help="What layers may become, as in 'int8;int4:group=32:algorithm=gptq'; else a good set.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Compile and measure at most so many.")] = 24,
+    eval_samples: Annotated[
+        int | None, typer.Option(help="Use at most so many samples of --eval; 200 windows of a text, 1000 others by default.")
+    ] = None,
+    calib_samples: Annotated[int | None, typer.Option(help="Read at most so many samples of --calib; 64 by default.")] = None,
+    calib_length: Annotated[int | None, typer.Option(help="Tokens in each sample of a text; 128 by default.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Layers to leave alone: a glob, or re:... Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise, and of all that passes draw at random.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there, with what is beside it.")] = False,
+    backend: Backend = "eager",
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Find which compression is best for which layers, within budgets of size, latency and quality."""
+    from fxc.cli.search import search_model
+
+    options = {
+        "budget": budget, "calib": calib, "eval": data, "sizes": sizes, "formats": formats, "trials": trials,
+        "eval_samples": eval_samples, "calib_samples": calib_samples, "calib_length": calib_length, "skip": skip, "seed": seed,
+        "backend": backend, "device": checked_device(device), "dtype": checked_dtype(dtype), "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    with output_for(as_json) as output:
+        search_model(output, model, out, overwrite, given)
 
 
 @app.command()
@@ -277,9 +420,14 @@ def passes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the kernels in C++ first, for every kind of CPU: for an image.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what this machine can run, and why not."""
     from fxc.cli.show import examine_machine
 
     with output_for(as_json) as output:
-        examine_machine(output)
+        examine_machine(output, build)

@@ -22,6 +22,7 @@ def bench_models(
     dtype: str,
     static_cache: bool = False,
     keep_compressed: bool = False,
+    keep_float: float | None = None,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
@@ -30,10 +31,9 @@ def bench_models(
         with output.doing(f"loading {source}"):
             entries += bench.entries_of(
                 source, backend=backend, device=device, dtype="auto" if kind_of(source) == "artifact" else dtype,
-                static_cache=static_cache, keep_compressed=keep_compressed,
+                static_cache=static_cache, keep_compressed=keep_compressed, keep_float=keep_float,
             )  # fmt: skip
-    with output.doing("timing"):
-        rows = bench.race(entries, batches, lengths, new=new, rounds=rounds, device=device)
+    rows = bench.race(entries, batches, lengths, new=new, rounds=rounds, device=device, track=output.track)
     results = []
     for row in rows:
         baseline = next(r for r in rows if (r.batch, r.seq) == (row.batch, row.seq))

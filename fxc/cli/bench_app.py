@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fxc.cli.parameters import Backend, Device, Dtype, Json, checked_device, checked_dtype, output_for, sizes_of
+from fxc.cli.parameters import Backend, Device, Dtype, Json, KeepFloat, checked_device, checked_dtype, output_for, sizes_of
 from fxc.errors import UsageError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
@@ -30,6 +30,7 @@ def bench_model(
     keep_compressed: Annotated[
         bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
     ] = False,
+    keep_float: KeepFloat = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency of several models in one process, in turns."""
@@ -39,7 +40,7 @@ def bench_model(
     with output_for(as_json) as output:
         bench_models(
             output, models, *sizes, new, rounds, threads, backend, checked_device(device), checked_dtype(dtype),
-            static_cache, keep_compressed,
+            static_cache, keep_compressed, keep_float,
         )  # fmt: skip
 
 
@@ -49,7 +50,9 @@ def bench_kernels(
     shapes: Annotated[str | None, typer.Option(help="qwen2.5-7b, llama3-8b:o, or N,K; several with commas between.")] = None,
     m: Annotated[str | None, typer.Option("--m", help="Numbers of rows (tokens), as in 1,16,64,256,2048,8192.")] = None,
     device: Device = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and for its rivals.")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Threads for torch and for its rivals; 1,2 for one run after the other.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each is measured; the median counts.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON, CSV, markdown and pictures to this folder.")] = None,
     tune: Annotated[bool, typer.Option("--tune", help="On a GPU: try all configurations, write the best to --out.")] = False,
@@ -63,6 +66,7 @@ def bench_kernels(
     if tune and out is None:
         raise UsageError("--tune writes a table, and needs a folder for it", hint="add --out FOLDER")
     rows = () if m is None else tuple(dict.fromkeys(sizes_of("--m", m)))
-    request = KernelsRequest(scheme, shapes, rows, checked_device(device), threads, rounds, out, tune, budget_seconds, peers)
+    counts = () if threads is None else tuple(dict.fromkeys(sizes_of("--threads", threads)))
+    request = KernelsRequest(scheme, shapes, rows, checked_device(device), counts, rounds, out, tune, budget_seconds, peers)
     with output_for(as_json) as output:
         bench_kernels(output, request)

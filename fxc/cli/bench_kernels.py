@@ -38,13 +38,14 @@ PEAKS_SHARE = 0.2
 class KernelsRequest:
     """schemes, shapes: as they were written, None for the defaults; rows, rounds: None or empty for the device's defaults;
     seconds: after these no new cell is begun; a share of them is for measuring what the machine can; peers: a module with
-    rivals, see `fxc.kernel_bench.peers`."""
+    rivals, see `fxc.kernel_bench.peers`; threads: as many runs, one after the other, each beside what the machine gives so many
+    threads."""
 
     schemes: str | None = None
     shapes: str | None = None
     rows: tuple[int, ...] = ()
     device: str | None = None
-    threads: int | None = None
+    threads: tuple[int, ...] = ()
     rounds: int | None = None
     out: Path | None = None
     tune: bool = False
@@ -52,8 +53,9 @@ class KernelsRequest:
     peers: str | None = None
 
 
-def bench_kernels(output: Output, request: KernelsRequest) -> Result:
-    """Check and time linear layers, print what came out, and write it to files kernels-<machine>.* in `request.out`.
+def bench_kernels(output: Output, request: KernelsRequest) -> list[Result]:
+    """Check and time linear layers, print what came out, and write it to files kernels-<machine>.* in `request.out`, or for
+    several numbers of threads to kernels-<machine>-<threads>-threads.*.
 
     Raises, after everything was printed and written, VerificationFailed when a product of fxc was wrong and ResourceError when
     nothing could be measured; before it, UsageError.
@@ -61,8 +63,10 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     began = time.monotonic()
     if request.out is not None:
         _make_writable(request.out)
-    if request.threads and request.threads > (os.cpu_count() or 1):
-        raise UsageError(f"{request.threads} threads are more than this machine's {os.cpu_count()} cores", where="--threads")
+    if request.threads and max(request.threads) > (os.cpu_count() or 1):
+        raise UsageError(
+            f"{max(request.threads)} threads are more than this machine's {os.cpu_count()} cores", where="--threads"
+        )
     kind = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     if request.tune and kind != "cuda":
         raise UsageError("only kernels of a GPU have configurations to choose from", where="--tune", hint="add --device cuda")
@@ -70,12 +74,35 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     shapes = parse_shapes(DEFAULT_SHAPES[kind] if request.shapes is None else request.shapes)
     if request.schemes is not None:
         _check(schemes, shapes)
-    if request.threads:
-        torch.set_num_threads(request.threads)
+    before, results, printed = torch.get_num_threads(), [], []
+    deadline = began + request.seconds if request.seconds else None
+    try:
+        for at, threads in enumerate(request.threads or (before,)):
+            torch.set_num_threads(threads)
+            until = None
+            if deadline is not None:  # of what is left, each run that is still to come has as much
+                now = time.monotonic()
+                until = now + max(deadline - now, 0.0) / (max(len(request.threads), 1) - at)
+            suffix = f"-{threads}-threads" if len(request.threads) > 1 else ""
+            result, found = _bench(output, request, kind, schemes, shapes, until, suffix)
+            results.append(result)
+            printed.append(found)
+    finally:
+        torch.set_num_threads(before)
+    output.json(printed[0] if len(printed) == 1 else {"runs": printed})
+    _judge(results)
+    return results
+
+
+def _bench(
+    output: Output, request: KernelsRequest, kind: str, schemes: tuple[str, ...], shapes: tuple[Shape, ...],
+    deadline: float | None, suffix: str,
+) -> tuple[Result, dict]:  # fmt: skip
+    """One run with the threads that torch has: what came out, and the same as JSON."""
+    began = time.monotonic()
     platform = platform_of(kind, request.device)
     rivals = peers.load(request.peers, schemes, platform) if request.peers else []
     packages = (*report.PACKAGES, *dict.fromkeys(name for each in rivals for name in each.needs))
-    deadline = began + request.seconds if request.seconds else None
     sweep = Sweep(shapes, schemes, request.rows or DEFAULT_ROWS[kind], request.rounds or DEFAULT_ROUNDS[kind], deadline)
     about = platform.about()
     with output.doing("measuring what this machine can"):
@@ -84,7 +111,7 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     output.note(report.peaks_text(peaks))
     tuner = _tuner(platform, sweep, output) if request.tune else None
     protocol = {"rounds": sweep.rounds, "threads": about.get("threads"), "load before": about.get("load_before")}
-    stem = request.out / f"kernels-{slug(about['name'])}" if request.out else None
+    stem = request.out / f"kernels-{slug(about['name'])}{suffix}" if request.out else None
 
     def found(result: Result) -> report.Report:
         spent = {"seconds": round(time.monotonic() - began, 1)}
@@ -101,7 +128,6 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
     _print(output, whole)
     if not request.peers:
         output.line(peers.WHERE)
-    output.json(report.as_json(whole))
     if stem:
         try:
             written, missing = report.write(stem, whole)
@@ -111,10 +137,14 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
             output.note(f"wrote {path}")
         if missing:
             output.note(missing)
-    if not whole.result.rows:
-        first = whole.result.skipped[0]
+    return whole.result, report.as_json(whole)
+
+
+def _judge(results: list[Result]) -> None:
+    if not any(result.rows for result in results):
+        first = results[0].skipped[0]
         raise ResourceError("nothing was measured", where=first.what, why=first.reason, hint="smaller shapes, or more time")
-    wrong = [row for row in whole.result.rows if row.ours and row.state == "wrong"]
+    wrong = [row for result in results for row in result.rows if row.ours and row.state == "wrong"]
     if wrong:
         first = wrong[0]
         raise VerificationFailed(
@@ -123,7 +153,6 @@ def bench_kernels(output: Output, request: KernelsRequest) -> Result:
             why=first.reason,
             hint="a kernel or its configuration is at fault: report it, with the files that --out writes",
         )
-    return whole.result
 
 
 def _make_writable(folder: Path) -> None:

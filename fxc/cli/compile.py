@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxc.analysis import sizes
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
-from fxc.captured import Captured, capture_source, capture_teacher
+from fxc.captured import Captured, capture_source, capture_teacher, is_streamed
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compilation import Step
@@ -29,9 +30,10 @@ from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.order import order
 from fxc.passes.prune.prune import Prune, with_drops
 from fxc.recipe import read_recipe
-from fxc.report import compilation, outputs, sizes
+from fxc.report import compilation, outputs
 from fxc.report.console import Output, size
 from fxc.source.load import kind_of
+from fxc.streaming import plan_of
 from fxc.train import ranks
 
 _LONGEST_NAME = 120
@@ -40,7 +42,8 @@ _LONGEST_NAME = 120
 @dataclass(frozen=True)
 class CompileRequest:
     """What `fxc compile` was told. options: those of `Options` that were given, which come before what the recipe says; resume:
-    whether passes go on from what a killed run saved; None: they save, and begin anew; False: nothing is saved."""
+    whether passes go on from what a killed run saved; None: they save, and begin anew; False: nothing is saved; plan_only:
+    whether only what it takes is said."""
 
     model: str
     options: dict[str, Any]
@@ -55,6 +58,7 @@ class CompileRequest:
     plan: Path | None
     report: bool
     resume: bool | None
+    plan_only: bool = False
 
 
 def compile_model(request: CompileRequest, output: Output) -> None:
@@ -82,7 +86,8 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     least = _least_bytes(source, ordered) if source is not None else 0
     check_target(out, source, replaceable if request.overwrite else None, least)
 
-    options = _with_saves(request.resume, options, out, learns)
+    has_saves = is_streamed(request.model, options) or (learns and not (options.calib is None and options.train is None))
+    options = _with_saves(request.resume, options, out, has_saves)
 
     teacher = None
     if options.teacher is not None:
@@ -92,6 +97,17 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         captured = capture_source(request.model, options=options, teacher=teacher)
     if unused := captured.source.get("unused"):
         output.warn(f"the checkpoint holds {size(unused['bytes'])} that the model does not use: {unused['tensors']}")
+    if captured.is_streamed or request.plan_only:
+        plan = plan_of(captured, options)
+        output.note(plan) if not request.plan_only else output.line(plan)
+        if request.plan_only:
+            output.json(asdict(plan))
+            return
+        plan.check()
+        check_target(out, source, replaceable if request.overwrite else None, plan.result or 0)
+    if captured.is_streamed and (request.measure or text is not None):
+        output.note("neither quality nor time is measured after the passes, for the model is read piece by piece")
+        request, text = replace(request, measure=False), None
     scored = _scored(captured, text) if text is not None else None
     stages = Stages(captured)
     with output.doing(f"compiling with {', '.join(map(str, ordered)) or 'no passes'}", elsewhere=False):
@@ -143,11 +159,11 @@ def compile_model(request: CompileRequest, output: Output) -> None:
     output.json(compilation.as_json(record, str(out), disk))
 
 
-def _with_saves(resume: bool | None, options: Options, out: Path, learns: bool) -> Options:
-    """Where passes that learn save what they do: beside the output, or on the disk for hidden states."""
+def _with_saves(resume: bool | None, options: Options, out: Path, saves: bool) -> Options:
+    """Where passes save what they do: beside the output, or on the disk for hidden states."""
     if resume is False:
         return options
-    if (options.calib is None and options.train is None) or not learns:
+    if not saves:
         if resume:
             raise UsageError("no pass learns from data, and others begin anew", where="--resume", hint="leave it out")
         return options

@@ -9,13 +9,16 @@ from typing import Any
 
 import fxc
 from fxc.captured import capture_source
+from fxc.cli import watch
 from fxc.cli.sources import read_text
+from fxc.cli.watch import Watched
 from fxc.compiled.model import CompiledModel, compiled_model
+from fxc.data.calibration import LIMIT, calibration_samples, check_data
 from fxc.data.comparison import inputs_for
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError
 from fxc.ir.cache import is_causal_lm
-from fxc.measure.agreement import Parting, agreement, compare_layers
+from fxc.measure.agreement import Parting, accuracies, agreement, compare_layers
 from fxc.measure.perplexity import Perplexity, perplexity, relative_change
 from fxc.options import Options
 from fxc.report.compilation import change_text
@@ -42,18 +45,35 @@ class EvalRequest:
     dtype: str
     revision: str | None
     trust_remote_code: bool
+    data: Path | None = None
+    history: Path | None = None
+    plot: Path | None = None
+    fail_over: str | None = None
 
 
 def evaluate(request: EvalRequest, output: Output) -> None:
-    if request.text is None and request.against is None:
-        raise UsageError("there is nothing to measure", hint="--text FILE for perplexity, --against ORIGINAL for agreement")
-    text = read_text(request.text, "--text") if request.text else None
+    watched = watch.of(request)
+    request, text = _read(request)
     result: dict[str, Any] = {"model": request.model}
     if request.against is None:
         result |= _perplexity_of(request, text, output)
     else:
-        result |= _agreement_of(request, text, output)
+        result |= _agreement_of(request, text, output, watched)
     output.json(result)
+
+
+def _read(request: EvalRequest) -> tuple[EvalRequest, str | None]:
+    """The text that is given, as --text or as --data; the request is left with data of other kinds alone."""
+    if request.text is None and request.against is None:
+        raise UsageError("there is nothing to measure", hint="--text FILE for perplexity, --against ORIGINAL for agreement")
+    if request.data is None:
+        return request, read_text(request.text, "--text") if request.text else None
+    if request.text is not None:
+        raise UsageError("--text and --data are one and the same", where="--data", hint="give one of them")
+    check_data(request.data, "evaluation")
+    if request.data.is_dir() or request.data.suffix.lower() == ".jsonl":
+        return request, None
+    return dataclasses.replace(request, data=None), read_text(request.data, "--data")
 
 
 def _perplexity_of(request: EvalRequest, text: str, output: Output) -> dict[str, Any]:
@@ -88,14 +108,24 @@ def _perplexity(model: Any, folder: Path | None, request: EvalRequest, text: str
     )
 
 
-def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dict[str, Any]:
+def _agreement_of(request: EvalRequest, text: str | None, output: Output, watched: Watched | None) -> dict[str, Any]:
     (model, folder), (original, other) = (_as_program(request, source, output) for source in (request.model, request.against))
     causal = is_causal_lm(original.program)
-    tokenizer = tokenizer_of(other or folder) if text is not None else None
-    inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
+    if request.data is not None:
+        inputs = calibration_samples(
+            original.program, request.data, folder=other or folder, config=original.config, limit=request.windows or LIMIT,
+            window=request.window, track=output.track, what="evaluation",
+        )  # fmt: skip
+        of = f"{len(inputs)} samples of {request.data.name}"
+    else:
+        tokenizer = tokenizer_of(other or folder) if text is not None else None
+        inputs, of = inputs_for(original.program, tokenizer, text, request.window, request.windows)
+    for each in (model, original):
+        with output.doing(f"preparing it for {each.device}"):
+            each.lower()
     found = agreement(model, original, inputs, track=output.track)
-    with output.doing("comparing layers"):
-        layers, parting = compare_layers(model.program, original.program, inputs[:_LAYER_INPUTS], request.tolerance)
+    few = inputs[:_LAYER_INPUTS]
+    layers, parting = compare_layers(model.program, original.program, few, request.tolerance, output.track)
     result: dict[str, Any] = {"against": request.against, "inputs": of, "outputs": found}
     result["parting"] = dataclasses.asdict(parting)
     output.table(f"agreement at the output, over {of}", ["measure", ">value"], [(k, f"{v:.6f}") for k, v in found.items()])
@@ -115,7 +145,11 @@ def _agreement_of(request: EvalRequest, text: str | None, output: Output) -> dic
         output.line(f"perplexity {before.value:.4f} -> {after.value:.4f}: {change_text(relative, error)}")
         result |= {"perplexity": after.value, "perplexity_against": before.value, "tokens": after.tokens}
         result |= {"window": after.window, "perplexity_change": relative, "perplexity_change_standard_error": error}
-    return result | {"layers": [dataclasses.asdict(layer) for layer in layers], "reshaped": reshaped}
+    elif (labels := getattr(inputs, "labels", None)) and (scored := accuracies(model, original, inputs, labels, output.track)):
+        output.line(f"accuracy {scored[1]:.2%} -> {scored[0]:.2%}")
+        result |= {"accuracy": scored[0], "accuracy_against": scored[1]}
+    result |= {"layers": [dataclasses.asdict(layer) for layer in layers], "reshaped": reshaped}
+    return result if watched is None else result | watched.judge(result, model, inputs, output)
 
 
 def parting_lines(parting: Parting, at_output: float) -> list[str]:

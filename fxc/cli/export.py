@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import fxc
+from fxc.analysis.sizes import on_disk
 from fxc.errors import UsageError
 from fxc.report.console import Output, size
-from fxc.report.sizes import on_disk
 from fxc.safety import listed
 
 # Format -> (what writes it, what to say of the folder).

@@ -22,7 +22,7 @@ class Commands(TyperGroup):
     as_json = False
 
     def main(self, args: Sequence[str] | None = None, **options: Any) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
+        args = given = _with_bare_plan(sys.argv[1:] if args is None else list(args))
         self.as_json = "--json" in itertools.takewhile(lambda each: each != "--", given)
         if not self.as_json:
             return super().main(args, **options)
@@ -78,6 +78,16 @@ class Commands(TyperGroup):
             from fxc.report.console import show_error
 
             show_error(error)
+
+
+def _with_bare_plan(given: list[str]) -> list[str]:
+    """--plan without a file, which Typer has no word for: what follows it is another option, the model, or nothing."""
+    made = list(given)
+    for at, each in enumerate(given):
+        follows = given[at + 1] if at + 1 < len(given) else "-"
+        if each == "--plan" and (follows.startswith("-") or os.path.isdir(follows)):
+            made[at] = "--plan-only"
+    return made
 
 
 def _unexpected(error: Exception) -> FxcError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,8 +19,20 @@ Resume = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
 Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+KeepFloat = Annotated[
+    float | None,
+    typer.Option(help="Of the bytes saved, the share that faster floats may take again on a CPU: 0 to 1, 1 by default."),
+]
 Dtype = Annotated[str | None, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="How much memory compiling may take, as in 3GB; by default what there is."),
+]
+Stream = Annotated[
+    bool | None,
+    typer.Option(help="Read the weights piece by piece, and write them so; by default where the model does not fit."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
 
 
@@ -59,6 +72,17 @@ def dynamic_shapes_of(given: list[str]) -> dict[str, tuple[int, ...]] | None:
             )
         shapes[name] = tuple(map(int, dimensions.split(",")))
     return shapes or None
+
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def bytes_of(option: str, text: str) -> int:
+    """3GB, 500MiB, 2.5e9 -> bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(f"{text!r} is not a number of bytes", where=option, hint="as in 3GB, 500MiB or 2.5e9")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def sizes_of(option: str, text: str) -> list[int]:

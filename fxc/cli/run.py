@@ -7,7 +7,7 @@ from pathlib import Path
 import fxc
 from fxc.report import outputs
 from fxc.report.console import Output
-from fxc.report.lowering import describe, forms
+from fxc.report.lowering import describe, describe_held, forms, held_as_json
 
 
 def run_model(
@@ -19,22 +19,27 @@ def run_model(
     image: Path | None,
     backend: str,
     device: str | None,
+    keep_float: float | None = None,
 ) -> None:
     with output.doing(f"loading {out}"):
-        model = fxc.load(out, device=device, backend=backend)
-    model.lower()
+        model = fxc.load(out, device=device, backend=backend, keep_float=keep_float)
+    with output.doing(f"preparing it for {model.device}"):
+        model.lower()
     for line in describe(model.layers):
         output.note(line)
+    output.note(describe_held(model.lowered))
     if prompt is not None:
-        made = outputs.generate(model, out, prompt, new)
+        with output.doing("generating"):
+            made = outputs.generate(model, out, prompt, new)
         output.block(made["prompt"] + made["text"])
         output.note(f"{made['tokens']} tokens in {made['seconds']:.2f} s on {model.device}, backend {backend}")
     else:
-        made = outputs.read(model, out, text, image)
+        with output.doing("running"):
+            made = outputs.read(model, out, text, image)
         if made["kind"] == "labels":
             rows = [(row["label"], f"{row['probability']:.4f}") for row in made["top"]]
             output.table("labels", ["label", ">probability"], rows)
         else:
             first = ", ".join(f"{value:.4f}" for value in made["first"])
             output.line(f"{made['of']}: {made['size']} numbers, norm {made['norm']:.4f}, the first: {first}")
-    output.json(made | {"lowering": forms(model.layers)})
+    output.json(made | {"lowering": forms(model.layers)} | held_as_json(model.lowered))

@@ -18,7 +18,7 @@ _BAR = 30
 
 def show_sensitivity(output: Output, model: str, options: dict[str, Any], chart: Path | None) -> None:
     if chart is not None and util.find_spec("matplotlib") is None:
-        raise UsageError("matplotlib draws the chart, and is not installed", where="-o", hint="pip install 'fxc[bench]'")
+        raise UsageError("matplotlib draws the chart, and is not installed", where="-o", hint="pip install matplotlib")
     wanted = Options(**options)
     wanted.check()
     with output.doing(f"capturing {model}"):

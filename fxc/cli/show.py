@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxc.analysis import sizes
 from fxc.artifact import store
 from fxc.captured import capture_source
 from fxc.ir.program import Program
@@ -16,7 +17,7 @@ from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
 from fxc.report import axes as coupled
-from fxc.report import lowering, machine, sizes
+from fxc.report import lowering, machine
 from fxc.report.console import Output, size
 from fxc.report.difference import unified_diff
 from fxc.schemes.parameters import parameters
@@ -30,7 +31,8 @@ def inspect_model(
 ) -> None:
     program, report = _program(output, source, revision, trust_remote_code)
     if axes:
-        Canonicalize().run(program, Context())
+        with output.doing("following axes"):
+            Canonicalize().run(program, Context())
         coupled.show(output, program, every)
         output.json({"groups": coupled.as_json(program)})
         return
@@ -78,7 +80,9 @@ def inspect_lowered(
     output.block(str(lowered).rstrip("\n"))
     for line in lowering.describe(layers):
         output.line(line)
-    output.json({"text": str(lowered), "layers": [dataclasses.asdict(layer) for layer in layers]})
+    output.line(lowering.describe_held(lowered))
+    about = {"text": str(lowered), "layers": [dataclasses.asdict(layer) for layer in layers]}
+    output.json(about | lowering.held_as_json(lowered))
 
 
 def diff_models(output: Output, a: str, b: str, trust_remote_code: bool) -> None:
@@ -143,9 +147,17 @@ def explain_passes(output: Output, spec: str) -> None:
     output.json({"order": steps})
 
 
-def examine_machine(output: Output) -> None:
+def examine_machine(output: Output, build: bool = False) -> None:
+    """build: build the kernels in C++ first. Raises ResourceError where that fails."""
+    built = {}
+    if build:
+        with output.doing("building kernels in C++"):
+            built = machine.build_kernels()
     findings = machine.examine()
     marks = {True: "ok", False: "no", None: ""}
     rows = [(f.group, f.name, f.value, marks[f.ok], f.note) for f in findings]
     output.table("this machine", ["area", "what", "found", "", "note"], rows)
-    output.json({"findings": [dataclasses.asdict(f) for f in findings]})
+    for level, files in built.items():
+        output.line(f"built for {level}: {', '.join(files)}, in {next(iter(files.values())).parent}")
+    paths = {level: {kernel: str(file) for kernel, file in files.items()} for level, files in built.items()}
+    output.json({"findings": [dataclasses.asdict(f) for f in findings]} | ({"built": paths} if build else {}))

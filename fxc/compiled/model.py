@@ -20,9 +20,11 @@ from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
-from fxc.lower.runnable import runnable
-from fxc.lower.target import check_target, lower
+from fxc.lower.held import held
+from fxc.lower.runnable import Running, runnable
+from fxc.lower.target import check_keep_float, check_target, lower
 from fxc.neutral import one_at_a_time
+from fxc.page.page import page
 from fxc.safety import listed
 
 AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
@@ -37,7 +39,7 @@ class CompiledModel(nn.Module):
     program: the portable program. record: what the compiler did, or an artifact's report of it. config: the Hugging Face
     configuration, if the original had one. files: what a saved artifact has besides program and weights. source: the folder
     the model came from, which is never written to. keep_compressed: run layers compressed also where their float form was
-    measured to be faster.
+    measured to be faster; keep_float: see `fxc.load`.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
     its weights are constants of the program, which `state_dict()` gives. It runs under `torch.no_grad()`: inputs may require
     gradients, outputs have none, and the program itself (`program.module()`) refuses a backward pass. It can be pickled, and
@@ -55,6 +57,7 @@ class CompiledModel(nn.Module):
         device: str | torch.device | None = None,
         backend: str | None = None,
         keep_compressed: bool = False,
+        keep_float: float | None = None,
     ):
         super().__init__()
         self.program = program
@@ -63,8 +66,9 @@ class CompiledModel(nn.Module):
         self.files = dict(files or {})
         self.source = source
         check_target(device, backend)
+        check_keep_float(device, keep_float)
         self.backend = backend or "eager"
-        self.keep_compressed = keep_compressed
+        self.keep_compressed, self.keep_float = keep_compressed, keep_float
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
         self._lowered_program: Program | None = None
@@ -93,7 +97,7 @@ class CompiledModel(nn.Module):
             return
         # What is kept has to serve calls outside inference mode and outside of what may trace the first one.
         with torch.no_grad(), _disable_current_modes():
-            lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed)
+            lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed, self.keep_float)
             module = runnable(lowered, self._device, self.backend)
         self._lowered_program = lowered
         # Not a submodule: its packed weights are no part of the model's state.
@@ -114,6 +118,11 @@ class CompiledModel(nn.Module):
         self.lower()
         return self._lowered_program
 
+    @property
+    def held(self) -> dict[str, int]:
+        """What the lowered program keeps in memory: form, as "int8 packed" or "float copies" -> bytes."""
+        return held(self.lowered)
+
     def __deepcopy__(self, memo: dict) -> CompiledModel:
         """A model of its own over the same lowered module, which nothing changes: oneDNN's packed weights have no copy."""
         memo[id(self._lowered)], memo[id(self._lowered_program)] = self._lowered, self._lowered_program
@@ -124,7 +133,10 @@ class CompiledModel(nn.Module):
     def __reduce__(self) -> tuple:
         """Pickled as its program, constants and files: it is lowered again where it is unpickled."""
         files = {name: f if isinstance(f, bytes) else Path(f).read_bytes() for name, f in self.files.items()}
-        options = {"device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed}
+        options = {
+            "device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed,
+            "keep_float": self.keep_float,
+        }  # fmt: skip
         program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
         return _unpickled, (*program, self.record, self.config, files, options)
 
@@ -132,8 +144,9 @@ class CompiledModel(nn.Module):
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited. module: what was made of the lowered program, to run in its place."""
         # The program says in which types it computes; autocast would change them.
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
-            return (module or self.lower())(*[t.to(self._device) for t in tensors])
+        module = module or self.lower()
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running():
+            return module(*[t.to(self._device) for t in tensors])
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for."""
@@ -222,6 +235,7 @@ class CompiledModel(nn.Module):
             self.program,
             Path(directory),
             manifest={"report": lasting(self.report)},
+            page=lambda manifest: page(self.program, manifest),
             extra_files=config_json.marked(self.files),
             overwrite=overwrite,
             source=Path(source) if source is not None else None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxc.data.tables import bound_of
 from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, positions_of
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 
 
@@ -52,9 +53,7 @@ def decoder_sample_after_itself(program: Program, batch: int, new: int, past: in
         return [ids, mask, positions, *cache]
     before = decoder_sample(program, batch, past, 0)
     before[1:3] = mask[:, :past], positions_of(mask[:, :past], past)
-    with torch.no_grad():
-        outputs = program.module()(*before)
-    return next_inputs(program, outputs, ids, mask, positions)
+    return next_inputs(program, run(program, before), ids, mask, positions)
 
 
 def written(program: Program, rows: int, length: int, seed: int = 0) -> Tensor:

@@ -1,8 +1,8 @@
 """A compiled language model as a GGUF file, which llama.cpp and what is built on it load.
 
-Weights become what `ggml` has for them, float ones F32, F16 or BF16 as they are; tensors are called as the package gguf says, and
-the tokenizer is in the file. Layers of unlike sizes are held where llama.cpp has a graph that reads the number of heads and of
-channels of each layer: `deci` for models like Llama, `openelm` for those with norms of queries and keys.
+Weights become what `ggml` has for them, float ones F32, F16 or BF16 as they are; tensors are called as the package gguf
+says, and the tokenizer is in the file. Layers of unlike sizes are held where llama.cpp has a graph that reads the number of
+heads and of channels of each layer: `deci` for models like Llama, `openelm` for those with norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _ARCHITECTURES: dict[str, tuple[_Architecture, _Architecture | None]] = {
 
 @dataclass(frozen=True)
 class Written:
-    """What `export` wrote. architecture: the graph of llama.cpp; types: of its tensors -> how many; zeros: weights that were put
-    in and add nothing; warnings: what is other there than here."""
+    """What `export` wrote. architecture: the graph of llama.cpp; types: of its tensors -> how many; zeros: weights that were
+    put in and add nothing; warnings: what is other there than here."""
 
     folder: Path
     file: Path
@@ -141,7 +141,8 @@ def _architecture(kind: str, layers: Layers, config: Any) -> _Architecture:
     hint = "prune every layer alike (uniform=true); fxc.load reads the artifact as it is"
     why = "its layers differ" if not layers.is_uniform else f"it has {sizes.heads} heads of {layers.width}"
     if uneven is None:
-        raise UsageError(f"llama.cpp's graph for {kind} has one size for all layers, and {why}", where="--format gguf", hint=hint)
+        what = f"llama.cpp's graph for {kind} has one size for all layers, and {why}"
+        raise UsageError(what, where="--format gguf", hint=hint)
     names = layers.weights
     if uneven.tied and not _is_tied(layers):
         raise UsageError(
@@ -197,7 +198,7 @@ def _is_tied(layers: Layers) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
 _Stored = tuple[str, Tensor, Tensor]
-"""(name of the type, what the file holds: uint8 [N, bytes] of blocks or a float tensor, the float32 numbers that it stands for)."""
+"""(name of the type, what the file holds: uint8 [N, bytes] of blocks or a float tensor, the float32 numbers it stands for)."""
 
 
 def _tensors(layers: Layers, config: Any, architecture: _Architecture, warnings: list[str]) -> dict[str, _Stored]:

@@ -25,13 +25,14 @@ from fxc.export.packed import float_dtype
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import cache_types, is_causal_lm
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.safety import listed
 from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 _WEIGHTS = "model*.safetensors"
 _OWN = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})

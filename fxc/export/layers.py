@@ -3,9 +3,9 @@
     model.layers.0.self_attn.q_proj.weight   [heads * width, hidden]
     model.layers.1.mlp.up_proj.weight        [channels, hidden]
 
-Layers that are gone are counted anew. A layer that has lost its attention, or its feed-forward part, is given one of zeros, which
-adds nothing: other tools expect both. Whether these weights are all that the program does is tried: transformers computes with them,
-each layer by its own sizes, and has to give what the program gives.
+Layers that are gone are counted anew. A layer that has lost its attention, or its feed-forward part, is given one of zeros,
+which adds nothing: other tools expect both. Whether these weights are all that the program does is tried: transformers
+computes with them, each layer by its own sizes, and has to give what the program gives.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layers:
-    """weights: name in the model -> float tensor or packed weight; sizes: of each layer; width: of a head; kept: the number that
-    each layer had; added: names of the weights of zeros that were put in; repeated: layers whose keys and values are stored once
-    for each query head, because their heads share them unevenly."""
+    """weights: name in the model -> float tensor or packed weight; sizes: of each layer; width: of a head; kept: the number
+    that each layer had; added: names of the weights of zeros that were put in; repeated: layers whose keys and values are
+    stored once for each query head, because their heads share them unevenly."""
 
     weights: Mapping[str, Tensor | Packed]
     sizes: tuple[Sizes, ...]
@@ -206,7 +206,8 @@ def _model(program: Program, config: Any, layers: Layers) -> nn.Module:
                 tensor = found.dense() if isinstance(found, Packed) else found.float()
                 setattr(module, name, nn.Parameter(tensor, requires_grad=False))
             elif not getattr(model.config, "tie_word_embeddings", False):
-                raise UsageError("the program has no such weight", where=f"{module_name}.{name}", why=f"it is {list(old.shape)}")
+                place, why = f"{module_name}.{name}", f"it is {list(old.shape)}"
+                raise UsageError("the program has no such weight", where=place, why=why)
     model.tie_weights()
     for module in model.modules():
         index = getattr(module, "layer_idx", None)

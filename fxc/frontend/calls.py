@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxc.data.decoder import random_inputs
 from fxc.errors import CaptureFailed, UsageError, first_line
@@ -49,8 +51,13 @@ class Call:
         return self.kind == KIND
 
 
-def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) -> Iterator[Call]:
-    """The ways to trace `model`, that with the most sizes free first."""
+def shapes_alone(reads: bool) -> AbstractContextManager:
+    """What a model computes in it are shapes and no numbers, unless it `reads` its weights."""
+    return nullcontext() if reads else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, reads: bool = True) -> Iterator[Call]:
+    """The ways to trace `model`, that with the most sizes free first. reads: whether a decoder may be run to find out."""
     if example_inputs is not None:
         yield from _calls_by_example(model, example_inputs, dynamic_shapes)
     elif not hasattr(model, "config") or not hasattr(model, "main_input_name"):
@@ -73,7 +80,7 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None) 
             hint="leave dynamic_shapes out, or give example_inputs to capture it without its cache",
         )
     else:
-        yield _call_with_cache(model)
+        yield _call_with_cache(model, reads)
 
 
 def _takes_cache(model: nn.Module) -> bool:
@@ -145,10 +152,10 @@ class WithStackedCache(WithCache):
         return super().forward(input_ids, attention_mask, position_ids, *(members[i] for i in sorted(members)))
 
 
-def _call_with_cache(model: nn.Module) -> Call:
+def _call_with_cache(model: nn.Module, reads: bool) -> Call:
     config = model.config.get_text_config(decoder=True)
     device = next(model.parameters()).device
-    past_shapes = _cache_shapes(model)
+    past_shapes = _cache_shapes(model, reads)
     cache = [(heads, width, model.dtype) for heads, width in past_shapes]
 
     def example(batch: int, new: int, past: int) -> list[Tensor]:
@@ -164,14 +171,15 @@ def _call_with_cache(model: nn.Module) -> Call:
     return Call(WithCache(model, layers), inputs, {}, {}, others, structure, KIND, stacks)
 
 
-def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+def _cache_shapes(model: nn.Module, reads: bool) -> list[tuple[int, int]]:
     """(kv_heads, head_dim) of each key and value, as the model itself writes them into its cache."""
     from transformers import DynamicCache
 
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     cache = DynamicCache()
     try:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with shapes_alone(reads):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # the model's own code
         raise CaptureFailed(
             f"the model does not run with a plain cache: {first_line(error)}",

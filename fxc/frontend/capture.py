@@ -20,7 +20,7 @@ import fxc.schemes  # noqa: F401 - what is captured may become its operators
 from fxc.data.samples import keep_examples
 from fxc.errors import CaptureFailed, FxcError, first_line
 from fxc.frontend.arguments import defaults, parameter_names
-from fxc.frontend.calls import Call, calls_of
+from fxc.frontend.calls import Call, calls_of, shapes_alone
 from fxc.frontend.check import compare, counts_positions
 from fxc.frontend.flatten import flat_graph, unstack
 from fxc.frontend.fold import folded
@@ -40,6 +40,7 @@ def capture(
     *,
     dynamic_shapes: Any = None,
     check: bool = True,
+    reads: bool = True,
 ) -> Program:
     """Capture `model` as a Program. The model is not changed; the program's constants share its memory.
 
@@ -48,7 +49,8 @@ def capture(
     dimension of every example tensor is taken as dynamic where the model permits, the sequence dimensions of token inputs,
     and those others that the model is seen to take at other sizes: frames, height and width.
     dynamic_shapes: for some inputs, which dimensions vary: {"x": (0, 1)}, or in torch.export's form; no others of theirs do.
-    check: run the program at other sizes and compare it with the model.
+    check: run the program at other sizes and compare it with the model. reads: call the model before it is traced, which reads
+    all of its weights; without that no weight of a language model is read.
 
     Raises `CaptureFailed` when the model's control flow depends on its data, it calls an operator that no program may
     call or a dimension that is asked for cannot vary; `UsageError` when example inputs are needed.
@@ -58,19 +60,19 @@ def capture(
     try:
         with torch.no_grad(), deterministic_graphs(), folded(model), functional_rotary(model):
             example_inputs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, example_inputs)
-            program = _freest(model, calls_of(model, example_inputs, dynamic_shapes), check)
+            program = _freest(model, calls_of(model, example_inputs, dynamic_shapes, reads), check, reads)
     finally:
         for module in training:
             module.training = True
     return program
 
 
-def _freest(model: nn.Module, calls: Iterator[Call], check: bool) -> Program:
+def _freest(model: nn.Module, calls: Iterator[Call], check: bool, reads: bool) -> Program:
     """The program of the first call that can be captured; the last one's error where none can."""
     failure = None
     for call in calls:
         try:
-            program = _export(model, call)
+            program = _export(model, call, reads)
             _check_asked(program, call)
             if check and not program.is_on_meta:
                 taken = compare(program, call)
@@ -96,11 +98,13 @@ def _check_asked(program: Program, call: Call) -> None:
                 )
 
 
-def _export(model: nn.Module, call: Call) -> Program:
+def _export(model: nn.Module, call: Call, reads: bool) -> Program:
     names = list(call.inputs)
     first_names = _first_names(model)
     try:
-        call.module(*call.inputs.values())  # tells the output's structure, which tracing does not let a module keep
+        # It tells the output's structure, which tracing does not let a module keep.
+        with shapes_alone(reads):
+            call.module(*call.inputs.values())
     except FxcError:
         raise
     except Exception as error:  # it is the model's own code that runs here

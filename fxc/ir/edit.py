@@ -101,6 +101,7 @@ def sweep(program: Program) -> int:
             program.graph.erase_node(node)
             removed += 1
     live = {node.target for node in program.graph.find_nodes(op="get_attr")}
-    program.constants = {fqn: t for fqn, t in program.constants.items() if fqn in live}
+    for fqn in program.constants.keys() - live:
+        del program.constants[fqn]
     program.aliases = {alias: fqn for alias, fqn in program.aliases.items() if fqn in live}
     return removed

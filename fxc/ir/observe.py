@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxc.ir.program import Program
+
 Watch = Callable[[Any], Any]
 """Is given the value of a node. What it returns, unless that is None, takes the place of the value from there on."""
 
@@ -27,6 +29,22 @@ class _Observer(fx.Interpreter):
             return value
         other = watch(value)
         return value if other is None else other
+
+
+class _Streamed(fx.Interpreter):
+    def __init__(self, program: Program):
+        super().__init__(torch.nn.Module(), graph=program.graph)
+        self._constants = program.constants
+
+    def fetch_attr(self, target: str) -> Tensor:
+        return self._constants[target]
+
+
+def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The program's outputs on the CPU, by its operators' own definitions. Of one that is larger than memory constants are read
+    where they are used, and let go."""
+    with torch.no_grad():
+        return _Streamed(program).run(*inputs) if program.is_streamed else program.module()(*inputs)
 
 
 def observe(module: fx.GraphModule, inputs: Sequence[Tensor], watches: Mapping[str, Watch]) -> tuple[Tensor, ...]:

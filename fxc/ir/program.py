@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxc.ir.store import Constants
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 """Names end up in the Python code that torch.fx generates to run a graph, so that a quote or a bracket in one would be code."""
 
@@ -52,7 +54,8 @@ class Signature:
 class Program:
     """A captured model.
 
-    graph: nodes in execution order; constants: FQN -> tensor, one entry for a group of tied weights, possibly on meta;
+    graph: nodes in execution order; constants: FQN -> tensor, one entry for a group of tied weights, possibly on meta,
+    or in files (`fxc.ir.store`);
     aliases: each other name of a tied weight -> its FQN in `constants`; metadata: small JSON facts about the source.
     """
 
@@ -89,7 +92,7 @@ class Program:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
             mapping[node].meta = dict(node.meta)
         return Program(
-            graph, dict(self.constants), dict(self.aliases), copy.deepcopy(self.signature), copy.deepcopy(self.metadata)
+            graph, self.constants.copy(), dict(self.aliases), copy.deepcopy(self.signature), copy.deepcopy(self.metadata)
         )
 
     def graph_on(self, device: torch.device | str) -> fx.Graph:
@@ -111,6 +114,11 @@ class Program:
             node.target = names[node.target]
         root = {names[name]: t if device is None else t.to(device) for name, t in self.constants.items()}
         return fx.GraphModule(root, graph, class_name="Program").eval().requires_grad_(False)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether it is read piece by piece: its constants are in files, which is for models that are larger than memory."""
+        return isinstance(self.constants, Constants)
 
     @property
     def is_stored_coded(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
+from fxc.mapped import Reading
 
 LEAST = 0.25
 """From this share of zeros on a float weight counts as one that was thinned out."""
@@ -17,9 +18,19 @@ _KEY = "thinned"
 
 def remember_thinned(program: Program, packed: Mapping[str, Tensor]) -> None:
     """Write down which of the weights `packed`, by name, as they were before, are thinned out."""
-    found = {layer_name(name) for name, each in packed.items() if not each.is_meta and (each == 0).float().mean() >= LEAST}
+    found = set()
+    with Reading() as reading:
+        for name, each in packed.items():
+            if not each.is_meta and _zeros(each) >= LEAST:
+                found.add(layer_name(name))
+            reading.done([each])
     if found:
         program.metadata[_KEY] = sorted({*thinned(program), *found})
+
+
+def _zeros(tensor: Tensor) -> float:
+    """The share of zeros."""
+    return 1 - int(tensor.count_nonzero()) / max(tensor.numel(), 1)
 
 
 def thinned(program: Program) -> frozenset[str]:

@@ -24,7 +24,9 @@ COPIES_BYTES = 256 * 2**20
 MOST_COPIES = 64
 # What measuring the peaks may take, in seconds.
 PEAK_SECONDS = 8.0
-_SMALLEST_READ, _LARGEST_READ = 64 * 2**20, 2**30
+_SMALLEST_READ, _LARGEST_READ = 2**29, 2**31
+# Of what the system says its last cache holds, so often at least: what is read must not be there from the time before.
+_CACHES = 8
 _SIDES = (256, 512, 1024, 2048)
 FLAGS = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 
@@ -58,10 +60,19 @@ class CpuPlatform:
 
     def measured_peaks(self, seconds: float) -> Peaks:
         """Bandwidth of memory, and operations of square products, both of sizes that grow while the figure still changes and
-        there is time: `seconds` in all. A product that already takes too long at the smallest size has none."""
-        each = min(seconds, PEAK_SECONDS) / 4
+        there is time: `seconds` in all. All by as many threads as the products have, and the bandwidth by one thread too. A
+        product that already takes too long at the smallest size has none."""
+        each = min(seconds, PEAK_SECONDS) / 5
         rates = {name: _operations(make, each) for name, make in _PRODUCTS.items()}
-        return Peaks("measured in this run", _bandwidth(2 * self.l3, self.free_memory() // 4, each), **rates)
+        bandwidth = one = _bandwidth(_CACHES * self.l3, self.free_memory() // 4, each)
+        if self.threads > 1:
+            torch.set_num_threads(1)
+            try:
+                one = _bandwidth(_CACHES * self.l3, self.free_memory() // 4, each)
+            finally:
+                torch.set_num_threads(self.threads)
+        words = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return Peaks(f"measured in this run, {words}", bandwidth, one_thread=one, **rates)
 
     def about(self) -> dict[str, Any]:
         able = torch.cpu.get_capabilities()
@@ -94,12 +105,12 @@ def cache_bytes(level: int) -> int:
 
 
 def _bandwidth(at_least: int, at_most: int, seconds: float) -> float:
-    """Bytes that memory gives a second. The buffer grows from what no cache should hold until reading it gets no slower: what
-    a virtual machine says of its caches need not be true. at_least, at_most: bytes."""
+    """Bytes that memory gives a second to whatever reads it fastest. The buffer grows from what no cache should hold until
+    reading it gets no slower: what a virtual machine says of its caches need not be true. at_least, at_most: bytes."""
     start, size, found = time.perf_counter(), max(at_least, _SMALLEST_READ), 0.0
     while True:
         numbers = torch.ones(max(min(size, at_most), 2**20) // 4)
-        rate = 4 * numbers.numel() / _best(numbers.sum, 5)
+        rate = 4 * numbers.numel() / min(_best(each, 5) for each in (numbers.sum, lambda x=numbers: torch.dot(x, x)))
         is_last = 2 * size > min(_LARGEST_READ, at_most) or time.perf_counter() - start > seconds / 2
         if is_last or (found and rate > 0.95 * found):
             return rate

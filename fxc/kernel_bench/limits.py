@@ -11,7 +11,8 @@ from fxc.kernel_bench.weights import known
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes and dense operations a second; None where it is not known or the machine cannot."""
+    """Bytes and dense operations a second, by the threads that the products have; None where it is not known or the machine
+    cannot. one_thread: the bytes that one thread reads a second."""
 
     source: str
     bandwidth: float
@@ -20,6 +21,7 @@ class Peaks:
     int8: float | None = None
     fp8: float | None = None
     sparse: bool = False
+    one_thread: float | None = None
 
     def operations(self, scheme: str) -> float | None:
         """A second, for the products that this scheme's activations and weights ask for. sparse: the machine does 2:4 products

@@ -11,7 +11,7 @@ from typing import Any
 from fxc.kernel_bench import limits
 from fxc.kernel_bench.run import Result, Row
 
-MISSING = "no pictures: matplotlib is not installed (pip install 'fxc[bench]' has it)"
+MISSING = "no pictures: matplotlib is not installed (pip install matplotlib)"
 _COLORS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#57606a", "#cf222e", "#0550ae")
 
 

@@ -126,7 +126,10 @@ def peaks_text(peaks: Sequence[Any]) -> str:
         if each:
             rates = [f"{name} {value / 1e12:.3g} TFLOP/s" for name in ("float32", "bf16", "int8", "fp8")
                      if (value := getattr(each, name))]  # fmt: skip
-            parts.append(f"{each.source}: {each.bandwidth / 1e9:.4g} GB/s, {', '.join(rates)}")
+            read = f"{each.bandwidth / 1e9:.4g} GB/s"
+            if each.one_thread and each.one_thread != each.bandwidth:
+                read += f" ({each.one_thread / 1e9:.4g} GB/s by one thread)"
+            parts.append(f"{each.source}: {read}, {', '.join(rates)}")
     return "; ".join(parts)
 
 
@@ -146,7 +149,7 @@ def remarks(result: Result) -> list[str]:
     why = "a weight that stays in a cache is read faster than memory is, and measured peaks are what the machine gave just then"
     return [
         *([f"shares above 100 %, up to {max(above):.0%}: {why}"] if above else []),
-        *(f"{name}: absent, {reason}" for name, reason in result.absent.items()),
+        *(f"{name}: not measured, {reason}" for name, reason in result.absent.items()),
         *(f"{each.what}: skipped, {each.reason}" for each in result.skipped),
         *wrong,
     ]

@@ -55,7 +55,8 @@ class Candidate:
     dtype) -> a layer to be timed; make: writes the layer into a program, with the weight in floats too for the row counts on
     the other side of `limit` unless `dense` is None; absorbs: the activations behind it that it takes; is_one_call: whether a
     compiler sees one call instead of what it is made of, and fuses nothing with it; stays_packed: whether the weights keep
-    the few bits that they are stored in: such a form is taken where it is faster than float, without a float copy beside it.
+    the few bits that they are stored in: such a form is taken where it is faster than float, without a float copy beside it;
+    bits: those that it holds a number of the weight in, None for the layer's dtype.
     """
 
     name: str
@@ -71,11 +72,24 @@ class Candidate:
     absorbs: Collection[str] = ()
     is_one_call: bool = False
     stays_packed: bool = False
+    bits: int | None = 8
 
 
 def candidates(group: Siblings) -> tuple[Candidate, ...]:
     """The forms that the layers of `group` may have, whether this machine runs them or not. The last is float, which all do."""
     return (*(each for each in CANDIDATES if group.target in each.targets), FLOAT)
+
+
+def held_bytes(form: Candidate, group: Siblings, with_float: bool = False) -> int:
+    """What the layers of `group` hold in `form`, and with a float copy beside it. Scales and sums of each output are counted as
+    the most that any form has."""
+    outputs = sum(group.sizes)
+    dense = (outputs * group.columns + (0 if group.bias is None else outputs)) * group.dtype.itemsize
+    if form.bits is None:
+        return dense
+    panels = -(-outputs // native_int8.PANEL) * native_int8.PANEL * group.columns * form.bits // 8
+    beside = sum(each.nbytes for arguments in group.arguments for each in arguments[2:] if isinstance(each, Tensor))
+    return panels + beside + 8 * outputs + (dense if with_float else 0)
 
 
 def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -254,36 +268,28 @@ def _make_float(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: i
     return place.call(target, (group.x, place.constant("weight", weight), place.constant("bias", bias)), group)
 
 
-NATIVE_INT8 = Candidate(
-    name="int8",
-    timed_as="native int8",
-    kind="native int8",
-    targets=(int8.LINEAR,),
-    rows=(1, 16, 128, 256),  # one token, a few sequences decoding together, a prompt, a batch of them
-    wins_for="many",
-    why_not=_why_no_native_int8,
-    note=lambda group: "",
-    trial=functools.partial(_native_int8_trial, False),
-    make=functools.partial(_make_native_int8, False),
-    absorbs=native_int8.ACTIVATIONS,
-    is_one_call=True,
-)
+def _native_int8(split: bool, kind: str, target: object, rows: tuple[int, ...], wins_for: str) -> Candidate:
+    return Candidate(
+        name="int8",
+        timed_as="native int8",
+        kind=kind,
+        targets=(target,),
+        rows=rows,
+        wins_for=wins_for,
+        why_not=_why_no_native_int8,
+        note=lambda group: "",
+        trial=functools.partial(_native_int8_trial, split),
+        make=functools.partial(_make_native_int8, split),
+        absorbs=native_int8.ACTIVATIONS,
+        is_one_call=True,
+    )
+
+
+# One token, a few sequences decoding together, a prompt, a batch of them.
+NATIVE_INT8 = _native_int8(False, "native int8", int8.LINEAR, (1, 16, 128, 256), "many")
 """Activations quantized as they come, product and all around it in one call."""
 
-NATIVE_SPLIT = Candidate(
-    name="int8",
-    timed_as="native int8",
-    kind="native weight-only",
-    targets=(int8.WEIGHT_ONLY,),
-    rows=(1, 8, 32, 128, 256),
-    wins_for="few",
-    why_not=_why_no_native_int8,
-    note=lambda group: "",
-    trial=functools.partial(_native_int8_trial, True),
-    make=functools.partial(_make_native_int8, True),
-    absorbs=native_int8.ACTIVATIONS,
-    is_one_call=True,
-)
+NATIVE_SPLIT = _native_int8(True, "native weight-only", int8.WEIGHT_ONLY, (1, 8, 32, 128, 256), "few")
 """Activations kept, as two int8 products, in one call."""
 
 NATIVE_INT4 = Candidate(
@@ -299,6 +305,7 @@ NATIVE_INT4 = Candidate(
     make=_make_native_int4,
     is_one_call=True,
     stays_packed=True,
+    bits=4,
 )
 """Weights of four bits as they are, activations rounded to int8 by runs."""
 
@@ -359,5 +366,6 @@ FLOAT = Candidate(
     note=lambda group: "",
     trial=_float_trial,
     make=_make_float,
+    bits=None,
 )
 """The weights as numbers, once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,11 +31,21 @@ _LONG_SECONDS = 0.1
 LARGEST = 1 << 24
 # So much slower after one call each, a form has lost.
 _HOPELESS = 10
+# A race is quiet where the calls of each form take no more than this, in the median, of the fastest of them, and where the
+# process has this share of a core at least while it runs: one of its threads always has something to do.
+_SPREAD = 1.25
+_LEAST_SHARE = 0.9
+# How often a race that was not quiet is run in all.
+_ATTEMPTS = 3
 
 Times = tuple[list[float], ...]
 """Seconds of the calls of each form."""
 Pairs = dict[int, tuple[float, float]]
 """rows -> (seconds in one form, seconds in float)"""
+
+
+class Busy(Exception):
+    """The machine did other work while forms were timed, in one line: what was measured says nothing of them."""
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -43,11 +54,21 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
-def _race(*forms: Callable[[], object]) -> Times:
-    """Seconds of several calls of each, in turns."""
+def _quiet_race(*forms: Callable[[], object]) -> tuple[Times, str | None]:
+    """What `_race` gives, tried again where it was not quiet. What has lost each time has lost, whatever the noise."""
+    tried: list[Times] = []
+    noise: str | None = ""
+    while noise is not None and len(tried) < _ATTEMPTS:
+        times, noise = _race(*forms)
+        tried.append(times)
+    return tried[-1], None if all(map(_is_hopeless, tried)) else noise
+
+
+def _race(*forms: Callable[[], object]) -> tuple[Times, str | None]:
+    """Seconds of several calls of each, in turns, and why they cannot be relied on, None where they can."""
     for run in forms:
         run()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     times: Times = tuple([] for _ in forms)
     for done in range(1, _ROUNDS[1] + 1):
         for each, run in zip(times, forms, strict=True):
@@ -55,7 +76,21 @@ def _race(*forms: Callable[[], object]) -> Times:
         spent = time.perf_counter() - start
         if _is_hopeless(times) or (done >= _ROUNDS[0] and spent > _SECONDS) or (done >= 2 and spent > _LONG_SECONDS):
             break
-    return times
+    share = (time.process_time() - worked) / max(time.perf_counter() - start, 1e-9)
+    return times, _noise(times, share)
+
+
+def _noise(times: Times, share: float) -> str | None:
+    """Why a race was not quiet. What other processes do to the machine only ever adds, but it may add to all the calls of one
+    form. share: of a core, how much of the time the process ran."""
+    if share < _LEAST_SHARE:
+        return f"the process had {share:.0%} of a core"
+    if _is_hopeless(times):
+        return None
+    spread = max(statistics.median(each) / min(each) for each in times)
+    if spread > _SPREAD:
+        return f"calls of one form took {spread:.1f} times as long as the fastest of them"
+    return None if _is_steady(times) else "two halves of a race disagree on what is fastest"
 
 
 def _is_hopeless(times: Times) -> bool:
@@ -65,8 +100,7 @@ def _is_hopeless(times: Times) -> bool:
 
 
 def _is_steady(times: Times) -> bool:
-    """Whether both halves of a race say the same of who won. What other processes do to the machine only ever adds, but it may
-    add to all the calls of one form."""
+    """Whether both halves of a race say the same of who won."""
     halves = [[min(each[half::2]) for each in times] for half in (0, 1) if len(times[0]) > 1]
     return len({tuple(a <= MARGIN * others[-1] for a in others[:-1]) for others in halves}) <= 1
 
@@ -80,6 +114,8 @@ def measure(
 
     whole: count what surrounds the int8 product too (in eager it is calls of its own, a compiler fuses it).
     threads: torch.get_num_threads(), since the answer depends on it.
+
+    Raises Busy where the machine did other work meanwhile: nothing is remembered then, and the next load tries again.
     """
     if out_features * in_features > LARGEST and (part := max(LARGEST // in_features, 256)) < out_features:
         timing = measure(forms, part, in_features, dtype, whole, threads)
@@ -91,31 +127,32 @@ def measure(
     known = remembered.recall(layer, threads)
     if known is not None and tuple(known) == counts and all(len(times) == len(forms) for times in known.values()):
         return known
-    timing, steady = compare(forms, out_features, in_features, dtype, whole, counts)
-    if steady:
-        remembered.keep(layer, threads, timing)
+    timing, noise = compare(forms, out_features, in_features, dtype, whole, counts)
+    if noise:
+        raise Busy(noise)
+    remembered.keep(layer, threads, timing)
     return timing
 
 
 def compare(
     forms: tuple[Candidate, ...], out_features: int, in_features: int, dtype: torch.dtype, whole: bool, counts: tuple[int, ...]
-) -> tuple[Timing, bool]:
-    """What `measure` remembers, measured now for the row counts `counts`, and whether it can be relied on."""
+) -> tuple[Timing, str | None]:
+    """What `measure` remembers, measured now for the row counts `counts`, and why it cannot be relied on, None where it can."""
     generator = torch.Generator().manual_seed(0)
     qweight = torch.randint(-127, 128, (out_features, in_features), generator=generator, dtype=torch.int8)
     layers = [each.trial(qweight, torch.full((out_features,), 1e-3), dtype) for each in forms]
     timing: Timing = {}
-    steady = True
+    noise = None
     for rows in counts:
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
-        times = _race(*(layer(x, whole) for layer in layers))
+        times, found = _quiet_race(*(layer(x, whole) for layer in layers))
         timing[rows] = tuple(map(min, times))
-        steady = steady and _is_steady(times)
+        noise = noise or (found and f"M={rows}: {found}")
         if min(timing[rows][:-1]) > _HOPELESS * timing[rows][-1]:
             # Reference code, which more rows only make slower: nobody waits for that.
             timing |= {more: timing[rows] for more in counts if more > rows}
             break
-    return timing, steady
+    return timing, noise
 
 
 def compressed(forms: tuple[Candidate, ...], *layer: object) -> Timing:
@@ -126,19 +163,21 @@ def compressed(forms: tuple[Candidate, ...], *layer: object) -> Timing:
 @dataclass(frozen=True)
 class Choice:
     """form: what the layer runs in, and in float on the other side of `limit` rows unless that is None; name: in reports;
-    reason: why."""
+    reason: why; gain: how much faster than in float it is, in the geometric mean over the row counts."""
 
     form: Candidate
     limit: int | None
     name: str
     reason: str
+    gain: float = 1.0
 
 
 def choose(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> Choice:
     """Which of `forms`, the last of which is float, by what was measured. is_small: whether a layer may have a float copy
     beside another form, which for a large one would take more memory than was saved."""
     others = [_against_float(form, at, timing, is_small) for at, form in enumerate(forms[:-1])]
-    _, form, limit = max(others, key=lambda each: (each[1] is not None, each[1] is not None and each[1].stays_packed, each[0]))
+    taken = [each for each in others if each[1] is not None] or [(1.0, None, None)]
+    gain, form, limit = max(taken, key=lambda each: (each[1] is not None and each[1].stays_packed, each[0]))
     described = describe(forms, timing)
     if form is None:
         names = ", ".join(dict.fromkeys(each.timed_as for each in forms[:-1]))
@@ -147,9 +186,24 @@ def choose(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> Choi
     asked = all(times[-1] == float("inf") for times in timing.values())
     reason = "asked for" if asked else f"measured: {described}"
     if limit is None:
-        return Choice(form, None, form.name, reason)
+        return Choice(form, None, form.name, reason, gain)
     here, there = ("above", "below") if form.wins_for == "many" else ("up to", "above")
-    return Choice(form, limit, f"{form.name} {here} M={limit}, {forms[-1].timed_as} {there}", reason)
+    return Choice(form, limit, f"{form.name} {here} M={limit}, {forms[-1].timed_as} {there}", reason, gain)
+
+
+def by_memory(forms: tuple[Candidate, ...], why: Busy) -> Choice:
+    """What is taken where nothing could be measured: the form of the fewest bits, of several the first."""
+    form = min(forms[:-1], key=lambda each: each.bits or math.inf)
+    return Choice(form, None, form.name, f"it holds the least, and could not be timed: the machine was busy ({why})")
+
+
+def alternatives(forms: tuple[Candidate, ...], timing: Timing, is_small: bool) -> list[Choice]:
+    """What `choose` gives, the best single form and the best one without floats, where these are others."""
+    gains = [_gain({rows: (each[at], each[-1]) for rows, each in timing.items()}, timing) for at in range(len(forms) - 1)]
+    best = max(range(len(gains)), key=lambda at: (forms[at].stays_packed, gains[at]))
+    compressed = Choice(forms[best], None, forms[best].name, f"measured: {describe(forms, timing)}", gains[best])
+    found = [choose(forms, timing, is_small), choose(forms, timing, False), compressed]
+    return [each for at, each in enumerate(found) if (each.form, each.limit) not in [(e.form, e.limit) for e in found[:at]]]
 
 
 def _against_float(form: Candidate, at: int, timing: Timing, is_small: bool) -> tuple[float, Candidate | None, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -15,27 +15,30 @@ from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.lower import choose, cpu_fusion, static
-from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight
+from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight, held_bytes
 from fxc.lower.choose import Choice
-from fxc.lower.fusion import repeated_heads
+from fxc.lower.fusion import activation_after, repeated_heads
+from fxc.lower.keep_float import Wish, within
 from fxc.lower.remembered import Timing
 from fxc.lower.siblings import LayerChoice, Siblings, find_siblings, module_name, relax_views, replace
 from fxc.lower.sparse_as_dense import sparse_int4_as_dense, sparse_int8_as_dense
 from fxc.mapped import Reading, give_back
 from fxc.schemes import int8
 from fxc.schemes.scheme import LINEAR, products_for, scheme_of
-from fxc_kernels.cpu import native_attention, ops
+from fxc_kernels.cpu import native, native_attention, ops
 from fxc_kernels.cpu.packed_linear import pack_bfloat16
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _GELU = torch.ops.aten.gelu.default
 _TO = torch.ops.aten.to.dtype
-_PLAIN_ACTIVATIONS = {torch.ops.aten.silu.default: "silu", torch.ops.aten.relu.default: "relu"}
+# A packed bfloat16 weight halves the time of one row, which is one of the four counts that a layer is timed at.
+_PACKED_GAIN = 2**0.25
+_UNPACKED = "bf16"
 Measure = Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]
 
 
 def lower_cpu(
-    program: Program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True
+    program: Program, backend: str = "eager", *, measure: Measure | None = None, bf16: bool = True, keep_float: float = 1.0
 ) -> tuple[Program, list[LayerChoice]]:
     """Lower `program`, whose constants are on the CPU, for `backend` "eager" or "inductor".
 
@@ -47,22 +50,27 @@ def lower_cpu(
     bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
     query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
     no bfloat16 instructions.
+    keep_float: of the bytes that the smallest forms of all packed layers save, the share that floats may take again; more than
+    1 is more than the original had.
     Raises UsageError for an unknown backend or a program on meta.
     """
     if backend not in ("eager", "inductor"):
         raise UsageError(f"unknown CPU backend {backend!r}", hint="use eager or inductor")
     if program.is_on_meta:
         raise UsageError("a program without weights cannot run", where="lowering")
+    native.start()
     bf16 = bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
     program = program.copy()
     expanded = sparse_int8_as_dense(program) | sparse_int4_as_dense(program)
     if not attention_in_one_call(program) and bf16 and backend == "inductor":
         attention_in_bfloat16(program)
-    report = lower_layers(program, backend, measure or _measured(backend), expanded)
+    packs_bf16 = bf16 and backend == "eager"
+    copies = [node for node in bfloat16_layers(program) if packs_bf16 and _is_read_elsewhere(program, [node])]
+    report, without = lower_layers(program, backend, measure or _measured(backend), expanded, copies, keep_float)
     report += static.lower_convolutions(program, packed=backend == "eager")
     report = static.chain(program, report)
-    if bf16 and backend == "eager":
-        report += pack_bfloat16_layers(program)
+    if packs_bf16:
+        report += pack_bfloat16_layers(program, without)
     if backend == "eager":
         cpu_fusion.fuse(program)
     relax_views(program)
@@ -129,91 +137,130 @@ def _comes_from_int8(node: fx.Node) -> bool:
     return found
 
 
-def lower_layers(program: Program, backend: str, measure: Measure, expanded: Collection[str] = ()) -> list[LayerChoice]:
+def lower_layers(
+    program: Program, backend: str, measure: Measure, expanded: Collection[str], copies: list[fx.Node], keep_float: float
+) -> tuple[list[LayerChoice], dict[fx.Node, Choice]]:
     """Layers with packed weights run in the best of their forms, those that read one activation as one. expanded: the names of
-    2:4 sparse ones that were made dense."""
+    2:4 sparse ones that were made dense; copies: bfloat16 layers whose packing leaves the weight where it is too; keep_float:
+    see `fxc.lower.keep_float`. Gives also which of the copies have no room, and why."""
     report = []
     with Reading() as reading:
-        for group in find_siblings(program, products_for(LINEAR)):
+        groups = find_siblings(program, products_for(LINEAR))
+        wishes = [_wish(program, group, measure) for group in groups if not group.is_empty]
+        # Where nothing is compressed nothing bounds what the program may hold.
+        wished = [_wish_for_copy(program, node) for node in copies if wishes]
+        found = within(wishes + wished, keep_float)
+        chosen = iter(found)
+        without = {node: each for node, each in zip(copies, found[len(wishes) :]) if each.name == _UNPACKED}
+        for group in groups:
             if group.is_empty:
                 name, reason = "unchanged", "the weight is empty"
             else:
-                choice = _choose(group, measure)
+                choice = next(chosen)
                 _write(program, group, choice, backend)
                 name, reason = choice.name, choice.reason
                 reading.done(each for arguments in group.arguments for each in arguments if isinstance(each, Tensor))
             for each in group.choices(name, reason):
                 sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
                 report.append(dataclasses.replace(each, reason=each.reason + sparse))
-    return report
+    return report, without
 
 
 def _measured(backend: str) -> Measure:
+    """For one lowering, in which layers that could not be timed are not tried again."""
+    busy: dict[tuple, str] = {}
+
     def measure(forms: tuple[Candidate, ...], rows: int, columns: int, dtype: torch.dtype) -> Timing:
         # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
         # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
         whole = backend == "eager" or dtype != torch.float32
-        return choose.measure(forms, rows, columns, dtype, whole, torch.get_num_threads())
+        layer = (forms, rows, columns, dtype, whole, torch.get_num_threads())
+        if layer in busy:
+            raise choose.Busy(busy[layer])
+        try:
+            return choose.measure(*layer)
+        except choose.Busy as why:
+            busy[layer] = str(why)
+            raise
 
     return measure
 
 
-def _choose(group: Siblings, measure: Measure) -> Choice:
-    """The form of the group's layers, and why."""
+def _is_read_elsewhere(program: Program, nodes: list[fx.Node]) -> bool:
+    """Whether others than `nodes` read the weights of these, as a table does that is tied to a head."""
+    weights = {node.args[1].target for node in nodes}
+    reads = [node for node in program.graph.find_nodes(op="get_attr") if node.target in weights]
+    return any(user not in nodes for read in reads for user in read.users)
+
+
+def _wish_for_copy(program: Program, node: fx.Node) -> Wish:
+    nbytes = program.constants[node.args[1].target].nbytes
+    choices = [Choice(FLOAT, None, "bf16 packed", "kept in bfloat16", _PACKED_GAIN), Choice(FLOAT, None, _UNPACKED, "as it is")]
+    return Wish(choices, [nbytes, 0], 0)
+
+
+def _wish(program: Program, group: Siblings, measure: Measure) -> Wish:
+    """The forms that the group's layers may have, and why."""
     forms = candidates(group)
     refused = {each: each.why_not(group) for each in forms}
     able = tuple(each for each in forms if refused[each] is None)
     if len(able) == 1:
         why_not = [reason for reason in refused.values() if reason] or [f"no CPU kernel for {scheme_of(group.target).label}"]
-        return Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
+        only = Choice(FLOAT, None, FLOAT.name, f"{FLOAT.name}: {'; '.join(why_not)}")
+        return Wish([only], [held_bytes(FLOAT, group)], held_bytes(FLOAT, group))
     rows, columns = sum(group.sizes), group.columns
-    choice = choose.choose(able, measure(able, rows, columns, group.dtype), rows * columns <= choose.SMALL_LAYER)
-    return dataclasses.replace(choice, reason=choice.reason + choice.form.note(group))
+    try:
+        timing = measure(able, rows, columns, group.dtype)
+    except choose.Busy as why:
+        found = [choose.by_memory(able, why)]
+    else:
+        found = choose.alternatives(able, timing, rows * columns <= choose.SMALL_LAYER)
+    found = [dataclasses.replace(each, reason=each.reason + each.form.note(group)) for each in found]
+    group.kept.clear()  # what was made of the weights of all layers would be in memory at once
+    nbytes = [held_bytes(each.form, group, each.limit is not None) for each in found]
+    stays = sum(arguments[1].nbytes for arguments in group.arguments) if _is_read_elsewhere(program, group.nodes) else 0
+    return Wish(found, nbytes, held_bytes(FLOAT, group) - stays)
 
 
 def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> None:
     """Put the chosen form in the place of the group's layers."""
     packed = backend == "eager"
     name = module_name(program, group.names[0])
-    activation = None
-    if (packed or choice.form.is_one_call) and group.dtype == torch.float32:
-        activation = _activation_after(group)
-        if activation and activation[0] not in choice.form.absorbs:
-            activation = None
-    place = CpuPlace(program, group.nodes[0], name, packed, activation[0] if activation else "none")
+    activation = "none"
+    if (packed or choice.form.is_one_call) and group.dtype == torch.float32 and len(group.nodes) == 1:
+        activation, last = activation_after(group.nodes[0], choice.form.absorbs)
+    place = CpuPlace(program, group.nodes[0], name, packed, activation)
     dense = None if choice.limit is None else float_weight(group, packed)
     out = choice.form.make(place, group, dense, choice.limit or 0)
-    if activation:
-        edit.replace(activation[1], out)
+    if activation != "none":
+        edit.replace(last, out)
         edit.sweep(program)
     else:
         replace(program, group, out)
 
 
-def _activation_after(group: Siblings) -> tuple[str, fx.Node] | None:
-    """The activation that alone reads a layer's result, and its node."""
-    if len(group.nodes) > 1 or len(group.nodes[0].users) != 1:
-        return None
-    (user,) = group.nodes[0].users
-    if len(user.args) != 1:
-        return None
-    if user.target is _GELU:
-        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
-    return (_PLAIN_ACTIVATIONS[user.target], user) if user.target in _PLAIN_ACTIVATIONS else None
+def bfloat16_layers(program: Program) -> list[fx.Node]:
+    """The linear layers whose weight oneDNN could pack."""
+    found = []
+    for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        value = program.constants.get(weight.target) if weight.op == "get_attr" else None
+        is_bfloat16 = value is not None and value.dtype == torch.bfloat16 and value.numel() > 0
+        if is_bfloat16 and (bias is None or bias.op == "get_attr"):
+            found.append(node)
+    return found
 
 
-def pack_bfloat16_layers(program: Program) -> list[LayerChoice]:
-    """Linear layers that stay bfloat16 get a weight packed by oneDNN."""
+def pack_bfloat16_layers(program: Program, without: Mapping[fx.Node, Choice]) -> list[LayerChoice]:
+    """Linear layers that stay bfloat16 get a weight packed by oneDNN, but for those that have no room for it."""
     report = []
     with Reading() as reading:
-        for node in program.graph.find_nodes(op="call_function", target=LINEAR):
+        for node in bfloat16_layers(program):
             weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-            value = program.constants.get(weight.target) if weight.op == "get_attr" else None
-            if value is None or value.dtype != torch.bfloat16 or value.numel() == 0:
+            value, layer = program.constants[weight.target], layer_name(weight.target)
+            if choice := without.get(node):
+                report.append(LayerChoice(layer, choice.name, choice.reason, *value.shape))
                 continue
-            if bias is not None and bias.op != "get_attr":
-                continue
-            layer = layer_name(weight.target)
             packed = edit.constant(program, f"{module_name(program, layer)}.weight", pack_bfloat16(value), node)
             edit.call(program, ops.DENSE_LINEAR, (node.args[0], packed, bias), replacing=node, by="lower")
             reading.done([value])

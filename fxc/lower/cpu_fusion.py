@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxc.ir import edit
 from fxc.ir.call import Call
 from fxc.ir.program import Program
-from fxc.lower.fusion import is_plain_sum, match_rms_norm, match_rope
+from fxc.lower.fusion import insert_norm, is_plain_sum, match_rms_norm, match_rope
 from fxc_kernels.cpu import native_between, ops
 
 _ADD = torch.ops.aten.add.Tensor
@@ -25,7 +25,8 @@ def fuse(program: Program) -> None:
         return
     for node in program.graph.find_nodes(op="call_function", target=_MUL):
         if _is_taken(node) and (norm := match_rms_norm(node)) is not None:
-            _insert(program, node, norm.source, ops.RMS_NORM, (), ops.ADD_RMS_NORM, (norm.weight, norm.eps))
+            rest = (norm.weight, norm.eps)
+            _insert(program, node, norm.source, (ops.RMS_NORM, *rest), (ops.ADD_RMS_NORM, *rest))
     edit.sweep(program)
     for node in program.graph.find_nodes(op="call_function", target=_LAYER_NORM):
         call = Call(node)
@@ -33,7 +34,11 @@ def fuse(program: Program) -> None:
         dtype = x.meta["val"].dtype
         fits = all(each is None or (each.op == "get_attr" and each.meta["val"].dtype == dtype) for each in gains)
         if _is_taken(node) and fits and len(call["normalized_shape"]) == 1:
-            _insert(program, node, x, ops.LAYER_NORM, (None,), ops.ADD_LAYER_NORM, (*gains, call["eps"]))
+            rest = (*gains, call["eps"])
+            if is_plain_sum(x) and len(x.users) == 1:  # nobody else reads the sum
+                edit.call(program, ops.LAYER_NORM, (*x.args, *rest), replacing=node, by="lower")
+            else:
+                _insert(program, node, x, (ops.LAYER_NORM, None, *rest), (ops.ADD_LAYER_NORM, *rest))
     edit.sweep(program)
     for node in program.graph.find_nodes(op="call_function", target=_ADD):
         if _is_taken(node) and (given := match_rope(node)) is not None:
@@ -50,24 +55,13 @@ def _is_taken(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dtype in native_between.DTYPES
 
 
-def _insert(
-    program: Program, node: fx.Node, x: fx.Node, plain: object, other: tuple, with_sum: object, rest: tuple
-) -> None:
-    """A norm of `x` in the place of `node`, or of the two that x is the sum of, a second result where others read that."""
-    place = {"before": node, "by": "lower", "fqn": node.meta.get("fqn", "")}
-    if not is_plain_sum(x):
-        edit.replace(node, edit.insert(program, plain, (x, *other, *rest), **place))
-        return
-    readers = [user for user in x.users if user is not node]
-    if plain is ops.LAYER_NORM and not readers:
-        edit.replace(node, edit.insert(program, plain, (*x.args, *rest), **place))
-        return
-    # Where the sum is, because what reads it may stand before the norm.
-    place["before"] = x.next
-    rest = tuple(edit.read(program, each.target, x.next) if isinstance(each, fx.Node) else each for each in rest)
-    made = edit.insert(program, with_sum, (*x.args, *rest), **place)
-    edit.replace(node, edit.insert(program, operator.getitem, (made, 0), **place))
-    edit.replace(x, edit.insert(program, operator.getitem, (made, 1), **place))
+def _insert(program: Program, node: fx.Node, x: fx.Node, plain: tuple, with_sum: tuple) -> None:
+    """A norm of `x` in the place of `node`, with the sum that x is in front of it."""
+    made, has_sum = insert_norm(program, x, node, plain, with_sum, 1)
+    if has_sum:
+        at = {"before": made.next, "by": "lower", "fqn": node.meta.get("fqn", "")}
+        made = edit.insert(program, operator.getitem, (made, 0), **at)
+    edit.replace(node, made)
 
 
 def _gate(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

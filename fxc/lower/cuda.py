@@ -38,6 +38,7 @@ _OPERATORS = (
     int8.LINEAR, int8.WEIGHT_ONLY, fp8.LINEAR, fp8.WEIGHT_ONLY, int4.LINEAR, sparse24.LINEAR, int8_sparse24.LINEAR,
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 def lower_cuda(
@@ -136,10 +137,10 @@ def lower_layers(program: Program, chip: Chip, compressed: bool) -> list[LayerCh
             edit.replace(pair.result, _pair_product(place, group, pair))
             edit.sweep(program)
             continue
-        activation = activation_after(group.nodes[0]) if len(group.nodes) == 1 else None
-        out = _product(place, group, group.argument, group.bias, activation[0] if activation else "none")
-        if activation:
-            edit.replace(activation[1], out)
+        activation, last = activation_after(group.nodes[0], _ACTIVATIONS) if len(group.nodes) == 1 else ("none", None)
+        out = _product(place, group, group.argument, group.bias, activation)
+        if activation != "none":
+            edit.replace(last, out)
             edit.sweep(program)
         else:
             replace(program, group, out)

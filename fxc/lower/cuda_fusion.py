@@ -9,7 +9,7 @@ from torch import fx
 
 from fxc.ir import edit
 from fxc.ir.program import Program
-from fxc.lower.fusion import RmsNorm, is_plain_sum, match_rms_norm, match_rope
+from fxc.lower.fusion import RmsNorm, insert_norm, match_rms_norm, match_rope
 from fxc_kernels.cuda import ops as cuda_ops  # noqa: F401  registers the operators
 from fxc_kernels.cuda.quantize_rows import KEPT
 
@@ -35,7 +35,8 @@ def fuse_norms(program: Program) -> int:
         for node in program.graph.find_nodes(op="call_function", target=target):
             norm = _norm_that_fits(node.args[0])
             if norm is not None and len(node.args[0].users) == 1:
-                fused, _ = _insert_norm(program, norm, node.args[0], plain, with_sum, sum_at)
+                rest = (norm.weight, norm.eps)
+                fused, _ = insert_norm(program, norm.source, node, (plain, *rest), (with_sum, *rest), sum_at)
                 for part in list(node.users):
                     edit.call(program, operator.getitem, (fused, part.args[1]), replacing=part, by="lower")
                 count += 1
@@ -56,7 +57,9 @@ def fuse_float_norms(program: Program) -> int:
         norm = _norm_that_fits(node)
         if norm is None:
             continue
-        fused, has_sum = _insert_norm(program, norm, node, _OPS.rms_norm.default, _OPS.add_rms_norm.default, 1)
+        rest = (norm.weight, norm.eps)
+        calls = (_OPS.rms_norm.default, *rest), (_OPS.add_rms_norm.default, *rest)
+        fused, has_sum = insert_norm(program, norm.source, node, *calls, 1)
         if has_sum:
             edit.call(program, operator.getitem, (fused, 0), replacing=node, by="lower")
         else:
@@ -64,20 +67,6 @@ def fuse_float_norms(program: Program) -> int:
         count += 1
     edit.sweep(program)
     return count
-
-
-def _insert_norm(program: Program, norm: RmsNorm, place: fx.Node, plain, with_sum, sum_at: int) -> tuple[fx.Node, bool]:
-    """(a call of `plain` after `place`, or of `with_sum` where the sum is that the norm is of; whether it is the latter). What
-    read that sum reads the call's."""
-    total = norm.source
-    is_sum = is_plain_sum(total)
-    at = {"before": (total if is_sum else place).next, "by": "lower", "fqn": place.meta.get("fqn", "")}
-    weight = edit.read(program, norm.weight.target, at["before"])
-    if not is_sum:
-        return edit.insert(program, plain, (total, weight, norm.eps), **at), False
-    fused = edit.insert(program, with_sum, (*total.args, weight, norm.eps), **at)
-    edit.replace(total, edit.insert(program, operator.getitem, (fused, sum_at), **at))
-    return fused, True
 
 
 def fuse_rope(program: Program) -> int:

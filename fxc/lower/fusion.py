@@ -3,35 +3,45 @@ gate and up, an RMS norm, a sum, a rotation."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from fxc.ir import edit
+from fxc.ir.call import Call
+from fxc.ir.program import Program
 from fxc.lower.siblings import Siblings
 
 _ADD = torch.ops.aten.add.Tensor
 _MUL = torch.ops.aten.mul.Tensor
-_SILU = torch.ops.aten.silu.default
 _GELU = torch.ops.aten.gelu.default
+_ACTIVATIONS = {
+    torch.ops.aten.relu.default: "relu", torch.ops.aten.relu6.default: "relu6", torch.ops.aten.silu.default: "silu",
+    torch.ops.aten.hardswish.default: "hardswish",
+}  # fmt: skip
+_BOUNDS = {torch.ops.aten.hardtanh.default: ("min_val", "max_val"), torch.ops.aten.clamp.default: ("min", "max")}
 _TO = torch.ops.aten.to.dtype
 _SLICE = torch.ops.aten.slice.Tensor
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 _END = 2**63 - 1
 
 
-def activation_after(node: fx.Node) -> tuple[str, fx.Node] | None:
-    """The activation that alone reads `node`, as kernels name it, and its node."""
-    if len(node.users) != 1:
-        return None
-    (user,) = node.users
-    if len(user.args) != 1:
-        return None
-    if user.target is _SILU:
-        return "silu", user
+def activation_after(node: fx.Node, known: Collection[str]) -> tuple[str, fx.Node]:
+    """The activation that alone reads `node`, as kernels name it, and its node; "none" and `node` itself where there is none
+    or none of those that are `known`."""
+    user = next(iter(node.users), None)
+    if len(node.users) != 1 or not isinstance(user.target, torch._ops.OpOverload) or user.all_input_nodes != [node]:
+        return "none", node
+    name = _ACTIVATIONS.get(user.target)
     if user.target is _GELU:
-        return ("gelu_tanh" if user.kwargs.get("approximate") == "tanh" else "gelu"), user
-    return None
+        name = "gelu_tanh" if Call(user)["approximate"] == "tanh" else "gelu"
+    elif user.target in _BOUNDS:
+        low, high = (Call(user)[bound] for bound in _BOUNDS[user.target])
+        name = "relu6" if (low, high) == (0, 6) else None
+    return (name, user) if name in known else ("none", node)
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,11 @@ def gated_pair(group: Siblings) -> GatedPair | None:
     if len(group.nodes) != 2 or group.sizes[0] != group.sizes[1]:
         return None
     for gate, up in ((0, 1), (1, 0)):
-        found = activation_after(group.nodes[gate])
-        if found is None or found[0] != "silu" or len(found[1].users) != 1 or len(group.nodes[up].users) != 1:
+        name, silu = activation_after(group.nodes[gate], ("silu",))
+        if name == "none" or len(silu.users) != 1 or len(group.nodes[up].users) != 1:
             continue
-        (result,) = found[1].users
-        if result.target is _MUL and set(result.args) == {found[1], group.nodes[up]}:
+        (result,) = silu.users
+        if result.target is _MUL and set(result.args) == {silu, group.nodes[up]}:
             return GatedPair(gate, up, result)
     return None
 
@@ -110,6 +120,22 @@ def is_plain_sum(node: fx.Node) -> bool:
         return False
     types = [each.meta["val"] for each in (node, *node.args)]
     return all(isinstance(t, Tensor) for t in types) and len({(str(t.dtype), *map(str, t.shape)) for t in types}) == 1
+
+
+def insert_norm(
+    program: Program, total: fx.Node, node: fx.Node, plain: tuple, with_sum: tuple, sum_at: int
+) -> tuple[fx.Node, bool]:
+    """(a call before `node`, a norm of `total`; whether it adds too). plain, with_sum: (operator, what follows `total`), and
+    (operator, what follows the two that total is the sum of), which is taken where it is one. Then the call stands where the
+    sum was, because what reads that may stand before the norm, and reads the call's result `sum_at`."""
+    is_sum = is_plain_sum(total)
+    place = {"before": total.next if is_sum else node, "by": "lower", "fqn": node.meta.get("fqn", "")}
+    if not is_sum:
+        return edit.insert(program, plain[0], (total, *plain[1:]), **place), False
+    rest = [edit.read(program, each.target, total.next) if isinstance(each, fx.Node) else each for each in with_sum[1:]]
+    made = edit.insert(program, with_sum[0], (*total.args, *rest), **place)
+    edit.replace(total, edit.insert(program, operator.getitem, (made, sum_at), **place))
+    return made, True
 
 
 def match_rope(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

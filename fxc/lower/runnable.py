@@ -7,7 +7,11 @@ from torch import fx, nn
 
 from fxc.ir.program import Program
 from fxc.lower.inductor import CompiledGraph
+from fxc_kernels.cpu import native
 from fxc_kernels.cpu.ops import FUNCTIONS
+
+Running = native.Running
+"""Around each call of what `runnable` gives, so that models in several threads share the cores."""
 
 
 def runnable(program: Program, device: torch.device | str, backend: str) -> nn.Module:

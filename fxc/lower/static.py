@@ -17,6 +17,7 @@ from fxc.ir import edit
 from fxc.ir.call import Call
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
+from fxc.lower.fusion import activation_after
 from fxc.lower.siblings import LayerChoice, module_name
 from fxc.schemes import int8
 from fxc_kernels.cpu import int8_static, ops
@@ -56,7 +57,7 @@ def lower_convolutions(program: Program, packed: bool) -> list[LayerChoice]:
         how = tuple(list(call[each]) * (2 // len(call[each])) for each in ("stride", "padding", "dilation"))
         given = (call["x_scale"], call["x_zero"])
         made = int8_static.pack_conv2d(qweight, scale, *given, *how, call["groups"]) if packed else qweight
-        activation, last = activation_after(node)
+        activation, last = activation_after(node, int8_static.POST_OPS)
         constants = {"weight": made, "scale": scale, "zero_point": torch.zeros(len(scale), dtype=torch.int32)}
         if call["bias"] is not None and call["bias"].op == "get_attr":
             constants["bias"] = program.constants[call["bias"].target].float()
@@ -76,25 +77,6 @@ def _why_not(node: fx.Node) -> str | None:
         return "int8 products saturate on this CPU, which has no VNNI"
     dtype = node.meta["val"].dtype
     return None if dtype in _DTYPES else f"no int8 convolution takes {dtype} to {dtype} on a CPU"
-
-
-def activation_after(node: fx.Node) -> tuple[str, fx.Node]:
-    """The activation that alone reads a result, as `fxc_kernels.cpu.int8_static.POST_OPS` calls it, and its node; "none" and
-    `node` itself where there is none."""
-    user = next(iter(node.users), None)
-    if len(node.users) != 1 or not isinstance(user.target, torch._ops.OpOverload) or user.all_input_nodes != [node]:
-        return "none", node
-    call, name = Call(user), None
-    if user.target is aten.gelu.default:
-        name = "gelu_tanh" if call["approximate"] == "tanh" else "gelu"
-    elif user.target in (aten.hardtanh.default, aten.clamp.default):
-        low, high = ("min_val", "max_val") if user.target is aten.hardtanh.default else ("min", "max")
-        name = "relu6" if (call[low], call[high]) == (0, 6) else None
-    else:
-        plain = {aten.relu.default: "relu", aten.relu6.default: "relu6", aten.silu.default: "silu",
-                 aten.hardswish.default: "hardswish"}  # fmt: skip
-        name = plain.get(user.target)
-    return (name, user) if name else ("none", node)
 
 
 def chain(program: Program, report: list[LayerChoice]) -> list[LayerChoice]:
@@ -126,8 +108,8 @@ def _sum_in_convolution(program: Program, node: fx.Node) -> None:
     if len(kinds) > 1 or not pairs:
         return
     convolution, other = max(pairs, key=lambda pair: bool(_readers(pair[1])))
-    name, last = activation_after(node)
-    if name not in int8_static.POST_OPS or name.startswith("gelu"):
+    name, last = activation_after(node, int8_static.POST_OPS)
+    if name.startswith("gelu"):
         name, last = "none", node
     made = _changed(program, convolution, last, activation=name, other=other)
     edit.replace(last, made)

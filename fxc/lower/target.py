@@ -11,6 +11,7 @@ from fxc.ir.program import Program
 from fxc.lower import choose
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.siblings import LayerChoice
+from fxc_kernels.cpu import native
 
 BACKENDS = ("eager", "inductor")
 NEWEST = 90
@@ -43,17 +44,42 @@ def check_target(device: torch.device | str | None, backend: str | None, needs_g
         raise UsageError(f"there is no device {device!r}", hint=f"this machine has {torch.cuda.device_count()}")
 
 
+def check_keep_float(device: torch.device | str | None, keep_float: float | None) -> None:
+    """Raise `UsageError` for what is no share, and where a device has no use for one."""
+    if keep_float is None:
+        return
+    if isinstance(keep_float, bool) or not isinstance(keep_float, int | float) or not 0 <= keep_float <= 1:
+        raise UsageError(
+            f"{keep_float!r:.100} is not a share of the saved bytes", where="keep_float", hint="a number from 0 to 1, as 0.1"
+        )
+    if torch.device(device or "cpu").type != "cpu":
+        raise UsageError(
+            "only a CPU holds layers in floats beside their compressed form", where="keep_float",
+            hint="leave it out; keep_compressed=True keeps layers compressed on CUDA",
+        )  # fmt: skip
+
+
+def warm_up(device: torch.device | str | None) -> None:
+    """Begin what the first lowering for `device` would wait for, which reading a model can go on beside."""
+    if torch.device(device or "cpu").type == "cpu":
+        native.start()
+
+
 def lower(
-    program: Program, device: torch.device, backend: str, keep_compressed: bool = False
+    program: Program, device: torch.device, backend: str, keep_compressed: bool = False, keep_float: float | None = None
 ) -> tuple[Program, list[LayerChoice]]:
     """`program` as `device` runs it, for `fxc.lower.runnable`, and what was chosen for each compressed layer.
 
     keep_compressed: run layers compressed also where their float form was measured to be faster.
+    keep_float: on a CPU, of the bytes that compression saves, the share that floats may take again where they are faster; 1
+    for None.
     Raises `UsageError` for a backend or a device that does not exist, and for a format that the device has no product for.
     """
     check_target(device, backend)
+    check_keep_float(device, keep_float)
     if device.type == "cpu":
-        return lower_cpu(program, backend, measure=choose.compressed if keep_compressed else None)
+        measure = choose.compressed if keep_compressed else None
+        return lower_cpu(program, backend, measure=measure, keep_float=1.0 if keep_float is None else keep_float)
     return _lower_cuda(program, device, backend, compressed=keep_compressed)
 
 

@@ -97,6 +97,24 @@ def agreement(
     return outputs
 
 
+def accuracies(
+    model: CompiledModel, original: CompiledModel, inputs: Sequence[list[Tensor]], labels: Sequence[Tensor],
+    track: Track = untracked,
+) -> tuple[float, float] | None:
+    """The share of samples whose likeliest class is their label, of both; None where the output is no logits over classes.
+    labels: of each set of inputs, int64 [B]."""
+    program = original.program
+    index = next((i for i, name in enumerate(program.signature.outputs) if name == "logits"), None)
+    if index is None or program.results[index].meta["val"].ndim != 2:
+        return None
+    right, count = [0, 0], 0
+    for tensors, truth in zip(track(inputs, "accuracy", len(inputs)), labels):
+        for at, (each, given) in enumerate(zip((model, original), for_both(tensors, model.program, program), strict=True)):
+            right[at] += int((each.run(given)[index].argmax(-1).cpu() == truth).sum())
+        count += len(truth)
+    return right[0] / count, right[1] / count
+
+
 def layer_agreement(program: Program, original: Program, inputs: Sequence[list[Tensor]]) -> list[LayerError]:
     """The errors of every layer that both programs have, by the operators' own definitions, the mean over `inputs`, the largest
     of their own first.
@@ -107,7 +125,7 @@ def layer_agreement(program: Program, original: Program, inputs: Sequence[list[T
 
 
 def compare_layers(
-    program: Program, original: Program, inputs: Sequence[list[Tensor]], tolerance: float = 0.01
+    program: Program, original: Program, inputs: Sequence[list[Tensor]], tolerance: float = 0.01, track: Track = untracked
 ) -> tuple[list[LayerError], Parting]:
     """`layer_agreement`, and where the two first part."""
     programs = [p.copy() for p in (program, original)]
@@ -122,7 +140,7 @@ def compare_layers(
     own: defaultdict[str, list[float]] = defaultdict(list)
     accumulated: defaultdict[str, list[float]] = defaultdict(list)
     modules = [p.module() for p in programs]
-    for tensors in inputs:
+    for tensors in track(inputs, "comparing layers", len(inputs)):
         with torch.no_grad():
             given = for_both(tensors, *programs)
             truth = values_at(modules[1], given[1], set(pairs.values()))

@@ -20,6 +20,7 @@ from fxc.frontend.capture import capture
 from fxc.ir.cache import is_causal_lm, is_past
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
+from fxc.progress import Track, untracked
 from fxc.source.load import kind_of, load_source
 
 _CALLS = 3
@@ -67,18 +68,21 @@ def entries_of(
     dtype: str = "auto",
     static_cache: bool = False,
     keep_compressed: bool = False,
+    keep_float: float | None = None,
 ) -> list[Entry]:
     """What `source` is timed as: an artifact as fxc runs it; anything else as its own code runs it in eager mode and,
     with a backend that compiles, also uncompressed through that backend, so that compression is not credited with it.
 
-    static_cache, keep_compressed: see `fxc.load`; of artifacts.
+    static_cache, keep_compressed, keep_float: see `fxc.load`; of artifacts.
     """
     name = Path(source).name if Path(source).is_dir() else source
     if kind_of(source) == "artifact":
         model = load(
-            source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed
-        )
+            source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed,
+            keep_float=keep_float,
+        )  # fmt: skip
         how = f"fxc {backend}" + ", static cache" * static_cache + ", kept compressed" * keep_compressed
+        how += "" if keep_float is None else f", keep_float={keep_float:g}"
         return [Entry(name, how, model, model.program, model.program.nbytes())]
     loaded = load_source(source, dtype=dtype, device=device)
     program = capture(loaded.model, loaded.example_inputs, check=False)
@@ -98,12 +102,32 @@ def race(
     new: int = 16,
     rounds: int = 7,
     device: str | None = None,
-    on_round: Callable[[int], None] = lambda number: None,
+    track: Track = untracked,
 ) -> list[Row]:
-    """Time every entry at every size: in each round each is called in turn, every other round in reverse.
+    """`race_at` every batch with every length."""
+    pairs = [(batch, length) for batch in batches for length in (lengths if takes_lengths(entries[0].program) else [None])]
+    return race_at(entries, pairs, new=new, rounds=rounds, device=device, track=track)
 
-    new: how many tokens a causal language model generates after each prompt. Raises `UsageError` when the entries do
-    not take the same inputs or the sizes are not ones that a model takes.
+
+def takes_lengths(program: Program) -> bool:
+    """Whether it takes sequences, so that a size is a batch and a length, and not a batch alone."""
+    return any(has_length(node.meta["val"]) for node in program.placeholders)
+
+
+def race_at(
+    entries: Sequence[Entry],
+    sizes: Sequence[tuple[int, int | None]],
+    *,
+    new: int = 16,
+    rounds: int = 7,
+    device: str | None = None,
+    track: Track = untracked,
+) -> list[Row]:
+    """Time every entry at every size: in each round each is called in turn, every other round in reverse. sizes: batch and
+    length, None for a model that takes no sequences. The rows are in the order of sizes, then of entries.
+
+    new: how many tokens a causal language model generates after each prompt; track: shows progress.
+    Raises `UsageError` when the entries do not take the same inputs or the sizes are not ones that a model takes.
     """
     first = entries[0]
     for entry in entries[1:]:
@@ -111,25 +135,22 @@ def race(
         a, b = ([i.name for i in e.program.signature.inputs if not is_past(i.name)] for e in (first, entry))
         if a != b:
             raise UsageError(f"{entry.name} and {first.name} do not take the same inputs", why=f"{b} and {a}")
-    if min([*batches, *lengths, new, rounds]) < 1:
+    if min([*(n for size in sizes for n in size if n is not None), new, rounds]) < 1:
         raise UsageError("sizes, tokens and rounds must be at least 1")
-    sequences = any(has_length(p.meta["val"]) for p in first.program.placeholders)
     rows, calls = [], []
-    for batch in batches:
-        for seq in lengths if sequences else [None]:
-            tensors = _inputs(first, batch, seq, new, device)
-            for entry in entries:
-                rows.append(Row(entry, batch, seq))
-                calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
+    for batch, seq in sizes:
+        tensors = _inputs(first, batch, seq, new, device)
+        for entry in entries:
+            rows.append(Row(entry, batch, seq))
+            calls.append(_decoder(entry, tensors[0], new) if entry.is_causal else _forward(entry, tensors))
     with torch.inference_mode():
-        for call in calls:
+        for call in track(calls, "warming up", len(calls)):
             call()
-        for number in range(rounds):
+        for number in track(range(rounds), f"timing {len(entries)} models in turns", rounds):
             order = range(len(rows)) if number % 2 == 0 else reversed(range(len(rows)))
             for i in order:
                 for phase, spent in calls[i]().items():
                     rows[i].milliseconds.setdefault(phase, []).append(spent * 1e3)
-            on_round(number)
     return rows
 
 

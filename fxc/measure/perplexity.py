@@ -19,7 +19,7 @@ from fxc.progress import Track, untracked
 _LOGITS = 1 << 26
 _MOST_ROWS = 8
 # exp of it is still a float64.
-_WORST_LOSS = 700
+WORST_LOSS = 700
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def perplexity(
             losses.append(loss)
             counts.append(len(expected) - 1)
     mean = sum(losses) / sum(counts)
-    if mean > _WORST_LOSS:
+    if mean > WORST_LOSS:
         raise VerificationFailed(f"the mean loss is {mean:.0f} nats", hint="no perplexity can be computed: the model is broken")
     return Perplexity(math.exp(mean), sum(counts), window, losses, counts)
 

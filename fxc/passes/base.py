@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxc.calibrate.journal import Saves
 from fxc.errors import UsageError
@@ -113,7 +113,9 @@ class Context:
     relative error of the outputs, where the user set one, and its inputs; track: shows how far a pass has come with its
     samples; say: tells what it is going to take; saves: where it saves what it has done, to go on from; original: the program
     before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
-    passes have packed, as they were just before, by name; seed: of all that passes draw at random.
+    passes have packed, as they were just before, by name; seed: of all that passes draw at random; on_layer: of a program
+    that is larger than memory, what judges a layer as soon as it is packed: it is given the program, the layer as it was, its
+    float weight, and what stands in its place.
     """
 
     skip: tuple[str, ...] = ()
@@ -132,6 +134,7 @@ class Context:
     floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     later: tuple[Pass, ...] = ()
+    on_layer: Callable[[Program, fx.Node, Tensor, fx.Node], None] | None = None
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -249,14 +252,14 @@ _OTHERWISE = {
 }
 
 
-def _masked(text: str) -> str:
+def quoted_masked(text: str) -> str:
     """`text` with another character in the place of each one in quotes."""
     return _QUOTED.sub(lambda quoted: "x" * len(quoted[0]), text)
 
 
 def _split(spec: str) -> list[str]:
     """What stands between commas that are not in quotes."""
-    ends = [i for i, each in enumerate(_masked(spec)) if each == ","]
+    ends = [i for i, each in enumerate(quoted_masked(spec)) if each == ","]
     return [spec[i:j] for i, j in zip([0, *(end + 1 for end in ends)], [*ends, len(spec)], strict=True)]
 
 
@@ -271,7 +274,7 @@ def check_data_is_given(passes: Iterable[Pass], is_given: bool, can_train: bool 
 
 
 def _parse_pass(text: str) -> Pass:
-    masked = _masked(text)
+    masked = quoted_masked(text)
     name = masked.partition(":")[0]
     options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)

@@ -1,4 +1,4 @@
-"""A program in float64: what rounding does not hide there is what was computed, by a pass or by the model itself."""
+"""A program in float64 or float32: what rounding does not hide there is what was computed, by a pass or by the model itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _PROMOTED = {
     **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
-_FLOAT64_LIMIT = 1 << 31  # bytes of a program's float64 copy
+_SINGLE = dict.fromkeys((torch.bfloat16, torch.float16), torch.float32)
+_LIMIT = 1 << 31  # bytes of a program's wide copy
 
 
 def in_float64(program: Program, *, typed: bool = False) -> Program | None:
@@ -22,17 +23,30 @@ def in_float64(program: Program, *, typed: bool = False) -> Program | None:
     its operators has no such form. typed: infer its types anew, so that passes can run on it."""
     if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
-    if 8 * program.numel() > _FLOAT64_LIMIT:
+    if 8 * program.numel() > _LIMIT:
         return None
-    promoted = program.copy()
-    promoted.constants = {k: widened(t) for k, t in program.constants.items()}
-    for node in promoted.graph.nodes:
-        node.args = tuple(_promote(a) for a in node.args)
-        node.kwargs = {k: _promote(a) for k, a in node.kwargs.items()}
+    promoted = _in(program, _PROMOTED)
     if typed:
         with (mode := fake_mode_of(promoted.graph)):
             inputs = [widened(node.meta["val"]) for node in promoted.placeholders]
         retype(promoted, mode, inputs)
+    return promoted
+
+
+def in_float32(program: Program) -> Program | None:
+    """A copy that computes in float32 what it does in less, over the same constants where they are of no smaller type; None
+    when it would be too large or when weights are quantized."""
+    if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
+        return None
+    return _in(program, _SINGLE) if 4 * program.numel() <= _LIMIT else None
+
+
+def _in(program: Program, kinds: dict[torch.dtype, torch.dtype]) -> Program:
+    promoted = program.copy()
+    promoted.constants = {k: t.to(kinds.get(t.dtype, t.dtype)) for k, t in program.constants.items()}
+    for node in promoted.graph.nodes:
+        node.args = tuple(_promote(a, kinds) for a in node.args)
+        node.kwargs = {k: _promote(a, kinds) for k, a in node.kwargs.items()}
     return promoted
 
 
@@ -41,7 +55,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(_PROMOTED.get(tensor.dtype, tensor.dtype))
 
 
-def _promote(argument: object) -> object:
+def _promote(argument: object, kinds: dict[torch.dtype, torch.dtype]) -> object:
     if isinstance(argument, (list, tuple)):
-        return type(argument)(_promote(a) for a in argument)
-    return _PROMOTED.get(argument, argument) if isinstance(argument, torch.dtype) else argument
+        return type(argument)(_promote(a, kinds) for a in argument)
+    return kinds.get(argument, argument) if isinstance(argument, torch.dtype) else argument

@@ -23,6 +23,7 @@ from fxc.ir.call import Call
 from fxc.ir.edit import call, constant, is_free, read, sweep
 from fxc.ir.names import is_ambiguous, layer_name, layer_read_by
 from fxc.ir.program import Program, users_of
+from fxc.ir.store import saved
 from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import packed_weight
 from fxc.passes.learned_linears import Learning, Parts
@@ -159,7 +160,10 @@ class PackLinears(Pass):
             if not program.is_on_meta:
                 self.prepare(program, chosen, context)
             for node in chosen:
-                self.rewrite(program, node, packed, result, self.pack)
+                weight = program.constants[node.args[1].target] if context.on_layer else None
+                made = self.rewrite(program, node, packed, result, self.pack)
+                if context.on_layer:
+                    context.on_layer(program, node, weight, made)
         self.follow(program, packed, result)
         sweep(program)
         for name, tensor in program.constants.items():
@@ -186,22 +190,34 @@ class PackLinears(Pass):
         packed: dict[str, Parts],
         result: Result,
         pack: Callable[[Tensor], Parts],
-    ) -> None:
-        """Replace `node` by the product with its packed weight. pack: of a weight that is not in `packed` yet, its parts.
-        packed: of each weight its parts, by the names of their constants."""
+    ) -> fx.Node:
+        """Replace `node` by the product with its packed weight, which is returned. pack: of a weight that is not in `packed`
+        yet, its parts. packed: of each weight its parts, by the names of their constants."""
         weight = node.args[1].target
         if weight not in packed:
             # What is packed already was counted by the pass that packed it.
             result.covered_bytes += 0 if scheme_of(node.target) else nbytes_of(program.constants[weight])
+            base = layer_read_by(node)
             whole = lambda _: self.stored(program, node, pack(self.weight(program, node)))  # noqa: E731
-            packed[weight] = self.add_parts(program, weight, layer_read_by(node), node, whole)
+            again = self._saved(program, base) if pack == self.pack else None
+            packed[weight] = self.add_parts(program, weight, base, node, whole if again is None else lambda _: again)
         parts = {part: read(program, each, node) if isinstance(each, str) else each for part, each in packed[weight].items()}
         operator = self.operator(node.target)
         columns = node.args[0].meta["val"].shape[-1]
         given = {**product_of(operator).learned, **_arguments(node), **self.options(columns), **parts, "x": node.args[0]}
         args = tuple(given.get(argument.name) for argument in operator._schema.arguments)
-        call(program, operator, args, replacing=node, by=self.name)
+        made = call(program, operator, args, replacing=node, by=self.name)
         result.changed += 1
+        return made
+
+    def _saved(self, program: Program, base: str) -> Parts | None:
+        """The parts of the weight of the module `base`, if a process that was killed has packed it."""
+
+        def is_part(name: str) -> bool:
+            prefix, _, part = name.rpartition(".")
+            return part in self.scheme.parts and (prefix == base or prefix.startswith(f"{base}.{self.name}"))
+
+        return {name.rpartition(".")[2]: tensor for name, tensor in saved(program.constants, is_part).items()} or None
 
     def _left_alone(self, program: Program, name: str, tensor: Tensor) -> str | None:
         """Why the constant `name`, which is no linear layer's weight, stays as it is; None for vectors, for what is not

@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fxc.errors import FxcError, printable, printable_lines
+from fxc.units import ratio, size
 
+__all__ = ["Output", "ratio", "show_error", "size"]
 T = TypeVar("T")
 
 
@@ -149,15 +151,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people write them, in powers of ten: 1234567 -> "1.23 MB"."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def ratio(after: float, before: float) -> str:
-    return f"x{after / before:.3f}" if before else "-"

@@ -13,12 +13,20 @@ from pathlib import Path
 
 import torch
 
-from fxc.errors import UsageError
+from fxc.errors import ResourceError, UsageError
 from fxc.lower import candidates, choose
 from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
 from fxc.schemes.scheme import SCHEMES
-from fxc_kernels.cpu import int8_product, native, native_attention, native_between, native_int4, native_int8
+from fxc_kernels.cpu import (
+    int8_product,
+    native,
+    native_attention,
+    native_between,
+    native_int4,
+    native_int4_quantize,
+    native_int8,
+)
 
 PACKAGES = (
     "torch",
@@ -34,6 +42,7 @@ PACKAGES = (
 )
 _KERNELS = {
     "int8 layers": native_int8, "int4 layers": native_int4, "attention": native_attention, "norms": native_between,
+    "rounding to int4": native_int4_quantize,
 }  # fmt: skip
 _OPTIONAL = {"pillow": "only for --image", "triton": "only for CUDA"}
 
@@ -52,6 +61,19 @@ class Finding:
 def examine(folder: Path = Path(".")) -> list[Finding]:
     """All there is to know. folder: where output would go, for its free space."""
     return [*_software(), *_processor(), *_cuda(), *_compiler(), *_space(folder)]
+
+
+def build_kernels() -> dict[str, dict[str, Path]]:
+    """Level -> kernel in C++ -> its library in the cache folder. Raises ResourceError where one cannot be built."""
+    try:
+        return native.build_all()
+    except native.NotBuilt as error:
+        raise ResourceError(
+            "the kernels in C++ were not built",
+            where="--build",
+            why=error,
+            hint="install g++ or set CXX, and let FXC_CACHE name a folder that can be written",
+        ) from error
 
 
 def _software() -> list[Finding]:

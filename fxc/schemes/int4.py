@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from fxc.errors import InputRefused
-from fxc.schemes.checks import check_weight
+from fxc.schemes.checks import check_matrix, check_weight
 from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
 from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
+from fxc_kernels.cpu import native_int4_quantize as native
 from fxc_kernels.int4_linear import BITS, GROUPS, columns_of, dequantize, unit, unpack
 
 __all__ = ["BITS", "GROUPS", "LINEAR", "SCHEME", "SCHEMES", "dequantize", "pack", "quantize_weight", "unpack"]
@@ -82,17 +83,24 @@ def quantize_weight(
     have scale 1. The scale is float32, for a bfloat16 weight bfloat16, and it is that number which the weight is divided by.
     Raises InputRefused when the weight is not a float matrix, holds NaN or Inf, or when `group` does not divide K.
     """
-    check_weight(weight, f"int{bits}")
+    check_matrix(weight, f"int{bits}")
     if group not in GROUPS or weight.shape[1] % group:
         raise InputRefused(f"group={group} does not divide rows of {weight.shape[1]}", why=f"groups are {GROUPS}")
     kept = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-    values = weight.detach().float().unflatten(1, (-1, group))
+    shares = [1 - step / ((TRIES - 1) * bits) for step in range(TRIES)]
+    weight = weight.detach()
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and native.why_not() is None:
+        made = native.quantize(weight.contiguous(), group, bits, symmetric, full_range, kept, shares)
+        if made is not None:
+            levels, scale, zero = made
+            return levels if bits == BITS else pack(levels, bits), scale, None if symmetric else zero
+    check_weight(weight, f"int{bits}")
+    values = weight.float().unflatten(1, (-1, group))
     best = least = None
-    for step in range(TRIES):
-        share = 1 - step / ((TRIES - 1) * bits)
+    for share in shares:
         found = _rounded(values, share, symmetric, full_range, kept, bits)
         q, scale, zero = found
-        error = (q - zero).mul_(scale).sub_(values).square_().sum(-1, keepdim=True)
+        error = _in_order((q - zero).mul_(scale).sub_(values).square_())
         if best is None:
             best, least = found, error
         else:
@@ -101,6 +109,17 @@ def quantize_weight(
     q, scale, zero = best
     packed = pack(q.to(torch.uint8).flatten(1), bits)
     return packed, scale.squeeze(-1).to(kept), None if symmetric else zero.squeeze(-1).to(torch.uint8)
+
+
+def _in_order(squares: Tensor) -> Tensor:
+    """The sums of groups [..., group] -> [..., 1], added in an order that every machine can keep: 16 apart, then by halves."""
+    total, *others = squares.split(16, dim=-1)
+    for each in others:
+        total = total + each
+    while total.shape[-1] > 1:
+        first, second = total.chunk(2, dim=-1)
+        total = first + second
+    return total
 
 
 def _rounded(

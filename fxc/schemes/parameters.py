@@ -26,14 +26,15 @@ def parameters_by_constant(program: Program) -> dict[str, int]:
         if scheme is not None:
             parts = parts_of(node)
             found |= dict.fromkeys(parts.values(), 0)
-            found[parts[scheme.numbers]] = _stands_for(scheme, {p: program.constants[fqn] for p, fqn in parts.items()})
+            found[parts[scheme.numbers]] = math.prod(shape_of(scheme, {p: program.constants[fqn] for p, fqn in parts.items()}))
     return found
 
 
-def _stands_for(scheme: Scheme, parts: Mapping[str, Tensor]) -> int:
+def shape_of(scheme: Scheme, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Of the weight that `parts` stand for, whose numbers may be on meta: one row of it is made."""
     numbers = parts[scheme.numbers]
     if numbers.ndim == 4:  # a convolution's, which the formats that take them store one by one
-        return numbers.numel()
+        return tuple(numbers.shape)
     lead = numbers.shape[:-1]
     row = {part: torch.zeros(1, *tensor.shape[len(lead) :], dtype=tensor.dtype) for part, tensor in parts.items()}
-    return math.prod(lead) * scheme.dense({part: row.get(part) for part in scheme.parts}).numel()
+    return (*lead, scheme.dense({part: row.get(part) for part in scheme.parts}).numel())

@@ -57,6 +57,11 @@ class Product:
         return dict(zip((argument.name for argument in self.operator._schema.arguments), args))
 
 
+AT_ONCE = 1 << 22
+"""So many numbers of a weight are packed at once, whole rows, which know nothing of each other: what that takes is many times
+theirs in float32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scheme:
     """A weight format.
@@ -97,8 +102,11 @@ class Scheme:
         """weight [..., N, K] of any float dtype -> its parts, on meta where it is. Raises InputRefused as `quantize` does."""
         if weight.is_meta:
             return self.planned(weight, **options)
-        packed = self._quantized(weight.reshape(-1, weight.shape[-1]), options)
-        return {part: tensor.unflatten(0, weight.shape[:-1]) for part, tensor in packed.items()}
+        matrix = weight.reshape(-1, weight.shape[-1])
+        rows = max(AT_ONCE // max(weight.shape[-1], 1), 1)
+        packed = [self._quantized(some, options) for some in matrix.split(rows)]
+        whole = packed[0] if len(packed) == 1 else {part: torch.cat([some[part] for some in packed]) for part in packed[0]}
+        return {part: tensor.unflatten(0, weight.shape[:-1]) for part, tensor in whole.items()}
 
     def planned(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
         """The parts of `weight` [..., N, K] on meta, from those of a single row of zeros."""

@@ -154,8 +154,10 @@ def load_source(
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
+    check_values: bool = True,
 ) -> Loaded:
     """Load the model that `source` names. dtype "auto" keeps what the weights are stored in, whatever the config says.
+    check_values: read all weights, and see that they are numbers; else they are mapped and not read.
 
     UsageError: there is no such source, or an option does not go with it. InputRefused: it is unsafe, damaged or
     unsupported. An fxc artifact is a UsageError here: ask `kind_of` first.
@@ -191,8 +193,9 @@ def load_source(
         loaded = Loaded(model, None, folder, described)
 
     model = loaded.model.eval().requires_grad_(False)
-    check_finite(model.named_parameters())
-    check_finite(model.named_buffers(), inf_allowed=True)
+    if check_values:
+        check_finite(model.named_parameters())
+        check_finite(model.named_buffers(), inf_allowed=True)
     if device is not None:
         model.to(device)
     return loaded

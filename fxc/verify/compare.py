@@ -14,12 +14,6 @@ from fxc.ir.program import Program
 from fxc.schemes.scheme import scheme_of
 
 
-def run(program: Program, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The program's outputs on the CPU, by its operators' own definitions."""
-    with torch.no_grad():
-        return program.module()(*inputs)
-
-
 @dataclass(frozen=True)
 class Difference:
     """How far apart two lists of outputs are. error: the largest over the floating-point outputs of

@@ -13,13 +13,13 @@ constexpr int ROWS = LANES == 16 ? 6 : 3;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr float NONE = -3.0e38f;  // below every score, and finite, so that it can be subtracted
 
-constexpr int64_t FEW_QUERIES = 8;  // to lay keys and values out anew does not pay for fewer
-constexpr int64_t FEW = 1 << 17;    // products, below which a second thread costs more than it does
+constexpr int64_t FEW = 1 << 17;  // products, below which a second thread costs more than it does
 
 // Strides in numbers; of each tensor the last dimension is contiguous. mask: bool, true for keys that are seen, or numbers that
 // are added; null for none. Its strides are zero along what it does not depend on.
 struct Problem {
   int64_t batch, heads, kv_heads, queries, keys, depth;
+  int64_t is_few;  // so few queries that to lay keys and values out anew does not pay
   const void *q, *k, *v, *mask;
   int64_t q_strides[3], k_strides[3], v_strides[3], mask_strides[4];
   int mask_kind;  // 0 none, 1 bool, 2 of the type of q
@@ -31,7 +31,7 @@ struct Problem {
 int64_t padded(int64_t keys) { return (keys + VECTORS * LANES - 1) / (VECTORS * LANES) * (VECTORS * LANES); }
 int64_t floats_of(const Problem& p) {
   // Few rows: the scores of one, the row, what comes out. More: keys and values laid out anew, and the scores of ROWS.
-  return p.queries < FEW_QUERIES ? padded(p.keys) + 2 * p.depth : padded(p.keys) * (2 * p.depth + ROWS) + ROWS * p.depth;
+  return p.is_few ? padded(p.keys) + 2 * p.depth : padded(p.keys) * (2 * p.depth + ROWS) + ROWS * p.depth;
 }
 
 INLINE float as_float(float x) { return x; }
@@ -210,7 +210,7 @@ void attention(const Problem& p, float* scratch, int threads) {
   int64_t shares = (2 * threads + pairs - 1) / pairs;
   if (threads == 1 || shares > p.queries / (8 * ROWS)) shares = threads > 1 && p.queries / (8 * ROWS) > 1 ? p.queries / (8 * ROWS) : 1;
   const int64_t size = floats_of(p);
-  if (p.queries < FEW_QUERIES) {
+  if (p.is_few) {
     const int64_t work = p.batch * p.heads * p.queries * p.keys * p.depth;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && work > FEW) schedule(static)
     for (int64_t pair = 0; pair < pairs; pair++)
@@ -234,14 +234,15 @@ extern "C" {
 
 // Bytes of scratch.
 int64_t attention_scratch(const int64_t* sizes, int threads) {
-  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]};
+  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19]};
   return floats_of(p) * threads * 4;
 }
 
-// sizes: batch, heads, heads of k and v, queries, keys, depth (a multiple of 16), then the strides of q, k, v and of the mask.
+// sizes: batch, heads, heads of k and v, queries, keys, depth (a multiple of 16), then the strides of q, k, v and of the
+// mask, then whether there are few queries.
 void attention(const void* q, const void* k, const void* v, const void* mask, int is_bfloat16, int mask_kind, int is_causal,
                float scale, const int64_t* sizes, void* y, float* scratch, int threads) {
-  Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], q, k, v, mask};
+  Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19], q, k, v, mask};
   for (int i = 0; i < 3; i++) {
     p.q_strides[i] = sizes[6 + i];
     p.k_strides[i] = sizes[9 + i];

@@ -1,9 +1,11 @@
 """Kernels in C++, the files *.cpp beside this one: built when they are first used, for the instructions that this CPU has.
 
-    <cache folder> / <kernel>-<level>-<hash of source, flags and compiler>.so, and .sha256, of what it is
+    <cache folder> / <kernel>-<level>-<hash of source and flags>-<hash of compiler>.so, and .sha256, of what it is
 
-They have a plain C interface and know nothing of torch, so a build takes seconds. The compiler is $CXX, else the first of c++,
-g++ and clang++ that is there; without one, or on a CPU that is none of LEVELS, `NotBuilt` says so and other forms run.
+They have a plain C interface and know nothing of torch, so a build takes seconds. All are built side by side as soon as one is
+wanted, or `start` is called. The compiler is $CXX, else the first of c++, g++ and clang++ that is there; without one what
+another compiler built of the same source serves (`build_all`, in an image). Where there is nothing, or the CPU is none of
+LEVELS, `NotBuilt` says so and other forms run.
 """
 
 import contextlib
@@ -15,7 +17,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -34,6 +38,10 @@ LEVELS = {
 that is used, "none" for no kernel in C++ at all."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-trapping-math", "-ffp-contract=off", "-w")
 SECONDS = 300
+UNFIT = {("int8_linear", "avx2"): "int8 products saturate on this CPU, which has no VNNI"}
+"""(kernel, level) -> why it is not built for that one."""
+
+_HERE = Path(__file__).parent
 
 
 class NotBuilt(Exception):
@@ -82,36 +90,167 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+class Running:
+    """Of the models that run at once in threads of this process, each takes its share of the threads: see `threads`."""
+
+    def __enter__(self) -> None:
+        global _running
+        with _COUNT:
+            _running += 1
+
+    def __exit__(self, *error: object) -> None:
+        global _running
+        with _COUNT:
+            _running -= 1
+
+
+_running = 0
+_COUNT = threading.Lock()
+
+
+def threads() -> int:
+    """How many a kernel takes: torch's number of them, divided among the models that run now. It changes no number."""
+    return max(torch.get_num_threads() // max(_running, 1), 1)
+
+
+def kernels(level: str) -> list[str]:
+    """The kernels that are built for a level."""
+    return sorted(source.stem for source in _HERE.glob("*.cpp") if (source.stem, level) not in UNFIT)
+
+
+def start() -> None:
+    """Begin to build what this machine can run of the kernels, and do not wait. Nothing happens where it can run none."""
+    with contextlib.suppress(NotBuilt):
+        _begun(level())
+
+
 def library(kernel: str, level: str) -> ctypes.CDLL:
-    """The file `kernel`.cpp as a library, built if it has not been yet. Raises NotBuilt."""
-    found = _library(kernel, level)
+    """The file `kernel`.cpp as a library, when it is built; all others are built meanwhile. Raises NotBuilt."""
+    if why := UNFIT.get((kernel, level)):
+        raise NotBuilt(why)
+    found = _begun(level)[kernel].result()
     if isinstance(found, str):
         raise NotBuilt(found)
     return found
 
 
-@functools.cache
-def _library(kernel: str, level: str) -> ctypes.CDLL | str:
-    """A failure is remembered too: what was tried once does not cost the next layer seconds."""
+def linear_functions(kernel: str, level: str, weights: tuple) -> tuple[Callable, Callable]:
+    """`<kernel>_scratch` and `<kernel>`, for `linear`. weights: the C types of what is the kernel's own."""
+    found = library(kernel, level)
+    at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    scratch, function = getattr(found, f"{kernel}_scratch"), getattr(found, kernel)
+    scratch.restype, scratch.argtypes = long, (long, long, number)
+    function.restype, function.argtypes = None, (at, number, long, long, long, number, *weights, at, at, number)
+    return scratch, function
+
+
+def linear(functions: tuple[Callable, Callable], x: torch.Tensor, outputs: int, how: int, *weights: object) -> torch.Tensor:
+    """x [..., K] float32 or bfloat16 -> [..., outputs] in its dtype. how: the number that the kernel takes beside the sizes."""
+    scratch, function = functions
+    columns, x = x.shape[-1], x.contiguous()
+    rows = x.numel() // columns if columns else 0
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if rows and outputs:
+        space = torch.empty(scratch(rows, columns, how), dtype=torch.uint8, device=x.device)
+        function(
+            x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, how, *weights, y.data_ptr(), space.data_ptr(),
+            threads(),
+        )  # fmt: skip
+    return y
+
+
+def build_all() -> dict[str, dict[str, Path]]:
+    """Level -> kernel -> its library in the cache folder, of all LEVELS, whatever this CPU is: for an image or an installation.
+    Raises NotBuilt where one cannot be built, and where nothing is kept."""
+    place = folder()
+    if place is None:
+        raise NotBuilt("FXC_CACHE=off keeps nothing")
+    compiler()
+    made: dict[str, dict[str, Path]] = {}
+    for each in LEVELS:
+        names = kernels(each)
+        with ThreadPoolExecutor(len(names)) as pool:
+            made[each] = dict(zip(names, pool.map(lambda kernel, level=each: _kept(kernel, level, place), names), strict=True))
+    return made
+
+
+def _kept(kernel: str, level: str, place: Path) -> Path:
+    with _attempted(kernel), _file(kernel, level) as built:
+        if built.parent != place:
+            raise NotBuilt(f"{place} cannot be written")
+        return built
+
+
+_BEGUN: dict[str, dict[str, Future]] = {}
+_LOCK = threading.Lock()
+
+
+def _begun(level: str) -> dict[str, Future]:
+    """The libraries of all kernels, being built: a thread waits for each compiler. A failure is a result too: what was tried
+    once does not cost the next layer seconds."""
+    with _LOCK:
+        if level not in _BEGUN:
+            names = kernels(level)
+            pool = ThreadPoolExecutor(len(names), "fxc-build")
+            _BEGUN[level] = {kernel: pool.submit(_load, kernel, level) for kernel in names}
+            pool.shutdown(wait=False)
+        return _BEGUN[level]
+
+
+def _before_fork() -> None:
+    """A forked process has none of the threads that build, and would hold their pipes open: builds end first."""
+    _LOCK.acquire()
+    wait([future for begun in _BEGUN.values() for future in begun.values()])
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
+
+
+def _load(kernel: str, level: str) -> ctypes.CDLL | str:
     try:
-        return _load(kernel, level)
+        with _attempted(kernel), _file(kernel, level) as built:
+            return ctypes.CDLL(str(built))
+    except NotBuilt as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def _attempted(kernel: str) -> Iterator[None]:
+    try:
+        yield
     except (NotBuilt, OSError, subprocess.SubprocessError) as error:
-        return f"{kernel} was not built: {error}"[:500]
+        raise NotBuilt(f"{kernel} was not built: {error}"[:500]) from error
 
 
-def _load(kernel: str, level: str) -> ctypes.CDLL:
-    command = [*compiler(), *FLAGS, *(f"-m{each}" for each in LEVELS[level][0].split())]
-    here = Path(__file__).parent
-    source = here / f"{kernel}.cpp"
+@contextlib.contextmanager
+def _file(kernel: str, level: str) -> Iterator[Path]:
+    """The library, built unless it is in the cache folder. What is kept nowhere is gone afterwards."""
+    source = _HERE / f"{kernel}.cpp"
+    flags = [*FLAGS, *(f"-m{each}" for each in LEVELS[level][0].split())]
+    code = _hash(*(path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))), " ".join(flags).encode())
+    try:
+        command = compiler()
+    except NotBuilt:
+        found = [] if folder() is None else sorted(folder().glob(f"{kernel}-{level}-{code}-*.so"))
+        whole = next(filter(_is_whole, found), None)
+        if whole is None:
+            raise
+        yield whole
+        return
     version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
-    parts = [*(path.read_bytes() for path in (source, *sorted(here.glob("*.h")))), " ".join(command).encode(), version]
-    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    name = f"{kernel}-{level}-{code}-{_hash(' '.join(command).encode(), version)}.so"
+    if folder() is not None and _is_whole(folder() / name):
+        yield folder() / name
+        return
     with _place() as place:
-        built = place / f"{kernel}-{level}-{key}.so"
-        with _alone(place):
-            if not _is_whole(built):
-                _build([*command, str(source)], built)
-        return ctypes.CDLL(str(built))
+        with _alone(place / f"{kernel}-{level}.lock"):
+            if not _is_whole(place / name):
+                _build([*command, *flags, str(source)], place / name)
+        yield place / name
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -129,9 +268,9 @@ def _place() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
+def _alone(lock: Path) -> Iterator[None]:
     """Of processes that want the same kernel one builds it. Where files cannot be locked, each does."""
-    with open(place / "build.lock", "w") as file:
+    with open(lock, "w") as file:
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 

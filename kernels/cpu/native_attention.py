@@ -11,7 +11,7 @@ from torch import Tensor
 from fxc_kernels.cpu import native
 from fxc_kernels.cpu.native import pointer
 
-# As attention.cpp has it.
+# To lay keys and values out anew does not pay for fewer.
 FEW_QUERIES = 8
 # Numbers of the keys of a head, for more queries. Measured with 1 to 32 sequences of 32 to 2048 tokens, heads of 32 to 128
 # numbers (Zen 5).
@@ -57,8 +57,8 @@ def native_attention(
         strides = mask.stride()
     sizes = (batch, heads, key.shape[1], queries, key.shape[2], depth)
     steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
-    numbers = (ctypes.c_int64 * 19)(*sizes, *steps)
-    threads = torch.get_num_threads()
+    numbers = (ctypes.c_int64 * 20)(*sizes, *steps, queries < FEW_QUERIES)
+    threads = native.threads()
     scratch, attention = _functions(native.level())
     space = torch.empty(scratch(ctypes.addressof(numbers), threads), dtype=torch.uint8, device=query.device)
     attention(

@@ -36,7 +36,7 @@ def _norm(
     other = None if other is None else other.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x) if with_sum else None
     if x.numel():
-        threads, columns = torch.get_num_threads(), x.shape[-1]
+        threads, columns = native.threads(), x.shape[-1]
         space = torch.empty(threads * (columns + 15), dtype=torch.float32, device=x.device)
         _library(native.level()).norm(
             x.data_ptr(), pointer(other), pointer(weight), pointer(bias), x.dtype == torch.bfloat16, is_rms, eps,
@@ -78,7 +78,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         sizes = (ctypes.c_int64 * 4)(*x.shape)
         _library(native.level()).rotate(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.dtype == torch.bfloat16, ctypes.addressof(sizes),
-            ctypes.addressof(strides), y.data_ptr(), torch.get_num_threads(),
+            ctypes.addressof(strides), y.data_ptr(), native.threads(),
         )  # fmt: skip
     return y
 
@@ -93,6 +93,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
             gate, up = gate.contiguous(), up.contiguous()
         _library(native.level()).gate(
             gate.data_ptr(), up.data_ptr(), gate.dtype == torch.bfloat16, len(gate), columns, gate.stride(0), y.data_ptr(),
-            torch.get_num_threads(),
+            native.threads(),
         )  # fmt: skip
     return y

@@ -50,13 +50,8 @@ def pack(
 
 @functools.cache
 def _functions(level: str) -> tuple[Callable, Callable]:
-    library = native.library("int4_linear", level)
-    at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    scratch, linear = library.int4_linear_scratch, library.int4_linear
-    scratch.restype, scratch.argtypes = long, (long, long, number)
-    linear.restype = None
-    linear.argtypes = (at, number, long, long, long, number, at, at, number, at, at, at, at, number)
-    return scratch, linear
+    at, number = ctypes.c_void_p, ctypes.c_int
+    return native.linear_functions("int4_linear", level, (at, at, number, at, at))
 
 
 def why_not() -> str | None:
@@ -68,16 +63,5 @@ def native_int4_linear(
     x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, outputs: int, group: int
 ) -> Tensor:
     """x [..., K] float32 or bfloat16 -> [..., outputs]. weight, scale, zero: of `pack`; bias: float32 [outputs] or None."""
-    scratch, linear = _functions(native.level())
-    columns = x.shape[-1]
-    x = x.contiguous()
-    rows = x.numel() // columns if columns else 0
-    y = x.new_empty(*x.shape[:-1], outputs)
-    if rows and outputs:
-        space = torch.empty(scratch(rows, columns, group), dtype=torch.uint8, device=x.device)
-        linear(
-            x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, group, weight.data_ptr(), scale.data_ptr(),
-            scale.dtype == torch.bfloat16, pointer(zero), pointer(bias), y.data_ptr(), space.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return y
+    weights = weight.data_ptr(), scale.data_ptr(), scale.dtype == torch.bfloat16, pointer(zero), pointer(bias)
+    return native.linear(_functions(native.level()), x, outputs, group, *weights)

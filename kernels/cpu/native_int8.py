@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import NotBuilt, pointer
+from fxc_kernels.cpu.native import pointer
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.rows import activated
 
@@ -31,15 +31,8 @@ def pack(qweight: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 
 @functools.cache
 def _functions(level: str) -> tuple[Callable, Callable]:
-    if level == "avx2":
-        raise NotBuilt("int8 products saturate on this CPU, which has no VNNI")
-    library = native.library("int8_linear", level)
-    at, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    scratch, linear = library.int8_linear_scratch, library.int8_linear
-    scratch.restype, scratch.argtypes = long, (long, long, number)
-    linear.restype = None
-    linear.argtypes = (at, number, long, long, long, number, at, at, at, at, number, at, at, number)
-    return scratch, linear
+    at, number = ctypes.c_void_p, ctypes.c_int
+    return native.linear_functions("int8_linear", level, (at, at, at, at, number))
 
 
 def why_not() -> str | None:
@@ -55,16 +48,5 @@ def native_int8_linear(
     int8, whose error is 3e-5, instead of one. dense: see ops.py; used above `limit` rows with `split`, and up to it without."""
     if dense is not None and (x.numel() > limit * x.shape[-1]) is split:
         return activated(dense_linear(x, dense, None if bias is None else bias[:outputs]), activation)
-    scratch, linear = _functions(native.level())
-    columns = x.shape[-1]
-    x = x.contiguous()
-    rows = x.numel() // columns if columns else 0
-    y = x.new_empty(*x.shape[:-1], outputs)
-    if rows and outputs:
-        space = torch.empty(scratch(rows, columns, split), dtype=torch.uint8, device=x.device)
-        linear(
-            x.data_ptr(), x.dtype == torch.bfloat16, rows, columns, outputs, split, weight.data_ptr(), scale.data_ptr(),
-            sums.data_ptr(), pointer(bias), ACTIVATIONS.index(activation), y.data_ptr(), space.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return y
+    weights = weight.data_ptr(), scale.data_ptr(), sums.data_ptr(), pointer(bias), ACTIVATIONS.index(activation)
+    return native.linear(_functions(native.level()), x, outputs, split, *weights)

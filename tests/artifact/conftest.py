@@ -1,12 +1,18 @@
-"""An artifact that is whole."""
+"""An artifact that is whole. What reads it reads it anew each time."""
 
 from pathlib import Path
 
+import parsed
 import pytest
 from artifacts import net
 
 import fxc  # noqa: F401 - registers the operators
 from fxc.artifact import store
+
+
+@pytest.fixture(autouse=True)
+def parsed_anew(monkeypatch) -> None:
+    parsed.apart(monkeypatch)
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_only_contenders_that_agree_are_timed(result):
     assert timed == {"base": ["1", "2"], "same": ["1", "2"], "broken": [], "wrong": [], "nan": []}
     assert result["rows"]["base"]["1"]["speedup"] == 1.0
     assert result["rows"]["same"]["2"]["cosine"] == 1.0
-    assert result["left_out"]["gone"] == "absent: no_such_module_here"
+    assert result["left_out"]["gone"] == "not measured: no_such_module_here not installed"
     assert result["left_out"]["unbuilt"] == "failed: RuntimeError: it broke"
     assert result["left_out"]["broken at 2"] == "failed: RuntimeError: it broke"
     assert result["left_out"]["wrong at 1"] == "wrong: cosine 0.0000"
@@ -155,7 +155,7 @@ def test_tables_show_the_numbers_and_what_is_left_out(result):
     shown = table.markdown(report)
     assert "| same | 3.00  3.00x<br>2.00-4.00 |" in shown
     assert "| wrong | - | - | - |" in shown
-    assert "- gone: absent: no_such_module_here" in shown
+    assert "- gone: not measured: no_such_module_here not installed" in shown
     assert "- same runs its layers as: 3 dequantized, 1 int8" in shown
     assert torch.__version__ in shown
 
@@ -213,6 +213,18 @@ def test_a_fault_of_ours_is_the_exit_status_and_a_partial_run_leaves_the_results
     assert len(list(tmp_path.glob("models-*"))) == 2
 
 
+def test_peers_are_on_also_without_the_word(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "RESULTS", tmp_path)
+    for given, are_there in (("--peers", True), ("--no-peers", False)):
+        run_main(monkeypatch, given)
+        shown = capsys.readouterr().out
+        assert ("gone: not measured: no_such_module_here not installed" in shown) == are_there and "same" in shown
+    assert len(list(tmp_path.glob("models-*"))) == 2, "a run without them is not a full one"
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--help")
+    assert "what it does without the word" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     "arguments", [["--sizes", "8by128"], ["--sizes", "0x4"], ["--rounds", "0"], ["--threads", "0"]]
 )
@@ -223,11 +235,14 @@ def test_bad_options_are_refused(monkeypatch, arguments):
 
 
 @pytest.mark.slow
-def test_strategies_on_the_example(capsys):
+def test_strategies_on_the_examples(capsys, tmp_path):
     from benchmarks import strategies
 
-    assert strategies.main(["--quick", "--backend", "eager"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| passes", "| as it comes", "| int8", "| sparse24"]
-    sizes = [float(row.split(" MB (")[1].split(")")[0]) for row in rows[1:]]
-    assert sizes[0] == 1 and max(sizes[1:]) < 0.7
+    assert strategies.main(["--quick", "--backend", "eager", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    named = ["| strategy", "| `original`", "| `none`", "| `int8`", "| `int8:mode=static`"]
+    assert [row[0] for row in rows] == 3 * named
+    assert [each in text for each in ("perplexity: over", "cosine with the original: over", "accuracy: over")] == [True] * 3
+    shares = [float(row[1].partition("(")[2].rstrip(")")) for row in rows if row[0] == "| `int8:mode=static`"]
+    assert max(shares) < 0.7

@@ -5,7 +5,7 @@ from importlib import util
 
 import torch
 from command import fxc
-from toy_bench import Toy
+from toy_bench import Toy, quick_cpu
 
 from benchmarks import kernel_peers
 from benchmarks.kernel_peers import cuda
@@ -13,7 +13,8 @@ from fxc.kernel_bench import peers
 from fxc.kernel_bench.weights import all_schemes
 
 
-def test_the_command_times_the_rivals_that_are_here_and_names_the_others():
+def test_the_command_times_the_rivals_that_are_here_and_names_the_others(monkeypatch):
+    quick_cpu(monkeypatch)
     size = ("--shapes", "64,256", "--m", "1", "--rounds", 1, "--device", "cpu", "--scheme", "int8,int4")
     found = json.loads(fxc("bench", "kernels", *size, "--peers", "benchmarks.kernel_peers", "--json").stdout)
     right = [row["contender"] for row in found["rows"] if row["state"] == "ok"]

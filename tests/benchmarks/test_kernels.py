@@ -6,12 +6,14 @@ import sys
 
 import pytest
 from repo import REPO
+from toy_bench import quick_cpu
 
 from benchmarks import kernels as benchmark
 
 
 @pytest.mark.slow
-def test_without_typer_and_rich_the_same_runs(tmp_path, capsys):
+def test_without_typer_and_rich_the_same_runs(tmp_path, capsys, monkeypatch):
+    quick_cpu(monkeypatch)
     size = ["--shapes", "64,256", "--m", "1", "--rounds", "1", "--scheme", "fp8", "--device", "cpu"]
     assert benchmark.run_plainly([*size, "--out", str(tmp_path), "--json"]) == 0
     assert "fxc fp8" in {row["contender"] for row in json.loads(capsys.readouterr().out)["rows"]}

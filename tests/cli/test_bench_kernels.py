@@ -4,14 +4,20 @@ import csv
 import json
 
 import pytest
+import torch
 from command import fxc
-from toy_bench import Toy, dense
+from toy_bench import Toy, dense, quick_cpu
 
 from fxc.cli import bench_kernels
 from fxc.errors import ResourceError
 from fxc.kernel_bench.files import slug
 from fxc.kernel_bench.limits import Peaks
 from fxc.report.console import Output
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quick_cpu(monkeypatch)
 
 
 def test_a_bench_ends_within_its_budget():
@@ -32,6 +38,7 @@ def test_the_command_on_a_cpu_from_end_to_end(tmp_path):
     for row in ok:
         assert row["us"] > 0 and len(row["rounds"]) == 2 and row["speedup"] > 0 and row["fraction"]["measured"] > 0
         assert row["p20"] <= row["us"] <= row["p80"] and row["error"] < 0.02 and row["fraction"]["datasheet"] is None
+    assert max(row["copies"] for row in ok) > 1, "weights take turns"
     assert found["peaks"]["datasheet"] is None and found["peaks"]["measured"]["bandwidth"] > 1e9
     assert found["device"]["l3_bytes"] >= 0 and found["protocol"]["rounds"] == 2 and found["versions"]["torch"]
     assert found["absent"] == {} and "onnxruntime" not in found["versions"]
@@ -42,7 +49,7 @@ def test_the_command_on_a_cpu_from_end_to_end(tmp_path):
     assert float(next(line for line in lines if line["contender"] == "torch bf16")["us"]) > 0
     text = (tmp_path / f"{stem}.md").read_text()
     assert "## weight 64 x 256" in text and "## Summary" in text and "fxc int8" in text
-    assert all(f"- {name}: absent" in text for name in found["absent"])
+    assert all(f"- {name}: not measured" in text for name in found["absent"])
     assert {line["regime"] for line in found["summary"]} == {"decode", "small"}
 
 
@@ -53,17 +60,32 @@ def test_the_table_on_a_terminal(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Machine(Toy):
+    def datasheet(self):
+        return None
+
+    def measured_peaks(self, seconds):
+        return Peaks("measured", bandwidth=1e9 * torch.get_num_threads(), float32=1e12)
+
+    def about(self):
+        about = {"name": "A Machine", "chip": "toy", "timing": "by a fixed clock", "weights": "weights are one"}
+        return about | {"threads": torch.get_num_threads()}
+
+
+def test_one_thread_beside_two_each_with_the_memory_that_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_kernels, "platform_of", lambda kind, device: Machine([dense(baseline=True)]))
+    size = ("--shapes", "64,256", "--m", 1, "--device", "cpu", "--out", tmp_path)
+    found = json.loads(fxc("bench", "kernels", *size, "--threads", "1,2", "--json").stdout)["runs"]
+    assert torch.get_num_threads() == 1
+    assert [each["device"]["threads"] for each in found] == [1, 2] == [each["protocol"]["threads"] for each in found]
+    limits = [each["rows"][0]["limit_us"]["measured"] for each in found]
+    assert limits[0] == pytest.approx(2 * limits[1], rel=1e-4)
+    stems = [f"kernels-a-machine-{threads}-threads" for threads in (1, 2)]
+    assert [json.loads((tmp_path / f"{stem}.json").read_text()) for stem in stems] == found
+    assert "threads" in fxc("bench", "kernels", *size, "--threads", "1,x", code=2).stderr
+
+
 def test_a_wrong_product_of_fxc_is_reported_and_then_an_error(tmp_path, monkeypatch):
-    class Machine(Toy):
-        def datasheet(self):
-            return None
-
-        def measured_peaks(self, seconds):
-            return Peaks("measured", bandwidth=1e9, float32=1e9)
-
-        def about(self):
-            return {"name": "A Machine", "chip": "toy", "timing": "by a fixed clock", "weights": "weights are one"}
-
     given = [dense(baseline=True), dense("fxc int8", lambda out: out * 2, scheme="int8", ours=True)]
     given.append(dense("other", lambda out: out * float("nan")))
     monkeypatch.setattr(bench_kernels, "platform_of", lambda kind, device: Machine(given))

@@ -17,6 +17,7 @@ from fxc.errors import UsageError
 from fxc.passes.base import Pass, parse_passes
 from fxc.pipeline import run_passes
 from fxc.runtime.static_cache import StaticDecoder
+from fxc.selection.budget import Budget
 from fxc.source.load import load_source
 
 # Options of nvidia-smi.
@@ -43,6 +44,9 @@ COMMANDS = command_options()
 OPTIONS = set().union(*COMMANDS.values()) | {"--help"} | OTHERS
 CALLS = (
     fxc.optimize,
+    fxc.compare,
+    fxc.search,
+    Budget,
     fxc.Options,
     fxc.load,
     load_source,

@@ -4,6 +4,8 @@ import pytest
 import torch
 from command import fxc, fxc_json
 
+from fxc_kernels.cpu import native
+
 
 def test_inspect_shows_bytes_that_add_up_and_the_program(folder):
     shown = fxc_json("inspect", folder / "qwen2-int8")
@@ -58,6 +60,19 @@ def test_doctor_says_what_there_is():
     assert found["cpu", "int8 layers"]["ok"] == torch.cpu._is_vnni_supported()
     assert torch.cuda.is_available() or found["cuda", "device"]["note"]
     assert "int8 layers" in fxc("doctor").stdout
+
+
+def test_doctor_builds_kernels_for_an_image_or_says_why_not(monkeypatch, tmp_path):
+    assert "built" not in fxc_json("doctor")
+    monkeypatch.setattr(native, "build_all", lambda: {"avx2": {"between": tmp_path / "between.so"}})
+    assert fxc_json("doctor", "--build")["built"] == {"avx2": {"between": str(tmp_path / "between.so")}}
+    assert f"built for avx2: between, in {tmp_path}" in " ".join(fxc("doctor", "--build").stdout.split())
+
+    def refused():
+        raise native.NotBuilt("no C++ compiler")
+
+    monkeypatch.setattr(native, "build_all", refused)
+    assert "why: no C++ compiler" in fxc("doctor", "--build", code=6).stderr
 
 
 def test_inspect_tells_which_weights_share_an_axis(folder):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -18,7 +19,13 @@ from fxc.ir.program import Program
 _KEPT: dict[str, Program] = {}
 _TRACED: dict[tuple[str, int], Program] = {}
 LARGEST = 100_000_000
-_calls_of, _freest, _export = capture.calls_of, capture._freest, capture._export
+_calls_of, _freest, _traced = capture.calls_of, capture._freest, capture._export
+
+
+def _export(model: nn.Module, call: Call, reads: bool) -> Program:
+    """Traced without torch's memory of what operators give for which types, which pays from eight layers on."""
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return _traced(model, call, reads)
 
 
 class _Calls:
@@ -32,16 +39,16 @@ class _Calls:
         return iter(self.calls)
 
 
-def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
-    traced = _key(model, *calls.made_of[1:])
+def _remembered(model: nn.Module, calls: _Calls, check: bool, reads: bool) -> Program:
+    traced = _key(model, *calls.made_of[1:3]) if reads else None
     if traced is None:
-        return _freest(model, calls, check)
+        return _freest(model, calls, check, reads)
     key = f"{traced} {check}"
     if key not in _KEPT:
         # What is checked or not is traced alike.
         capture._export = _tracing(traced)
         try:
-            program = _freest(model, calls, check)
+            program = _freest(model, calls, check, reads)
         finally:
             capture._export = _export
         if program.nbytes() < LARGEST:
@@ -50,16 +57,16 @@ def _remembered(model: nn.Module, calls: _Calls, check: bool) -> Program:
     return _own(_KEPT[key])
 
 
-def _tracing(key: str) -> Callable[[nn.Module, Call], Program]:
+def _tracing(key: str) -> Callable[[nn.Module, Call, bool], Program]:
     """`_export` for the calls of the model and inputs `key`, in their order."""
     count = itertools.count()
 
-    def export(model: nn.Module, call: Call) -> Program:
+    def export(model: nn.Module, call: Call, reads: bool) -> Program:
         number = next(count)
         if (key, number) in _TRACED:
             call.module(*call.inputs.values())  # which keeps what it gives
             return _own(_TRACED[key, number])
-        program = _export(model, call)
+        program = _export(model, call, reads)
         if program.nbytes() < LARGEST:
             _TRACED[key, number] = _own(program)
         return program
@@ -71,12 +78,14 @@ def share(patch: Any) -> None:
     """Until `patch`, a pytest.MonkeyPatch, is undone: what was captured once in this process is not traced again."""
     patch.setattr(capture, "calls_of", _Calls)
     patch.setattr(capture, "_freest", _remembered)
+    patch.setattr(capture, "_export", _export)
 
 
 def apart(patch: Any) -> None:
     """Until `patch` is undone: every capture anew, for tests of what captures."""
     patch.setattr(capture, "calls_of", _calls_of)
     patch.setattr(capture, "_freest", _freest)
+    patch.setattr(capture, "_export", _traced)
 
 
 def _own(program: Program) -> Program:

@@ -1,4 +1,4 @@
-"""A language model lowered for CUDA, its kernels run by the interpreter: lowered_interpreted.py PASSES DTYPE.
+"""A language model lowered for CUDA, its kernels run by the interpreter: lowered_interpreted.py PASSES DTYPE [PASSES DTYPE]...
 
 A script, because the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, and for the whole process.
 """
@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import mma_emulation
 import torch
-from families import build
+from families import _causal
 from lowered import for_cuda
 
 from fxc import optimize
@@ -21,8 +21,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def check(passes: str, dtype: torch.dtype) -> None:
-    model, inputs = build("qwen2")
-    program = optimize(model.to(dtype), inputs, passes=passes, verify=False, budget=9, layer_budget=9).program
+    torch.manual_seed(0)
+    model = _causal("Qwen2Config", num_hidden_layers=1).eval().to(dtype)
+    program = optimize(model, passes=passes, verify=False, budget=9, layer_budget=9).program
     module, _ = for_cuda(program)
     for inputs in samples(program)[:1]:
         for got, expected in zip(module(*inputs), program.module()(*inputs), strict=True):
@@ -32,5 +33,5 @@ def check(passes: str, dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     mma_emulation.install()
-    passes, dtype = sys.argv[1:]
-    check(passes, getattr(torch, dtype))
+    for passes, dtype in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        check(passes, getattr(torch, dtype))

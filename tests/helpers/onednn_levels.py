@@ -1,14 +1,17 @@
-"""int8 layers at the extremes of their range, in a process whose oneDNN may use only a part of the CPU's instructions.
+"""int8 layers at the extremes of their range, in processes whose oneDNN may use only a part of the CPU's instructions.
 
-python onednn_levels.py LEVEL [force]: sets ONEDNN_MAX_CPU_ISA, compares every form of an int8 layer with its definition, and
-prints "exact" or "float" for how int8 layers run there. With "force" the probe is told that products are exact.
+python onednn_levels.py FOLDER LEVEL...: each level in a fork of this process, because oneDNN reads ONEDNN_MAX_CPU_ISA once,
+when it is first used, and importing takes most of the time. It compares every form of an int8 layer with its definition and
+prints "exact" or "float" for how int8 layers run there; what it says goes to LEVEL.out and LEVEL.err in the folder. The level
+"force" is AVX2, and the probe is told that products are exact. Prints the exit status of each as JSON.
 """
 
+import json
 import os
 import sys
+import traceback
+from pathlib import Path
 
-if len(sys.argv) > 1 and sys.argv[1] != "all":
-    os.environ["ONEDNN_MAX_CPU_ISA"] = sys.argv[1]
 os.environ["FXC_CACHE"] = "off"
 
 import torch
@@ -19,8 +22,6 @@ from fxc_kernels import int8_linear as op
 from fxc_kernels.cpu import int8_linear, int8_product, ops
 
 torch.set_num_threads(1)
-if "force" in sys.argv:
-    int8_product.int8_is_exact = op.int_mm_is_exact = lambda: True
 
 
 def extremes(rows: int, columns: int):
@@ -41,22 +42,47 @@ def compiled_forms(name: str, x, qweight, scale, bias):
     return [ops.SPLIT_LINEAR(x, qweight, scale, zero, bias)]
 
 
-for name in ("int8_linear", "int8_weight_only_linear"):
-    for rows in (1, 2, 5, 64):
-        x, weight = extremes(rows, 2048)
-        model = torch.nn.Sequential(torch.nn.Linear(2048, 24))
-        with torch.no_grad():
-            model[0].weight.copy_(weight), model[0].bias.fill_(1.0)
-        program = program_of(model, x[:, None].expand(-1, 3, -1).contiguous(), name)
-        reference = getattr(op, f"{name}_reference")
-        expected = reference(x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
-        assert abs(expected.abs().max() - 127 * 2048) < 2
-        operator = program.module()(x[:, None])[0][:, 0]
-        lowered, report = on_cpu(program, "eager", measure=int8_wins)
-        forms = [operator, lowered(x[:, None])[0][:, 0]]
-        if int8_product.int8_is_exact():
-            forms += compiled_forms(name, x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
-        for found in forms:
-            error = (found - expected).abs().max() / expected.abs().max()
-            assert error < 1e-5, f"{name}, {rows} rows, {report[0].op}: {error:.2e}"
-print("exact" if report[0].op == "int8" else "float")
+def check() -> None:
+    for name in ("int8_linear", "int8_weight_only_linear"):
+        for rows in (1, 2, 5, 64):
+            x, weight = extremes(rows, 2048)
+            model = torch.nn.Sequential(torch.nn.Linear(2048, 24))
+            with torch.no_grad():
+                model[0].weight.copy_(weight), model[0].bias.fill_(1.0)
+            program = program_of(model, x[:, None].expand(-1, 3, -1).contiguous(), name)
+            reference = getattr(op, f"{name}_reference")
+            expected = reference(x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
+            assert abs(expected.abs().max() - 127 * 2048) < 2
+            operator = program.module()(x[:, None])[0][:, 0]
+            lowered, report = on_cpu(program, "eager", measure=int8_wins)
+            forms = [operator, lowered(x[:, None])[0][:, 0]]
+            if int8_product.int8_is_exact():
+                forms += compiled_forms(name, x, *(program.constants[f"0.{part}"] for part in ("qweight", "scale", "bias")))
+            for found in forms:
+                error = (found - expected).abs().max() / expected.abs().max()
+                assert error < 1e-5, f"{name}, {rows} rows, {report[0].op}: {error:.2e}"
+    print("exact" if report[0].op == "int8" else "float")
+
+
+def in_a_fork(folder: Path, level: str) -> int:
+    if not (child := os.fork()):
+        code = 1
+        try:
+            for number, kind in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / f"{level}.{kind}", os.O_WRONLY | os.O_CREAT), number)
+            if level == "force":
+                int8_product.int8_is_exact = op.int_mm_is_exact = lambda: True
+            if level != "all":
+                os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2" if level == "force" else level
+            check()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps({level: in_a_fork(Path(sys.argv[1]), level) for level in sys.argv[2:]}))

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from fxc.data.samples import samples
 from fxc.ir.check import check
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Result
 from fxc.passes.dead_structure.dead_structure import DeadStructure
 from fxc.passes.float64 import in_float64
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 EXACT = 1e-10
 

@@ -8,12 +8,13 @@ from torch import nn
 
 import fxc
 from fxc.data.samples import samples
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Result
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.float64 import in_float64, widened
 from fxc.passes.rotate.rotate import Rotate
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 
 def family(name: str) -> Program:

@@ -1,8 +1,10 @@
-"""A platform for `fxc bench kernels` with toy contenders and a clock that shows what it is told."""
+"""A platform for `fxc bench kernels` with toy contenders and a clock that shows what it is told, and the CPU in little time."""
+
+from functools import partial
 
 import torch
 
-from fxc.kernel_bench import clock
+from fxc.kernel_bench import clock, cpu_platform
 from fxc.kernel_bench.contender import EXACT, Contender, of_function
 from fxc.kernel_bench.run import Sweep
 from fxc.kernel_bench.shapes import Shape
@@ -40,6 +42,14 @@ class Toy:
 
     def free_memory(self):
         return self.memory
+
+
+def quick_cpu(patch) -> None:
+    """Until `patch`, a pytest.MonkeyPatch, is undone the CPU is a platform with small caches, so that there are few copies of a
+    weight (64 of each took a minute to build), short rounds, and peaks from small products."""
+    patch.setattr(cpu_platform, "cache_bytes", lambda level: 1 << 15)
+    patch.setattr(cpu_platform, "CpuClock", partial(clock.CpuClock, seconds=0.002, settle=0.0))
+    patch.setattr(cpu_platform, "PEAK_SECONDS", 1.0)
 
 
 def dense(name="dense", change=lambda out: out, **options) -> Contender:

@@ -32,15 +32,20 @@ NAMES = [f"sm_{chip} {build.name}" for chip, build in SHIPPED]
 
 
 @needs_interpreter
-@pytest.mark.parametrize("every", [(), pytest.param(("every",), marks=pytest.mark.slow)], ids=["some", "every"])
-@pytest.mark.parametrize("checks", in_parts(SCRIPT, 4), ids=" ".join)
-def test_kernels_follow_their_references(checks, every):
+@pytest.mark.parametrize("checks", in_parts(SCRIPT, 2), ids=" ".join)
+def test_kernels_follow_their_references(checks):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, SCRIPT, *checks, *every], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, SCRIPT, *checks], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("chip", "build"), each_once(SHIPPED + FLOAT8))
+def _is_repeated(chip, build) -> bool:
+    """The kernels for sparse tensor cores take longest, and are the same instructions on both chips: on the older one types and
+    epilogues that the newer one has are left out."""
+    return chip == 80 and "mma.sp" in build.name and (build.arguments["KIND"] == "f16" or build.arguments["parts"] is not None)
+
+
+@pytest.mark.parametrize(("chip", "build"), each_once([each for each in SHIPPED + FLOAT8 if not _is_repeated(*each)]))
 def test_a_shipped_configuration_compiles_well(chip, build):
     made = triton_build.compile_for(build, chip)
     assert made.spilled == 0
@@ -63,9 +68,9 @@ def _representatives():
 
 
 REPRESENTATIVES = _representatives()
-KERNELS = [f"sm_{chip} {build.kernel.__name__}" for chip, build in REPRESENTATIVES]
-# The oldest chip that has a kernel.
+# The oldest chip that has a kernel, and the newest, where it may be compiled to other instructions.
 OLDEST = {build.kernel: (chip, build) for chip, build in reversed(REPRESENTATIVES)}
+NEWEST = {build.kernel: (chip, build) for chip, build in REPRESENTATIVES}
 
 
 def _variants(build):
@@ -97,7 +102,7 @@ def _variants(build):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chip", "build"), REPRESENTATIVES, ids=KERNELS)
+@pytest.mark.parametrize(("chip", "build"), NEWEST.values(), ids=[kernel.__name__ for kernel in NEWEST])
 def test_a_kernel_compiles_well_in_every_variant(chip, build):
     for name, variant in _variants(build).items():
         made = triton_build.compile_for(variant, chip)

@@ -342,17 +342,18 @@ def test_operators_say_what_they_give(name):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("passes", "dtype"),
+    "cases",
     [
-        pytest.param("int8", "float32", marks=pytest.mark.slow),
-        pytest.param("int8:mode=weight_only", "float32", marks=pytest.mark.slow),
-        ("int4:group=32", "bfloat16"),
-        pytest.param("sparse24", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("sparse24,int8", "float32", marks=pytest.mark.slow),
+        ("int4:group=32", "bfloat16", "int8", "float32"),
+        pytest.param(
+            ("int8:mode=weight_only", "float32", "sparse24", "bfloat16", "sparse24,int8", "float32"), marks=pytest.mark.slow
+        ),
     ],
+    ids=" ".join,
 )
-def test_a_whole_model_through_the_kernels(passes, dtype):
+def test_a_whole_model_through_the_kernels(cases):
+    """(passes, dtype, ...), one after the other in one process, which begins with importing torch and Triton."""
     script = REPO / "tests" / "helpers" / "lowered_interpreted.py"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script, passes, dtype], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script, *cases], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
 """int8 layers on CPUs that this one is not: oneDNN held to fewer instructions, each level in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,16 @@ from fxc_kernels.cpu import int8_product
 LEVELS = ("all", "AVX512_CORE_VNNI", "AVX512_CORE", "AVX2_VNNI", "AVX2")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO / "tests" / "helpers" / "onednn_levels.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ONEDNN_VERBOSE": "1"})
+@pytest.fixture(scope="module")
+def at_levels(tmp_path_factory) -> dict[str, tuple[int, str, str]]:
+    """Level, or "force" -> (exit status, stdout, stderr). All are forks of one process, which has imported torch and fxc."""
+    out = tmp_path_factory.mktemp("levels")
+    command = [sys.executable, str(REPO / "tests" / "helpers" / "onednn_levels.py"), str(out), *LEVELS, "force"]
+    environment = os.environ | {"ONEDNN_VERBOSE": "1", "FXC_CPU_LEVEL": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout)
+    return {name: (code, *((out / f"{name}.{each}").read_text() for each in ("out", "err"))) for name, code in codes.items()}
 
 
 def products(output: str) -> set[tuple[str, str]]:
@@ -30,13 +38,13 @@ def of_reference_code(ran: set[tuple[str, str]]) -> set[tuple[str, str]]:
     return {each for each in ran if each[1].startswith("ref")}
 
 
-@pytest.mark.parametrize("level", [pytest.param(n, marks=[pytest.mark.slow] * ("AVX512" in n or "VNNI" in n)) for n in LEVELS])
-def test_int8_layers_are_right_at_every_level(level):
-    done = run(level)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("level", LEVELS)
+def test_int8_layers_are_right_at_every_level(level, at_levels):
+    code, stdout, stderr = at_levels[level]
+    assert code == 0, stderr
     # Without VNNI the CPU adds pairs of products in 16 bits. A level that this CPU lacks is taken as the next lower one.
-    assert done.stdout.split()[-1] in (("float",) if level in ("AVX512_CORE", "AVX2") else ("exact", "float"))
-    ran = products(done.stdout)
+    assert stdout.split()[-1] in (("float",) if level in ("AVX512_CORE", "AVX2") else ("exact", "float"))
+    ran = products(stdout)
     assert ran and not of_reference_code(ran), sorted(ran)
 
 
@@ -46,9 +54,9 @@ def test_reference_code_is_recognized():
     assert not of_reference_code(products(line.format("brg_matmul:avx512_core_vnni")))
 
 
-def test_products_that_saturate_are_noticed():
-    done = run("AVX2", "force")
-    assert done.returncode != 0 and "AssertionError: int8_linear" in done.stderr
+def test_products_that_saturate_are_noticed(at_levels):
+    code, _, stderr = at_levels["force"]
+    assert code != 0 and "AssertionError: int8_linear" in stderr
 
 
 VERBOSE = """

@@ -9,7 +9,7 @@ import fxc
 from fxc.cli.app import app
 from fxc.compiled.model import CompiledModel
 from fxc.errors import UsageError
-from fxc.lower.target import check_target
+from fxc.lower.target import check_target, warm_up
 
 X = torch.ones(2, 64)
 WRONG = {
@@ -108,3 +108,11 @@ def test_the_command_line_refuses_it_in_one_line(option, artifact, tmp_path):
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output and "fault of fxc" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_kernels_are_begun_while_a_model_is_read(monkeypatch):
+    begun = []
+    monkeypatch.setattr("fxc_kernels.cpu.native.start", lambda: begun.append("cpu"))
+    for device in (None, "cpu", torch.device("cpu"), "cuda"):
+        warm_up(device)
+    assert begun == ["cpu"] * 3

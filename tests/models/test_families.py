@@ -11,10 +11,11 @@ from families import FAMILIES, build
 import fxc
 from fxc.data.samples import samples
 from fxc.ir import check, parse_program, print_program
+from fxc.ir.observe import run
 from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.pipeline import run_passes
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 # Of families that differ from another in numbers, or in what a test of its own has, a plain run has one here.
 REPEATED = ("qwen3", "llama", "mistral", "gemma", "qwen3_moe")

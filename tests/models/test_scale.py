@@ -62,21 +62,22 @@ print(json.dumps({
 """
 
 
-# Four layers would not fit either, with 2 GB each; all 80 take the better part of a minute.
-@pytest.mark.parametrize("layers", [2, pytest.param(80, marks=pytest.mark.slow)])
-def test_72b_is_captured_printed_parsed_and_planned_without_weights(layers):
+# 19 GB of weights. All 80 take the better part of a minute, and each is as the one before.
+LAYERS = 8
+
+
+def test_72b_is_captured_printed_parsed_and_planned_without_weights():
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(layers)], check=True, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", SCRIPT, str(LAYERS)], check=True, capture_output=True, text=True, timeout=600
     )
     found = json.loads(run.stdout.strip().splitlines()[-1])
-    assert found["parameters"] == pytest.approx(2.49e9 + layers * 0.8777e9, rel=1e-3)
-    assert layers < 80 or 72e9 < found["parameters"] < 73e9
-    assert found["changed"] == 7 * layers + 1
-    assert found["int8_bytes"] < (0.53 if layers == 80 else 0.7) * found["bytes"]
+    assert found["parameters"] == pytest.approx(2.49e9 + LAYERS * 0.8777e9, rel=1e-3)
+    assert found["changed"] == 7 * LAYERS + 1
+    assert found["int8_bytes"] < 0.58 * found["bytes"], "two bytes are left of each number in the table of tokens"
     assert found["peak_bytes"] < 1.5e9
     units = {tuple(key): n for *key, n in found["units"]}
-    assert units["head", 64, True] == units["kv_head", 8, True] == units["ffn", 29568, True] == layers
-    assert found["seconds"]["axes"] < 60 and found["axes_peak_bytes"] < 2e9
+    assert units["head", 64, True] == units["kv_head", 8, True] == units["ffn", 29568, True] == LAYERS
+    assert found["seconds"]["axes"] < 6 and found["axes_peak_bytes"] < 2e9
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from tiny import save
 from torch import nn
 
 import fxc
+from fxc.analysis.sizes import bytes_by_kind
 from fxc.calibrate.descent import descend
 from fxc.calibrate.gptq import gptq
 from fxc.calibrate.hessian import Hessian
@@ -26,7 +27,6 @@ from fxc.options import Options
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.passes.int4 import Int4
 from fxc.pipeline import run_passes
-from fxc.report.sizes import bytes_by_kind
 from fxc.schemes import int4, int8
 from fxc.verify.gates import Budget, judge
 

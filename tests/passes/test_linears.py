@@ -11,6 +11,7 @@ from formats import DTYPES, SPECS, captured, compiled, learned, normal, refusals
 from torch import nn
 
 import fxc
+from fxc.analysis.sizes import bytes_by_kind
 from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.ir import parse_program, print_program
 from fxc.ir.edit import sweep
@@ -21,7 +22,6 @@ from fxc.passes.float64 import in_float64
 from fxc.passes.int4 import Int4
 from fxc.passes.order import order
 from fxc.pipeline import run_passes
-from fxc.report.sizes import bytes_by_kind
 
 
 @pytest.mark.parametrize("spec", SPECS)

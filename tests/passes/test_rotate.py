@@ -8,11 +8,12 @@ from torch import nn
 
 import fxc
 from fxc.data.samples import samples
+from fxc.ir.observe import run
 from fxc.passes.base import Context
 from fxc.passes.float64 import widened
 from fxc.passes.rotate.hadamard import rotation
 from fxc.passes.rotate.rotate import Rotate
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 ROTATED = {"qwen2", "qwen3", "llama", "mistral", "gemma", "gpt2", "vit", "mixtral", "qwen3_moe"}
 WHY = {

@@ -11,6 +11,7 @@ from pass_text import program_of
 from torch import nn
 
 import fxc
+from fxc.analysis.sizes import bytes_by_kind
 from fxc.captured import capture_source
 from fxc.data.tables import bound_of, table_size
 from fxc.errors import UsageError
@@ -19,7 +20,6 @@ from fxc.ir.names import layer_of, parts_of
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.pipeline import run_passes
-from fxc.report.sizes import bytes_by_kind
 from fxc.schemes import int4, int8
 
 SPECS = ["int8:embeddings=int8", "int8:embeddings=int4", "int4:group=32:embeddings=int8", "int4:group=32:embeddings=int4"]

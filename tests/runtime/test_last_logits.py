@@ -18,8 +18,13 @@ def compiled(family, passes):
     return optimize(model, inputs, passes=passes, verify=False)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("family", "passes"), [("qwen2", ""), ("qwen2", "int8"), ("gemma2", "int4:group=32"), ("gpt2", "")])
+@pytest.mark.parametrize(
+    ("family", "passes", "backend"),
+    [
+        ("qwen2", "", "eager"), ("qwen2", "int8", "eager"), ("gemma2", "int4:group=32", "eager"), ("gpt2", "", "eager"),
+        pytest.param("qwen2", "int8", "inductor", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_they_are_those_of_the_whole(family, passes, backend):
     model = compiled(family, passes)
     model.backend = backend

@@ -44,7 +44,7 @@ def generate(model, static: bool, given, record=None, capacity: int = 8):
 OPTIONS = ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False})
 
 
-# A plain run has what makes masks, positions and buffers in ways of its own, and each way to search in one family.
+# What makes masks, positions and buffers in ways of its own. Sampling calls a model as greedy search does, in every family.
 WAYS = ("qwen2", "gemma2", "gpt2", "mixtral", "bloom", "llama4", "gpt_oss")
 
 
@@ -57,6 +57,7 @@ WAYS = ("qwen2", "gemma2", "gpt2", "mixtral", "bloom", "llama4", "gpt_oss")
         )
         for name in (*DECODERS, "bloom", "opt", "gptj", "llama4", "gpt_oss")
         for how, options in zip(("greedy", "sampling", "beams"), OPTIONS)
+        if name == "qwen2" or how == "greedy" or (how == "beams" and name in WAYS)
     ],
 )  # fmt: skip
 def test_gives_what_the_growing_cache_gives(name, options):

@@ -14,6 +14,7 @@ from tiny import save
 from torch import Tensor, nn
 
 import fxc
+from fxc.analysis import sizes
 from fxc.data.decoder import decoder_inputs
 from fxc.errors import InputRefused, UsageError
 from fxc.ir import parse_program, print_program
@@ -26,7 +27,6 @@ from fxc.passes.base import Context, Pass
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.float64 import in_float64
 from fxc.passes.linears import PackLinears
-from fxc.report import sizes
 from fxc.report.lowering import describe
 from fxc.schemes.checks import check_weight
 from fxc.schemes.scheme import SCHEMES, Product, Scheme, product_of, products_for, register, scheme_of, unregister

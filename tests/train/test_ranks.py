@@ -41,18 +41,17 @@ SCRIPT = textwrap.dedent("""
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-    made = []
-    for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = [sys.executable, *launcher, str(script), str(tmp_path / f"{count}.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        made.append(torch.load(tmp_path / f"{count}.pt"))
-    one, two = made
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one.pt")])
+    exec(compile(SCRIPT, str(script), "exec", dont_inherit=True), {"__name__": "__main__"})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(script), str(tmp_path / "two.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert torch.equal(two["unused"], torch.ones(3, 3)) and torch.equal(one["unused"], two["unused"])
     for name, tensor in one["net"].items():

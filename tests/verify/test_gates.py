@@ -15,12 +15,13 @@ import fxc
 from fxc.data.samples import samples
 from fxc.errors import VerificationFailed
 from fxc.ir.edit import call, insert, sweep
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.options import Options
 from fxc.passes.base import Context, Pass, Result, parse_passes
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import difference, relative_error, run
+from fxc.verify.compare import difference, relative_error
 
 aten = torch.ops.aten
 

@@ -14,17 +14,18 @@ from structures import elements
 import fxc
 from fxc.analysis.known import known_values
 from fxc.ir.check import check
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.passes.float64 import in_float64
 from fxc.pipeline import run_passes
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 # torch.nn.utils.prune computes a layer's weight anew in every call, and torch.export says so.
 pytestmark = pytest.mark.filterwarnings("ignore:The tensor attribute")
 
-SHARDS = {"rows": 16, "tokens": 18, "images": 18}
+SHARDS = {"rows": 5, "tokens": 6, "images": 6}
 QUICK = 1  # shard of each family that a plain run of the tests has
 PER_SHARD = 10
 SIZES = [(3, LENGTH), (1, 2), (5, LENGTH + 2)]  # (batch, length of token sequences)
@@ -121,7 +122,7 @@ def test_masked_and_sliced_agree(family, shard):
     examples(1000 * (shard // 2) + PER_SHARD * (shard % 2), PER_SHARD, networks(family), agrees)
 
 
-@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow), pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [0, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", SHARDS)
 def test_single_zeros_remove_nothing(family, first):
     examples(first, 5, with_elements(family), loses_nothing_by_elements)

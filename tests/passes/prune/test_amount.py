@@ -17,13 +17,13 @@ from fxc.compiled.model import CompiledModel
 from fxc.compiler import compile_captured
 from fxc.data.samples import drawn
 from fxc.errors import UsageError
+from fxc.ir.observe import run
 from fxc.options import Options
 from fxc.passes.base import Context, parse_passes
 from fxc.passes.prune import amount as prune_amount
 from fxc.passes.prune.amount import Judge, halves, judged_outputs, most_within
 from fxc.passes.prune.prune import Prune, with_drops
 from fxc.passes.prune.scores import scores
-from fxc.verify.compare import run
 
 
 class Mlp(nn.Module):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
-from fxc.schemes.parameters import parameters_by_constant
+from fxc.schemes.parameters import parameters_by_constant, shape_of
 from fxc.schemes.scheme import product_of, scheme_of
 
 # Operator -> what its weight is called here. What packed weights are called their formats say.
@@ -26,13 +27,20 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """The constants of one module. kind: of the largest of them; dtypes: all of theirs."""
+    """The constants of one module. kind, shape: of the largest of them, a packed one's as the weight that it stands for;
+    dtypes: all of theirs."""
 
     name: str
     kind: str
     dtypes: str
     parameters: int
     nbytes: int
+    shape: tuple[int, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the name."""
+        told = {"kind": self.kind, "dtypes": self.dtypes, "shape": list(self.shape)}
+        return told | {"parameters": self.parameters, "bytes": self.nbytes}
 
 
 def kinds_of(program: Program) -> dict[str, str]:
@@ -81,13 +89,24 @@ def layers(program: Program) -> list[Layer]:
     members: defaultdict[str, list[str]] = defaultdict(list)
     for fqn in program.constants:
         members[packed.get(fqn) or fqn.rpartition(".")[0] or fqn].append(fqn)
-    found, counted = [], parameters_by_constant(program)
+    found, counted, dense = [], parameters_by_constant(program), _packed_shapes(program)
     for name, fqns in members.items():
         largest = max(fqns, key=lambda fqn: _nbytes(program, fqn))
         dtypes = sorted({str(program.constants[f].dtype).removeprefix("torch.") for f in fqns})
         numbers = sum(counted[f] for f in fqns)
-        found.append(Layer(name, kinds[largest], ", ".join(dtypes), numbers, sum(_nbytes(program, f) for f in fqns)))
+        shape = dense.get(largest) or tuple(program.constants[largest].shape)
+        found.append(Layer(name, kinds[largest], ", ".join(dtypes), numbers, sum(_nbytes(program, f) for f in fqns), shape))
     return sorted(found, key=lambda layer: (-layer.nbytes, layer.name))
+
+
+def _packed_shapes(program: Program) -> dict[str, tuple[int, ...]]:
+    """Of each part of a packed weight, by FQN, the shape of the weight."""
+    found = {}
+    for node in program.graph.nodes:
+        if parts := parts_of(node):
+            shape = shape_of(scheme_of(node.target), {part: program.constants[fqn] for part, fqn in parts.items()})
+            found |= dict.fromkeys(parts.values(), shape)
+    return found
 
 
 def operators(program: Program) -> dict[str, int]:

@@ -1,0 +1,61 @@
+"""Capturing a model that is larger than memory: its weights are mapped from files, and most of them are not read.
+
+That a capture computes what the model does, and how the model counts positions, is tried on the same model with its first
+layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from fxc.frontend.capture import capture
+from fxc.ir.program import Program
+
+# More layers are not left, and one of layers that are larger.
+LAYERS = 2
+LARGE = 1 << 30
+# What is seen on the small model and holds for the whole.
+_SEEN = ("positions", "examples")
+
+
+def capture_larger(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, check: bool) -> tuple[Program, Program | None]:
+    """The program of `model`, whose constants are the model's own tensors, and if `check` that of its first layers, which was
+    compared with them; of a model without a list of layers it is of all of it. Raises `CaptureFailed` as `capture` does."""
+    small = None
+    if check:
+        with shortened(model):
+            small = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=False, reads=False)
+    if small is not None:
+        program.metadata |= {key: small.metadata[key] for key in _SEEN if key in small.metadata}
+    return program, small
+
+
+@contextmanager
+def shortened(model: nn.Module) -> Iterator[None]:
+    """While open, each list of many layers of one class in `model` has only its first ones; lists within layers are whole."""
+    whole: dict[nn.ModuleList, dict[str, nn.Module | None]] = {}
+    within: list[str] = []
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in within)
+        if is_list and len(module) > LAYERS and len({type(each) for each in module}) == 1:
+            within.append(name)
+            whole[module] = module._modules
+    for module, layers in whole.items():
+        nbytes = sum(each.numel() * each.element_size() for each in module[0].parameters())
+        module._modules = dict(list(layers.items())[: 1 if nbytes > LARGE else LAYERS])
+    config = getattr(model, "config", None)
+    counts = {name: getattr(config, name) for name in ("num_hidden_layers",) if config is not None and hasattr(config, name)}
+    try:
+        for name in counts:
+            setattr(config, name, min([counts[name], *(len(module) for module in whole)]))
+        yield
+    finally:
+        for module, modules in whole.items():
+            module._modules = modules
+        for name, value in counts.items():
+            setattr(config, name, value)

@@ -1,0 +1,114 @@
+"""The constants of a program that is larger than memory: all of them are in files that are mapped.
+
+What is asked for is read, and let go when others were; what a pass puts in is written, and read from there. To passes it is a
+dict. Whoever writes into a tensor that it holds would lose that: passes make new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fxc.mapped import Reading, unwritten
+
+# So much that was put in may wait in memory to be written together.
+PART_BYTES = 1 << 28
+
+
+class Spill(Protocol):
+    """Files that constants go to, and what an earlier process wrote there and was killed: see `fxc.artifact.spill`."""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors, mapped from a file that holds them all."""
+
+    def saved(self, accept: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The tensors that were written next, as long as `accept` takes their names: they are not given again."""
+
+    def forget(self) -> None:
+        """What is saved beyond is of no use: this process does something else."""
+
+
+class Constants(dict[str, Tensor]):
+    """FQN -> tensor. spill: where new ones go."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], spill: Spill):
+        super().__init__(tensors)
+        self.spill = spill
+        self._reading = Reading(unwritten())
+        self._waiting: dict[str, Tensor] = {}
+        self._again: list[Tensor] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._reading.done([super().__getitem__(name)])
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def items(self) -> ItemsView[str, Tensor]:
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[Tensor]:
+        return ValuesView(self)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        others = [other for other, each in super().items() if each is tensor]
+        if (others and others[0] not in self._waiting) or any(each is tensor for each in self._again):
+            super().__setitem__(name, tensor)
+            return
+        again = self.spill.saved(name.__eq__).get(name)
+        if again is not None and (again.dtype, again.shape) == (tensor.dtype, tensor.shape):
+            super().__setitem__(name, again)
+            return
+        if again is not None:
+            self.spill.forget()
+        last = next(reversed(self._waiting), name)
+        if sum(each.nbytes for each in self._waiting.values()) >= PART_BYTES and _module(last) != _module(name):
+            self.settle()
+        super().__setitem__(name, tensor)
+        self._waiting[name] = tensor
+
+    def update(self, others: Mapping[str, Tensor]) -> None:
+        for name, tensor in others.items():
+            self[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._waiting.pop(name, None)
+
+    def pop(self, name: str, *default: Tensor) -> Tensor:
+        self._waiting.pop(name, None)
+        return super().pop(name, *default)
+
+    def copy(self) -> Constants:
+        """The same tensors, written first, with an order and names of its own."""
+        self.settle()
+        return Constants(super().items(), self.spill)
+
+    def saved(self, accept: Callable[[str], bool]) -> dict[str, Tensor]:
+        """What a process that was killed put in next, of names that `accept` takes, to be put in again."""
+        found = self.spill.saved(accept)
+        self._again += found.values()
+        return found
+
+    def settle(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            for name, tensor in self.spill.write(self._waiting).items():
+                super().__setitem__(name, tensor)
+            self._waiting = {}
+            self._reading.clean = unwritten()
+
+
+def saved(constants: Mapping[str, Tensor], accept: Callable[[str], bool]) -> dict[str, Tensor]:
+    """`Constants.saved`; nothing where they are a dict."""
+    return constants.saved(accept) if isinstance(constants, Constants) else {}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,1 @@
+"""fxc search: which compression for which layers, under budgets."""

@@ -1,0 +1,79 @@
+"""Capturing without reading: the same program as a capture that reads, tried on the first layers alone."""
+
+import pytest
+import torch
+import transformers
+from families import _DECODER, build
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fxc.frontend.capture import capture
+from fxc.frontend.larger import LAYERS, capture_larger, shortened
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER | {"num_hidden_layers": 4})).eval()
+
+
+def layers_of(program):
+    return {name.split(".layers.")[1].split(".")[0] for name in program.constants if ".layers." in name}
+
+
+def test_the_program_is_that_of_an_ordinary_capture(model):
+    whole = capture(model)
+    program, small = capture_larger(model, None, None, True)
+    assert str(program) == str(whole)
+    assert all(tensor is not None and torch.equal(tensor, whole.constants[n]) for n, tensor in program.constants.items())
+    assert layers_of(small) == {str(at) for at in range(LAYERS)} and layers_of(program) == set("0123")
+
+
+class Computed(TorchDispatchMode):
+    """The operators that compute with a weight. Where torch is in its fake mode they see its shape alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights, self.found = {each.data_ptr() for each in model.parameters()}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        is_fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        if not is_fake and not function.is_view and any(each.data_ptr() in self.weights for each in given):
+            self.found.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def test_no_weight_is_read(model):
+    with Computed(model) as computed:
+        program, small = capture_larger(model, None, None, False)
+    assert computed.found == []
+    assert small is None and "positions" not in program.metadata and layers_of(program) == set("0123")
+    with Computed(model) as computed:
+        model(torch.ones(1, 2, dtype=torch.long))
+    assert computed.found
+
+
+def test_lists_within_layers_stay_whole():
+    def layer():
+        return nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList(layer() for _ in range(7)), "few": nn.ModuleList([nn.ReLU()])})
+    with shortened(model):
+        assert [len(each) for each in model["blocks"]] == [5] * LAYERS and len(model["few"]) == 1
+    assert len(model["blocks"]) == 7
+
+
+def test_a_short_model_is_tried_as_a_whole():
+    model = build("bert")[0]
+    program, small = capture_larger(model, None, None, True)
+    assert small.constants.keys() == program.constants.keys()
+
+
+def test_the_model_is_whole_again_afterwards(model):
+    count = model.config.num_hidden_layers
+    with pytest.raises(ZeroDivisionError), shortened(model):
+        assert len(model.model.layers) == LAYERS == model.config.num_hidden_layers
+        raise ZeroDivisionError
+    assert len(model.model.layers) == count == model.config.num_hidden_layers == 4
