@@ -152,16 +152,17 @@ def compile_(
 
 @app.command()
 def export(
-    artifact: Annotated[Path, typer.Argument(help="An artifact with floating-point weights.")],
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
+    kind: Annotated[str, typer.Option("--format", help="hf (float weights) or compressed-tensors (vLLM).")] = "hf",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a plain Hugging Face folder, which loads without fxc."""
+    """Write a compiled model for other tools, which load it without fxc."""
     from fxc.cli.export import export_model
 
     with output_for(as_json) as output:
-        export_model(output, artifact, out, overwrite)
+        export_model(output, artifact, out, kind, overwrite)
 
 
 @app.command()

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fxc
 from fxc.analysis.sizes import on_disk
+from fxc.errors import UsageError
 from fxc.report.console import Output, size
 from fxc.safety import listed
 
+# Format -> (what writes it, what to say of the folder).
+FORMATS: dict[str, tuple[Callable[..., Any], str]] = {
+    "hf": (fxc.CompiledModel.save_pretrained, "AutoModel.from_pretrained loads it without fxc"),
+    "compressed-tensors": (
+        fxc.CompiledModel.export_compressed_tensors,
+        "vLLM loads it, and AutoModel.from_pretrained where compressed-tensors is installed",
+    ),
+}
 
-def export_model(output: Output, artifact: Path, out: Path, overwrite: bool) -> None:
+
+def export_model(output: Output, artifact: Path, out: Path, kind: str, overwrite: bool) -> None:
+    if kind not in FORMATS:
+        raise UsageError(f"there is no export {kind!r}", where="--format", hint=f"one of {', '.join(FORMATS)}")
+    write, who = FORMATS[kind]
     with output.doing(f"loading {artifact}"):
         model = fxc.load(artifact)
     with output.doing(f"writing {out}, loading it back and comparing"):
-        made = model.save_pretrained(out, overwrite=overwrite)
+        made = write(model, out, overwrite=overwrite)
     if made.zeros:
         output.warn(f"{len(made.zeros)} weights that the program does not have are zero: {listed(made.zeros)}")
+    for warning in made.warnings:
+        output.warn(warning)
     nbytes = on_disk(out)
-    fields = made.config.to_dict()
-    output.line(f"{fields['architectures'][0]} ({fields['model_type']}), {size(nbytes)}")
-    output.line(f"written to {out}: AutoModel.from_pretrained loads it without fxc")
-    output.json({"out": str(out), "class": fields["architectures"][0], "bytes": nbytes, "zeros": made.zeros})
+    output.line(f"{made.kind}, {size(nbytes)}")
+    output.line(f"written to {out}: {who}")
+    output.json(
+        {"out": str(out), "format": kind, "class": made.model_class, "bytes": nbytes, "zeros": made.zeros,
+         "warnings": made.warnings}
+    )  # fmt: skip

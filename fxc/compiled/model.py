@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
-from fxc.export.hugging_face import Exported, export
+from fxc.export import compressed_tensors, hugging_face
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
@@ -242,17 +242,33 @@ class CompiledModel(nn.Module):
             max_shard_bytes=max_shard_bytes,
         )
 
-    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> Exported:
+    def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> hugging_face.Exported:
         """Write a plain Hugging Face folder, which `AutoModel.from_pretrained` loads without fxc: all of it, loaded back and
         compared, or nothing. Raises `UsageError` with the reason where no configuration says what the model is now, as
         where its layers differ or its weights are quantized."""
+        return hugging_face.export(
+            self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
+        )
+
+    def export_compressed_tensors(
+        self, directory: str | Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000
+    ) -> hugging_face.Exported:
+        """Write a quantized model in the compressed-tensors format, for vLLM and transformers: numbers and scales as they are,
+        loaded back and compared, or nothing. Needs the package compressed-tensors. Raises `UsageError` with the layer and the
+        reason where the format has no place for it."""
+        return compressed_tensors.export(
+            self.program, self.config, self.files, directory,
+            overwrite=overwrite, sources=self._sources(), max_shard_bytes=max_shard_bytes,
+        )  # fmt: skip
+
+    def _sources(self) -> list[Path]:
+        """The folders that the model came from, which no export may touch."""
         match self.report.get("source"):
             case {"kind": "folder", "id": str(origin)}:
                 sources = [Path(origin).expanduser()]
             case _:
                 sources = []
-        sources += [self.source] if self.source is not None else []
-        return export(self.program, self.config, self.files, directory, overwrite=overwrite, sources=sources)
+        return sources + ([self.source] if self.source is not None else [])
 
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"

@@ -6,9 +6,10 @@ outputs have to be the program's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fxc.artifact.companions import write
-from fxc.artifact.staging import check_target, staged
 from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.configuration import Fit, changed_fields, describe, weight
+from fxc.export.folder import Target
+from fxc.export.packed import float_dtype
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import cache_types, is_causal_lm
@@ -27,24 +29,35 @@ from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
-from fxc.safety import check_relative_name, listed
+from fxc.safety import listed
 from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
 from fxc.verify.compare import relative_error
 
 _WEIGHTS = "model*.safetensors"
-_OWN = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+_OWN = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
 
 
 @dataclass(frozen=True)
 class Exported:
     """What `export` wrote. config: the new configuration; changes: its fields that differ -> (before, after); zeros: weights
-    that the program never reads, or biases that it has not, which are zero in the folder."""
+    that the program never reads, or biases that it has not, which are zero in the folder; warnings: what a tool that reads the
+    folder may mind."""
 
     folder: Path
     config: Any
     changes: dict[str, tuple[Any, Any]]
     zeros: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def model_class(self) -> str:
+        return self.config.architectures[0]
+
+    @property
+    def kind(self) -> str:
+        """What it is, for people."""
+        return f"{self.model_class} ({self.config.model_type})"
 
 
 def export(
@@ -65,52 +78,37 @@ def export(
     Raises `UsageError` with the reason where no configuration says what the program is or its weights are quantized,
     `VerificationFailed` where the folder does not load or gives other outputs.
     """
-    folder = Path(folder)
-    companions = {name: file for name, file in files.items() if name != "config.json"}
-    for name in companions:
-        check_relative_name(name, where="files")
-    may_replace = (lambda out: _foreign(out, companions)) if overwrite else None
-    for source in sources:
-        check_target(folder, source, lambda _: None)
-    check_target(folder, None, may_replace)
+    target = hugging_face_target(folder, files, overwrite, sources)
+    target.check()
     if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
         formats = sorted({scheme.label for node in program.graph.nodes if (scheme := scheme_of(node.target))})
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint=f"compile without {' and '.join(formats)} weights and export that; fxc.load reads the artifact as it is",
+            hint=f"--format compressed-tensors or gguf; or compile without {' and '.join(formats)} weights and export that",
         )
     if program.is_on_meta:
         raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
     fit = describe(program, config)
-    dtype = _dtype(program)
-    with quiet_transformers(), staged(folder, nbytes=program.nbytes(), may_replace=may_replace) as place:
+    dtype = float_dtype(program, {})
+    with quiet_transformers(), target.staged(program.nbytes()) as place:
         try:
             _filled(fit, program, dtype).save_pretrained(place)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise VerificationFailed(f"transformers does not save it: {first_line(error)}", where=folder) from error
-        write(companions, place)
-        _check_written(place, folder, fit, program, dtype)
+        write(target.files, place)
+        check_written(place, target.folder, fit, program, dtype)
     zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
-    return Exported(folder, fit.config, changed_fields(config, fit.config), zeros)
+    return Exported(target.folder, fit.config, changed_fields(config, fit.config), zeros)
 
 
-def _foreign(out: Path, companions: Mapping[str, Any]) -> str | None:
-    """Why `out` must not be replaced, or None: it may hold only what an export writes."""
-    present = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_symlink() or not p.is_dir()}
-    weights = {p.name for p in out.glob(_WEIGHTS)}
-    if "config.json" not in present or not weights:
-        return "it is no Hugging Face folder with safetensors"
-    others = present - weights - _OWN - companions.keys()
-    return f"it holds files that this export does not write: {listed(others)}" if others else None
-
-
-def _dtype(program: Program) -> torch.dtype:
-    """The floating-point type that most of the constants' numbers are stored in."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in program.constants.values():
-        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+def hugging_face_target(
+    folder: str | Path, files: Mapping[str, Path | bytes], overwrite: bool, sources: Sequence[Path]
+) -> Target:
+    """A folder with config.json and safetensors, and of `files` all but the configuration that the model came with."""
+    companions = {name: file for name, file in files.items() if name != "config.json"}
+    kind = "Hugging Face folder with safetensors"
+    return Target(Path(folder), kind, _WEIGHTS, _OWN, "config.json", companions, overwrite, sources)
 
 
 def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:
@@ -133,18 +131,26 @@ def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------------------- verify
 
 
-def _check_written(place: Path, folder: Path, fit: Fit, program: Program, dtype: torch.dtype) -> None:
-    """Load the folder as anyone would, and run it beside the program."""
+def check_written(
+    place: Path, folder: Path, fit: Fit, program: Program, dtype: torch.dtype, allowed: float | None = None
+) -> None:
+    """Load the folder as anyone would, and run it beside the program. dtype: what is loaded; allowed: the relative error that
+    the outputs may have, where it is not that of rounding to what is computed in. In bfloat16, which rounds away what a wrong
+    configuration does, the same weights are compared in float32."""
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
     try:
-        loaded, report = type(fit.model).from_pretrained(
-            str(place), dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with redirect_stderr(StringIO()):  # the bars of compressed-tensors, which nothing else switches off
+            loaded, report = type(fit.model).from_pretrained(
+                str(place), dtype=wide, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # whatever transformers objects to
         raise VerificationFailed(f"the folder does not load: {first_line(error)}", where=folder) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := [str(key) for key in report.get(kind) or ()]:
             raise VerificationFailed(f"the folder does not load as written: {kind}: {listed(names)}", where=folder)
-    error, allowed = _error(loaded.eval(), program, dtype)
+    with redirect_stderr(StringIO()):
+        error = _error(loaded.eval(), in_float32(program) if wide != dtype else program, wide)
+    allowed = tolerance(wide) if allowed is None else allowed
     if not error <= allowed:
         left = sorted(set(program.constants) - set(fit.places.values()))
         raise VerificationFailed(
@@ -155,21 +161,18 @@ def _check_written(place: Path, folder: Path, fit: Fit, program: Program, dtype:
         )
 
 
-def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> tuple[float, float]:
-    """(the largest relative error of the model's outputs, what rounding may cause). In bfloat16, which rounds away what a
-    wrong configuration does, the same weights are compared in float32."""
-    run_as, computed = (_in_float32(program), torch.float32) if dtype == torch.bfloat16 else (program, dtype)
-    model.to(computed)
+def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> float:
+    """The largest relative error of the model's outputs."""
     worst = 0.0
     for inputs in samples(program):
-        inputs = [t.to(computed) if t.is_floating_point() else t for t in inputs]
+        inputs = [t.to(dtype) if t.is_floating_point() else t for t in inputs]
         with torch.no_grad():
             found = _as_function(model, program, inputs)(*inputs)
-        worst = max(worst, relative_error(found, run(run_as, inputs)))
-    return worst, tolerance(computed)
+        worst = max(worst, relative_error(found, run(program, inputs)))
+    return worst
 
 
-def _in_float32(program: Program) -> Program:
+def in_float32(program: Program) -> Program:
     wide = program.copy()
     wide.constants = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in program.constants.items()}
     for node in wide.graph.nodes:
