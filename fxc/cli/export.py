@@ -19,6 +19,7 @@ FORMATS: dict[str, tuple[Callable[..., Any], str]] = {
         fxc.CompiledModel.export_compressed_tensors,
         "vLLM loads it, and AutoModel.from_pretrained where compressed-tensors is installed",
     ),
+    "gguf": (fxc.CompiledModel.export_gguf, "llama.cpp loads the file, and what is built on it"),
 }
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
-from fxc.export import compressed_tensors, hugging_face
+from fxc.export import compressed_tensors, gguf, hugging_face
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
@@ -260,6 +260,14 @@ class CompiledModel(nn.Module):
             self.program, self.config, self.files, directory,
             overwrite=overwrite, sources=self._sources(), max_shard_bytes=max_shard_bytes,
         )  # fmt: skip
+
+    def export_gguf(self, directory: str | Path, *, overwrite: bool = False) -> gguf.Written:
+        """Write a language model as `directory`/model.gguf, for llama.cpp: packed levels as they are, under scales in float16,
+        read back and compared, or nothing. Layers may be of unlike sizes where llama.cpp has a graph for that. Needs the
+        package gguf. Raises `UsageError` with the reason where llama.cpp has no place for it."""
+        return gguf.export(
+            self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
+        )
 
     def _sources(self) -> list[Path]:
         """The folders that the model came from, which no export may touch."""

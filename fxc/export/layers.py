@@ -25,10 +25,11 @@ from fxc.export.hugging_face import in_float32
 from fxc.export.packed import Packed, packed_weights
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import is_causal_lm
+from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
-from fxc.verify.compare import relative_error, run
+from fxc.verify.compare import relative_error
 
 _LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
 _ATTENTION, _FFN = "self_attn", "mlp"

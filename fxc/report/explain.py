@@ -113,8 +113,9 @@ def as_text(each: Explained) -> str:
 def page() -> str:
     """docs/errors.md."""
     first = (
-        "Every error says what, where, why and what to do next; with `--json` as an object on stdout. The number of its code is the "
-        "exit\ncode of the command line (130 where somebody interrupted it). `fxc explain FXC-E5` prints what stands here."
+        "Every error says what, where, why and what to do next; with `--json` as an object on stdout. The number of its code "
+        "is the exit\ncode of the command line (130 where somebody interrupted it). `fxc explain FXC-E5` prints what stands "
+        "here."
     )
     lines = ["# Errors", "", first, ""]
     for each in EXPLAINED:
