@@ -29,6 +29,8 @@ import pytest
 import torch
 from repo import REPO
 
+from fxc.lower import choose
+
 # For `benchmarks`. Last, so that the folder `kernels` does not come before Hugging Face's package of that name.
 sys.path.append(str(REPO))
 torch.set_num_threads(1)
@@ -50,6 +52,14 @@ def shared_programs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         captures.share(patch)
         parsed.share(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def races_count() -> Iterator[None]:
+    """Tests run beside each other: what they measure of forms would be noise, and the next load would choose others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "_noise", lambda times, share: None)
         yield
 
 

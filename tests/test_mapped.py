@@ -57,7 +57,7 @@ def test_what_is_in_no_file_stays(tensor):
 
 def test_little_is_not_worth_asking_for(tensor, monkeypatch):
     monkeypatch.setattr(mapped, "LEAST_BYTES", 9 * MIB)
-    monkeypatch.setattr(mapped, "_clean", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(mapped, "unwritten", lambda: pytest.fail("asked"))
     assert mapped.let_go([tensor]) == 0
 
 

@@ -24,7 +24,7 @@ from fxc.export.configuration import class_of, weight
 from fxc.export.hugging_face import in_float32
 from fxc.export.packed import Packed, packed_weights
 from fxc.frontend.check import tolerance
-from fxc.ir.cache import is_causal_lm
+from fxc.ir.cache import empty_cache, is_causal_lm
 from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.schemes.scheme import scheme_of
@@ -100,7 +100,7 @@ def check_computes(program: Program, config: Any, layers: Layers) -> None:
     wide = in_float32(_without_rounding(program))
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, rows, (2, 12), generator=torch.Generator().manual_seed(0))
-    past = [torch.zeros(2, shape[1], 0, shape[3]) for n in wide.placeholders[3:] if (shape := n.meta["val"].shape)]
+    past = [each.float() for each in empty_cache(wide, len(ids))]
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False).logits

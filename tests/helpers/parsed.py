@@ -14,8 +14,10 @@ _KEPT: dict[tuple, Program] = {}
 _parse = store.parse_program
 
 
-def _remembered(text: str, constants: dict[str, Tensor]) -> Program:
+def _remembered(text: str, constants: dict[str, Tensor] | None) -> Program:
     """The program of a text that was parsed with constants of these types: what parsing looks at."""
+    if constants is None:
+        return _parse(text, constants)
     types = ((name, tensor.dtype, tensor.shape, tensor.device) for name, tensor in sorted(constants.items()))
     key = hashlib.blake2b(text.encode()).digest(), tuple(types)
     if key not in _KEPT:

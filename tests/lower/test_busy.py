@@ -13,6 +13,8 @@ from fxc.lower import choose
 from fxc.lower.candidates import FLOAT, INT8, NATIVE_INT4, NATIVE_INT8
 from fxc.report.lowering import describe
 
+NOISE = choose._noise
+
 
 class Clock:
     """In the place of `time`: it moves when a form runs."""
@@ -43,6 +45,7 @@ def clock(monkeypatch, tmp_path):
     choose.measure.cache_clear()
     found = Clock()
     monkeypatch.setattr(choose, "time", found)
+    monkeypatch.setattr(choose, "_noise", NOISE)
     yield found
     choose.measure.cache_clear()
 
