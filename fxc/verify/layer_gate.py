@@ -75,7 +75,8 @@ def _outputs(program: Program, node: fx.Node, rows: Tensor) -> Iterator[Tensor]:
         known = {each: tensor[start : start + some] for each, tensor in constants.items()} | {node.args[0]: rows}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
-            yield node.target(*args, **kwargs)
+            outputs = node.target(*args, **kwargs)
+        yield outputs  # outside: who takes turns with another one would leave gradients off
 
 
 def _weights(program: Program, weight: Tensor, made: fx.Node) -> Iterator[tuple[Tensor, Tensor]]:
