@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fxc.artifact.companions import has_vocabulary, is_added_tokenizer
+from fxc.artifact.staging import digest_of_file
 from fxc.errors import InputRefused, UsageError
 from fxc.safety import check_contained, check_files, check_relative_name, listed, read_json
 
@@ -148,9 +149,5 @@ def replaceable(folder: Path) -> str | None:
 
 
 def _digests(paths: list[Path]) -> list[str]:
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor() as pool:  # hashing a large block releases the interpreter's lock
-        return list(pool.map(digest, paths))
+        return list(pool.map(digest_of_file, paths))

@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxc.artifact.staging import resource_error, sync
+from fxc.artifact.staging import digest_of_file, on_disk, sync
 from fxc.errors import ResourceError
 
 JOURNAL = "journal.jsonl"
@@ -37,7 +36,7 @@ class Spill:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.parts: dict[Path, list[str]] = {}
         self._saved: list[tuple[Path, str, Tensor]] = []
-        with _on_disk(self.folder):
+        with on_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lines = self._lines(text)
             named = {line["file"] for line in lines}
@@ -66,14 +65,14 @@ class Spill:
             # An earlier process wrote something else from here on.
             self.forget()
         path = self.folder / _PART.format(len(self.parts))
-        with _on_disk(self.folder):
+        with on_disk(self.folder):
             scratch = path.with_suffix(".tmp")
             try:
                 save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
             except SafetensorError as error:  # in which the library wraps what the operating system said
                 raise ResourceError("a part of the result could not be written", where=self.folder, why=error,
                                     hint="check the free space of the disk; --resume goes on from here") from error  # fmt: skip
-            digest = _digest(scratch)
+            digest = digest_of_file(scratch)
             sync(scratch)
             scratch.rename(path)
             sync(self.folder)
@@ -103,7 +102,7 @@ class Spill:
             for text in rest:
                 line = json.loads(text)
                 part = self.folder / _PART.format(len(found))
-                if line["file"] != part.name or not part.is_file() or _digest(part) != line["sha256"]:
+                if line["file"] != part.name or not part.is_file() or digest_of_file(part) != line["sha256"]:
                     break
                 found.append(line)
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
@@ -111,19 +110,6 @@ class Spill:
         return found
 
 
-@contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise resource_error(error, folder) from error
-
-
 def _mapped(path: Path, names: list[str]) -> dict[str, Tensor]:
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in names}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -74,6 +75,15 @@ def resource_error(error: OSError, out: Path) -> ResourceError:
         why=f"at {error.filename}" if error.filename else None,
         hint=f"{hint}; what was there before is unchanged",
     )
+
+
+@contextmanager
+def on_disk(out: Path) -> Iterator[None]:
+    """Whatever the operating system refuses in it is a `ResourceError`."""
+    try:
+        yield
+    except OSError as error:
+        raise resource_error(error, out) from error
 
 
 def check_target(
@@ -227,6 +237,12 @@ def write_file(path: Path, content: bytes) -> None:
 def _sync(folder: Path) -> None:
     for path in [*sorted(folder.rglob("*")), folder]:
         sync(path)
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fxc.artifact.staging import locked, resource_error, sync
+from fxc.artifact.staging import digest_of_file, locked, on_disk, sync
 
 JOURNAL = "journal.jsonl"
 
@@ -40,7 +40,7 @@ class Saves:
 
     def journal(self, key: Mapping[str, Any]) -> Journal:
         """Of the run of this key (JSON), as far as an earlier process came."""
-        with _on_disk(self.folder):
+        with on_disk(self.folder):
             return Journal(self.folder, key, self.in_memory)
 
 
@@ -49,7 +49,7 @@ def saving(folder: Path, *, in_memory: bool = True) -> Iterator[Saves]:
     """Save in `folder`, which no other process uses at the same time, and which stays until somebody calls `remove`. Raises
     `ResourceError` where the disk does not permit it, or another process is there."""
     folder = folder.resolve()
-    with _on_disk(folder):
+    with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
@@ -59,20 +59,12 @@ def saving(folder: Path, *, in_memory: bool = True) -> Iterator[Saves]:
                 folder.rmdir()
 
 
-@contextmanager
-def _on_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise resource_error(error, folder) from error
-
-
 def remove(folder: Path) -> None:
     """Remove what runs saved in `folder`, and the folder where that was all. Raises `ResourceError` where another process is
     saving there."""
     if not folder.is_dir():
         return
-    with locked(folder), _on_disk(folder):
+    with locked(folder), on_disk(folder):
         for each in folder.glob(f"*/{JOURNAL}"):
             shutil.rmtree(each.parent)
         if not any(folder.iterdir()):
@@ -183,8 +175,7 @@ class Journal:
         path = self.folder / entry["file"]
         if not path.is_file():
             return False
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return digest_of_file(path) == entry["sha256"]
 
     def _chained(self, line: dict[str, Any]) -> str:
         if "stage" in line:
@@ -197,7 +188,7 @@ class Journal:
         return text + "\n"
 
     def _append(self, line: dict[str, Any]) -> None:
-        with _on_disk(self.folder), (self.folder / JOURNAL).open("ab") as file:
+        with on_disk(self.folder), (self.folder / JOURNAL).open("ab") as file:
             file.write(self._chained(line).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -206,7 +197,7 @@ class Journal:
     def _written(self, name: str) -> Iterator[Spill]:
         """A file that is there when the block ends, as a whole."""
         path = self.folder / f"{name}.tmp"
-        with _on_disk(self.folder):
+        with on_disk(self.folder):
             with path.open("wb") as file:
                 spill = Spill(file, name)
                 yield spill

@@ -99,10 +99,11 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         output.warn(f"the checkpoint holds {size(unused['bytes'])} that the model does not use: {unused['tensors']}")
     if captured.is_streamed or request.plan_only:
         plan = plan_of(captured, options)
-        output.note(plan) if not request.plan_only else output.line(plan)
         if request.plan_only:
+            output.line(plan)
             output.json(asdict(plan))
             return
+        output.note(plan)
         plan.check()
         check_target(out, source, replaceable if request.overwrite else None, plan.result or 0)
     if captured.is_streamed and (request.measure or text is not None):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fxc.artifact.manifest import MANIFEST, read_manifest, replaceable
-from fxc.artifact.staging import check_target, locked, resource_error, sync
+from fxc.artifact.staging import check_target, locked, on_disk, sync
 from fxc.errors import InputRefused, UsageError
 
 STATE = ".fxc-compare"
@@ -47,7 +47,7 @@ def opened(out: Path, model: Mapping[str, Any], source: Path | None, *, force: b
     begin anew, whatever it is a comparison of. Raises `UsageError` for one of another model, and as `check_folder` does."""
     out = out.resolve()
     with ExitStack() as stack:
-        with _on_disk(out):
+        with on_disk(out):
             check_folder(out, source)
             out.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
@@ -65,14 +65,6 @@ def opened(out: Path, model: Mapping[str, Any], source: Path | None, *, force: b
                 hint="give another folder; --force (force=True) begins anew in this one",
             )  # fmt: skip
         yield folder
-
-
-@contextmanager
-def _on_disk(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise resource_error(error, out) from error
 
 
 class Folder:
@@ -107,7 +99,7 @@ class Folder:
         """A file of the folder, which is there as a whole and on the disk, or as it was."""
         path = self.path / name
         part = path.with_name(f".{path.name}.part")
-        with _on_disk(self.path):
+        with on_disk(self.path):
             with part.open("wb") as file:
                 file.write(content if isinstance(content, bytes) else content.encode("utf-8", errors="backslashreplace"))
                 file.flush()

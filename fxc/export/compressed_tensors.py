@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fxc.artifact.companions import write
 from fxc.errors import UsageError
 from fxc.export.configuration import Fit, changed_fields, describe, weight
+from fxc.export.folder import check_has_values
 from fxc.export.hugging_face import Exported, check_written, hugging_face_target
 from fxc.export.packed import Packed, as_float, float_dtype, packed_weights, refused
 from fxc.frontend.check import tolerance
@@ -98,8 +99,7 @@ def export(
             where="--format compressed-tensors",
             hint="pip install 'fxc[compressed-tensors]'",
         )
-    if program.is_on_meta:
-        raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
+    check_has_values(program, folder)
     packed = packed_weights(program)
     if not packed:
         raise UsageError(

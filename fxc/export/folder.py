@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fxc.artifact.staging import check_target, staged
+from fxc.errors import UsageError
+from fxc.ir.program import Program
 from fxc.safety import check_relative_name, listed
+
+
+def check_has_values(program: Program, folder: str | Path) -> None:
+    """Raises `UsageError` for a program on meta."""
+    if program.is_on_meta:
+        raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
 
 
 @dataclass(frozen=True)

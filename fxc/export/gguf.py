@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxc.errors import UsageError, VerificationFailed
 from fxc.export import ggml
-from fxc.export.folder import Target
+from fxc.export.folder import Target, check_has_values
 from fxc.export.gguf_vocabulary import Vocabulary, vocabulary
 from fxc.export.layers import Layers, check_computes, layers_of, permuted, trimmed
 from fxc.export.packed import Packed
@@ -100,8 +100,7 @@ def export(
         raise UsageError(
             "the package gguf writes the file, and is not installed", where="--format gguf", hint="pip install 'fxc[gguf]'"
         )
-    if program.is_on_meta:
-        raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
+    check_has_values(program, folder)
     kind = getattr(config, "model_type", None)
     if kind not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)

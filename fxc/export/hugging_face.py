@@ -20,7 +20,7 @@ from fxc.artifact.companions import write
 from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.configuration import Fit, changed_fields, describe, weight
-from fxc.export.folder import Target
+from fxc.export.folder import Target, check_has_values
 from fxc.export.packed import float_dtype
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.check import tolerance
@@ -87,8 +87,7 @@ def export(
             why=quantized,
             hint=f"--format compressed-tensors or gguf; or compile without {' and '.join(formats)} weights and export that",
         )
-    if program.is_on_meta:
-        raise UsageError("the program has no values", where=folder, hint="load the model's weights before compiling it")
+    check_has_values(program, folder)
     fit = describe(program, config)
     dtype = float_dtype(program, {})
     with quiet_transformers(), target.staged(program.nbytes()) as place:
