@@ -33,6 +33,18 @@ class Reading:
     def __enter__(self) -> Reading:
         return self
 
+    def begins(self, tensor: Tensor) -> None:
+        """`tensor` is about to be read. The last READ_BYTES that were stay, for whoever reads the largest of them may ask for
+        others meanwhile."""
+        self._read.append(tensor)
+        self._bytes += tensor.nbytes
+        gone = []
+        while self._bytes - self._read[0].nbytes >= READ_BYTES:
+            gone.append(self._read.pop(0))
+            self._bytes -= gone[-1].nbytes
+        if gone:
+            let_go(gone, self.clean)
+
     def done(self, tensors: Iterable[Tensor]) -> None:
         for each in tensors:
             self._read.append(each)

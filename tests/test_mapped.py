@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fxc import mapped
+from fxc.ir.store import Constants
 
 MIB = 1 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what of a mapping is in memory")
@@ -78,3 +79,17 @@ def test_what_is_read_one_after_another_is_let_go_when_it_is_much(tensor, monkey
         tensor.sum()
         reading.done([tensor[:0], tensor])
         assert resident(tensor) < MIB
+
+
+def test_what_is_larger_than_may_be_read_is_let_go_when_the_next_is(tmp_path, monkeypatch):
+    """As the weights of a large model are: whoever asks for one reads it afterwards."""
+    monkeypatch.setattr(mapped, "READ_BYTES", MIB)
+    save_file({name: torch.ones(MIB) for name in "abc"}, tmp_path / "file.safetensors")
+    with safe_open(tmp_path / "file.safetensors", framework="pt", device="cpu") as opened:
+        tensors = {name: opened.get_tensor(name) for name in "abc"} | {"small": torch.ones(1)}
+    constants, most = Constants(tensors, spill=None), 0
+    for name in "abc":
+        read = constants[name]
+        assert constants["small"] == 1 and read.sum() == MIB
+        most = max(most, resident(tensors["a"]))
+    assert 4 * MIB <= most < 9 * MIB

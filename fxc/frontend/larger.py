@@ -17,7 +17,7 @@ from fxc.ir.program import Program
 
 # More layers are not left, and one of layers that are larger.
 LAYERS = 2
-LARGE = 1 << 30
+LARGE = 1 << 28
 # What is seen on the small model and holds for the whole.
 _SEEN = ("positions", "examples")
 

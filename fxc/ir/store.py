@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fxc.mapped import Reading, unwritten
+from fxc.mapped import Reading, give_back, unwritten
 
 # So much that was put in may wait in memory to be written together.
 PART_BYTES = 1 << 28
@@ -41,8 +41,9 @@ class Constants(dict[str, Tensor]):
         self._again: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Tensor:
-        self._reading.done([super().__getitem__(name)])
-        return super().__getitem__(name)
+        tensor = super().__getitem__(name)
+        self._reading.begins(tensor)
+        return tensor
 
     def get(self, name: str, default: Any = None) -> Any:
         try:
@@ -103,6 +104,7 @@ class Constants(dict[str, Tensor]):
                 super().__setitem__(name, tensor)
             self._waiting = {}
             self._reading.clean = unwritten()
+            give_back()
 
 
 def saved(constants: Mapping[str, Tensor], accept: Callable[[str], bool]) -> dict[str, Tensor]:
