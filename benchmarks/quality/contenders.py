@@ -8,6 +8,8 @@ from typing import Any
 FXC = "fxc"
 # Half-blocks trained on the calibration data.
 BLOCKS = "recover:method=blocks:block_steps=200"
+# Then by the loss: four bits their scales, gains and biases, three bits everything.
+LOSS = "recover:steps=200"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def _integers(bits: int, group: int) -> list[Contender]:
     theirs.append(Contender(title, "torchao Intx weight only", {"tool": "torchao", **size}))
     line = f"int4:group={group}" + (f":bits={bits}" if bits != 4 else "")
     lines = [line, *(f"{line}:algorithm={each}" for each in ("grid", "gptq", "qronos", "round"))]
-    lines.append(f"{line}:algorithm=qronos,{BLOCKS}")
+    lines += [f"{line}:algorithm=qronos,{each}" for each in (BLOCKS, LOSS)]
     return theirs + [_ours(title, each) for each in lines]
 
 
