@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
-from fxc.export import compressed_tensors, gguf, hugging_face
+from fxc.export import compressed_tensors, gguf, hugging_face, onnx
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
@@ -266,6 +266,14 @@ class CompiledModel(nn.Module):
         read back and compared, or nothing. Layers may be of unlike sizes where llama.cpp has a graph for that. Needs the
         package gguf. Raises `UsageError` with the reason where llama.cpp has no place for it."""
         return gguf.export(
+            self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
+        )
+
+    def export_onnx(self, directory: str | Path, *, overwrite: bool = False) -> onnx.Written:
+        """Write `directory`/model.onnx, for ONNX Runtime: levels and scales as they are, in float32 where it computes in floats,
+        with sizes that vary and a decoder's cache as inputs and outputs, run by ONNX Runtime and compared, or nothing. Needs
+        onnx, onnxscript and onnxruntime. Raises `UsageError` with the layer and the reason where ONNX has no operator for it."""
+        return onnx.export(
             self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
         )
 
