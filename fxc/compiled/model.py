@@ -270,9 +270,9 @@ class CompiledModel(nn.Module):
         )
 
     def export_onnx(self, directory: str | Path, *, overwrite: bool = False) -> onnx.Written:
-        """Write `directory`/model.onnx, for ONNX Runtime: levels and scales as they are, in float32 where it computes in floats,
-        with sizes that vary and a decoder's cache as inputs and outputs, run by ONNX Runtime and compared, or nothing. Needs
-        onnx, onnxscript and onnxruntime. Raises `UsageError` with the layer and the reason where ONNX has no operator for it."""
+        """Write `directory`/model.onnx, for ONNX Runtime: levels and scales as they are, floats computed in float32, sizes that
+        vary, a decoder's cache as inputs and outputs; run by ONNX Runtime and compared, or nothing. Needs onnx, onnxscript and
+        onnxruntime. Raises `UsageError` with the layer and the reason where ONNX has no operator for it."""
         return onnx.export(
             self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
         )
