@@ -33,10 +33,10 @@ from fxc.export.folder import Target, check_has_values
 from fxc.export.hugging_face import in_float32
 from fxc.export.onnx_products import ACCURACY_LEVEL, written_out
 from fxc.export.packed import as_float, packed_weights
+from fxc.export.runs import TWO_BYTES, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import is_causal_lm, is_past, is_present
 from fxc.ir.names import layer_at
-from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.verify.compare import difference
 
@@ -48,7 +48,6 @@ _ROUNDED = 0.02
 """Relative error of outputs where activations are rounded as the model runs: see `compressed_tensors`."""
 _ROUNDED_IN_BLOCKS = 0.1
 """The same where MatMulNBits rounds them in its own way, after its numbers were compared without that."""
-_TWO_BYTES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _stored_narrow(written: Program, program: Program) -> Program:
     """Constants that `program` has in two bytes are stored so, and widened where they are read."""
     for node in written.graph.find_nodes(op="get_attr"):
         narrow = program.constants.get(node.target)
-        if narrow is None or narrow.dtype not in _TWO_BYTES:
+        if narrow is None or narrow.dtype not in TWO_BYTES:
             continue
         written.constants[node.target] = narrow
         with written.graph.inserting_after(node):
@@ -165,7 +164,7 @@ def _size_names(program: Program) -> dict[tuple[str, int], str]:
 
 def _model(written: Program, program: Program) -> Any:
     """torch's ONNX program of `written`."""
-    inputs = [t.float() if t.dtype in _TWO_BYTES else t for t in samples(program)[0]]
+    inputs = [t.float() if t.dtype in TWO_BYTES else t for t in samples(program)[0]]
     sizes = tuple(
         {d: torch.export.Dim.AUTO for d, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
         for node in program.placeholders
@@ -286,14 +285,13 @@ def _compare(path: Path, folder: Path, wide: Program, allowed: float) -> float:
     except Exception as error:  # whatever ONNX Runtime objects to
         raise VerificationFailed(f"ONNX Runtime does not load it: {first_line(error)}", where=folder) from error
     worst = 0.0
-    for inputs in samples(wide):
-        inputs = [t.float() if t.dtype in _TWO_BYTES else t for t in inputs]
+    for inputs, expected in runs(wide, is_wide=True):
         try:
             found = session.run(None, {name: t.numpy() for name, t in zip(input_names(wide), inputs, strict=True)})
         except Exception as error:
             sizes = ", ".join(str(list(t.shape)) for t in inputs[:3])
             raise VerificationFailed(f"ONNX Runtime fails at the sizes {sizes}: {first_line(error)}", where=folder) from error
-        pairs = zip(wide.signature.outputs, map(torch.from_numpy, found), run(wide, inputs), strict=True)
+        pairs = zip(wide.signature.outputs, map(torch.from_numpy, found), expected, strict=True)
         kept = [(_real(wide, name, mine, inputs), _real(wide, name, theirs, inputs)) for name, mine, theirs in pairs]
         seen = difference([mine for mine, _ in kept], [theirs for _, theirs in kept])
         worst = max(worst, seen.error, float("inf") if seen.unequal and allowed < _ROUNDED else 0.0)
