@@ -278,7 +278,7 @@ class CompiledModel(nn.Module):
         )
 
     def export_aoti(self, directory: str | Path, *, overwrite: bool = False) -> aoti.Written:
-        """Write `directory`/model.pt2, compiled by AOTInductor for this machine's CPU, which torch runs without fxc and without a
+        """Write `directory`/model.pt2, compiled by AOTInductor for this machine's CPU, which torch runs without fxc or a
         compiler: packed weights as they are; loaded back and compared, or nothing. Raises `UsageError` without a C++ compiler,
         and with the layer and the reason for what a package cannot hold."""
         return aoti.export(self.program, self.files, directory, overwrite=overwrite, sources=self._sources())

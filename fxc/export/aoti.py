@@ -3,8 +3,8 @@
     run = torch._inductor.aoti_load_package("OUT/model.pt2")      # or from C++: torch::inductor::AOTIModelPackageLoader
     outputs = run(*inputs)                                        # flat tensors, in the order of OUT/names.json
 
-The package is C++ compiled for this machine's kind of CPU, with the weights beside it. Packed weights stay packed: each product is
-written by the definition that its format gives (`Scheme.dense`, `Product.rounded`), int8 as a product of integers.
+The package is C++ compiled for this machine's kind of CPU, and the weights. Packed weights stay packed: each product is written
+by the definition that its format gives (`Scheme.dense`, `Product.rounded`), int8 as a product of integers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.folder import Target, check_has_values
 from fxc.export.packed import packed_weights, refused
-from fxc.export.runs import runs
+from fxc.export.runs import dynamic_shapes, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.call import Call
 from fxc.ir.names import layer_at, parts_of
@@ -189,20 +189,17 @@ def conv2d(
     numbers = parts[scheme.numbers]
     weight = scheme.dense({**parts, scheme.numbers: numbers.flatten(1)}).view(numbers.shape)
     read = x.float() if product.rounded is None else product.rounded(x, **learned)
-    return functional.conv2d(read, weight, None if bias is None else bias.float(), stride, padding, dilation, groups).to(x.dtype)
+    wide = None if bias is None else bias.float()
+    return functional.conv2d(read, weight, wide, stride, padding, dilation, groups).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- compile
 
 
 def _compile(module: fx.GraphModule, program: Program, path: Path) -> None:
-    sizes = tuple(
-        {d: torch.export.Dim.AUTO for d, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
-        for node in program.placeholders
-    )
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, tuple(samples(program)[0]), dynamic_shapes=(sizes,), strict=False)
+            exported = torch.export.export(module, tuple(samples(program)[0]), dynamic_shapes=dynamic_shapes(program))
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
     except Exception as error:  # Inductor wraps whatever its lowerings and the C++ compiler raise
         raise UsageError(

@@ -33,7 +33,7 @@ from fxc.export.folder import Target, check_has_values
 from fxc.export.hugging_face import in_float32
 from fxc.export.onnx_products import ACCURACY_LEVEL, written_out
 from fxc.export.packed import as_float, packed_weights
-from fxc.export.runs import TWO_BYTES, runs
+from fxc.export.runs import TWO_BYTES, dynamic_shapes, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import is_causal_lm, is_past, is_present
 from fxc.ir.names import layer_at
@@ -165,15 +165,11 @@ def _size_names(program: Program) -> dict[tuple[str, int], str]:
 def _model(written: Program, program: Program) -> Any:
     """torch's ONNX program of `written`."""
     inputs = [t.float() if t.dtype in TWO_BYTES else t for t in samples(program)[0]]
-    sizes = tuple(
-        {d: torch.export.Dim.AUTO for d, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
-        for node in program.placeholders
-    )
     try:
         with _quiet(), torch.no_grad():
             made = torch.onnx.export(
-                written.module(), tuple(inputs), dynamo=True, dynamic_shapes=sizes, opset_version=OPSET, verbose=False,
-                input_names=input_names(program), output_names=output_names(program), external_data=False,
+                written.module(), tuple(inputs), dynamo=True, dynamic_shapes=dynamic_shapes(program), opset_version=OPSET,
+                input_names=input_names(program), output_names=output_names(program), external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch.onnx wraps whatever its translations raise
         raise _untranslated(error, program) from error

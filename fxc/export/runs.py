@@ -1,8 +1,9 @@
-"""What a program gives on made-up inputs, to compare with what another tool makes of it."""
+"""The sizes and values that a program is exported with, and what it gives for them, which another tool has to give too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +29,9 @@ def runs(program: Program, *, is_wide: bool = False) -> Iterator[tuple[list[Tens
                 raise
             continue
         yield inputs, outputs
+
+
+def dynamic_shapes(program: Program) -> tuple[dict[int, Any], ...]:
+    """The sizes of each input that vary, as torch.export takes them."""
+    shapes = [node.meta["val"].shape for node in program.placeholders]
+    return tuple({d: torch.export.Dim.AUTO for d, n in enumerate(shape) if not isinstance(n, int)} for shape in shapes)
