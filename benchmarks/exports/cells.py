@@ -45,7 +45,7 @@ PROMPT, NEW = [5, 17, 40, 9, 81, 3, 22], 16
 
 
 def cell(source: Source, kind: Format, scratch: Path) -> dict[str, Any]:
-    """What came of it: {"status": "agrees", "refused", "differs", "failed"}, with "why", and what is known besides."""
+    """What came of it: {"status": "agrees", "refused", "differs" or "failed"}, with "why" and "where", or what is known besides."""
     out = scratch / "export"
     shutil.rmtree(out, ignore_errors=True)
     try:
@@ -56,9 +56,9 @@ def cell(source: Source, kind: Format, scratch: Path) -> dict[str, Any]:
         compiled = fxc.optimize(model, example, passes=kind.passes, verify=False, **options)
         made = kind.write(compiled, out)
     except VerificationFailed as error:
-        return {"status": "differs", "why": _said(error)}
+        return {"status": "differs", **_said(error)}
     except FxcError as error:
-        return {"status": "refused", "why": _said(error)}
+        return {"status": "refused", **_said(error)}
     except Exception as error:  # a bug, of fxc or of a tool: it has to be seen in the table
         return {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     found = {"status": "agrees", "warnings": list(made.warnings)}
@@ -75,9 +75,8 @@ def _token_samples() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": torch.randint(3, 300, (1, 24), generator=generator)} for _ in range(4)]
 
 
-def _said(error: FxcError) -> str:
-    text = f"{error.where}: {error.what}" if error.where else str(error.what)
-    return f"{text} ({error.why})" if error.why else text
+def _said(error: FxcError) -> dict[str, Any]:
+    return {"where": error.where, "why": f"{error.what} ({error.why})" if error.why else error.what}
 
 
 def _by_llama_cpp(file: Path, compiled: fxc.CompiledModel) -> dict[str, Any]:
