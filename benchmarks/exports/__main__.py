@@ -3,9 +3,9 @@
     python -m benchmarks.exports
     python -m benchmarks.exports --sources Llama,BERT --formats onnx
 
-Each cell is written to benchmarks/results/exports.json when it is done, and one that is there is not run again (`--again` does). A
-table of all that is there is benchmarks/results/exports.md and, with what the formats are, docs/exports.md. llama-cpp-python runs the
-GGUF files where it is installed; vLLM is not run.
+Each cell is written to benchmarks/results/exports.json when it is done, and what is there is not run again (`--again` does).
+The table of all of it is benchmarks/results/exports.md and, with what the formats are, docs/exports.md. llama-cpp-python
+runs the GGUF files where it is installed; vLLM is not run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from benchmarks.output import RESULTS, note, quiet
 from fxc.kernel_bench.files import versions, write_texts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PACKAGES = ["fxc", "torch", "transformers", "compressed-tensors", "gguf", "onnx", "onnxscript", "onnxruntime", "llama-cpp-python"]
+PACKAGES = ["fxc", "torch", "transformers", "compressed-tensors", "gguf", "onnx", "onnxscript", "onnxruntime"]
+PACKAGES += ["llama-cpp-python"]
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ PROMPT, NEW = [5, 17, 40, 9, 81, 3, 22], 16
 
 
 def cell(source: Source, kind: Format, scratch: Path) -> dict[str, Any]:
-    """What came of it: {"status": "agrees", "refused", "differs" or "failed"}, with "why" and "where", or what is known besides."""
+    """What came of it: {"status": "agrees", "refused", "differs" or "failed"}, with "why", or what is known besides."""
     out = scratch / "export"
     shutil.rmtree(out, ignore_errors=True)
     try:

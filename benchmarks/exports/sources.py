@@ -28,8 +28,8 @@ _PICTURES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2
 
 @dataclass(frozen=True)
 class Source:
-    """name: of the row; make: what `fxc.optimize` takes, and example inputs or None; calib: for static ranges, None where tokens
-    will do."""
+    """name: of the row; make: what `fxc.optimize` takes, and example inputs or None; calib: for static ranges, None where
+    tokens will do."""
 
     name: str
     make: Callable[[], tuple[Any, Any]]

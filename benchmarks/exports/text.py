@@ -10,9 +10,10 @@ from fxc.kernel_bench.files import versions_text
 _HEAD = """\
 # What goes where
 
-Which model can go out of fxc in which format, tried and not guessed: `python -m benchmarks.exports` compiles a model of each family,
-exports it, and every export loads what it wrote with the other tool, runs it and compares the outputs with the program's before the folder
-is there. Models are tiny, with random weights, but for the three that are named trained. The page is written by that command.
+Which model can go out of fxc in which format, tried and not guessed: `python -m benchmarks.exports` compiles a model of each
+family and exports it, and every export loads what it wrote with the other tool, runs it and compares the outputs with the
+program's before the folder is there. Models are tiny, with random weights, but for those that are named trained. The command
+writes this page.
 
 | `fxc export --format` | what it writes | who loads it | install |
 |---|---|---|---|
@@ -23,7 +24,7 @@ is there. Models are tiny, with random weights, but for the three that are named
 | `aoti` | `model.pt2`, compiled for this machine's kind of CPU | torch alone, or C++ | a C++ compiler, for writing |
 
 A number is the relative error of the outputs in the other tool. "yes": written, loaded and equal within the format's tolerance
-(rounding of float32, and 2 % where activations are rounded as the model runs). A letter is a reason, below.
+(rounding, and 2 % where activations are rounded as the model runs). A letter is a reason, below.
 vLLM was not run: the only wheel that pip finds (0.33.0) is built for CUDA 13 and wants torch 2.14 and an older transformers.
 """
 
@@ -38,7 +39,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"| {source} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- **{letter}** {_escaped(reason)}" for reason, letter in reasons.items())]
     if llama := _by_llama(report):
-        lines += ["", "GGUF files run by llama.cpp (llama-cpp-python), greedily after one prompt, beside the compiled model:", ""]
+        lines += ["", "GGUF files run by llama.cpp (llama-cpp-python), greedily after a prompt, and the compiled model:", ""]
         lines += ["| | " + " | ".join(llama) + " |", "|---" * (len(llama) + 1) + "|"]
         rows = [source for source in report["cells"] if any(source in column for column in llama.values())]
         lines += [f"| {source} | " + " | ".join(llama[name].get(source, "") for name in llama) + " |" for source in rows]

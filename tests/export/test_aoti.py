@@ -1,4 +1,4 @@
-"""Packages of AOTInductor: torch alone runs them, where there is neither fxc nor a compiler, and computes what the program does."""
+"""Packages of AOTInductor: torch alone runs them, with neither fxc nor a compiler, and computes the same."""
 
 import json
 import subprocess
@@ -72,7 +72,7 @@ def test_products_are_written_by_their_definitions(name, passes):
 
 
 def test_experts_are_refused(tmp_path):
-    for passes, said in (("int8:only=re:experts", "AOTInductor cannot hold it as int8"), ("canonicalize", "package holds no fxc")):
+    for passes, said in (("int8:only=re:experts", "AOTInductor cannot hold it as int8"), ("canonicalize", "holds no fxc")):
         with pytest.raises(UsageError, match=said):
             compiled("mixtral", passes).export_aoti(tmp_path / "out")
     assert not any(tmp_path.iterdir())
