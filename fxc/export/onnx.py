@@ -286,7 +286,10 @@ def _compare(path: Path, folder: Path, wide: Program, allowed: float) -> float:
             found = session.run(None, {name: t.numpy() for name, t in zip(input_names(wide), inputs, strict=True)})
         except Exception as error:
             sizes = ", ".join(str(list(t.shape)) for t in inputs[:3])
-            raise VerificationFailed(f"ONNX Runtime fails at the sizes {sizes}: {first_line(error)}", where=folder) from error
+            raise VerificationFailed(
+                f"ONNX Runtime fails at the sizes {sizes}: {first_line(error)}", where=folder,
+                hint="where torch.onnx takes a size for a constant: compile with --dynamic for those that vary",
+            ) from error  # fmt: skip
         pairs = zip(wide.signature.outputs, map(torch.from_numpy, found), expected, strict=True)
         kept = [(_real(wide, name, mine, inputs), _real(wide, name, theirs, inputs)) for name, mine, theirs in pairs]
         seen = difference([mine for mine, _ in kept], [theirs for _, theirs in kept])
