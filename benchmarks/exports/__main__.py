@@ -1,7 +1,7 @@
 """What goes where: models of many families in every format that fxc exports, loaded by the other tool and compared.
 
     python -m benchmarks.exports
-    python -m benchmarks.exports --sources Llama,BERT --formats onnx
+    python -m benchmarks.exports --sources 'Llama;BERT' --formats onnx
 
 Each cell is written to benchmarks/results/exports.json when it is done, and what is there is not run again (`--again` does).
 The table of all of it is benchmarks/results/exports.md and, with what the formats are, docs/exports.md. llama-cpp-python
@@ -31,15 +31,15 @@ PACKAGES += ["llama-cpp-python"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exports", description=__doc__.partition("\n")[0])
-    parser.add_argument("--sources", default="", help="rows whose name begins so, by commas; all by default")
-    parser.add_argument("--formats", default="", help="columns whose name begins so, by semicolons; all by default")
+    parser.add_argument("--sources", default="", help="rows of these names, or whose names begin so, by semicolons; all by default")
+    parser.add_argument("--formats", default="", help="columns, likewise")
     parser.add_argument("--again", action="store_true", help="run cells that are there already")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are, and go to")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where exports.md goes")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
-    rows = _chosen(parser, SOURCES, options.sources.split(",") if options.sources else [])
+    rows = _chosen(parser, SOURCES, options.sources.split(";") if options.sources else [])
     columns = _chosen(parser, FORMATS, options.formats.split(";") if options.formats else [])
     path = options.results / "exports.json"
     report = json.loads(path.read_text()) if path.exists() else {"cells": {}}
@@ -60,7 +60,11 @@ def main() -> None:
 
 
 def _chosen(parser: argparse.ArgumentParser, known: tuple[Any, ...], wanted: list[str]) -> list[Any]:
-    found = [each for each in known if not wanted or any(each.name.startswith(name) for name in wanted)]
+    names = {each.name for each in known}
+    found = [
+        each for each in known
+        if not wanted or any(each.name == name or (name not in names and each.name.startswith(name)) for name in wanted)
+    ]  # fmt: skip
     if not found:
         parser.error(f"there is none of {', '.join(wanted)}: {'; '.join(each.name for each in known)}")
     return found

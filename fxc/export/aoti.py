@@ -23,8 +23,9 @@ from fxc.artifact.companions import write
 from fxc.data.samples import samples
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.folder import Target, check_has_values
+from fxc.export.hugging_face import in_float32
 from fxc.export.packed import packed_weights, refused
-from fxc.export.runs import dynamic_shapes, runs
+from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.call import Call
 from fxc.ir.names import layer_at, parts_of
@@ -35,10 +36,8 @@ from fxc.verify.compare import difference
 
 NAME = "model.pt2"
 NAMES = "names.json"
-_ROUNDED = 0.02
-"""Relative error of outputs where activations are rounded as the model runs: see `compressed_tensors`."""
 _NARROW = 0.05
-"""The same in types of two bytes, which the compiled code rounds to less often."""
+"""Relative error of outputs in types of two bytes, to which the compiled code rounds less often."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,9 @@ def _check_written(path: Path, folder: Path, program: Program) -> float:
     """Run the package beside the program; returns the largest relative error."""
     types = {node.meta["val"].dtype for node in program.results}
     rounds = any((product := product_of(node.target)) and product.rounded for node in program.graph.nodes)
-    allowed = _NARROW if types & {torch.bfloat16, torch.float16} else _ROUNDED if rounds else tolerance(torch.float32)
+    allowed = rounded_apart(in_float32(program)) if rounds else tolerance(torch.float32)
+    if types & set(TWO_BYTES):
+        allowed = max(allowed, _NARROW)
     worst = 0.0
     package = torch._inductor.aoti_load_package(str(path))
     for inputs, expected in runs(program):
@@ -223,7 +224,7 @@ def _check_written(path: Path, folder: Path, program: Program) -> float:
             raise VerificationFailed(f"the package fails at the sizes {sizes}: {first_line(error)}", where=folder) from error
         found = [found] if isinstance(found, Tensor) else list(found)
         seen = difference(found, expected)
-        worst = max(worst, seen.error, float("inf") if seen.unequal and allowed < _ROUNDED else 0.0)
+        worst = max(worst, seen.error, float("inf") if seen.unequal and allowed <= tolerance(torch.float32) else 0.0)
     if not worst <= allowed:
         raise VerificationFailed(
             f"the package gives other outputs than the program: relative error {worst:.1e}, and {allowed:.0e} is rounding",

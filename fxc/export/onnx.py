@@ -33,7 +33,7 @@ from fxc.export.folder import Target, check_has_values
 from fxc.export.hugging_face import in_float32
 from fxc.export.onnx_products import ACCURACY_LEVEL, written_out
 from fxc.export.packed import as_float, packed_weights
-from fxc.export.runs import TWO_BYTES, dynamic_shapes, runs
+from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import is_causal_lm, is_past, is_present
 from fxc.ir.names import layer_at
@@ -44,10 +44,8 @@ NAME = "model.onnx"
 OPSET = 20
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _BESIDE = 1_000_000_000  # bytes of weights from which on they are in a file beside the graph: one of protobuf holds 2 GB
-_ROUNDED = 0.02
-"""Relative error of outputs where activations are rounded as the model runs: see `compressed_tensors`."""
 _ROUNDED_IN_BLOCKS = 0.1
-"""The same where MatMulNBits rounds them in its own way, after its numbers were compared without that."""
+"""Relative error of outputs where MatMulNBits rounds activations in its own way; its numbers are compared without that."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +249,7 @@ def _check_written(place: Path, folder: Path, wide: Program, operators: Mapping[
     """Run the file beside the program, in float32. Of MatMulNBits first the numbers, without its rounding of activations.
     Returns the error as it is written."""
     rounds = "MatMulInteger" in operators or "QuantizeLinear" in operators
-    allowed = _ROUNDED if rounds else tolerance(torch.float32)
+    allowed = rounded_apart(wide) if rounds else tolerance(torch.float32)
     in_blocks = "MatMulNBits" in operators
     if in_blocks:
         exact = _with_accuracy_level(place, 1)
@@ -293,7 +291,7 @@ def _compare(path: Path, folder: Path, wide: Program, allowed: float) -> float:
         pairs = zip(wide.signature.outputs, map(torch.from_numpy, found), expected, strict=True)
         kept = [(_real(wide, name, mine, inputs), _real(wide, name, theirs, inputs)) for name, mine, theirs in pairs]
         seen = difference([mine for mine, _ in kept], [theirs for _, theirs in kept])
-        worst = max(worst, seen.error, float("inf") if seen.unequal and allowed < _ROUNDED else 0.0)
+        worst = max(worst, seen.error, float("inf") if seen.unequal and allowed <= tolerance(torch.float32) else 0.0)
     if not worst <= allowed:
         raise VerificationFailed(
             f"ONNX Runtime gives other outputs than the program: relative error {worst:.1e}, and {allowed:.0e} is rounding",

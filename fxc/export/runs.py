@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from fxc.data.samples import samples
+from fxc.export.packed import without_rounding
 from fxc.ir.observe import run
 from fxc.ir.program import Program
+from fxc.verify.compare import difference
 
 TWO_BYTES = (torch.bfloat16, torch.float16)
+_AT_LEAST, _AT_MOST = 0.02, 0.1
 
 
 def runs(program: Program, *, is_wide: bool = False) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
@@ -29,6 +32,15 @@ def runs(program: Program, *, is_wide: bool = False) -> Iterator[tuple[list[Tens
                 raise
             continue
         yield inputs, outputs
+
+
+def rounded_apart(program: Program) -> float:
+    """The relative error that outputs may have in another tool because activations are rounded as the model runs: the order of
+    a sum decides where a number is rounded to, and that what comes after it. Both have noise of one size, perhaps two draws of
+    it: the square root of 2 times what rounding does to the outputs. Wrong numbers or scales give some tenths."""
+    plain = without_rounding(program)
+    noise = max(difference(outputs, run(plain, inputs)).error for inputs, outputs in runs(program, is_wide=True))
+    return min(max(_AT_LEAST, 1.5 * noise), _AT_MOST)
 
 
 def dynamic_shapes(program: Program) -> tuple[dict[int, Any], ...]:
