@@ -31,7 +31,7 @@ PACKAGES += ["llama-cpp-python"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exports", description=__doc__.partition("\n")[0])
-    parser.add_argument("--sources", default="", help="rows of these names, or whose names begin so, by semicolons; all by default")
+    parser.add_argument("--sources", default="", help="rows whose names are or begin so, by semicolons; else all")
     parser.add_argument("--formats", default="", help="columns, likewise")
     parser.add_argument("--again", action="store_true", help="run cells that are there already")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are, and go to")
