@@ -155,7 +155,7 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     kind: Annotated[
-        str, typer.Option("--format", help="hf (float weights), compressed-tensors (vLLM) or gguf (llama.cpp).")
+        str, typer.Option("--format", help="hf (float weights), compressed-tensors (vLLM), gguf (llama.cpp), onnx or aoti.")
     ] = "hf",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     as_json: Json = False,

@@ -20,6 +20,8 @@ FORMATS: dict[str, tuple[Callable[..., Any], str]] = {
         "vLLM loads it, and AutoModel.from_pretrained where compressed-tensors is installed",
     ),
     "gguf": (fxc.CompiledModel.export_gguf, "llama.cpp loads the file, and what is built on it"),
+    "onnx": (fxc.CompiledModel.export_onnx, "ONNX Runtime runs model.onnx"),
+    "aoti": (fxc.CompiledModel.export_aoti, "torch._inductor.aoti_load_package runs model.pt2, without fxc and compilers"),
 }
 
 

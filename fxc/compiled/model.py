@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
-from fxc.export import compressed_tensors, gguf, hugging_face
+from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.parse import parse_program
@@ -268,6 +268,20 @@ class CompiledModel(nn.Module):
         return gguf.export(
             self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
         )
+
+    def export_onnx(self, directory: str | Path, *, overwrite: bool = False) -> onnx.Written:
+        """Write `directory`/model.onnx, for ONNX Runtime: levels and scales as they are, floats computed in float32, sizes that
+        vary, a decoder's cache as inputs and outputs; run by ONNX Runtime and compared, or nothing. Needs onnx, onnxscript and
+        onnxruntime. Raises `UsageError` with the layer and the reason where ONNX has no operator for it."""
+        return onnx.export(
+            self.program, self.config, self.files, directory, overwrite=overwrite, sources=self._sources()
+        )
+
+    def export_aoti(self, directory: str | Path, *, overwrite: bool = False) -> aoti.Written:
+        """Write `directory`/model.pt2, compiled by AOTInductor for this machine's CPU, which torch runs without fxc or a
+        compiler: packed weights as they are; loaded back and compared, or nothing. Raises `UsageError` without a C++ compiler,
+        and with the layer and the reason for what a package cannot hold."""
+        return aoti.export(self.program, self.files, directory, overwrite=overwrite, sources=self._sources())
 
     def _sources(self) -> list[Path]:
         """The folders that the model came from, which no export may touch."""

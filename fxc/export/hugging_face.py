@@ -172,11 +172,13 @@ def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> float:
 
 
 def in_float32(program: Program) -> Program:
+    """The program with its types of two bytes made float32, packed weights as they are but for their scales."""
+    narrow = (torch.bfloat16, torch.float16)
     wide = program.copy()
-    wide.constants = {k: t.float() if t.dtype == torch.bfloat16 else t for k, t in program.constants.items()}
+    wide.constants = {k: t.float() if t.dtype in narrow else t for k, t in program.constants.items()}
     for node in wide.graph.nodes:
-        node.args = tuple(torch.float32 if a is torch.bfloat16 else a for a in node.args)
-        node.kwargs = {k: torch.float32 if a is torch.bfloat16 else a for k, a in node.kwargs.items()}
+        node.args = tuple(torch.float32 if a in narrow else a for a in node.args)
+        node.kwargs = {k: torch.float32 if a in narrow else a for k, a in node.kwargs.items()}
     return wide
 
 

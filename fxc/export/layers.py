@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.configuration import class_of, weight
 from fxc.export.hugging_face import in_float32
-from fxc.export.packed import Packed, packed_weights
+from fxc.export.packed import Packed, packed_weights, without_rounding
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import empty_cache, is_causal_lm
 from fxc.ir.observe import run
 from fxc.ir.program import Program
-from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
 from fxc.verify.compare import relative_error
 
@@ -97,7 +96,7 @@ def check_computes(program: Program, config: Any, layers: Layers) -> None:
     """Raises `VerificationFailed` where transformers, computing with these weights in float32, gives other logits than the
     program. Activations are rounded in neither: each tool rounds them in its own way."""
     model = _model(program, config, layers)
-    wide = in_float32(_without_rounding(program))
+    wide = in_float32(without_rounding(program))
     rows = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, rows, (2, 12), generator=torch.Generator().manual_seed(0))
     past = [each.float() for each in empty_cache(wide, len(ids))]
@@ -215,22 +214,6 @@ def _model(program: Program, config: Any, layers: Layers) -> nn.Module:
         if hasattr(module, "num_key_value_groups") and isinstance(index, int):
             module.num_key_value_groups = layers.sizes[index].heads // layers.sizes[index].kv_heads
     return model
-
-
-def _without_rounding(program: Program) -> Program:
-    """The program whose products leave activations as they are."""
-    copied = program.copy()
-    for node in copied.graph.nodes:
-        scheme = scheme_of(node.target)
-        product = next((p for p in scheme.products if p.operator is node.target), None) if scheme else None
-        if product is None or product.activations is None:
-            continue
-        plain = next((p for p in scheme.products if p.layer is product.layer and p.activations is None), None)
-        if plain is not None:
-            given = product.arguments(node.args)
-            node.args = tuple(given.get(argument.name) for argument in plain.operator._schema.arguments)
-            node.target = plain.operator
-    return copied
 
 
 def permuted(found: Tensor | Packed, order: Tensor) -> Tensor | Packed:

@@ -77,6 +77,22 @@ def as_float(program: Program, packed: Mapping[str, Packed]) -> Program:
     return Program(program.graph, constants, program.aliases, program.signature, program.metadata)
 
 
+def without_rounding(program: Program) -> Program:
+    """The program whose products leave activations as they are."""
+    copied = program.copy()
+    for node in copied.graph.nodes:
+        scheme = scheme_of(node.target)
+        product = next((p for p in scheme.products if p.operator is node.target), None) if scheme else None
+        if product is None or product.activations is None:
+            continue
+        plain = next((p for p in scheme.products if p.layer is product.layer and p.activations is None), None)
+        if plain is not None:
+            given = product.arguments(node.args)
+            node.args = tuple(given.get(argument.name) for argument in plain.operator._schema.arguments)
+            node.target = plain.operator
+    return copied
+
+
 def float_dtype(program: Program, packed: Mapping[str, Packed]) -> torch.dtype:
     """What the model computes in: the floating-point type of most of its numbers, packed ones included."""
     numbers: dict[torch.dtype, int] = {}

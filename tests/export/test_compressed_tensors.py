@@ -13,6 +13,7 @@ import fxc
 from fxc.errors import InputRefused, UsageError, VerificationFailed
 from fxc.export import compressed_tensors
 from fxc.export.packed import packed_weights
+from fxc.export.runs import rounded_apart
 from fxc.schemes.int4 import unpack
 from fxc.verify.compare import relative_error
 
@@ -127,6 +128,12 @@ def test_encoders(tmp_path, name, auto):
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)} if name == "vit" else {"input_ids": torch.randint(3, 300, (2, 9))}
     with torch.no_grad():
         assert relative_error([loaded(**inputs).logits], [model(**inputs).logits]) < 1e-3
+
+
+def test_a_model_that_rounding_of_activations_moves_by_more_than_2_percent(minilm_dir, tmp_path):
+    model = compiled(str(minilm_dir), "int8")
+    assert rounded_apart(model.program) > 0.05
+    assert model.export_compressed_tensors(tmp_path / "out").model_class == "BertModel"
 
 
 def test_a_pruned_model_and_the_command(pylm_dir, tmp_path):

@@ -1,0 +1,100 @@
+"""One model, one format: compile, export, load with the other tool, compare. Each export does the last two itself and writes
+nothing where they fail, so that what is written agrees; a GGUF is run by llama.cpp besides, where that is installed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fxc
+from benchmarks.exports.sources import Source
+from fxc.errors import FxcError, VerificationFailed, first_line
+from fxc.ir.cache import is_causal_lm
+
+
+@dataclass(frozen=True)
+class Format:
+    """name: of the column; passes: what the model is compiled with; write: the export."""
+
+    name: str
+    passes: str
+    write: Callable[..., Any]
+
+
+FORMATS = (
+    Format("hf", "canonicalize", fxc.CompiledModel.save_pretrained),
+    Format("compressed-tensors, int8", "int8", fxc.CompiledModel.export_compressed_tensors),
+    Format("compressed-tensors, int4", "int4:group=32", fxc.CompiledModel.export_compressed_tensors),
+    Format("gguf, float", "canonicalize", fxc.CompiledModel.export_gguf),
+    Format("gguf, int4", "int4:group=32", fxc.CompiledModel.export_gguf),
+    Format("onnx, float", "canonicalize", fxc.CompiledModel.export_onnx),
+    Format("onnx, int8", "int8", fxc.CompiledModel.export_onnx),
+    Format("onnx, int8 static", "int8:mode=static", fxc.CompiledModel.export_onnx),
+    Format("onnx, int4", "int4:group=32", fxc.CompiledModel.export_onnx),
+    Format("aoti, float", "canonicalize", fxc.CompiledModel.export_aoti),
+    Format("aoti, int8", "int8", fxc.CompiledModel.export_aoti),
+    Format("aoti, int4", "int4:group=32", fxc.CompiledModel.export_aoti),
+)
+PROMPT, NEW = [5, 17, 40, 9, 81, 3, 22], 16
+
+
+def cell(source: Source, kind: Format, scratch: Path) -> dict[str, Any]:
+    """What came of it: {"status": "agrees", "refused", "differs" or "failed"}, with "why", or what is known besides."""
+    out = scratch / "export"
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        model, example = source.make()
+        options = {}
+        if "static" in kind.passes:
+            options["calib"] = source.calib() if source.calib else _token_samples()
+        compiled = fxc.optimize(model, example, passes=kind.passes, verify=False, **options)
+        made = kind.write(compiled, out)
+    except VerificationFailed as error:
+        return {"status": "differs", **_said(error)}
+    except FxcError as error:
+        return {"status": "refused", **_said(error)}
+    except Exception as error:  # a bug, of fxc or of a tool: it has to be seen in the table
+        return {"status": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
+    found = {"status": "agrees", "warnings": list(made.warnings)}
+    if hasattr(made, "error"):
+        found["error"] = made.error
+    if kind.name.startswith("gguf") and is_causal_lm(compiled.program):
+        found |= _by_llama_cpp(made.file, compiled)
+    shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def _token_samples() -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 300, (1, 24), generator=generator)} for _ in range(4)]
+
+
+def _said(error: FxcError) -> dict[str, Any]:
+    return {"where": error.where, "why": f"{error.what} ({error.why})" if error.why else error.what}
+
+
+def _by_llama_cpp(file: Path, compiled: fxc.CompiledModel) -> dict[str, Any]:
+    """How many of the first greedy tokens are those of the program, in llama.cpp."""
+    if util.find_spec("llama_cpp") is None:
+        return {"llama.cpp": "not run: llama-cpp-python is not installed"}
+    import llama_cpp
+
+    expected = compiled.generate(torch.tensor([PROMPT]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    expected = expected[0, len(PROMPT) :].tolist()
+    try:
+        llama = llama_cpp.Llama(str(file), n_ctx=128, n_threads=1, verbose=False, logits_all=False)
+        found = []
+        for token in llama.generate(PROMPT, temp=0.0, repeat_penalty=1.0):
+            found.append(token)
+            if len(found) == NEW:
+                break
+    except Exception as error:  # whatever llama.cpp objects to
+        return {"llama.cpp": f"does not load: {first_line(error)}", "status": "differs"}
+    same = next((n for n, (a, b) in enumerate(zip(found, expected)) if a != b), NEW)
+    return {"llama.cpp": f"{same} of {NEW} greedy tokens"}

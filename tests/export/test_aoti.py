@@ -1,0 +1,90 @@
+"""Packages of AOTInductor: torch alone runs them, with neither fxc nor a compiler, and computes the same."""
+
+import json
+import subprocess
+import sys
+
+import families
+import pytest
+import torch
+from command import fxc as command
+
+import fxc
+from fxc.errors import UsageError
+from fxc.export import aoti
+from fxc.export.aoti import by_definition
+from fxc.export.runs import runs
+from fxc.ir.observe import run
+from fxc.schemes.scheme import product_of
+from fxc.verify.compare import relative_error
+
+ALONE = """
+import sys
+import torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+torch.save([package(torch.load(path))[0] for path in sys.argv[2:]], "out.pt")
+assert not [name for name in sys.modules if name.partition(".")[0] in ("fxc", "fxc_kernels", "transformers")]
+"""
+
+
+def compiled(name: str, passes: str, **options) -> fxc.CompiledModel:
+    return fxc.optimize(*families.build(name), passes=passes, verify=False, **options)
+
+
+def test_torch_alone_runs_it_at_any_batch(tmp_path):
+    model = compiled("mlp", "int4:group=32:only=down,int8")
+    model.save(tmp_path / "artifact")
+    command("export", tmp_path / "artifact", "-o", tmp_path / "out", "--format", "aoti")
+    names = json.loads((tmp_path / "out" / "names.json").read_text())
+    assert names["inputs"] == [each.name for each in model.program.signature.inputs]
+    given = [torch.randn(batch, 40, generator=torch.Generator().manual_seed(batch)) for batch in (1, 2, 9)]
+    for number, x in enumerate(given):
+        torch.save(x, tmp_path / f"{number}.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "out" / "model.pt2", *(tmp_path / f"{n}.pt" for n in range(3))],
+        cwd=tmp_path, env={"PATH": "/nowhere", "CXX": "/nowhere/c++"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for x, found in zip(given, torch.load(tmp_path / "out.pt"), strict=True):
+        assert relative_error([found], run(model.program, [x])) < 0.02
+
+
+# Passes -> how far what is traced may be from the operators: rounding, or another integer now and then.
+DEFINED = {
+    ("qwen2", "int8:embeddings=int8"): 1e-5,
+    ("qwen2", "int8:mode=weight_only"): 1e-5,
+    ("qwen2", "int4:group=32:symmetric=false:embeddings=int4"): 1e-5,
+    ("qwen2", "int4:group=32:bits=3"): 1e-5,
+    ("qwen2", "fp8"): 1e-5,
+    ("qwen2", "sparse24,int8"): 1e-5,
+    ("cnn", "canonicalize"): 1e-6,
+}
+
+
+@pytest.mark.parametrize(("name", "passes"), DEFINED)
+def test_products_are_written_by_their_definitions(name, passes):
+    program = compiled(name, passes).program
+    written = by_definition(program)
+    assert not any(product_of(node.target) for node in written.graph.nodes)
+    assert set(written.constants) == set(program.constants)
+    for inputs, expected in runs(program):
+        assert relative_error(written.module()(*inputs), expected) <= DEFINED[name, passes]
+
+
+def test_experts_are_refused(tmp_path):
+    for passes, said in (("int8:only=re:experts", "AOTInductor cannot hold it as int8"), ("canonicalize", "holds no fxc")):
+        with pytest.raises(UsageError, match=said):
+            compiled("mixtral", passes).export_aoti(tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    with pytest.raises(UsageError, match=r"no C\+\+ compiler\n(.|\n)*g\+\+"):
+        compiled("mlp", "canonicalize").export_aoti(tmp_path / "out")
+    assert not any(tmp_path.iterdir()) and aoti.NAME == "model.pt2"
