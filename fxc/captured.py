@@ -200,6 +200,8 @@ def _capture_artifact(path: Path, options: Options) -> Captured:
 
 def _capture_compiled(model: Any, options: Options) -> Captured:
     """A model that was compiled already, as its artifact would be."""
+    if hasattr(model, "check_is_whole"):
+        model.check_is_whole()
     _check_keeps(options)
     program, report = model.program.copy(), model.report
     return Captured(

@@ -21,6 +21,7 @@ ALLOWED = {
     "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
+    "fxc.ranks": "",
     "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
@@ -28,8 +29,8 @@ ALLOWED = {
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors progress memory ir schemes artifact",
-    "fxc.train": "errors progress memory ir schemes data calibrate",
-    "fxc.passes": "errors progress memory ir data analysis schemes calibrate train",
+    "fxc.train": "errors progress memory ranks ir schemes data calibrate",
+    "fxc.passes": "errors progress memory ranks ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes train",
     "fxc.artifact": "errors safety mapped ir schemes source data",
@@ -39,12 +40,13 @@ ALLOWED = {
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
-    "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
+    "fxc.parallel": "errors ranks ir schemes analysis passes fxc_kernels",
+    "fxc.compiled": "errors safety neutral ranks ir frontend compilation artifact lower export runtime page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
-    "fxc.compiler": "errors progress neutral ir data schemes analysis calibrate passes compilation pipeline artifact lower "
-    "options captured streaming export compiled",
+    "fxc.compiler": "errors progress neutral ranks ir data schemes analysis calibrate passes compilation pipeline artifact lower "
+    "options captured streaming export parallel compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "
@@ -54,7 +56,7 @@ ALLOWED = {
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.comparison": "errors progress memory units recipe ir analysis source data calibrate passes artifact lower options "
     "captured compiled compiler report measure kernel_bench",
-    "fxc.cli": "errors progress safety units ir schemes analysis source data calibrate train passes compilation artifact "
+    "fxc.cli": "errors progress safety units ranks ir schemes analysis source data calibrate train passes compilation artifact "
     "options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison selection "
     "fxc",
     "fxc.__main__": "cli",

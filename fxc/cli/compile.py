@@ -34,7 +34,7 @@ from fxc.report import compilation, outputs
 from fxc.report.console import Output, size
 from fxc.source.load import kind_of
 from fxc.streaming import plan_of
-from fxc.train import ranks
+from fxc import ranks
 
 _LONGEST_NAME = 120
 

@@ -31,7 +31,7 @@ from fxc.passes.recover.by_loss import EVERYTHING, penalty, train_by_loss
 from fxc.passes.recover.lesson import Lesson
 from fxc.passes.teacher import teacher_of
 from fxc.schemes.parameters import parameters_by_constant
-from fxc.train import ranks
+from fxc import ranks
 from fxc.train.losses import Loss, default_loss
 from fxc.train.plan import Plan
 from fxc.train.precision import chosen

@@ -1,7 +1,8 @@
-"""Several processes that train one program (`torchrun`): each takes its share of a batch, and gradients are added up.
+"""Several processes of one run (`torchrun`), over torch.distributed.
 
-Every process holds all weights, gradients and moments. Weights that one machine cannot hold so often would have to be in
-shards, gathered layer by layer before they are used (FSDP): that is not here.
+Where they train one program each takes its share of a batch, and gradients are added up. Every process holds all weights,
+gradients and moments then: weights that one machine cannot hold so often would have to be in shards, gathered layer by layer
+before they are used (FSDP), and that is not here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 
 def is_first() -> bool:
@@ -21,17 +22,34 @@ def is_first() -> bool:
     return not _launched() or int(os.environ["RANK"]) == 0
 
 
-def join() -> None:
-    """Meet the others that torchrun started, where it did. By gloo: programs are trained on the CPU."""
+def join(device: torch.device | str = "cpu") -> None:
+    """Meet the others that torchrun started, where it did: by gloo, and by NCCL for what is on a GPU."""
     if _launched() and not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+        is_cpu = torch.device(device).type == "cpu"
+        distributed.init_process_group("gloo" if is_cpu else "cpu:gloo,cuda:nccl")
         # A thread of the group that lets go of the last collective's tensor asks for the interpreter, and aborts the process
         # where that is gone by then (pytorch/pytorch#179291).
         atexit.register(_leave)
 
 
+def has_joined() -> bool:
+    """Whether there is a group of processes, be it of one."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def count() -> int:
     return distributed.get_world_size() if _joined() else 1
+
+
+def number() -> int:
+    """Of this process, from 0 on."""
+    return distributed.get_rank() if _joined() else 0
+
+
+def own_device(device: torch.device | str) -> torch.device:
+    """Of CUDA devices, where none is named, the one of this process's number on its machine."""
+    found = torch.device(device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if found == torch.device("cuda") else found
 
 
 def share(items: Sequence[Any]) -> Sequence[Any]:
@@ -48,13 +66,22 @@ def added(value: float) -> float:
     return float(total)
 
 
-def agreed(value: Any) -> Any:
-    """What the first process has."""
+def agreed(value: Any, of: int = 0) -> Any:
+    """What the first process has, or another one."""
     if not _joined():
         return value
     values = [value]
-    distributed.broadcast_object_list(values)
+    distributed.broadcast_object_list(values, src=of)
     return values[0]
+
+
+def agreed_tensor(tensor: Tensor) -> Tensor:
+    """What the first process has; all have the shape and the dtype."""
+    if not _joined():
+        return tensor
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    distributed.broadcast(tensor, 0)
+    return tensor
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -83,4 +110,4 @@ def _leave() -> None:
 
 
 def _joined() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return has_joined() and distributed.get_world_size() > 1
