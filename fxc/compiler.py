@@ -31,7 +31,7 @@ from fxc.ir.program import Program
 from fxc.lower.target import check_keep_float, check_target, warm_up
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
-from fxc.parallel import divide
+from fxc.parallel import Division, divide
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.teacher import Teacher
@@ -104,8 +104,10 @@ def compile_captured(
 
     with _saves(options, captured.is_streamed) as context.saves:
         if captured.is_streamed:
+            streaming.meet(options)
             before = replace(before, constants=streaming.constants_of(captured, options))
-            if captured.small is not None and options.verify and not any(each.uses_data() for each in options.passes):
+            learns = any(each.uses_data() for each in options.passes)
+            if captured.small is not None and options.verify and not learns and ranks.number() == 0:
                 say("trying the passes on the first layers")
                 rehearse(captured.small, options)
         program, steps = run_passes(before, context, options, watch)
@@ -141,6 +143,7 @@ def compile_captured(
         source=captured.folder,
         device=options.device,
         backend=options.backend,
+        division=Division(ranks.number(), ranks.count()) if captured.is_streamed and ranks.number() else None,
     )
 
 

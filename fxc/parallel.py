@@ -1,21 +1,24 @@
 """One program as several processes run it together: each has a part of the heads and of the FFN channels.
 
-An axis is cut as removal cuts it (`fxc.passes.dead_structure`), but each process keeps another part, and what the layers give that
-sum over the axis is added up over the processes. Of one of two:
+An axis is cut as removal cuts it (`fxc.passes.dead_structure`), but each process keeps another part, and what the layers give
+that sum over the axis is added up over the processes. Of one of two:
 
     %1: f32[s0, 160] = aten.linear(%0, @up.weight)          ->  %1: f32[s0, 80] = aten.linear(%0, @up.weight)
     %2: f32[s0, 160] = aten.silu(%1)                        ->  %2: f32[s0, 80] = aten.silu(%1)
     %3: f32[s0, 64] = aten.linear(%2, @down.weight)         ->  %3: f32[s0, 64] = aten.linear(%2, @down.weight)
                                                                 %4: f32[s0, 64] = fxc_ranks.all_reduce(%3)
 
-Packed weights keep their groups and scales whole. Query heads that share keys and values go together, but where there are more
+Packed weights keep their groups and scales whole, and what is rounded by the range of a row is rounded by that of the whole row
+(of 2:4 sparse int8 by that of the part). Query heads that share keys and values go together, but where there are more
 processes than heads of keys: then several processes hold the same ones. This is the tensor parallelism of Megatron-LM
 (Shoeybi et al., 2019), with the pairs of layers found by the axes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +36,12 @@ from fxc.ir.check import check
 from fxc.ir.edit import call, constant, free_name, insert, read, sweep
 from fxc.ir.names import parts_of
 from fxc.ir.program import Program
+from fxc.passes.base import Context
+from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.dead_structure.shrink import shrink
 from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import LINEAR, product_of, scheme_of
-from fxc_kernels.collectives import ALL_REDUCE
+from fxc_kernels.collectives import ALL_REDUCE, RANGE, WITH_RANGE
 
 KINDS = ("head", "ffn")
 PRODUCTS = (LINEAR, GROUPED_LINEAR)
@@ -45,8 +50,8 @@ BY = "parallel"
 
 @dataclass(frozen=True)
 class Division:
-    """number: of this process among `count`; parts: axis -> how many of its indices each process has; whole: axis -> why
-    every process has all of it."""
+    """number: of this process among `count`; parts: axis -> how many of its indices each process has, nothing where this one
+    has shapes alone; whole: axis -> why every process has all of it."""
 
     number: int
     count: int
@@ -75,6 +80,7 @@ def divide(program: Program, number: int, count: int) -> tuple[Program, Division
     the heads that it computes. Raises UsageError where nothing can be divided.
     """
     program, division = program.copy(), Division(number, count)
+    Canonicalize().run(program, Context())
     packed = _in_floats(program)
     axes = analyse(program)
     alive: dict[Atom, Tensor] = {}
@@ -92,7 +98,7 @@ def divide(program: Program, number: int, count: int) -> tuple[Program, Division
         if places is None:
             division.whole[name] = why or _indivisible(group, count)
             continue
-        division.parts[name] = [b - a for a, b in zip(places, places[1:])]
+        division.parts[name] = [b - a for a, b in itertools.pairwise(places)]
         alive[group.atom] = _between(group.size, places[number], places[number + 1])
         for atom, its in _read_by(axes, group.atom, alive[group.atom]).items():
             alive[atom] = alive[atom] | its if atom in alive else its
@@ -108,7 +114,7 @@ def divide(program: Program, number: int, count: int) -> tuple[Program, Division
         )
     cuts = {node: [kept(axis, alive) for axis in axes.values[node.args[1]]] for node in packed}
     shrink(axes, alive, {})
-    made = _in_their_formats(program, packed, cuts)
+    made = _in_their_formats(program, packed, cuts, summed)
     for node in summed:
         _add_up(program, made.get(node, node), is_first=number == 0)
     sweep(program)
@@ -229,22 +235,42 @@ def _in_floats(program: Program) -> dict[fx.Node, _Packed]:
 
 
 def _in_their_formats(
-    program: Program, packed: dict[fx.Node, _Packed], cuts: dict[fx.Node, list[Tensor]]
+    program: Program, packed: dict[fx.Node, _Packed], cuts: dict[fx.Node, list[Tensor]], summed: Container[fx.Node]
 ) -> dict[fx.Node, fx.Node]:
-    """Undo `_in_floats`, with parts that are cut. cuts: of each weight [..., N, K], by dimension, what stays. Returns what
-    stands in the place of each product."""
+    """Undo `_in_floats`, with parts that are cut. cuts: of each weight [..., N, K], by dimension, what stays; summed: the
+    products whose results are added up. Returns what stands in the place of each product."""
     made = {}
     for node, was in packed.items():
         given = was.given | {"x": node.args[0]}
+        is_wider = node in summed and _rounds_by_row(was)
+        if is_wider:
+            given["x"] = insert(program, WITH_RANGE, (node.args[0],), before=node, by=BY, fqn=node.meta.get("fqn", ""))
         given |= {"offsets": node.args[2]} if node.target is GROUPED_LINEAR else {"bias": node.args[2]}
         for part, (name, tensor) in was.parts.items():
             if name in program.constants:  # of a weight that several read
                 given[part] = read(program, name, node)
             else:
-                given[part] = constant(program, name, _cut(tensor, cuts[node]), node)
+                cut = _cut(tensor, cuts[node])
+                cut = _with_zeros(cut) if is_wider and cut.ndim == len(cuts[node]) else cut
+                given[part] = constant(program, name, cut, node)
         args = tuple(given[argument.name] for argument in was.operator._schema.arguments)
         made[node] = call(program, was.operator, args, replacing=node, by=was.by)
     return made
+
+
+def _rounds_by_row(packed: _Packed) -> bool:
+    """Whether what a layer reads is rounded by the range of each row, and a number of the weight stands for itself alone."""
+    product = product_of(packed.operator)
+    wide = [tensor for _, tensor in packed.parts.values() if tensor.ndim == max(t.ndim for _, t in packed.parts.values())]
+    return product.activations is not None and not product.learned and len(wide) == 1
+
+
+def _with_zeros(numbers: Tensor) -> Tensor:
+    """The columns of a weight under those that `with_range` adds."""
+    zeros = torch.zeros(*numbers.shape[:-1], RANGE, dtype=numbers.dtype)
+    # Nothing is joined of float8.
+    kind = torch.uint8 if numbers.element_size() == 1 else numbers.dtype
+    return torch.cat([numbers.view(kind), zeros.view(kind)], -1).view(numbers.dtype)
 
 
 def _cut(tensor: Tensor, masks: list[Tensor]) -> Tensor:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from fxc.errors import ResourceError
 
 
 def is_first() -> bool:
@@ -30,6 +36,8 @@ def join(device: torch.device | str = "cpu") -> None:
         # A thread of the group that lets go of the last collective's tensor asks for the interpreter, and aborts the process
         # where that is gone by then (pytorch/pytorch#179291).
         atexit.register(_leave)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _end)
 
 
 def has_joined() -> bool:
@@ -71,7 +79,8 @@ def agreed(value: Any, of: int = 0) -> Any:
     if not _joined():
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=of)
+    with _others_there():
+        distributed.broadcast_object_list(values, src=of)
     return values[0]
 
 
@@ -82,6 +91,47 @@ def agreed_tensor(tensor: Tensor) -> Tensor:
     tensor = tensor.clone(memory_format=torch.contiguous_format)
     distributed.broadcast(tensor, 0)
     return tensor
+
+
+def send(said: Any, tensors: Sequence[Tensor], to: int) -> None:
+    """To the process `to`: anything that can be pickled, and tensors after it."""
+    with _others_there():
+        distributed.send_object_list([said], dst=to)
+        for each in tensors:
+            distributed.send(_bytes(each.contiguous()), dst=to)
+
+
+def receive(of: int, types: Callable[[Any], Sequence[tuple[torch.dtype, torch.Size]]]) -> tuple[Any, list[Tensor]]:
+    """What the process `of` sends. types: dtype and shape of each tensor, as what it said first tells."""
+    with _others_there():
+        said = [None]
+        distributed.recv_object_list(said, src=of)
+        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in types(said[0])]
+        for each in tensors:
+            distributed.recv(_bytes(each), src=of)
+        return said[0], tensors
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ResourceError(
+            "another process of this run is gone", why=str(error).partition("\n")[0],
+            hint="what it printed says why; the same command with --resume goes on",
+        ) from error  # fmt: skip
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise ResourceError(
+        "the run was ended from outside, as torchrun does where one of its processes is gone",
+        hint="the first failure that torchrun prints says which; the same command with --resume goes on",
+    )
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -1,22 +1,53 @@
-"""``fxc_ranks::all_reduce``: the sum of what several processes computed, each with its part of one program.
+"""The operators ``fxc_ranks::*``: what several processes tell each other that run one program, each with its part of it.
 
-A program that is divided among processes (`fxc.parallel`) has it after each product whose weight was cut along what it sums over.
-Only such programs call it: no artifact names an operator of ``fxc_ranks``.
+A program that is divided among processes (`fxc.parallel`) has an all_reduce after each product whose weight was cut along what
+it sums over, and a with_range before one that rounds each row by the row's own range. No artifact names these operators.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """x of any shape and floating dtype, alike in every process of the default group -> the sum over them, the same bits in each.
+    """x of any shape and floating dtype, alike in every process of the group -> the sum over them, the same bits in each.
     Raises RuntimeError where there is no group, or another process of it is gone."""
     total = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(total)
     return total
 
 
-torch.library.define("fxc_ranks::all_reduce", "(Tensor x) -> Tensor")
-torch.library.impl("fxc_ranks::all_reduce", "default", all_reduce)
-torch.library.register_fake("fxc_ranks::all_reduce", lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device))
-ALL_REDUCE = torch.ops.fxc_ranks.all_reduce.default
+RANGE = 16
+"""How many columns `with_range` adds: kernels like rows of a multiple of that."""
+
+
+def ends(x: Tensor) -> Tensor:
+    """x [..., K] -> [..., 2]: minus the smallest and the largest of each row, of which the maximum over processes is taken."""
+    return torch.stack([-x.amin(-1), x.amax(-1)], -1)
+
+
+def extended(x: Tensor, ends: Tensor) -> Tensor:
+    """x [..., K] -> [..., K + RANGE], the smallest and the largest of the row that `ends` tells beside it."""
+    low, high = (each.expand(*x.shape[:-1], RANGE // 2) for each in (-ends[..., :1], ends[..., 1:]))
+    return torch.cat([x, low, high], -1)
+
+
+def with_range(x: Tensor) -> Tensor:
+    """x [..., K], a part of each row -> [..., K + RANGE]: whoever rounds by the range of these rounds by that of the whole row.
+    The columns that are added stand over zeros of the weight. Raises RuntimeError as `all_reduce` does."""
+    found = ends(x)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return extended(x, found)
+
+
+def _define(name: str, function: Callable[[Tensor], Tensor], more: int) -> torch._ops.OpOverload:
+    # Not torch.library.custom_op, which costs 20 us a call.
+    torch.library.define(f"fxc_ranks::{name}", "(Tensor x) -> Tensor")
+    torch.library.impl(f"fxc_ranks::{name}", "default", function)
+    torch.library.register_fake(f"fxc_ranks::{name}", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] + more))
+    return getattr(torch.ops.fxc_ranks, name).default
+
+
+ALL_REDUCE = _define("all_reduce", all_reduce, 0)
+WITH_RANGE = _define("with_range", with_range, RANGE)

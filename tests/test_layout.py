@@ -21,7 +21,7 @@ ALLOWED = {
     "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
-    "fxc.ranks": "",
+    "fxc.ranks": "errors",
     "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
@@ -36,7 +36,7 @@ ALLOWED = {
     "fxc.artifact": "errors safety mapped ir schemes source data",
     "fxc.lower": "errors mapped ir neutral schemes fxc_kernels",
     "fxc.options": "errors passes source data artifact lower",
-    "fxc.pipeline": "errors ir data passes schemes verify compilation options",
+    "fxc.pipeline": "errors ranks ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
@@ -44,9 +44,9 @@ ALLOWED = {
     "fxc.compiled": "errors safety neutral ranks ir frontend compilation artifact lower export runtime page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
-    "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
-    "fxc.compiler": "errors progress neutral ranks ir data schemes analysis calibrate passes compilation pipeline artifact lower "
-    "options captured streaming export parallel compiled",
+    "fxc.streaming": "errors ranks mapped memory ir schemes artifact passes options pipeline captured",
+    "fxc.compiler": "errors progress neutral ranks ir data schemes analysis calibrate passes compilation pipeline artifact "
+    "lower options captured streaming export parallel compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
     "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "

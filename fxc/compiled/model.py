@@ -123,6 +123,8 @@ class CompiledModel(nn.Module):
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""
         if self._lowered is None:
+            if self.division is not None and not self.division.parts:
+                self.check_is_whole()
             if self._device == torch.device("cuda") and torch.cuda.is_available():
                 # The current device is another one in another thread, and the weights are on this one.
                 self._device = torch.device("cuda", torch.cuda.current_device())
@@ -176,7 +178,7 @@ class CompiledModel(nn.Module):
         if self.division is not None:
             raise UsageError(
                 f"this is a part of a model, of process {self.division.number + 1} of {self.division.count}",
-                hint="load it without tensor_parallel",
+                hint="fxc.load without tensor_parallel gives the whole; of what several compile the first one has it",
             )
 
     def __prepare_scriptable__(self) -> None:

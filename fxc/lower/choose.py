@@ -110,7 +110,8 @@ Timings = dict[tuple, Timing | str]
 
 
 def measured(backend: str, timings: Timings | None = None) -> Callable[[tuple[Candidate, ...], int, int, torch.dtype], Timing]:
-    """`measure` for one lowering, in which layers that could not be timed are not tried again. timings: what is known already."""
+    """`measure` for one lowering, in which layers that could not be timed are not tried again. timings: what is known, to which
+    it adds."""
     known: Timings = {} if timings is None else timings
 
     def times(forms: tuple[Candidate, ...], rows: int, columns: int, dtype: torch.dtype) -> Timing:

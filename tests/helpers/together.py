@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxc.ir.program import Program
-from fxc_kernels.collectives import ALL_REDUCE
+from fxc_kernels.collectives import ALL_REDUCE, WITH_RANGE, ends, extended
 
 
 class _One(fx.Interpreter):
@@ -18,13 +18,19 @@ class _One(fx.Interpreter):
         self.number, self.slots, self.barrier = number, slots, barrier
 
     def call_function(self, target, args, kwargs):
-        if target is not ALL_REDUCE:
-            return super().call_function(target, args, kwargs)
-        self.slots[self.number] = args[0]
-        self.barrier.wait(60)
-        total = torch.stack(self.slots).sum(0)
-        self.barrier.wait(60)
-        return total
+        if target is ALL_REDUCE:
+            return self.meet(args[0]).sum(0)
+        if target is WITH_RANGE:
+            return extended(args[0], self.meet(ends(args[0])).amax(0))
+        return super().call_function(target, args, kwargs)
+
+    def meet(self, tensor: Tensor) -> Tensor:
+        """What all of them have, one after another."""
+        self.slots[self.number] = tensor
+        self.barrier.wait()
+        every = torch.stack(self.slots)
+        self.barrier.wait()
+        return every
 
 
 @torch.no_grad()
