@@ -1,9 +1,10 @@
-"""Whether a compilation that is killed and resumed makes the bytes of an undisturbed one, by `python -m benchmarks.kills --kills 200`.
+"""Whether a compilation that is killed and resumed makes the bytes of an undisturbed one: `python -m benchmarks.kills`.
 
-`fxc compile --stream --resume` of a tiny model runs in a process that is killed (SIGKILL) at a random moment of its time, and so is
-the one that goes on, until one is done before its moment comes; then the artifact is compared with that of an undisturbed run, file by
-file. That goes on until so many were killed. Parts are kept small, so that there are many of them. Processes are forked from one that has
-imported everything, which costs them no time. Results: kills-<cpu>.json and .md.
+`fxc compile --stream --resume` of a tiny model runs in a process that is killed (SIGKILL) at a random moment of its time, and
+so is the one that goes on, until one is done before its moment comes; then the artifact is compared with that of an undisturbed
+run, file by file. That goes on until so many (--kills) were killed. Parts are kept small, so that there are many of them. The
+processes are forked from one that has imported everything: seconds in which there is nothing to lose. Results: kills-<cpu>.json
+and .md.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
+import fxc
+import fxc.cli.compile
 from benchmarks import larger, table
 from benchmarks.output import RESULTS, note, write
+from fxc.__main__ import main as command
 from fxc.artifact.manifest import MANIFEST
 from fxc.artifact.spill import JOURNAL
 from fxc.ir import store
@@ -41,11 +47,9 @@ def compiled(folder: Path, passes: str, out: Path, moment: float | None) -> bool
         os.dup2(silent, 2)
         store.PART_BYTES = PART_BYTES
         sys.argv = ["fxc", "compile", str(folder), "--passes", passes, "-o", str(out), "--stream", "--resume", "--no-measure"]
-        from fxc.__main__ import main as fxc
-
         code = 1
         try:
-            fxc()
+            command()
         except SystemExit as ended:
             code = ended.code or 0
         finally:
@@ -89,22 +93,27 @@ def trial(folder: Path, passes: str, scratch: Path, seconds: float, draw: random
     return places
 
 
+def _clear(scratch: Path) -> None:
+    shutil.rmtree(scratch)
+    scratch.mkdir()
+
+
 def run(folder: Path, passes: str, kills: int, scratch: Path, draw: random.Random) -> dict:
     out = scratch / "out"
-    compiled(folder, passes, out, None)  # what is built or measured once for a machine is there from now on
-    shutil.rmtree(out)
+    _clear(scratch)
     began = time.monotonic()
     compiled(folder, passes, out, None)
     seconds = time.monotonic() - began
     expected, places, trials, wrong = digests(out), Counter[str](), 0, []
     while places.total() < kills:
-        for path in scratch.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(scratch)
         places += trial(folder, passes, scratch, seconds, draw, kills - places.total())
         trials += 1
         if (found := digests(out)) != expected:
             wrong.append(sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)))
-    return {"passes": passes, "seconds": seconds, "kills": places.total(), "runs": trials, "differ": wrong, "places": dict(places)}
+    return {
+        "passes": passes, "seconds": seconds, "kills": places.total(), "runs": trials, "differ": wrong, "places": dict(places),
+    }  # fmt: skip
 
 
 def markdown(report: dict) -> str:
@@ -132,17 +141,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-    import transformers  # noqa: F401 - before the first fork
-
-    import fxc.cli.compile  # noqa: F401
-
     torch.set_num_threads(1)
     passes, draw, rows = options.passes or list(PASSES), random.Random(options.seed), []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         model, scratch = Path(folder) / "model", Path(folder) / "runs"
         weights = larger.make(model, "tiny", larger.SHAPES["tiny"][4], False)
         scratch.mkdir()
+        fxc.optimize(model, passes="int8", stream=True)  # so that all is imported, built and measured before the first fork
         for at, each in enumerate(passes):
             share = options.kills // len(passes) + (at < options.kills % len(passes))
             rows.append(run(model, each, share, scratch, draw))

@@ -19,7 +19,7 @@ from fxc.captured import Captured
 from fxc.errors import FxcError, InputRefused, ResourceError, UsageError
 from fxc.ir.program import Program
 from fxc.ir.store import PART_BYTES, Constants
-from fxc.mapped import READ_BYTES, let_go
+from fxc.mapped import READ_BYTES, in_memory, let_go
 from fxc.memory import BESIDES, TIMES, available
 from fxc.options import Options
 from fxc.passes.base import Context
@@ -109,7 +109,7 @@ def plan_of(captured: Captured, options: Options) -> Plan:
     largest = max((each.nbytes for each in captured.program.constants.values()), default=0)
     tried = captured.small.nbytes() if captured.small is not None else 0
     parts = 2 * min(PART_BYTES, weights) + min(READ_BYTES, weights)
-    memory = BESIDES + parts + max(2 * largest, tried)
+    memory = BESIDES + in_memory(captured.program.constants.values()) + parts + max(2 * largest, tried)
     return Plan(weights, result, True, memory, left, _seconds(captured.program, options))
 
 
