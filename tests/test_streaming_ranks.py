@@ -97,6 +97,7 @@ def test_two_write_the_bytes_of_one_and_share_the_layers(folder, tmp_path, monke
         assert "several processes share the layers" in (tmp_path / f"pruned-{number}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_where_one_is_killed_the_others_say_so_and_the_run_goes_on(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     failed = in_two(folder, tmp_path, [("int8", out)], dies=6)
