@@ -69,9 +69,26 @@ def added(value: float) -> float:
     """The sum over all processes, the same in each."""
     if not _joined():
         return value
-    total = torch.tensor(value, dtype=torch.float64)
-    distributed.all_reduce(total)
-    return float(total)
+    return float(added_tensor(torch.tensor(value, dtype=torch.float64)))
+
+
+def added_tensor(tensor: Tensor) -> Tensor:
+    """The sum over all processes, which have one of the same shape and dtype each."""
+    return _reduced(tensor, distributed.ReduceOp.SUM)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """Number by number the largest of all processes."""
+    return _reduced(tensor, distributed.ReduceOp.MAX)
+
+
+def _reduced(tensor: Tensor, by: distributed.ReduceOp) -> Tensor:
+    if not _joined():
+        return tensor
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    with _others_there():
+        distributed.all_reduce(total, by)
+    return total
 
 
 def agreed(value: Any, of: int = 0) -> Any:

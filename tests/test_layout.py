@@ -28,7 +28,7 @@ ALLOWED = {
     "fxc.data": "errors safety progress ir schemes",
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
-    "fxc.calibrate": "errors progress memory ir schemes artifact",
+    "fxc.calibrate": "errors ranks progress memory ir schemes artifact",
     "fxc.train": "errors progress memory ranks ir schemes data calibrate",
     "fxc.passes": "errors progress memory ranks ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
