@@ -86,7 +86,7 @@ def _reduced(tensor: Tensor, by: distributed.ReduceOp) -> Tensor:
     if not _joined():
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
-    with _others_there():
+    with others_there():
         distributed.all_reduce(total, by)
     return total
 
@@ -96,7 +96,7 @@ def agreed(value: Any, of: int = 0) -> Any:
     if not _joined():
         return value
     values = [value]
-    with _others_there():
+    with others_there():
         distributed.broadcast_object_list(values, src=of)
     return values[0]
 
@@ -112,7 +112,7 @@ def agreed_tensor(tensor: Tensor) -> Tensor:
 
 def send(said: Any, tensors: Sequence[Tensor], to: int) -> None:
     """To the process `to`: anything that can be pickled, and tensors after it."""
-    with _others_there():
+    with others_there():
         distributed.send_object_list([said], dst=to)
         for each in tensors:
             distributed.send(_bytes(each.contiguous()), dst=to)
@@ -120,7 +120,7 @@ def send(said: Any, tensors: Sequence[Tensor], to: int) -> None:
 
 def receive(of: int, types: Callable[[Any], Sequence[tuple[torch.dtype, torch.Size]]]) -> tuple[Any, list[Tensor]]:
     """What the process `of` sends. types: dtype and shape of each tensor, as what it said first tells."""
-    with _others_there():
+    with others_there():
         said = [None]
         distributed.recv_object_list(said, src=of)
         tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in types(said[0])]
@@ -134,20 +134,21 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _others_there() -> Iterator[None]:
+def others_there(kind: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Around what fails by an error of this kind where another process is gone. Raises `ResourceError` then."""
     try:
         yield
-    except RuntimeError as error:
+    except kind as error:
         raise ResourceError(
             "another process of this run is gone", why=str(error).partition("\n")[0],
-            hint="what it printed says why; the same command with --resume goes on",
+            hint="what it printed says why; a compilation goes on by the same command with --resume",
         ) from error  # fmt: skip
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise ResourceError(
         "the run was ended from outside, as torchrun does where one of its processes is gone",
-        hint="the first failure that torchrun prints says which; the same command with --resume goes on",
+        hint="the first failure that torchrun prints says which; a compilation goes on by the same command with --resume",
     )
 
 
@@ -171,6 +172,8 @@ def _launched() -> bool:
 
 
 def _leave() -> None:
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if distributed.is_initialized():
         distributed.destroy_process_group()
         time.sleep(0.2)  # others may run: the threads do not end with their group

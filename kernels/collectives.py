@@ -12,10 +12,16 @@ from torch import Tensor, distributed
 
 def all_reduce(x: Tensor) -> Tensor:
     """x of any shape and floating dtype, alike in every process of the group -> the sum over them, the same bits in each.
-    Raises RuntimeError where there is no group, or another process of it is gone."""
-    total = x.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total)
-    return total
+    Raises ConnectionError where another process of it is gone."""
+    return _reduced(x.clone(memory_format=torch.contiguous_format), distributed.ReduceOp.SUM)
+
+
+def _reduced(x: Tensor, by: distributed.ReduceOp) -> Tensor:
+    try:
+        distributed.all_reduce(x, by)
+    except (RuntimeError, ValueError) as error:  # ValueError: there is no group
+        raise ConnectionError(str(error)) from error
+    return x
 
 
 RANGE = 16
@@ -35,10 +41,8 @@ def extended(x: Tensor, ends: Tensor) -> Tensor:
 
 def with_range(x: Tensor) -> Tensor:
     """x [..., K], a part of each row -> [..., K + RANGE]: whoever rounds by the range of these rounds by that of the whole row.
-    The columns that are added stand over zeros of the weight. Raises RuntimeError as `all_reduce` does."""
-    found = ends(x)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return extended(x, found)
+    The columns that are added stand over zeros of the weight. Raises ConnectionError as `all_reduce` does."""
+    return extended(x, _reduced(ends(x), distributed.ReduceOp.MAX))
 
 
 def _define(name: str, function: Callable[[Tensor], Tensor], more: int) -> torch._ops.OpOverload:

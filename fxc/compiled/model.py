@@ -165,7 +165,8 @@ class CompiledModel(nn.Module):
         them, and they may be edited. module: what was made of the lowered program, to run in its place."""
         # The program says in which types it computes; autocast would change them.
         module = module or self.lower()
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running():
+        gone = ranks.others_there(ConnectionError)
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running(), gone:
             results = module(*[t.to(self._device) for t in tensors])
         if self.division is None:
             return results
