@@ -18,7 +18,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 def _reduced(x: Tensor, by: distributed.ReduceOp) -> Tensor:
     try:
-        distributed.all_reduce(x, by)
+        if x.numel():
+            distributed.all_reduce(x, by)
     except (RuntimeError, ValueError) as error:  # ValueError: there is no group
         raise ConnectionError(str(error)) from error
     return x
