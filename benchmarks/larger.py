@@ -180,6 +180,8 @@ def main() -> None:
     layers = options.layers or SHAPES[options.shape][4]
     load = os.getloadavg()[0]
     rows = []
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder = Path(scratch) / "model"
         note(f"writing {options.shape}")

@@ -38,7 +38,7 @@ from fxc.kernel_bench.files import slug
 from fxc.measure.perplexity import Perplexity, relative_change
 
 REPO = Path(__file__).resolve().parents[2]
-SECONDS = 900
+SECONDS = 3600
 
 
 def run(command: list[str], job: dict[str, Any], scratch: Path, threads: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ What comes last, and gives no hidden state, is not trained.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from fxc.calibrate.reconstruct import Fit, reconstruct
 from fxc.calibrate.stream import Passage, Stream, alive_before
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
+from fxc.train import ranks
 from fxc.train.last_linear import Ends, ends_of, solve
 from fxc.train.plain import Plain
 from fxc.train.segments import Segment, segments
@@ -39,18 +41,20 @@ TRAINING = 7
 @dataclass
 class Halves:
     """What became of the segments. fits: of those that were trained, by their first layer; unlike: where student and teacher
-    cannot be compared, in words."""
+    cannot be compared, in words; late: those whose turn came after the time was over."""
 
     fits: dict[str, Fit] = field(default_factory=dict)
     unlike: list[str] = field(default_factory=list)
+    late: int = 0
 
     def __str__(self) -> str:
+        late = [f"the last {self.late} were not begun, their time was over"] if self.late else []
         if not self.fits:
-            return "; ".join(self.unlike) or "there is nothing that blocks have lost"
+            return "; ".join([*late, *self.unlike]) or "there is nothing that blocks have lost"
         shares = [(sum(each) / len(self.fits)) ** 0.5 for each in zip(*((fit.before, fit.after) for fit in self.fits.values()))]
         better = sum(fit.after < fit.before for fit in self.fits.values())
         errors = f"their errors on held-out samples {shares[0]:.2%} -> {shares[1]:.2%}"
-        return "; ".join([f"{better} of {len(self.fits)} half-blocks better, {errors}", *self.unlike])
+        return "; ".join([f"{better} of {len(self.fits)} half-blocks better, {errors}", *late, *self.unlike])
 
 
 @torch.no_grad()
@@ -65,13 +69,15 @@ def recover_halves(
     batch: int = BATCH,
     rate: float = 0.02,
     seed: int = 0,
+    seconds: float = 0.0,
     within: Callable[[], AbstractContextManager] = nullcontext,
     track: Track = untracked,
 ) -> Halves:
     """Train what `student` lets be trained, in place, segment by segment; teacher: a canonical program.
 
     steps: for each segment, 0: nothing but its last layer is changed; rate: the largest step of a number, as a share of the
-    mean size of those of its weight. Raises ResourceError, before it begins, where there is not enough memory.
+    mean size of those of its weight; seconds: if given, no segment is begun after so many. Raises ResourceError, before it
+    begins, where there is not enough memory.
     """
     plain = Plain(student)
     every = [*samples, *held_out]
@@ -81,7 +87,11 @@ def recover_halves(
     if len(found) < 2:
         return made
     _needs(plain.program, found, mine, theirs, batch).check("recover:method=blocks")
+    began = time.monotonic()
     for number, (segment, after) in enumerate(pairwise(found), 1):
+        if seconds and ranks.agreed(time.monotonic() - began) > seconds:
+            made.late = len(found) - number
+            break
         passage = _passage(plain.program, segment, mine, theirs)
         own = [name for name in plain.gives if name in passage.own]
         ends = ends_of(segment.gives[0], segment.aims[0], set(segment.mine), own)

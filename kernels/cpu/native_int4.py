@@ -33,19 +33,21 @@ def pack(
     for the middle. Gives what int4_linear.cpp reads: uint8 [N/16, K/8, 64], scale [N/16, K/group, 16], zero as scale, filled up
     with zeros. Levels are asked for in parts, so that they never take more memory than what is made of them."""
     outputs, more = scale.shape[0], -scale.shape[0] % PANEL
-    panels = []
+    panels: Tensor | None = None
     for start in range(0, outputs, AT_ONCE):
         q = levels(slice(start, start + AT_ONCE))
         if zero is None:
             q = q + (MIDDLE - (1 << bits - 1))
         blocks = pad(q, (0, 0, 0, -len(q) % PANEL)).view(-1, PANEL, q.shape[1] // 8, 2, 4)
-        panels.append((blocks[..., 0, :] | blocks[..., 1, :] << 4).transpose(1, 2).contiguous().flatten(2))
+        if panels is None:
+            panels = q.new_empty((outputs + more) // PANEL, q.shape[1] // 8, PANEL, 4)
+        panels[start // PANEL :][: len(blocks)] = (blocks[..., 0, :] | blocks[..., 1, :] << 4).transpose(1, 2)
 
     def beside(each: Tensor) -> Tensor:
         return pad(each, (0, 0, 0, more)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
     scale = scale if scale.dtype == torch.bfloat16 else scale.float()
-    return torch.cat(panels), beside(scale), None if zero is None else beside(zero)
+    return panels.flatten(2), beside(scale), None if zero is None else beside(zero)
 
 
 @functools.cache

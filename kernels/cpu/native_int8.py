@@ -15,6 +15,8 @@ from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.rows import activated
 
 PANEL = 16
+# Outputs that are packed at once, so that what they become on the way takes little memory.
+AT_ONCE = 4096
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -22,11 +24,15 @@ def pack(qweight: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     """int8 [N, K], float32 [N], [N] -> what int8_linear.cpp reads: (int8 [N/16, K/4, 64], scale, the rows' sums int32, bias
     float32), all filled up with zeros."""
     rows, columns = qweight.shape
-    more = -rows % PANEL
-    sums = qweight.sum(dim=1, dtype=torch.int32)
-    full = pad(qweight, (0, -columns % 4, 0, more))
-    panels = full.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 4)).transpose(1, 2).contiguous().flatten(2)
-    return panels, pad(scale, (0, more)), pad(sums, (0, more)), None if bias is None else pad(bias.float(), (0, more))
+    more, quads = -rows % PANEL, -(-columns // 4)
+    panels = qweight.new_empty((rows + more) // PANEL, quads, PANEL, 4)
+    sums = torch.zeros(rows + more, dtype=torch.int32)
+    for start in range(0, rows, AT_ONCE):
+        part = qweight[start : start + AT_ONCE]
+        sums[start : start + len(part)] = part.sum(dim=1, dtype=torch.int32)
+        full = pad(part, (0, 4 * quads - columns, 0, -len(part) % PANEL)).view(-1, PANEL, quads, 4)
+        panels[start // PANEL :][: len(full)] = full.transpose(1, 2)
+    return panels.flatten(2), pad(scale, (0, more)), sums, None if bias is None else pad(bias.float(), (0, more))
 
 
 @functools.cache

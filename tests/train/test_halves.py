@@ -139,6 +139,12 @@ def test_memory_that_is_not_there_is_said_before_it_begins(monkeypatch):
         recover_halves(student, program_of(Blocks()), inputs(), inputs(3), steps=1)
 
 
+def test_what_there_is_no_time_for_is_said():
+    student = Trainable(program_of(damaged(Blocks())))
+    made = recover_halves(student, program_of(Blocks()), inputs(), inputs(3), steps=1, seconds=1e-9)
+    assert not made.fits and made.late == 3 and "the last 3 were not begun" in str(made)
+
+
 def test_frozen_parts_stay():
     program = program_of(damaged(Blocks()))
     student = Trainable(program)

@@ -13,6 +13,8 @@ from fxc.train.precision import autocast, chosen
 
 # Blocks are trained on so many samples at most, and judged by an eighth of that, whose hidden states are kept.
 SAMPLES, JUDGED = 256, 32
+# Of the minutes that are given, where the loss trains too, which needs the rest.
+SHARE = 0.5
 
 
 def train_by_blocks(lesson: Lesson) -> float:
@@ -31,11 +33,12 @@ def train_by_blocks(lesson: Lesson) -> float:
     teacher = lesson.original.program.copy()
     Canonicalize().run(teacher, Context())
     # Shares of energy are too small for float16 without scaling.
+    share = 1 if options.method == "blocks" else SHARE
     precision = "float32" if options.precision == "float16" else chosen(options.precision)
     halves = recover_halves(
         student, teacher, lesson.training[:: -(-len(lesson.training) // SAMPLES)], held_out[:JUDGED],
         as_teacher=lesson.original.inputs, steps=options.block_steps, rate=options.block_rate, seed=context.seed,
-        within=lambda: autocast(precision), track=context.track,
+        seconds=60 * options.minutes * share, within=lambda: autocast(precision), track=context.track,
     )  # fmt: skip
     after = judge() if halves.fits else before
     better = after < before

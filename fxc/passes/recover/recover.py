@@ -56,8 +56,9 @@ class Recover(Pass):
     et al., arXiv 1503.02531); topk: of its `k` likeliest classes and all others together, which are kept for samples that come
     again; task: the next token, or labels; features, features_cosine: what blocks end with; outputs, cosine: what the model
     gives; pooled: the mean of that over tokens. By default kl where it gives logits, else outputs.
-    steps: optimizer steps of AdamW; minutes: if given, so long instead. batch: samples in a step. rate: the learning rate,
-    which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the largest norm of a gradient.
+    steps: optimizer steps of AdamW; minutes: if given, so long instead, of which blocks take half at most. batch: samples in a
+    step. rate: the learning rate, which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the
+    largest norm of a gradient.
     method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave: the layer that
     it ends with is solved for by least squares, and then all of it is trained, `block_steps` steps at `block_rate`, a share of
     the mean size of a weight's numbers (`fxc.train.halves`). By the loss: all: all weights;
