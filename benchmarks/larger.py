@@ -2,15 +2,18 @@
 
     python -m benchmarks.larger --shape 7b --passes int8 --passes int4:group=128
     python -m benchmarks.larger --shape 72b --passes int4:group=128 --hollow
+    python -m benchmarks.larger --shape 0.5b --passes int8 --processes 1 --processes 2 --processes 4
 
 A folder of the shape is written first, in bfloat16: one layer's random weights, which every layer has, or with --hollow files
-with holes, that take no disk and are read as zeros. Each row is a process of its own; peak memory is its resident set at most,
-as the system counts it, mapped files among it. Results: larger-<shape>-<cpu>.json and .md.
+with holes, that take no disk and are read as zeros. Each row is a process of its own, or several that torchrun starts, which
+share the threads; peak memory is the resident set at most of the largest, as the system counts it, mapped files among it. Of
+several numbers of processes it is said whether they made the same bytes. Results: larger-<shape>-<cpu>.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -107,15 +110,16 @@ def _write_random(file, size: tuple[int, ...]) -> None:
         file.write(torch.randn(len(rows), size[1]).mul_(0.02).bfloat16().view(torch.uint8).numpy().tobytes())
 
 
-def row(folder: Path, passes: str, out: Path, threads: int, limit: str | None) -> dict:
-    """Compile in a process of its own: seconds, and the most of its resident set."""
+def row(folder: Path, passes: str, out: Path, threads: int, limit: str | None, processes: int = 1) -> dict:
+    """Compile in processes of their own: seconds, and the most of a resident set."""
     words = ["compile", str(folder), "--passes", passes, "-o", str(out), "--stream", "--no-measure", "--json"]
     words += ["--max-memory", limit] if limit else []
-    command = [sys.executable, "-m", "fxc", *words]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "fxc", *words]
     said, report = out.with_suffix(".err"), out.with_suffix(".json")
     began = time.perf_counter()
     process = os.posix_spawnp(
-        command[0], command, {**os.environ, "OMP_NUM_THREADS": str(threads)},
+        command[0], command, {**os.environ, "OMP_NUM_THREADS": str(max(threads // processes, 1))},
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, str(report), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644),
                       (os.POSIX_SPAWN_OPEN, 2, str(said), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)],
     )  # fmt: skip
@@ -125,17 +129,27 @@ def row(folder: Path, passes: str, out: Path, threads: int, limit: str | None) -
         raise RuntimeError(f"{passes}: {said.read_text().strip()[-800:]}{report.read_text()[-800:]}")
     made = json.loads(report.read_text())
     return {
-        "passes": passes, "seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024,
+        "passes": passes, "processes": processes, "seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak": usage.ru_maxrss * 1024,
         "result": sum(path.stat().st_size for path in out.glob("*.safetensors")),
         "by_pass": {step["name"]: step["seconds"] for step in made["report"]["passes"]} if "report" in made else {},
     }  # fmt: skip
 
 
+def digest_of(files: list[Path]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            found.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
 def markdown(report: dict) -> str:
     weights = report["weights"]
+    digests = [{each["digest"] for each in report["rows"] if each["passes"] == row["passes"]} for row in report["rows"]]
     cells = [
-        [each["passes"], f"{each['seconds']:.0f}", f"{weights / each['seconds'] / 1e9:.2f}", f"{each['peak'] / 1e9:.2f}",
-         f"{each['result'] / 1e9:.2f}"]
+        [each["passes"], str(each["processes"]), f"{each['seconds']:.0f}", f"{weights / each['seconds'] / 1e9:.2f}",
+         f"{each['peak'] / 1e9:.2f}", f"{each['result'] / 1e9:.2f}"]
         for each in report["rows"]
     ]  # fmt: skip
     what = "files with holes, read as zeros" if report["hollow"] else "random weights"
@@ -144,7 +158,10 @@ def markdown(report: dict) -> str:
         f"{what}; {report['threads']} threads, load before: {report['load_before']}; one run each, from `fxc compile` to a "
         f"verified artifact. {versions_text(report['versions'])}."
     )
-    rows = "\n".join(markdown_table(["passes", "seconds", "GB/s of weights", "peak memory, GB", "result, GB"], cells))
+    if any(each["processes"] > 1 for each in report["rows"]):
+        how += " All numbers of processes made the same bytes." if all(len(each) == 1 for each in digests) else " BYTES DIFFER."
+    heads = ["passes", "processes", "seconds", "GB/s of weights", "peak memory, GB", "result, GB"]
+    rows = "\n".join(markdown_table(heads, cells))
     return f"# A model read piece by piece, {report['hardware']['cpu']}\n\n{how}\n\n{rows}\n"
 
 
@@ -153,6 +170,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--layers", type=int, help="by default all")
     parser.add_argument("--passes", action="append")
+    parser.add_argument("--processes", action="append", type=int, help="1 by default")
     parser.add_argument("--hollow", action="store_true", help="weights of holes, which take no disk")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-memory")
@@ -169,11 +187,14 @@ def main() -> None:
         note(f"writing {options.shape}")
         weights = make(folder, options.shape, layers, options.hollow)
         for passes in options.passes or PASSES:
-            note(passes)
-            out = Path(scratch) / "out"
-            rows.append(row(folder, passes, out, options.threads, options.max_memory))
-            note(json.dumps(rows[-1]))
-            shutil.rmtree(out)
+            for processes in options.processes or [1]:
+                note(f"{passes}, processes: {processes}")
+                out = Path(scratch) / "out"
+                rows.append(row(folder, passes, out, options.threads, options.max_memory, processes))
+                made = [*out.glob("*.safetensors"), out / "program.fxc"]
+                rows[-1]["digest"] = digest_of(made) if len(options.processes or ()) > 1 else None
+                note(json.dumps(rows[-1]))
+                shutil.rmtree(out)
     report = {
         "shape": options.shape, "layers": layers, "weights": weights, "hollow": options.hollow, "threads": options.threads,
         "load_before": round(load, 2), "rows": rows, "hardware": table.hardware(), "versions": table.versions(),

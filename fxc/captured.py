@@ -20,7 +20,7 @@ from fxc.frontend.capture import capture
 from fxc.frontend.larger import capture_larger
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
-from fxc.memory import is_larger
+from fxc.memory import BESIDES, available, is_larger
 from fxc.neutral import one_at_a_time
 from fxc.options import Options
 from fxc.source.fresh import fresh, is_configuration
@@ -151,9 +151,10 @@ def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captu
         raise UsageError(
             "a model that is read piece by piece keeps its dtype", where="dtype", hint="the passes bf16 and fp16 change it"
         )
+    left = options.max_memory if options.max_memory is not None else available()
     loaded = load_source(
         source, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code,
-        check_values=not streams,
+        check_values=not streams, most=max(left - BESIDES, 0) if streams and left is not None else None,
     )  # fmt: skip
     return _captured(loaded, example_inputs, options, streams)
 
@@ -200,6 +201,8 @@ def _capture_artifact(path: Path, options: Options) -> Captured:
 
 def _capture_compiled(model: Any, options: Options) -> Captured:
     """A model that was compiled already, as its artifact would be."""
+    if hasattr(model, "check_is_whole"):
+        model.check_is_whole()
     _check_keeps(options)
     program, report = model.program.copy(), model.report
     return Captured(

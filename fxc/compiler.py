@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from fxc import streaming
+from fxc import ranks, streaming
 from fxc.analysis.sizes import layers
 from fxc.artifact import companions, config_json, store
 from fxc.calibrate.journal import Saves, remove, saving
@@ -31,6 +31,7 @@ from fxc.ir.program import Program
 from fxc.lower.target import check_keep_float, check_target, warm_up
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
+from fxc.parallel import Division, divide
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
 from fxc.passes.teacher import Teacher
@@ -103,8 +104,10 @@ def compile_captured(
 
     with _saves(options, captured.is_streamed) as context.saves:
         if captured.is_streamed:
+            streaming.meet(options)
             before = replace(before, constants=streaming.constants_of(captured, options))
-            if captured.small is not None and options.verify and not any(each.uses_data() for each in options.passes):
+            learns = any(each.uses_data() for each in options.passes)
+            if captured.small is not None and options.verify and not learns and ranks.number() == 0:
                 say("trying the passes on the first layers")
                 rehearse(captured.small, options)
         program, steps = run_passes(before, context, options, watch)
@@ -140,6 +143,7 @@ def compile_captured(
         source=captured.folder,
         device=options.device,
         backend=options.backend,
+        division=Division(ranks.number(), ranks.count()) if captured.is_streamed and ranks.number() else None,
     )
 
 
@@ -245,6 +249,7 @@ def load(
     static_cache: bool = False,
     keep_compressed: bool = False,
     keep_float: float | None = None,
+    tensor_parallel: bool = False,
 ) -> CompiledModel:
     """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
 
@@ -255,11 +260,15 @@ def load(
     keep_float: on a CPU, of the bytes that compression saves, the share from 0 to 1 that layers may take again where floats are
     faster: in floats, or with a float copy for some row counts beside the packed weights. 1 by default: never more than
     the original's bytes. Where not all of it fits, the layers that gain most have it; `layers` says which do without.
+    tensor_parallel: in each of several processes (`torchrun`), a part of the heads and FFN channels. Every process loads and
+    calls the model alike, and is given the same results; `division` says what is divided, and what is whole and why.
 
-    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist
-    and for a keep_float that is no share.
+    Raises `InputRefused` for a damaged or hostile artifact, `UsageError` for a device or backend that does not exist,
+    for a keep_float that is no share, and for tensor_parallel in a single process or where nothing can be divided.
     """
     path = Path(directory)
+    if tensor_parallel:
+        device = _meet(device, static_cache)
     check_target(device, backend)
     check_keep_float(device, keep_float)
     if not store.is_artifact(path):
@@ -270,8 +279,11 @@ def load(
         )
     warm_up(device)
     read = store.read(path)
+    program, division = read.program, None
+    if tensor_parallel and ranks.count() > 1:
+        program, division = divide(program, ranks.number(), ranks.count())
     model = compiled_model(
-        read.program,
+        program,
         read.manifest.get("report", {}),
         config=config_json.read(path),
         files=companions.of_folder(path),
@@ -280,7 +292,24 @@ def load(
         backend=backend,
         keep_compressed=keep_compressed,
         keep_float=keep_float,
+        division=division,
     )
     if static_cache and not hasattr(model, "use_static_cache"):
         raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")
     return model.use_static_cache() if static_cache else model
+
+
+def _meet(device: str | torch.device | None, static_cache: bool) -> torch.device:
+    """Meet the other processes. Returns the device of this one."""
+    if static_cache:
+        raise UsageError(
+            "buffers of a fixed size were not tried in several processes", where="static_cache", hint="leave static_cache out"
+        )
+    check_target(device, None)
+    ranks.join(device or "cpu")
+    if not ranks.has_joined():
+        raise UsageError(
+            "this is a single process", where="tensor_parallel",
+            hint="torchrun --nproc-per-node=2 SCRIPT.py runs the script in two, each of which calls fxc.load",
+        )  # fmt: skip
+    return ranks.own_device(device or "cpu")

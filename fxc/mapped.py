@@ -79,6 +79,13 @@ def let_go(tensors: Iterable[Tensor], clean: Ranges | None = None) -> int:
     return found
 
 
+def in_memory(tensors: Iterable[Tensor]) -> int:
+    """Bytes of those of `tensors` that lie in no mapping of a file that is as the file is; 0 where nobody knows."""
+    clean = unwritten()
+    ends = [(each.data_ptr(), each.data_ptr() + each.nbytes, each.nbytes) for each in tensors if each.device.type == "cpu"]
+    return sum(n for begin, end, n in ends if not any(a <= begin and end <= b for a, b in clean)) if clean else 0
+
+
 def give_back() -> None:
     """Give the system what is free of this process's heap, of which the C library keeps what lies below something in use."""
     with contextlib.suppress(AttributeError, OSError):  # a C library that is not GNU's

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from fxc import ranks
 from fxc.compilation import Step
 from fxc.data.labels import Samples
 from fxc.data.samples import samples
@@ -91,7 +92,7 @@ def run_passes(
             parameters(after), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
             repeat=str(result.repeat) if result.repeat else None, cut_off=result.cut_off, training=result.training,
         )  # fmt: skip
-        if options.verify:
+        if options.verify and (ranks.number() == 0 or not after.is_streamed):  # of what is packed others have shapes alone
             judged = context.samples[:JUDGED] if step.fits_data() and context.samples else tried
             gates = judge(step, program, after, result, judged, limits, context)
             done.gates, done.layer_errors, done.saturation = gates.outcome, gates.layers, gates.saturation

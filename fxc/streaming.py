@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from fxc import ranks
 from fxc.artifact.manifest import versions
 from fxc.artifact.spill import Spill
 from fxc.captured import Captured
-from fxc.errors import FxcError, InputRefused, ResourceError
+from fxc.errors import FxcError, InputRefused, ResourceError, UsageError
 from fxc.ir.program import Program
 from fxc.ir.store import PART_BYTES, Constants
-from fxc.mapped import READ_BYTES, let_go
+from fxc.mapped import READ_BYTES, in_memory, let_go
 from fxc.memory import BESIDES, TIMES, available
 from fxc.options import Options
 from fxc.passes.base import Context
@@ -37,6 +38,19 @@ def constants_of(captured: Captured, options: Options) -> Constants:
     if options.resume is None:
         weakref.finalize(spill, shutil.rmtree, folder, ignore_errors=True)
     return constants
+
+
+def meet(options: Options) -> None:
+    """Meet the other processes that torchrun started, which share the layers. Raises `UsageError` for a pass that they cannot
+    share."""
+    ranks.join()
+    for each in options.passes if ranks.count() > 1 else ():
+        if each.is_policy and (not isinstance(each, PackLinears) or each.uses_data()):
+            raise UsageError(
+                "several processes share the layers of formats that learn nothing from data", where=str(each),
+                why="it looks at more than a layer" if not each.uses_data() else "it learns from data layer after layer",
+                hint="run it in one process",
+            )  # fmt: skip
 
 
 def key_of(captured: Captured, options: Options) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def plan_of(captured: Captured, options: Options) -> Plan:
     largest = max((each.nbytes for each in captured.program.constants.values()), default=0)
     tried = captured.small.nbytes() if captured.small is not None else 0
     parts = 2 * min(PART_BYTES, weights) + min(READ_BYTES, weights)
-    memory = BESIDES + parts + max(2 * largest, tried)
+    memory = BESIDES + in_memory(captured.program.constants.values()) + parts + max(2 * largest, tried)
     return Plan(weights, result, True, memory, left, _seconds(captured.program, options))
 
 

@@ -7,7 +7,7 @@ from families import _DECODER
 from tiny import byte_tokenizer
 
 import fxc
-from fxc import streaming
+from fxc import mapped, streaming
 from fxc.artifact import store
 from fxc.artifact.spill import Spill
 from fxc.captured import capture_source
@@ -152,3 +152,33 @@ def test_memory_decides_where_nobody_does(folder, monkeypatch):
     assert not captured.is_streamed(str(folder), Options(stream=False))
     assert captured.is_streamed(str(folder), Options(max_memory=10**9))
     assert not captured.is_streamed(str(folder), Options(max_memory=10**12))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A mixture whose experts are tensors of their own in the files, which transformers stacks."""
+    torch.manual_seed(0)
+    made = tmp_path_factory.mktemp("mixture") / "model"
+    config = transformers.MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2)
+    transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(made)
+    return made
+
+
+def test_experts_that_are_stacked_while_they_are_loaded_are_in_the_plan(mixture, tmp_path):
+    options = Options("int8", stream=True)
+    captured = capture_source(mixture, options=options)
+    stacked = [each for name, each in captured.program.constants.items() if ".experts." in name]
+    assert stacked and mapped.in_memory(stacked) == sum(each.nbytes for each in stacked)
+    assert mapped.in_memory(captured.program.constants.values()) < 1.1 * mapped.in_memory(stacked)
+    made, whole = fxc.optimize(mixture, passes="int8", stream=True), fxc.optimize(mixture, passes="int8")
+    made.save(tmp_path / "out")
+    read = store.read(tmp_path / "out").program
+    assert all(torch.equal(read.constants[name], tensor) for name, tensor in whole.program.constants.items())
+
+
+def test_experts_that_are_stacked_and_have_no_room_are_refused_before_they_are_loaded(mixture, monkeypatch):
+    loaded = lambda *args, **kwargs: pytest.fail("it was loaded")  # noqa: E731
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(ResourceError, match="cannot be read piece by piece") as refused:
+        fxc.optimize(mixture, passes="int8", stream=True, max_memory=1 << 30)
+    assert "experts.gate_up_proj" in refused.value.why

@@ -57,6 +57,9 @@ class Spill:
             found[name] = tensor
         return found
 
+    def has_saved(self) -> bool:
+        return bool(self._saved)
+
     def forget(self) -> None:
         self._saved = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxc import ranks
 from fxc.errors import InputRefused
 
 
@@ -43,6 +44,12 @@ class Squares:
         self.mean, self.size = mean, torch.lerp(self.size, size.mean(0), share)
         self.largest = torch.maximum(self.largest, size.amax(0))
         self.rows += len(x)
+
+    def meet(self) -> None:
+        """Become the statistic of what all processes of this run have counted."""
+        self.rows, share = _share(self.rows)
+        self.mean, self.size = (ranks.added_tensor(each * share) for each in (self.mean, self.size))
+        self.largest = ranks.largest(self.largest)
 
     @property
     def dead(self) -> Tensor:
@@ -87,6 +94,14 @@ class Hessian:
         self.mean.mul_(kept).addmm_(x.t(), x, alpha=new)
         self.rows += len(x)
 
+    def meet(self) -> None:
+        """Become the statistic of what all processes of this run have counted."""
+        self.rows, share = _share(self.rows)
+        self.mean = ranks.added_tensor(self.mean.mul_(share))
+        if self.cross is not None:
+            self.cross = ranks.added_tensor(self.cross.mul_(share))
+            self.uncompressed = ranks.added_tensor(self.uncompressed.mul_(share))
+
     def squares(self) -> Squares:
         """E[x^2] alone of the same rows."""
         found = Squares(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
@@ -97,6 +112,12 @@ class Hessian:
     def dead(self) -> Tensor:
         """bool [K]: the channels that were zero in every row (all, where there was no row)."""
         return self.mean.diagonal() == 0
+
+
+def _share(rows: int) -> tuple[int, float]:
+    """The rows of all processes, and which share this one's are."""
+    total = int(ranks.added(rows))
+    return total, rows / max(total, 1)
 
 
 def _refuse_infinite(mean_squares: Tensor) -> None:

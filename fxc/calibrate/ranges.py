@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxc import ranks
 from fxc.errors import InputRefused
 
 Observer = Literal["minmax", "percentile", "mse"]
@@ -72,6 +73,15 @@ class Range:
             self.counts += torch.bincount(at, minlength=2 * HALF)
             self.zeros += int((x == 0).sum())
         self.rows += x.numel() // max(x.shape[-1], 1)
+
+    def meet(self) -> None:
+        """Become the range of what all processes of this run have counted."""
+        low, high = ranks.largest(self.ends * torch.tensor([-1.0, 1.0], dtype=torch.float64)).tolist()
+        self.ends = torch.tensor([-low, high], dtype=torch.float64)
+        if (largest := max(low, high)) > 0:
+            self._reach(largest)
+        self.counts = ranks.added_tensor(self.counts)
+        self.zeros, self.rows = int(ranks.added(self.zeros)), int(ranks.added(self.rows))
 
     def _reach(self, largest: float) -> None:
         """Widen the bins until `largest` lies in them."""

@@ -3,7 +3,8 @@
 Stages are taken in the order in which they run: what a stage reads is computed sample by sample from the hidden states at its
 block's begin, with all layers before it already compressed, and added up; then its layers are compressed, in place. At the end
 of a block the hidden states of all samples are propagated, and the old ones freed. Where a statistic is of two streams, those
-of the program as it was flow beside them. No random numbers are drawn.
+of the program as it was flow beside them. No random numbers are drawn. Several processes share the samples: what each has
+counted is added up before layers are compressed, in each of them alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxc import ranks
 from fxc.calibrate.blocks import Block
 from fxc.calibrate.hessian import Hessian
 from fxc.calibrate.journal import Journal
@@ -62,6 +64,9 @@ def run(
     Raises InputRefused where a layer reads NaN or Inf.
     """
     found, stages = planned(program, layers)
+    # Training goes from sample to sample, and a journal holds the hidden states of all.
+    is_shared = ranks.count() > 1 and finish is None and journal is None
+    samples = ranks.share(samples) if is_shared else samples
     stream, plain, twins = Stream(program, samples), None, {}
     both = reads_both(statistic)
     if both or finish:
@@ -99,6 +104,8 @@ def run(
             except InputRefused as error:
                 raise InputRefused(error.what, where=names, why=error.why, hint=error.hint) from None
         made = []
+        for each in (each for unit in ending for each in unit.statistics if is_shared):
+            each.meet()
         for unit in ending:
             made.append(_replace(unit, stream, partial(compress, unit.layers, unit.statistics)))
             unit.statistics = []

@@ -177,6 +177,9 @@ def run(
     backend: Backend = "eager",
     device: Device = None,
     keep_float: KeepFloat = None,
+    tensor_parallel: Annotated[
+        bool, typer.Option("--tensor-parallel", help="Under torchrun: a part of the heads and FFN channels in each process.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -185,7 +188,9 @@ def run(
     if (prompt is None) == (text is None and image is None):
         raise UsageError("give --prompt, or else --text or --image or both", hint="--prompt is for models that generate")
     with output_for(as_json) as output:
-        run_model(output, out, prompt, max_new_tokens, text, image, backend, checked_device(device), keep_float)
+        run_model(
+            output, out, prompt, max_new_tokens, text, image, backend, checked_device(device), keep_float, tensor_parallel
+        )
 
 
 @app.command("eval")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fxc import ranks
 from fxc.analysis import sizes
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
@@ -34,7 +35,6 @@ from fxc.report import compilation, outputs
 from fxc.report.console import Output, size
 from fxc.source.load import kind_of
 from fxc.streaming import plan_of
-from fxc.train import ranks
 
 _LONGEST_NAME = 120
 

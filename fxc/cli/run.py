@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fxc
+from fxc import ranks
 from fxc.report import outputs
 from fxc.report.console import Output
 from fxc.report.lowering import describe, describe_held, forms, held_as_json
@@ -20,9 +21,15 @@ def run_model(
     backend: str,
     device: str | None,
     keep_float: float | None = None,
+    tensor_parallel: bool = False,
 ) -> None:
+    """Under torchrun with `tensor_parallel` every process runs, and the first one alone prints."""
+    if tensor_parallel and not ranks.is_first():
+        output.silence()
     with output.doing(f"loading {out}"):
-        model = fxc.load(out, device=device, backend=backend, keep_float=keep_float)
+        model = fxc.load(out, device=device, backend=backend, keep_float=keep_float, tensor_parallel=tensor_parallel)
+    if model.division is not None:
+        output.note(model.division)
     with output.doing(f"preparing it for {model.device}"):
         model.lower()
     for line in describe(model.layers):

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxc import ranks
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
 from fxc.errors import UsageError
 from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx
 from fxc.ir.binding import bind
-from fxc.ir.cache import is_causal_lm
+from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -40,6 +41,7 @@ class CompiledModel(nn.Module):
     configuration, if the original had one. files: what a saved artifact has besides program and weights. source: the folder
     the model came from, which is never written to. keep_compressed: run layers compressed also where their float form was
     measured to be faster; keep_float: see `fxc.load`.
+    division: of a model that several processes run together, what this one has (`fxc.parallel`): it is called alike in each.
     layers: how each rewritten layer was lowered for `device` and `backend`, known after the first call. It has no parameters:
     its weights are constants of the program, which `state_dict()` gives. It runs under `torch.no_grad()`: inputs may require
     gradients, outputs have none, and the program itself (`program.module()`) refuses a backward pass. It can be pickled, and
@@ -58,6 +60,7 @@ class CompiledModel(nn.Module):
         backend: str | None = None,
         keep_compressed: bool = False,
         keep_float: float | None = None,
+        division: Any = None,
     ):
         super().__init__()
         self.program = program
@@ -69,6 +72,7 @@ class CompiledModel(nn.Module):
         check_keep_float(device, keep_float)
         self.backend = backend or "eager"
         self.keep_compressed, self.keep_float = keep_compressed, keep_float
+        self.division = division
         self._device = torch.device(device or "cpu")
         self._lowered: nn.Module | None = None
         self._lowered_program: Program | None = None
@@ -97,15 +101,30 @@ class CompiledModel(nn.Module):
             return
         # What is kept has to serve calls outside inference mode and outside of what may trace the first one.
         with torch.no_grad(), _disable_current_modes():
-            lowered, self.layers = lower(self.program, self._device, self.backend, self.keep_compressed, self.keep_float)
+            lowered, self.layers = self._lowered_here() if self.division is None else self._lowered_in_turns()
             module = runnable(lowered, self._device, self.backend)
         self._lowered_program = lowered
         # Not a submodule: its packed weights are no part of the model's state.
         object.__setattr__(self, "_lowered", module)
 
+    def _lowered_here(self, timings: dict[tuple, Any] | None = None) -> tuple[Program, list[Any]]:
+        return lower(self.program, self._device, self.backend, self.keep_compressed, self.keep_float, timings)
+
+    def _lowered_in_turns(self) -> tuple[Program, list[Any]]:
+        """One process after another, so that none disturbs what another measures, and layers that all of them have take the
+        same forms: a mixture's router has to choose the same experts in each."""
+        timings, made = {}, None
+        for turn in range(self.division.count):
+            if turn == self.division.number:
+                made = self._lowered_here(timings)
+            timings = ranks.agreed(timings, of=turn)
+        return made
+
     def lower(self) -> nn.Module:
         """Prepare the program for the device and backend, once. The first call does it otherwise."""
         if self._lowered is None:
+            if self.division is not None and not self.division.parts:
+                self.check_is_whole()
             if self._device == torch.device("cuda") and torch.cuda.is_available():
                 # The current device is another one in another thread, and the weights are on this one.
                 self._device = torch.device("cuda", torch.cuda.current_device())
@@ -132,6 +151,7 @@ class CompiledModel(nn.Module):
 
     def __reduce__(self) -> tuple:
         """Pickled as its program, constants and files: it is lowered again where it is unpickled."""
+        self.check_is_whole()
         files = {name: f if isinstance(f, bytes) else Path(f).read_bytes() for name, f in self.files.items()}
         options = {
             "device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed,
@@ -145,8 +165,22 @@ class CompiledModel(nn.Module):
         them, and they may be edited. module: what was made of the lowered program, to run in its place."""
         # The program says in which types it computes; autocast would change them.
         module = module or self.lower()
-        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running():
-            return module(*[t.to(self._device) for t in tensors])
+        gone = ranks.others_there(ConnectionError)
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running(), gone:
+            results = module(*[t.to(self._device) for t in tensors])
+        if self.division is None:
+            return results
+        # To the bit, so that all processes choose the same token. Of the cache each has its own heads.
+        names = self.program.signature.outputs
+        return tuple(each if is_present(name) else ranks.agreed_tensor(each) for name, each in zip(names, results, strict=True))
+
+    def check_is_whole(self) -> None:
+        """Raise `UsageError` where this process has a part of the model."""
+        if self.division is not None:
+            raise UsageError(
+                f"this is a part of a model, of process {self.division.number + 1} of {self.division.count}",
+                hint="fxc.load without tensor_parallel gives the whole; of what several compile the first one has it",
+            )
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks a module for."""
@@ -231,6 +265,7 @@ class CompiledModel(nn.Module):
     ) -> None:
         """Write the artifact that `fxc.load` reads. All of it is written and verified, or nothing. source: the folder that
         the model came from, which `directory` may not be."""
+        self.check_is_whole()
         store.save(
             self.program,
             Path(directory),
@@ -285,6 +320,7 @@ class CompiledModel(nn.Module):
 
     def _sources(self) -> list[Path]:
         """The folders that the model came from, which no export may touch."""
+        self.check_is_whole()
         match self.report.get("source"):
             case {"kind": "folder", "id": str(origin)}:
                 sources = [Path(origin).expanduser()]

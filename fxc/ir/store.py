@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fxc.mapped import Reading, give_back, unwritten
@@ -25,6 +26,9 @@ class Spill(Protocol):
 
     def saved(self, accept: Callable[[str], bool]) -> dict[str, Tensor]:
         """The tensors that were written next, as long as `accept` takes their names: they are not given again."""
+
+    def has_saved(self) -> bool:
+        """Whether there are some that were not given again."""
 
     def forget(self) -> None:
         """What is saved beyond is of no use: this process does something else."""
@@ -96,6 +100,17 @@ class Constants(dict[str, Tensor]):
         found = self.spill.saved(accept)
         self._again += found.values()
         return found
+
+    def has_saved(self) -> bool:
+        """Whether a process that was killed put more in than was taken."""
+        return self.spill.has_saved()
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Keep of these, just put in, the shapes alone: another process has the numbers, and nobody reads them here."""
+        for name in names:
+            self._waiting.pop(name, None)
+            tensor = super().__getitem__(name)
+            super().__setitem__(name, torch.ones((), dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape))
 
     def settle(self) -> None:
         """Write what waits."""

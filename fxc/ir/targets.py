@@ -14,8 +14,8 @@ import torch
 from torch._ops import OpOverload
 
 NAMESPACES = ("aten", "fxc")
-# Operators of one device, which a lowered program calls and no text names.
-DEVICE_NAMESPACES = ("fxc_cpu", "fxc_cuda")
+# Operators of one device, and of several processes, which a lowered program calls and no text names.
+DEVICE_NAMESPACES = ("fxc_cpu", "fxc_cuda", "fxc_ranks")
 # What a lowered program may write with: into the buffers that a decode step is given.
 WRITES = {"index_copy_"}
 # Reads a file, or memory that the text chooses, or returns memory that nobody wrote.

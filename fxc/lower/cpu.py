@@ -66,7 +66,7 @@ def lower_cpu(
         attention_in_bfloat16(program)
     packs_bf16 = bf16 and backend == "eager"
     copies = [node for node in bfloat16_layers(program) if packs_bf16 and _is_read_elsewhere(program, [node])]
-    report, without = lower_layers(program, backend, measure or _measured(backend), expanded, copies, keep_float)
+    report, without = lower_layers(program, backend, measure or choose.measured(backend), expanded, copies, keep_float)
     report += static.lower_convolutions(program, packed=backend == "eager")
     report = static.chain(program, report)
     if packs_bf16:
@@ -164,26 +164,6 @@ def lower_layers(
                 sparse = "; 2:4 sparse as dense: no CPU kernel" if each.fqn in expanded else ""
                 report.append(dataclasses.replace(each, reason=each.reason + sparse))
     return report, without
-
-
-def _measured(backend: str) -> Measure:
-    """For one lowering, in which layers that could not be timed are not tried again."""
-    busy: dict[tuple, str] = {}
-
-    def measure(forms: tuple[Candidate, ...], rows: int, columns: int, dtype: torch.dtype) -> Timing:
-        # Inductor fuses what surrounds the int8 product, and beside a float32 product that is little. Beside a bfloat16
-        # one it is not: MiniLM at 32x128 took 172 ms with int8 chosen by its product alone and 103 ms without int8.
-        whole = backend == "eager" or dtype != torch.float32
-        layer = (forms, rows, columns, dtype, whole, torch.get_num_threads())
-        if layer in busy:
-            raise choose.Busy(busy[layer])
-        try:
-            return choose.measure(*layer)
-        except choose.Busy as why:
-            busy[layer] = str(why)
-            raise
-
-    return measure
 
 
 def _is_read_elsewhere(program: Program, nodes: list[fx.Node]) -> bool:

@@ -66,19 +66,25 @@ def warm_up(device: torch.device | str | None) -> None:
 
 
 def lower(
-    program: Program, device: torch.device, backend: str, keep_compressed: bool = False, keep_float: float | None = None
+    program: Program,
+    device: torch.device,
+    backend: str,
+    keep_compressed: bool = False,
+    keep_float: float | None = None,
+    timings: choose.Timings | None = None,
 ) -> tuple[Program, list[LayerChoice]]:
     """`program` as `device` runs it, for `fxc.lower.runnable`, and what was chosen for each compressed layer.
 
     keep_compressed: run layers compressed also where their float form was measured to be faster.
     keep_float: on a CPU, of the bytes that compression saves, the share that floats may take again where they are faster; 1
     for None.
+    timings: on a CPU, what was measured of forms already, and is not measured again; what is measured now is added to it.
     Raises `UsageError` for a backend or a device that does not exist, and for a format that the device has no product for.
     """
     check_target(device, backend)
     check_keep_float(device, keep_float)
     if device.type == "cpu":
-        measure = choose.compressed if keep_compressed else None
+        measure = choose.compressed if keep_compressed else choose.measured(backend, timings)
         return lower_cpu(program, backend, measure=measure, keep_float=1.0 if keep_float is None else keep_float)
     return _lower_cuda(program, device, backend, compressed=keep_compressed)
 

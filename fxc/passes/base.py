@@ -12,7 +12,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
@@ -101,6 +101,14 @@ class Original:
         return self.interface.outputs(self.program, tensors)
 
 
+class Judge(Protocol):
+    """What judges a layer as soon as it is packed: see `fxc.verify.layer_gate`."""
+
+    def __call__(self, program: Program, layer: fx.Node, weight: Tensor, made: fx.Node) -> float: ...
+
+    def note(self, program: Program, made: fx.Node, error: float) -> None: ...
+
+
 @dataclass
 class Context:
     """What passes are given besides the program.
@@ -134,7 +142,7 @@ class Context:
     floats: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     later: tuple[Pass, ...] = ()
-    on_layer: Callable[[Program, fx.Node, Tensor, fx.Node], None] | None = None
+    on_layer: Judge | None = None
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxc import ranks
 from fxc.calibrate import runner
 from fxc.calibrate.needs import Needs, nbytes_of, needs_of, symbols_of
 from fxc.calibrate.runner import Compress, Finish, Restore
@@ -41,13 +42,18 @@ def learn(
     result: bytes of what the layers become; lighter: the option with which `by` would learn from fewer statistics; what: it
     does, where it runs more than once. Raises `ResourceError` where there is not enough memory.
     """
+    ranks.join()
     samples = context.samples
     needs = needs_of(program, layers, samples, statistic, result, finish)
-    here = replace(needs, on_disk=context.saves is not None and not context.saves.in_memory)
+    saves = context.saves if ranks.count() == 1 else None
+    here = replace(needs, on_disk=saves is not None and not saves.in_memory)
     context.say(f"{by} {what} from {len(samples)} samples, with {here}")
     here.check(str(by), None if lighter is None or lighter in str(by) else lighter)
     key = key_of(by, program, context, layers=[layer.name for layer in layers], what=what)
-    journal = context.saves.journal(key) if context.saves else None
+    journal = saves.journal(key) if saves else None
+    if ranks.count() > 1:
+        how = f"{ranks.count()} processes share the samples" if finish is None else "each process goes through all samples"
+        context.say(f"{how}; nothing is saved on the way")
     if journal and journal.began:
         context.say(f"{by} goes on: {journal.began} of {len(needs.stages)} stages are done")
     runner.run(

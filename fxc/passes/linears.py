@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from fxc import ranks
 from fxc.calibrate.levels import Levels, Quantized
 from fxc.calibrate.signround import STEPS, Rounding
 from fxc.calibrate.stages import Statistic
@@ -28,6 +29,7 @@ from fxc.passes.base import Context, Pass, Refusal, Result, check_data_is_given
 from fxc.passes.facts import packed_weight
 from fxc.passes.learned_linears import Learning, Parts
 from fxc.passes.patterns import patterns_in
+from fxc.passes.turns import Turns
 from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, product_of, products_for, scheme_of
 
@@ -159,11 +161,9 @@ class PackLinears(Pass):
         else:
             if not program.is_on_meta:
                 self.prepare(program, chosen, context)
+            turns = Turns(program, chosen, self)
             for node in chosen:
-                weight = program.constants[node.args[1].target] if context.on_layer else None
-                made = self.rewrite(program, node, packed, result, self.pack)
-                if context.on_layer:
-                    context.on_layer(program, node, weight, made)
+                self._pack_in_turn(program, node, turns, packed, result, context)
         self.follow(program, packed, result)
         sweep(program)
         for name, tensor in program.constants.items():
@@ -173,6 +173,41 @@ class PackLinears(Pass):
                 reason = f"skipped by the pattern {pattern}" if pattern else reason
                 result.refusals.append(Refusal(fqn, reason, nbytes_of(tensor)))
         return result
+
+    def _pack_in_turn(
+        self, program: Program, node: fx.Node, turns: Turns, packed: dict[str, Parts], result: Result, context: Context
+    ) -> None:
+        """Pack the weight of a layer and have it judged, or take both from the process whose turn it is."""
+        name = node.args[1].target
+        weight = program.constants[name] if context.on_layer else None
+        is_new = name not in packed
+        turn = turns.next() if is_new else 0
+        if turn == 0 and turns.is_first:
+            made = self.rewrite(program, node, packed, result, self.pack)
+            if context.on_layer:
+                context.on_layer(program, node, weight, made)
+        elif turns.is_first:
+            parts, error = turns.receive(turn)
+            made = self.rewrite(program, node, packed, result, lambda _: parts)
+            if context.on_layer:
+                context.on_layer.note(program, made, error)
+        elif turn == ranks.number():
+            parts: dict[str, Tensor] = {}
+
+            def pack(weight: Tensor) -> Parts:
+                parts.update(self.pack(weight))
+                return parts
+
+            with turns.told():
+                made = self.rewrite(program, node, packed, result, pack)
+                error = context.on_layer(program, node, weight, made) if context.on_layer else 0.0
+            turns.send(parts, error)
+        else:
+            made = self.rewrite(program, node, packed, result, lambda weight: self.pack(weight.to("meta")))
+            if context.on_layer:
+                context.on_layer.note(program, made, 0.0)
+        if is_new and not turns.is_first:
+            program.constants.leave_out(each for each in packed[name].values() if isinstance(each, str))
 
     def is_lost_without_data(self, node: fx.Node, result: Result) -> bool:
         """Whether the product with it needs arguments that data alone tells; it is refused then."""

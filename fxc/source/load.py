@@ -155,12 +155,14 @@ def load_source(
     device: str | torch.device | None = None,
     allow_pickle: bool = False,
     check_values: bool = True,
+    most: int | None = None,
 ) -> Loaded:
     """Load the model that `source` names. dtype "auto" keeps what the weights are stored in, whatever the config says.
-    check_values: read all weights, and see that they are numbers; else they are mapped and not read.
+    check_values: read all weights, and see that they are numbers; else they are mapped and not read. most: so many bytes of
+    weights may be in memory that transformers makes of others, as a mixture's experts; None for any.
 
     UsageError: there is no such source, or an option does not go with it. InputRefused: it is unsafe, damaged or
-    unsupported. An fxc artifact is a UsageError here: ask `kind_of` first.
+    unsupported. ResourceError: it is too large. An fxc artifact is a UsageError here: ask `kind_of` first.
     """
     kind, target = kind_of(source), as_dtype(dtype)
     if kind == "artifact":
@@ -186,7 +188,7 @@ def load_source(
         checkpoint = check_folder(folder, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         stored = str(checkpoint.dtype).removeprefix("torch.") if checkpoint.dtype else None
         described = {"kind": kind, "id": source, "subfolder": subfolder, **origin, "dtype": stored}
-        model, unused = from_checkpoint(checkpoint, target, trust_remote_code)
+        model, unused = from_checkpoint(checkpoint, target, trust_remote_code, most)
         described |= {"files": checkpoint.files}
         if unused:
             described["unused"] = {"bytes": sum(checkpoint.tensors.get(n, 0) for n in unused), "tensors": listed(unused)}
@@ -242,16 +244,18 @@ def call_factory(source: str) -> Loaded:
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool
+    checkpoint: Checkpoint, dtype: torch.dtype | None, trust_remote_code: bool, most: int | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The model that transformers makes of a checked folder, all of its weights from the checkpoint, and the tensors of the
-    checkpoint that it does not use."""
+    checkpoint that it does not use. most: see `load_source`."""
     folder = checkpoint.folder
     with quiet_transformers():
         import transformers
 
         try:
             model_class = class_of(checkpoint, trust_remote_code)
+            if most is not None:
+                _check_fits(checkpoint, model_class, most)
             model, report = model_class.from_pretrained(
                 str(folder),
                 dtype=dtype or checkpoint.dtype or "auto",
@@ -299,6 +303,38 @@ def from_checkpoint(
     if unused:
         log.warning("%s: %s does not use %d tensors: %s", folder, model_class.__name__, len(unused), listed(unused))
     return model, unused
+
+
+def _check_fits(checkpoint: Checkpoint, model_class: type, most: int) -> None:
+    """Raise `ResourceError` where transformers makes more than `most` bytes of weights out of others while it loads: those are
+    in memory, and are no part of a file that could be read piece by piece."""
+    made = _merged(checkpoint, model_class)
+    if sum(made.values()) > most:
+        raise ResourceError(
+            f"{sum(made.values()) / 1e9:.2f} GB of its weights cannot be read piece by piece, and {most / 1e9:.2f} GB are left",
+            where=checkpoint.folder,
+            why=f"transformers makes them of others while it loads, as it stacks a mixture's experts: {listed(sorted(made))}",
+            hint="a machine with more memory, or a larger --max-memory",
+        )
+
+
+def _merged(checkpoint: Checkpoint, model_class: type) -> dict[str, int]:
+    """The weights of the model that are several tensors in the checkpoint: name -> bytes."""
+    import transformers
+
+    if not hasattr(model_class, "config_class") or not checkpoint.tensors:
+        return {}  # remote code: what it does is known when it is done
+    config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = model_class(config)
+    base = f"{model.base_model_prefix}."
+    names = {name.removeprefix(base) for name in checkpoint.tensors}
+    mine = {name: each for name, each in model.named_parameters() if name.removeprefix(base) not in names}
+    left = names - {name.removeprefix(base) for name in model.state_dict()}
+    if len(left) <= len(mine):  # they have other names alone
+        return {}
+    size = checkpoint.dtype.itemsize if checkpoint.dtype else 4
+    return {name: each.numel() * size for name, each in mine.items()}
 
 
 # In this order a class is looked for that has a place for every weight.

@@ -18,12 +18,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fxc import ranks
 from fxc.calibrate.needs import Needs, nbytes_of, symbols_of
 from fxc.calibrate.reconstruct import Fit, reconstruct
 from fxc.calibrate.stream import Passage, Stream, alive_before
 from fxc.ir.program import Program
 from fxc.progress import Track, untracked
-from fxc.train import ranks
 from fxc.train.last_linear import Ends, ends_of, solve
 from fxc.train.plain import Plain
 from fxc.train.segments import Segment, segments

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from fxc import ranks
 from fxc.calibrate.journal import Journal
 from fxc.errors import VerificationFailed
 from fxc.progress import Pace, Track, in_words, untracked
-from fxc.train import ranks
 from fxc.train.fit import Fit, Point
 from fxc.train.plan import Kind, Plan
 from fxc.train.precision import scaler

@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from fxc import ranks
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
-from fxc.train import ranks
 from fxc.train.batches import Batches, stacked
 from fxc.train.features import Projection, is_alike, pairs, projection
 from fxc.train.kept import Kept

@@ -26,9 +26,9 @@ class LayerGate:
     limit: float
     errors: dict[str, float] = field(default_factory=dict)
 
-    def __call__(self, program: Program, layer: fx.Node, weight: Tensor, made: fx.Node) -> None:
+    def __call__(self, program: Program, layer: fx.Node, weight: Tensor, made: fx.Node) -> float:
         """layer: as it was, over the float `weight`; made: what stands in its place. A linear layer is compared on rows drawn
-        from a normal distribution, any other by its weight. Raises `VerificationFailed` beyond the limit."""
+        from a normal distribution, any other by its weight. Returns the error. Raises `VerificationFailed` beyond the limit."""
         name = layer_at(program, made)
         if layer.target is LINEAR or (scheme_of(layer.target) and product_of(layer.target).layer is LINEAR):
             x = layer.args[0].meta["val"]
@@ -37,7 +37,7 @@ class LayerGate:
         else:
             pairs = _weights(program, weight, made)
         error = _relative(pairs)
-        self.errors[name] = max(error, self.errors.get(name, 0.0))
+        self.note(program, made, error)
         if not error <= self.limit:
             raise VerificationFailed(
                 f"the pass {self.step} did not go through the gate 'layers': alone it differs by {error:.3f}, the budget of a "
@@ -45,6 +45,13 @@ class LayerGate:
                 where=name,
                 hint="nothing was written; leave that layer out with --skip, or raise --layer-budget",
             )
+
+        return error
+
+    def note(self, program: Program, made: fx.Node, error: float) -> None:
+        """The error of a layer that was measured."""
+        name = layer_at(program, made)
+        self.errors[name] = max(error, self.errors.get(name, 0.0))
 
     def outcome(self) -> str:
         if not self.errors:

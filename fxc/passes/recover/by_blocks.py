@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from fxc import ranks
 from fxc.passes.base import Context
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.recover.lesson import Lesson, put, said
@@ -21,8 +22,8 @@ def train_by_blocks(lesson: Lesson) -> float:
     How many seconds it took."""
     options, student, held_out, context = lesson.options, lesson.student, lesson.held_out, lesson.context
     journal = lesson.journal("half-blocks")
-    if journal and journal.done:
-        saved = journal.stage(0)
+    # The first of several processes has the journal, and the others have to do what it does.
+    if saved := ranks.agreed(journal.stage(0) if journal and journal.done else None):
         context.say(f"{options} goes on: half-blocks are done")
         put(student, saved["parameters"])
         lesson.keep(saved["note"], saved["better"])

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fxc import ranks
 from fxc.data.labels import Samples
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.digest import digest_of
@@ -31,7 +32,6 @@ from fxc.passes.recover.by_loss import EVERYTHING, penalty, train_by_loss
 from fxc.passes.recover.lesson import Lesson
 from fxc.passes.teacher import teacher_of
 from fxc.schemes.parameters import parameters_by_constant
-from fxc.train import ranks
 from fxc.train.losses import Loss, default_loss
 from fxc.train.plan import Plan
 from fxc.train.precision import chosen

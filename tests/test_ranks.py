@@ -15,7 +15,7 @@ from repo import REPO
 SCRIPT = textwrap.dedent("""
     import sys, torch
     from torch import nn
-    from fxc.train import ranks
+    from fxc import ranks
     from fxc.train.loop import Pieces, train
     from fxc.train.plan import Plan
     ranks.join()
