@@ -47,8 +47,8 @@ ALLOWED = {
     "options captured streaming export compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "
-    "compiler compiled report",
+    "fxc.measure": "errors neutral progress ir analysis artifact lower source data frontend passes verify compilation options "
+    "captured compiler compiled report",
     "fxc.selection": "errors neutral progress units ir schemes analysis source data frontend calibrate passes pipeline lower "
     "options captured recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
