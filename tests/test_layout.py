@@ -156,9 +156,9 @@ TESTS = sorted((REPO / "tests").rglob("*.py"))
 
 
 def test_tests_lie_as_what_they_test():
-    """tests/<room> is a folder of fxc/, or the tests of kernels/, of benchmarks/, and of whole models."""
+    """tests/<room> is a folder of fxc/, or the tests of kernels/, of benchmarks/, of whole models, and by random input."""
     folders = {path.parent.relative_to(REPO / "tests") for path in TESTS} - {Path("."), Path("helpers")}
-    others = {Path("kernels"), Path("benchmarks"), Path("models")}
+    others = {Path("kernels"), Path("benchmarks"), Path("models"), Path("fuzz")}
     assert [str(folder) for folder in sorted(folders - others) if not (REPO / "fxc" / folder).is_dir()] == []
 
 

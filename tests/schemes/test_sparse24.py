@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from formats import DTYPES, normal, seeds, sparse
 from hypothesis import given, settings
@@ -32,6 +33,7 @@ def test_the_picture_of_sparse24():
     assert values.tolist() == [[0.5, -2, 0, 1]] and meta.tolist() == [[0b01_00_11_00]]
 
 
+@pytest.mark.fault(13)
 @settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 9), st.sampled_from(DTYPES), seeds)
 def test_the_two_largest_of_four_stay(rows, eights, dtype, seed):
