@@ -10,6 +10,7 @@ full run: fuzz.json and fuzz.md.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import resource
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.output import RESULTS, note, quiet, write
 
-COUNTS = {"networks": 2000, "artifacts": 10_000, "checkpoints": 2000, "lines": 20_000, "recipes": 5000, "commands": 1000}
+COUNTS = {"checkpoints": 2000, "lines": 20_000, "recipes": 5000, "artifacts": 10_000, "commands": 1000, "networks": 2000}
 
 
 def checks(place: Path, seed: int, wanted: list[str]) -> dict[str, Callable[[int], str]]:
@@ -58,11 +59,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of each kind at most; what was left out is said")
     parser.add_argument("--out", type=Path, help="where to write the result; of a full run it is benchmarks/results")
     options = parser.parse_args()
+    out = options.out and options.out.resolve()
     quiet()
     torch.set_num_threads(1)
     kinds = options.only or [*COUNTS]
     rows, faults = [], []
     with tempfile.TemporaryDirectory(prefix="fxc-fuzz-") as folder:
+        # What a command line names without a folder goes there.
+        os.chdir(folder)
         every = checks(Path(folder), options.seed, kinds)
         for kind in kinds:
             rows.append(_run(kind, every[kind], options, faults))
@@ -70,7 +74,7 @@ def main() -> int:
     print(_table(report))
     is_full = not options.only and options.count is None and not options.first
     if options.out or is_full:
-        write((options.out or RESULTS) / "fuzz.json", report, md=_table(report))
+        write((out or RESULTS) / "fuzz.json", report, md=_table(report))
     return 1 if faults else 0
 
 

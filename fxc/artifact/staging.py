@@ -262,10 +262,12 @@ def _put_in_place(folder: Path, out: Path) -> None:
         out.rename(old)
     try:
         folder.rename(out)
+        sync(out.parent)
     except BaseException:
-        if old.exists() and not out.exists():
+        if not folder.exists():
+            out.rename(folder)
+        if old.exists():
             old.rename(out)
         raise
-    sync(out.parent)
     # The new folder is in place and synced. What cannot be removed of the old one, the next save tries again.
     shutil.rmtree(old, ignore_errors=True)

@@ -253,7 +253,8 @@ def _unchanged(
     if after.is_streamed:
         seen = _compared(step, before, after, samples[:1], interface, same_dtypes=True)
         _must_agree(step, seen.total, *own, exact=False)
-        return f"ok: outputs differ by {seen.total.error:.1e} in its own dtype (not in float64: read piece by piece), {seen}"
+        how = "its own dtype (not in float64: read piece by piece)"
+        return f"ok: outputs differ by {_noise(seen.total.error)} in {how}, {seen}"
     wide = in_float64(before), in_float64(after)
     why_not = "one of its operators has no such form, or it is too large" if None in wide else None
     doubled = [[widened(t) for t in inputs] for inputs in samples]
@@ -274,10 +275,16 @@ def _unchanged(
         # Integers were compared in float64: rounding may turn an argmax.
         narrow = _compared(step, before, after, samples[: None if step.rounds else 1], interface, same_dtypes=True)
         _must_agree(step, narrow.total, *own, exact=False)
-        how = f"{how}, by {narrow.total.error:.1e} in its own dtype"
+        how = f"{how}, by {_noise(narrow.total.error)} in its own dtype"
     if seen.total.finite == 0:
         return "not measured: no output has a finite number"
-    return f"ok: outputs differ by {seen.total.error:.1e} in {how}, {seen}"
+    return f"ok: outputs differ by {_noise(seen.total.error)} in {how}, {seen}"
+
+
+def _noise(error: float) -> str:
+    """What rounding made, as the power of ten that it stays below: its digits are another number of threads' others, and an
+    artifact has the same bytes whatever that is."""
+    return f"1e{math.ceil(math.log10(error))} at most" if 0 < error < math.inf else f"{error:g}"
 
 
 def _within(budget: float) -> str:

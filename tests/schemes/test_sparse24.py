@@ -43,3 +43,11 @@ def test_the_two_largest_of_four_stay(rows, eights, dtype, seed):
         stay = sorted(sorted(range(4), key=lambda i: (-abs(four[i]), i))[:2])
         assert kept == [value if i in stay else 0 for i, value in enumerate(four)]
     assert torch.equal(sparse24.mask_by_magnitude(masked), masked)
+
+
+@pytest.mark.fault(13)
+def test_minus_zero_is_zero():
+    row = torch.tensor([[-0.0, 1.0, -0.0, 2.0, 0.0, -0.0, -0.0, 3.0]])
+    values, meta = sparse24.pack(row)
+    assert torch.equal(sparse24.unpack(values, meta), row) and int((values != 0).sum()) == 3
+    assert torch.equal(sparse24.mask_by_magnitude(row), row)
