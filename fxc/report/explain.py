@@ -75,7 +75,7 @@ EXPLAINED = (
         (
             ("outputs or a layer differ by more than the budget", "skip the layer that is named (--skip), take a milder pass "
              "(int8 for int4, groups of 32, algorithm=gptq with --calib), or raise --budget or --layer-budget knowingly"),
-            ("which change of which pass it was", "fxc bisect, with the command line that the error names: it finds the rewrite, and "
+            ("which change of which pass it was", "fxc bisect, as the error writes it, finds the rewrite, and "
              "--reproduce writes the smallest part that shows it"),
             ("on held-out data it differs by more", "more or nearer calibration data"),
             ("coverage is below --min-coverage", "--report says of each layer why it stayed"),
