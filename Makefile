@@ -32,8 +32,8 @@ OLDEST_PINS := torch==2.11.* transformers==5.17.*
 
 test-oldest: $(STAMP)
 	[ -x $(OLDEST)/bin/python ] || $(BIN)/python -m venv $(OLDEST)
-	grep -v -i -E '^(torch|transformers|triton|tokenizers|huggingface[-_]hub|nvidia-.*|cuda-.*)==' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt 'setuptools>=77.0.3' $(OLDEST_PINS)
+	grep -v -i -E '^(setuptools|torch|transformers|triton|tokenizers|huggingface[-_]hub|nvidia-.*|cuda-.*)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt 'setuptools>=77.0.3,<82' $(OLDEST_PINS)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(OLDEST)/constraints.txt $(OLDEST_PINS) -e '.[dev]'
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal -m "not slow" $(PYTEST_FLAGS)
 
