@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,15 +31,15 @@ class Broke(AssertionError):
 
 @dataclass
 class _Watch:
-    """on: whether somebody is being watched; folder: of the input; seen: what was done. A hook stays for good."""
+    """on: the thread that is being watched, for kernels are built in others; folder: of the input; seen: what was done. A hook stays for good."""
 
-    on: bool = False
+    on: int | None = None
     folder: str = ""
     seen: list[str] = field(default_factory=list)
     installed: bool = False
 
     def hook(self, event: str, arguments: tuple) -> None:
-        if not self.on:
+        if self.on != threading.get_ident():
             return
         if event in FORBIDDEN:
             self.seen.append(f"{event} {str(arguments)[:200]}")
@@ -68,11 +69,11 @@ def watched(folder: Path) -> Iterator[list[str]]:
     _WATCH.seen, _WATCH.folder = [], str(folder)
     before = signal.signal(signal.SIGALRM, _expired)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    _WATCH.on = True
+    _WATCH.on = threading.get_ident()
     try:
         yield _WATCH.seen
     finally:
-        _WATCH.on = False
+        _WATCH.on = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

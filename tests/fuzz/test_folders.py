@@ -53,11 +53,11 @@ def _trace(folder):
     raise KeyError("x")
 
 
-def _long(folder):
-    raise InputRefused("x" * 10_000)
+def _says_nothing(folder):
+    raise InputRefused("")
 
 
-@pytest.mark.parametrize("reads", [_system, _child, _writes, _faulty, _trace, _long])
+@pytest.mark.parametrize("reads", [_system, _child, _writes, _faulty, _trace, _says_nothing])
 def test_the_guard_sees_what_may_not_be(reads, tmp_path):
     with pytest.raises(Broke):
         judged(tmp_path, reads)
