@@ -31,7 +31,8 @@ class Broke(AssertionError):
 
 @dataclass
 class _Watch:
-    """on: the thread that is being watched, for kernels are built in others; folder: of the input; seen: what was done. A hook stays for good."""
+    """on: the thread that is being watched, for kernels are built in others; folder: of the input; seen: what was done. A hook
+    stays for good."""
 
     on: int | None = None
     folder: str = ""
