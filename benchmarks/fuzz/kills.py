@@ -1,12 +1,12 @@
 """Commands that are killed at random moments, by a seed: what is there afterwards is the old output, the new one or none, and
 the command goes on to the bytes of one that was not disturbed.
 
-    python -m benchmarks.kills
-    python -m benchmarks.kills --only compile --count 3
+    python -m benchmarks.fuzz.kills
+    python -m benchmarks.fuzz.kills --only compile --count 3
 
 A command runs once as a whole, and is timed. Then it is run again and again over an old output or over none, and killed
 (SIGKILL, now and then SIGTERM or SIGINT) after a random share of that time, or at a random write to the disk. Results of a full
-run: kills.json and kills.md.
+run: fuzz-kills.json and fuzz-kills.md.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def main() -> int:
     report = {"seed": options.seed, "rows": rows, "faults": faults}
     print(_table(report))
     if options.out or not options.only:
-        write((options.out or RESULTS) / "kills.json", report, md=_table(report))
+        write((options.out or RESULTS) / "fuzz-kills.json", report, md=_table(report))
     return 1 if faults else 0
 
 
@@ -209,7 +209,7 @@ def _make_other(folder: Path) -> None:
 def _table(report: dict) -> str:
     lines = [
         "# Kills", "",
-        f"`python -m benchmarks.kills`, seed {report['seed']}. Each time the same command then ran again, to the same bytes.",
+        f"`python -m benchmarks.fuzz.kills`, seed {report['seed']}. Each time the same command then ran again, to the same bytes.",
         "", "| command | kills | takes, s | what was there after a kill |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in report["rows"]:
