@@ -209,7 +209,7 @@ def _make_other(folder: Path) -> None:
 def _table(report: dict) -> str:
     lines = [
         "# Kills", "",
-        f"`python -m benchmarks.fuzz.kills`, seed {report['seed']}. Each time the same command then ran again, to the same bytes.",
+        f"`python -m benchmarks.fuzz.kills`, seed {report['seed']}. Each command then ran again, to the same bytes.",
         "", "| command | kills | takes, s | what was there after a kill |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in report["rows"]:
