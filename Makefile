@@ -1,4 +1,5 @@
 # make demo: compile the example model and generate text.   make test: lint and tests.   Both set everything up first.
+# make test-oldest: the tests with the oldest torch and transformers.
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from; make test ALL=1 runs the tests marked slow too.
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST_FLAGS ?=
 MARKED = $(if $(ALL),,-m "not slow")
 
-.PHONY: demo test lint setup clean distclean
+.PHONY: demo test test-oldest lint setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -24,6 +25,17 @@ test: $(STAMP)
 	[ -n "$(ALL)" ] || echo "make test: tests marked slow were left out: make test ALL=1"; \
 	[ $$lint -eq 0 ] || echo "make test: ruff check failed, see the top" >&2; \
 	[ $$tests -ne 0 ] && exit $$tests || exit $$lint
+
+# The oldest torch and transformers that pyproject.toml admits, in an environment of their own.
+OLDEST := .venv-oldest
+OLDEST_PINS := torch==2.11.* transformers==5.17.*
+
+test-oldest: $(STAMP)
+	[ -x $(OLDEST)/bin/python ] || $(BIN)/python -m venv $(OLDEST)
+	grep -v -i -E '^(setuptools|torch|transformers|triton|tokenizers|huggingface[-_]hub|nvidia-.*|cuda-.*)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt 'setuptools>=77.0.3,<82' $(OLDEST_PINS)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(OLDEST)/constraints.txt $(OLDEST_PINS) -e '.[dev]'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -n auto --maxprocesses=8 --dist worksteal -m "not slow" $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -59,4 +71,4 @@ clean:
 
 # The environment goes too; the next make sets it up again.
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(OLDEST) *.egg-info

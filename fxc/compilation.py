@@ -128,6 +128,7 @@ class Compilation:
     of the weights as they came; bytes_after, parameters: of the program's constants. coverage: of the bytes that were there
     when the first pass came that rewrites weights, the share that was rewritten. earlier: the passes that an artifact went
     through before, as its report says; passes: those of this compilation; teacher: the source that taught it, if one was given.
+    limit: after how many rewrites it was told to end.
     perplexity, stages: where they were measured; stages are of one machine, and no artifact keeps more of them than their
     perplexity. layers: of each layer of the program as it came, by name, its kind, dtypes, shape, parameters and bytes.
     """
@@ -144,6 +145,7 @@ class Compilation:
     earlier: list[dict[str, Any]]
     passes: list[Step]
     teacher: dict[str, Any] | None = None
+    limit: int | None = None
     configuration: Configuration | None = None
     calibration: Calibration | None = None
     training: Calibration | None = None

@@ -34,6 +34,7 @@ from fxc.options import Keywords, Options
 from fxc.parallel import Division, divide
 from fxc.passes.base import Context, Pass, parse_passes
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.rewrites import Rewrites
 from fxc.passes.teacher import Teacher
 from fxc.pipeline import rehearse, run_passes
 from fxc.progress import Say, Track, unsaid, untracked
@@ -82,13 +83,16 @@ def compile_captured(
     say: Say = unsaid,
     teacher: Captured | None = None,
     read: Mapping[str, Samples] | None = None,
+    rewrites: Rewrites | None = None,
 ) -> CompiledModel:
     """The second half of `optimize`, for a source that is captured already and keeps its program. track: shows how far it has
     come with calibration samples; say: tells what a pass is going to take. What passes saved in `options.resume`
     stays there. teacher: what `options.teacher` is. read: "calib" or "train" -> what `samples_of` gave for it, where that was
-    read already."""
+    read already; rewrites: takes the numbers of what passes change, and limits them in the place of `options.limit`."""
     before = captured.program
-    context = Context(skip=options.skip, track=track, say=say, seed=options.seed)
+    context = Context(
+        skip=options.skip, track=track, say=say, seed=options.seed, rewrites=rewrites or Rewrites(options.limit)
+    )
     context.check_skip(before)
     if teacher is not None:
         context.teacher, context.is_other = taught_by(captured, teacher), not captured.is_compiled
@@ -129,6 +133,7 @@ def compile_captured(
         calibration=calibration,
         training=training,
         teacher=teacher.source if teacher is not None else None,
+        limit=options.limit,
         configuration=Configuration(changes, described.why_not) if changes or described.why_not else None,
         layers={each.name: each.as_json() for each in layers(before)},
     )

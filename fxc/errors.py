@@ -23,6 +23,8 @@ _ESCAPE = re.compile(
     r"|\x1b[ -/]*[0-~]"
 )
 _CONTROL = re.compile(_UNPRINTABLE)
+# Of each part of an error: what comes from outside has no end.
+_LONGEST = 1200
 
 
 def printable(text: object) -> str:
@@ -34,6 +36,12 @@ def printable_lines(text: object) -> str:
     """Like `printable` for text of many lines: line breaks, tabs and spaces stay."""
     lines = _ESCAPE.sub("", str(text)).split("\n")
     return "\n".join("\t".join(_CONTROL.sub(" ", part) for part in line.split("\t")) for line in lines)
+
+
+def _short(text: object) -> str:
+    """`printable`, with its middle left out where it is very long."""
+    line = printable(text)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 200]} ... {line[-190:]}"
 
 
 class FxcError(Exception):
@@ -55,10 +63,10 @@ class FxcError(Exception):
         excerpt: Iterable[str] = (),
     ) -> None:
         super().__init__(what)
-        self.what = printable(what)
-        self.where = None if where is None else printable(where)
-        self.why = None if why is None else printable(why)
-        self.hint = None if hint is None else printable(hint)
+        self.what = _short(what)
+        self.where = None if where is None else _short(where)
+        self.why = None if why is None else _short(why)
+        self.hint = None if hint is None else _short(hint)
         self.excerpt = [printable_lines(line) for line in excerpt]
 
     @property

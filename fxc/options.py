@@ -50,6 +50,7 @@ class Options:
     policy pass may cause in the outputs, and in one layer alone; by default each pass has its own. allow_noop: let a policy
     pass change nothing. dump_dir: a folder for the text of the program before the first pass and after each.
     seed: of all that passes draw at random.
+    limit: end after so many rewrites, as `fxc bisect` numbers them; nothing can be resumed then.
     stream: do not load the model: read its weights from their files when they are needed, write what passes make of them to
     files (in `resume`, else in a temporary folder), and let gates judge layers one by one; by default where a model in a
     folder of safetensors does not fit into memory. max_memory: bytes that compiling may take, by default what there are.
@@ -82,6 +83,7 @@ class Options:
     dump_dir: str | Path | None = None
     part: str | None = None
     seed: int = 0
+    limit: int | None = None
     stream: bool | None = None
     max_memory: int | None = None
 
@@ -108,6 +110,10 @@ class Options:
                 hint = "add recover to the passes, or leave the teacher out"
                 raise UsageError("no pass is taught by a teacher", where="teacher", hint=hint)
         as_dtype(self.dtype)
+        if self.limit is not None and self.limit < 0:
+            raise UsageError(f"{self.limit} is no number of rewrites", where="limit", hint="fxc bisect says how many there are")
+        if self.limit is not None and self.resume is not None:
+            raise UsageError("a run that is cut off is not resumed", where="limit", hint="leave resume out, or the limit")
         if self.max_memory is not None and self.max_memory < LEAST_MEMORY:
             hint = f"torch and transformers alone take about {LEAST_MEMORY / 1e9:.1f} GB"
             raise UsageError(f"{self.max_memory:,} bytes are too few", where="max_memory", hint=hint)
@@ -145,5 +151,6 @@ class Keywords(TypedDict, total=False):
     dump_dir: str | Path | None
     part: str | None
     seed: int
+    limit: int | None
     stream: bool | None
     max_memory: int | None

@@ -44,7 +44,7 @@ def run_passes(
     00-capture.fxc, 01-NAME.fxc, ... in dump_dir. on_step: called after each pass. is_small: whether a program whose
     constants are in files can be run all the same.
     Raises `VerificationFailed` at the first gate that does not hold, `UsageError` for an impossible order or a policy pass
-    that changed nothing.
+    that changed nothing. After `context.rewrites.limit` rewrites it ends.
     """
     ordered = order(options.passes, program).passes
     dump_dir = Path(options.dump_dir) if options.dump_dir else None
@@ -59,6 +59,9 @@ def run_passes(
     original = Original(program, context.samples)
     steps = []
     for number, step in enumerate(ordered, 1):
+        if context.rewrites.is_over:
+            break
+        context.rewrites.begin(str(step))
         after = program.copy()
         context = replace(context, later=tuple(ordered[number:]))
         began = time.perf_counter()
@@ -79,7 +82,11 @@ def run_passes(
                 hint="this is a fault of fxc; report it with the model's configuration",
             ) from error
         seconds = time.perf_counter() - began
-        if step.is_policy and result.changed == 0 and not options.allow_noop and not step.may_change_nothing():
+        context.rewrites.end(result.changed)
+        if context.rewrites.is_over:
+            result.notes.append(f"it ends here: the limit is {context.rewrites.limit} rewrites")
+        may_do_nothing = options.allow_noop or context.rewrites.is_over or step.may_change_nothing()
+        if step.is_policy and result.changed == 0 and not may_do_nothing:
             others = instead(program, [each.name for each in ordered])
             found = f"what would find something: {'; '.join(others)}" if others else "leave it out"
             raise UsageError(

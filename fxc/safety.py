@@ -50,7 +50,12 @@ def check_relative_name(name: object, *, where: object) -> str:
 
 def check_contained(folder: Path, path: Path) -> Path:
     """The real path of `path`: in `folder`, or in the blobs of the Hugging Face cache that `folder` is part of."""
-    root, real = folder.resolve(), path.resolve()
+    root = folder.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as exc:  # RuntimeError is Python 3.12's, and older ones', for a circle
+        hint = "replace it by the file itself"
+        raise InputRefused("the file is a link that leads nowhere", where=path, why=exc, hint=hint) from None
     allowed = [root]
     for parent in (root, *root.parents):
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):

@@ -2,9 +2,12 @@
 
 import pickle
 
+import pytest
+
 from fxc.errors import FxcError, InputRefused, UsageError
 
 
+@pytest.mark.fault(33)
 def test_error_text():
     full = InputRefused("bad\x1b[31m red\x1b[0m\r\n thing", where="a\x07b", why="w\x9b2J", hint="h\u202e")
     assert str(full) == "error[FXC-E3]: a b: bad red thing\nwhy: w\ntry: h"

@@ -49,8 +49,8 @@ ALLOWED = {
     "lower options captured streaming export parallel compiled",
     "fxc.teaching": "errors passes options compiled compiler",
     "fxc.report": "errors units ir data analysis schemes train passes compilation artifact lower compiled fxc_kernels",
-    "fxc.measure": "errors neutral progress ir analysis lower source data frontend passes verify compilation options captured "
-    "compiler compiled report",
+    "fxc.measure": "errors neutral progress ir analysis artifact lower source data frontend passes verify compilation options "
+    "captured compiler compiled report",
     "fxc.selection": "errors neutral progress units ir schemes analysis source data frontend calibrate passes pipeline lower "
     "options captured recipe compiler compiled measure report",
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
@@ -158,9 +158,9 @@ TESTS = sorted((REPO / "tests").rglob("*.py"))
 
 
 def test_tests_lie_as_what_they_test():
-    """tests/<room> is a folder of fxc/, or the tests of kernels/, of benchmarks/, and of whole models."""
+    """tests/<room> is a folder of fxc/, or the tests of kernels/, of benchmarks/, of whole models, and by random input."""
     folders = {path.parent.relative_to(REPO / "tests") for path in TESTS} - {Path("."), Path("helpers")}
-    others = {Path("kernels"), Path("benchmarks"), Path("models")}
+    others = {Path("kernels"), Path("benchmarks"), Path("models"), Path("fuzz")}
     assert [str(folder) for folder in sorted(folders - others) if not (REPO / "fxc" / folder).is_dir()] == []
 
 

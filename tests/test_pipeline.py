@@ -20,6 +20,7 @@ from fxc.passes.facts import CANONICAL
 from fxc.pipeline import run_passes
 
 
+@pytest.mark.fault(5)
 def test_a_pass_that_does_nothing_is_an_error_with_the_reasons():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
     with pytest.raises(UsageError, match="changed nothing") as caught:
@@ -52,6 +53,7 @@ class Spoil(Pass):
         return Result(1)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize(
     ("how", "says"),
     [

@@ -141,6 +141,7 @@ def replay(name: str, pylm: Path, minilm: Path) -> dict[str, Any]:
 LONG = ("t5", "mixtral", "minilm")
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in MODELS])
 def test_compilation_gives_what_is_on_record(name, pylm_dir, minilm_dir):
     found = replay(name, pylm_dir, minilm_dir)

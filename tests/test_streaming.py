@@ -59,6 +59,7 @@ def test_a_constant_that_was_replaced_is_in_no_shard_twice(folder, tmp_path, mon
     assert all(torch.equal(read.constants[name], tensor) for name, tensor in made.program.constants.items())
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_a_killed_run_goes_on_to_the_same_bytes(count, folder, tmp_path, monkeypatch):
     """Whatever is packed before the kill is not packed again."""

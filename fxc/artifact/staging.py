@@ -20,6 +20,8 @@ from fxc.errors import ResourceError, UsageError
 
 # Directories, headers and the file system's own blocks, over the bytes that the files hold.
 SLACK = 1_000_000
+# What a network file system says where nothing can be locked.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def resource_error(error: OSError, out: Path) -> ResourceError:
         errno.EPERM: "write to a folder that you own, or change its permissions",
         errno.EROFS: "the file system is read-only: write to another one",
         errno.ENAMETOOLONG: "give a shorter name",
-    }
+    } | dict.fromkeys(_WITHOUT_LOCKS, "the file system has no locks: write to a local disk, and copy the folder")
     hint = hints.get(error.errno, "check that the disk is there and that you may write to it")
     return ResourceError(
         f"could not be written: {error.strerror or error}",
@@ -260,10 +262,12 @@ def _put_in_place(folder: Path, out: Path) -> None:
         out.rename(old)
     try:
         folder.rename(out)
+        sync(out.parent)
     except BaseException:
-        if old.exists() and not out.exists():
+        if not folder.exists():
+            out.rename(folder)
+        if old.exists():
             old.rename(out)
         raise
-    sync(out.parent)
     # The new folder is in place and synced. What cannot be removed of the old one, the next save tries again.
     shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fxc.cli.bench_app import bench
+from fxc.cli.bisect import bisect
 from fxc.cli.failures import Commands
 from fxc.cli.parameters import (
     Backend,
@@ -41,6 +42,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command(context_settings=OPEN)(recover)
 app.command(context_settings=OPEN)(distill)
+app.command()(bisect)
 
 
 def _version(wanted: bool) -> None:
@@ -106,6 +108,9 @@ def compile_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that is there.")] = False,
     dump_dir: Annotated[Path | None, typer.Option(help="Write the program's text after each pass to this folder.")] = None,
     seed: Annotated[int, typer.Option(help="Of all that passes draw at random.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Make the first so many rewrites alone, as 'fxc bisect' numbers them.")
+    ] = None,
     print_after: Annotated[list[str] | None, typer.Option(help="Print the text after this pass to stderr.")] = None,
     verify: Annotated[bool, typer.Option(help="Check capture and every pass with numbers.")] = True,
     measure: Annotated[bool, typer.Option(help="Time the model after every pass, or time nothing.")] = True,
@@ -138,8 +143,9 @@ def compile_(
         "teacher": teacher,
         "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
-        "dump_dir": dump_dir, "seed": seed, "verify": verify, "dynamic_shapes": dynamic_shapes_of(dynamic or []), "part": part,
-        "stream": stream, "max_memory": bytes_of("--max-memory", max_memory) if max_memory is not None else None,
+        "dump_dir": dump_dir, "seed": seed, "limit": limit, "verify": verify, "part": part,
+        "dynamic_shapes": dynamic_shapes_of(dynamic or []), "stream": stream,
+        "max_memory": bytes_of("--max-memory", max_memory) if max_memory is not None else None,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None and value != []}
     request = CompileRequest(

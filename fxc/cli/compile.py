@@ -17,6 +17,7 @@ from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.calibrate.journal import remove
 from fxc.captured import Captured, capture_source, capture_teacher, is_streamed
+from fxc.cli.bisect import bisect_line
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compilation import Step
@@ -115,6 +116,10 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         on_step = _on_step(output, request.print_after, stages, {str(p): p.is_policy for p in ordered})
         try:
             model = compile_captured(captured, options, on_step=on_step, track=output.track, say=output.note, teacher=teacher)
+        except VerificationFailed as error:
+            hint = f"{error.hint}; which rewrite it is: {bisect_line(request.model, options)}"
+            told = {"where": error.where, "why": error.why, "hint": hint, "excerpt": error.excerpt}
+            raise VerificationFailed(error.what, **told) from error
         except BaseException:
             if options.resume and Path(options.resume).is_dir():
                 output.note("what passes have learned is saved: the same command with --resume goes on from there")
@@ -162,7 +167,9 @@ def compile_model(request: CompileRequest, output: Output) -> None:
 
 def _with_saves(resume: bool | None, options: Options, out: Path, saves: bool) -> Options:
     """Where passes save what they do: beside the output, or on the disk for hidden states."""
-    if resume is False:
+    if options.limit is not None and resume:
+        raise UsageError("a run that is cut off is not resumed", where="--resume", hint="leave it out, or --limit")
+    if resume is False or options.limit is not None:
         return options
     if not saves:
         if resume:

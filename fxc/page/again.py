@@ -52,6 +52,9 @@ def again(report: Mapping[str, Any]) -> Again | None:
                       if (amount := told.whole(data.get(field))) is not None]  # fmt: skip
             digest = told.text(data.get("sha256"))
             missing.append(f"which data --{option} was is not recorded, but for its hash: sha256 {digest}")
+    if (limit := told.whole(report.get("limit"))) is not None:
+        parts += ["--limit", str(limit)]
+        missing.append("which passes would have come after the limit")
     if any(step.get("repeat") for step in steps):
         parts += ["--plan", "plan.json"]
         missing.append("plan.json lies beside this page in the artifact")

@@ -21,6 +21,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 from fxc.passes.patterns import check_patterns, matches
+from fxc.passes.rewrites import Rewrites
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.train.fit import Fit
 
@@ -123,7 +124,7 @@ class Context:
     before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
     passes have packed, as they were just before, by name; seed: of all that passes draw at random; on_layer: of a program
     that is larger than memory, what judges a layer as soon as it is packed: it is given the program, the layer as it was, its
-    float weight, and what stands in its place.
+    float weight, and what stands in its place; rewrites: numbers what passes change, and says which of it is too much.
     """
 
     skip: tuple[str, ...] = ()
@@ -143,6 +144,7 @@ class Context:
     seed: int = 0
     later: tuple[Pass, ...] = ()
     on_layer: Judge | None = None
+    rewrites: Rewrites = field(default_factory=Rewrites)
 
     skipped: dict[str, list[str]] = field(default_factory=dict)
 

@@ -29,6 +29,7 @@ from fxc.ir.edit import call, constant, insert, is_free, read, replace, sweep, t
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import CANONICAL, SECOND_OPERAND, TRANSPOSES, factor, is_transposed_matrix
+from fxc.passes.rewrites import Rewrites
 from fxc.schemes import ops
 
 aten = torch.ops.aten
@@ -49,17 +50,21 @@ class Canonicalize(Pass):
     def run(self, program: Program, context: Context) -> Result:
         changed, again = 0, True
         while again:
-            round_changed = sum(_apply(program, node) for node in list(program.graph.nodes))
-            round_changed += _merge_duplicates(program)
+            before = len(context.rewrites.made)
+            _apply_rules(program, context.rewrites)
+            _merge_duplicates(program, context.rewrites)
             sweep(program)
+            round_changed = len(context.rewrites.made) - before
             changed, again = changed + round_changed, round_changed > 0
         return Result(changed)
 
 
-def _apply(program: Program, node: fx.Node) -> int:
-    if node.op != "call_function" or not node.users:
-        return 0
-    return int(any(rule(program, node) for rule in _RULES.get(node.target, ())))
+def _apply_rules(program: Program, rewrites: Rewrites) -> None:
+    for node in list(program.graph.nodes):
+        if rewrites.is_over:
+            return
+        if node.op == "call_function" and node.users and any(rule(program, node) for rule in _RULES.get(node.target, ())):
+            rewrites.may(node.meta.get("fqn") or node.name)
 
 
 def _drop(node: fx.Node) -> bool:
@@ -235,10 +240,9 @@ def _grouped_to_linear(program: Program, node: fx.Node) -> bool:
     return True
 
 
-def _merge_duplicates(program: Program) -> int:
+def _merge_duplicates(program: Program, rewrites: Rewrites) -> None:
     """Common subexpression elimination. What is random is never the same twice."""
     seen: dict[Any, fx.Node] = {}
-    merged = 0
     for node in list(program.graph.nodes):
         if node.op not in ("call_function", "get_attr"):
             continue
@@ -247,10 +251,10 @@ def _merge_duplicates(program: Program) -> int:
         key = (node.target, _key(node.args), _key(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node and type_of(first.meta["val"]) == type_of(node.meta["val"]):
+            if not rewrites.may(node.meta.get("fqn") or node.name):
+                return
             node.replace_all_uses_with(first)
             program.graph.erase_node(node)
-            merged += 1
-    return merged
 
 
 def _key(argument: Any) -> Any:

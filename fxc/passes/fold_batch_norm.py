@@ -144,6 +144,8 @@ class FoldBatchNorm(Pass):
             except _Stays as why:
                 result.refusals.append(Refusal(name, str(why)))
                 continue
+            if not context.rewrites.may(name):
+                break
             scale, shift = _affine(program, Call(norm))
             for layer in layers:
                 (_scale_outputs if follows else _scale_inputs)(program, layer, scale, shift)

@@ -34,6 +34,7 @@ from fxc.schemes.ops import GROUPED_LINEAR as GROUPED
 from fxc.schemes.scheme import LINEAR, Scheme, product_of, products_for, scheme_of
 
 MIN_OUTPUTS = 16
+BEYOND = "beyond the limit of rewrites"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 _SHAPES = {
@@ -153,6 +154,11 @@ class PackLinears(Pass):
                 result.refusals.append(Refusal(fqn, reason, nbytes))
             else:
                 chosen.append(node)
+        wanted, chosen = chosen, context.rewrites.first(chosen, lambda node: node.args[1].target, layer_read_by)
+        kept = set(chosen)
+        for weight, node in {n.args[1].target: n for n in wanted if n not in kept}.items():
+            told.add(weight)
+            result.refusals.append(Refusal(layer_read_by(node), BEYOND, nbytes_of(program.constants[weight])))
         packed: dict[str, Parts] = {}
         weights = {node.args[1].target for node in chosen}
         if self.statistic() is not None and not program.is_on_meta:

@@ -26,6 +26,7 @@ from torch import fx
 from fxc.calibrate.codebook import clustered
 from fxc.errors import UsageError
 from fxc.ir.call import Call
+from fxc.ir.names import layer_name
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Fact, Result
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS
@@ -66,6 +67,7 @@ class Pack(FloatWeights):
         program.metadata["storage"] = "coded"
         result.notes.append("smaller on disk alone: once loaded the model is as large and as fast as before")
         chosen = self.chosen(program, context, result) if self.codebook else {}
+        chosen = {fqn: chosen[fqn] for fqn in context.rewrites.first(chosen, str, layer_name)}
         for fqn in [*chosen, *self._biases(program, chosen)]:
             if not program.is_on_meta:
                 checked(fqn, program.constants[fqn])

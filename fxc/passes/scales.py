@@ -76,6 +76,8 @@ class MoveScales(Pass):
             if isinstance(scale, str):
                 why |= {reader: scale for reader in readers if reader not in why}
                 continue
+            if not context.rewrites.may(layer_at(program, next(iter(readers)))):
+                break
             scale = scale.double().index_fill(0, torch.tensor(list(found.blocked), dtype=torch.long), 1.0)
             done |= readers
             if apart:

@@ -30,7 +30,7 @@ from fxc.calibrate.needs import Needs
 from fxc.calibrate.ranking import Ranking, relative
 from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
-from fxc.ir.names import layer_at
+from fxc.ir.names import layer_at, layer_name
 from fxc.ir.program import Program
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
@@ -80,6 +80,9 @@ class Sparsify(FloatWeights):
     def run(self, program: Program, context: Context) -> Result:
         result = Result()
         chosen = self.chosen(program, context, result)
+        if self.scope == "layer":
+            # Ranked together, all of them are one rewrite.
+            chosen = {fqn: chosen[fqn] for fqn in context.rewrites.first(chosen, str, layer_name)}
         if program.is_on_meta:
             result.changed = len(chosen)
             return result

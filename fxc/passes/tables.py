@@ -27,7 +27,7 @@ from fxc.ir.names import layer_name
 from fxc.ir.program import Program, users_of
 from fxc.passes.base import Context, Refusal, Result
 from fxc.passes.learned_linears import Parts
-from fxc.passes.linears import FLOATS, PackLinears, nbytes_of
+from fxc.passes.linears import BEYOND, FLOATS, PackLinears, nbytes_of
 from fxc.schemes import int4, int8
 from fxc.schemes.scheme import EMBEDDING, LINEAR, Scheme
 
@@ -74,10 +74,13 @@ class PackTables(PackLinears):
             is_tied = any(user.target is LINEAR for user in users_of(program, name))
             if reason is None and not is_tied and rows[name] < SMALL * max(rows.values()):
                 reason = f"a table of {rows[name]} rows beside one of {max(rows.values())}: nothing to gain"
+            learns = is_tied and self._learns_heads()
+            if reason is None and not learns and not context.rewrites.may(fqn):
+                reason = BEYOND
             if reason:
                 told.add(name)
                 result.refusals.append(Refusal(fqn, reason, nbytes_of(table)))
-            elif not (is_tied and self._learns_heads()):
+            elif not learns:
                 made |= self._pack_table(program, name, scheme, result)
         sweep(program)
         return told, made

@@ -75,6 +75,8 @@ EXPLAINED = (
         (
             ("outputs or a layer differ by more than the budget", "skip the layer that is named (--skip), take a milder pass "
              "(int8 for int4, groups of 32, algorithm=gptq with --calib), or raise --budget or --layer-budget knowingly"),
+            ("which change of which pass it was", "fxc bisect, as the error writes it, finds the rewrite, and "
+             "--reproduce writes the smallest part that shows it"),
             ("on held-out data it differs by more", "more or nearer calibration data"),
             ("coverage is below --min-coverage", "--report says of each layer why it stayed"),
             ("no search result meets the budget", "the error names what is nearest and what it lacks"),

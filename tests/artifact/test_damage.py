@@ -15,6 +15,7 @@ from fxc.errors import InputRefused
 FILES = ["program.fxc", "fxc.json", SHARD, INDEX, "config.json"]
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0xFF])
 @pytest.mark.parametrize("name", FILES)
 def test_one_changed_byte_is_found_wherever_it_is(name, flip, saved):
@@ -26,6 +27,7 @@ def test_one_changed_byte_is_found_wherever_it_is(name, flip, saved):
         refusal(saved)
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("name", FILES)
 def test_a_cut_missing_or_longer_file_is_named(name, saved):
     data = (saved / name).read_bytes()
@@ -38,6 +40,7 @@ def test_a_cut_missing_or_longer_file_is_named(name, saved):
     refusal(saved, *([] if name == "fxc.json" else [name, "missing"]))
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", ["../out/" + SHARD, "/x.safetensors", "model.bin", "other.safetensors", 3, None, []])
 def test_an_index_cannot_name_other_files(name, saved):
     index = json.loads((saved / INDEX).read_bytes())
@@ -61,6 +64,7 @@ def test_a_link_out_of_the_artifact_is_not_followed(name, saved, tmp_path):
     refusal(saved, name, "link")
 
 
+@pytest.mark.fault(21)
 def test_the_links_of_the_hugging_face_cache_are_followed(saved, tmp_path):
     repo = tmp_path / "models--me--net"
     (repo / "blobs").mkdir(parents=True)
@@ -92,6 +96,7 @@ def change_weights(folder: Path, **changes: object) -> None:
     rehash(folder)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -28,6 +28,7 @@ def test_white_space_in_the_manifest_is_a_change_as_well(saved):
     refusal(saved, "fxc.json", "its own hash")
 
 
+@pytest.mark.fault(32)
 def test_a_newer_format_is_refused_with_the_version(saved):
     content = json.loads((saved / "fxc.json").read_bytes())
     content["format_version"], content["versions"]["fxc"] = 3, "9.9"

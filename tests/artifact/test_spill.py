@@ -80,6 +80,7 @@ def test_half_written_files_go(tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.fault(26)
 def test_a_disk_that_takes_nothing_is_said(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 

@@ -18,6 +18,7 @@ from fxc.errors import ResourceError, UsageError
 from fxc.ir import parse_program
 
 
+@pytest.mark.fault(25)
 def test_an_existing_output_is_replaced_only_when_asked_and_only_if_it_is_an_artifact(saved, tmp_path):
     with pytest.raises(UsageError, match="not empty"):
         store.save(net(), saved, manifest={})
@@ -45,6 +46,7 @@ def test_an_existing_output_is_replaced_only_when_asked_and_only_if_it_is_an_art
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "home", "out"]
 
 
+@pytest.mark.fault(25)
 def test_the_output_cannot_touch_the_source(saved, tmp_path, monkeypatch):
     before = bytes_of(saved)
     (tmp_path / "link").symlink_to(saved)
@@ -58,6 +60,7 @@ def test_the_output_cannot_touch_the_source(saved, tmp_path, monkeypatch):
     assert bytes_of(saved) == before
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "no"),
                                    KeyboardInterrupt(), MemoryError()])  # fmt: skip
 @pytest.mark.parametrize("where", ["store.save_file", "store.describe", "store.read", "staging.sync",
@@ -97,6 +100,7 @@ def test_a_rename_that_fails_is_undone(call, saved, tmp_path, monkeypatch):
     assert bytes_of(saved) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.fault(26)
 def test_a_real_limit_on_file_size(saved, tmp_path):
     big = parse_program(NET.replace("f32[4]", "f32[50000, 4]").replace("%3: f32[s0, 4]", "%3: f32[50000, 4]")
                         .replace("aten.maximum(%2, @mask)", "aten.maximum(@mask, @mask)").replace("(%1, @", "(%1, @"),
@@ -111,6 +115,7 @@ def test_a_real_limit_on_file_size(saved, tmp_path):
     assert bytes_of(saved) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.fault(26)
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     monkeypatch.setattr(store, "save_file", None)
@@ -119,6 +124,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(("name", "call"), [("fsync", 1), ("fsync", 4), ("rename", 1), ("rename", 2), ("rmtree", 1)])
 def test_a_killed_run_leaves_the_old_output_or_none_and_the_next_one_cleans_up(name, call, saved, tmp_path):
     child = os.fork()
@@ -150,6 +156,7 @@ def test_a_killed_run_leaves_the_old_output_or_none_and_the_next_one_cleans_up(n
     assert store.read(saved).manifest["newer"] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.fault(29)
 def test_two_writers_exclude_each_other(tmp_path):
     out = tmp_path / "out"
     with staging.staged(out, nbytes=0) as folder:

@@ -38,6 +38,7 @@ def example_of(fake: torch.Tensor) -> torch.Tensor:
     return torch.ones(shape, dtype=fake.dtype)
 
 
+@pytest.mark.fault(30)
 def test_equal_inputs_give_equal_bytes(tmp_path, saved):
     again = tmp_path / "again"
     shuffled = Program(**{**vars(net()), "constants": dict(reversed(constants().items()))})
@@ -64,6 +65,7 @@ def test_constants_are_sharded_and_mapped(tmp_path):
     assert bytes_of(tmp_path / "out") == before, "writing to a constant must not write to the file"
 
 
+@pytest.mark.fault(2, 11)
 def test_constants_that_are_views_of_one_tensor_or_not_contiguous(tmp_path):
     whole = torch.randn(6, 8)
     given = {**constants(), "down.weight": whole[:, :4].t(), "mask": whole[0, 4:]}

@@ -101,6 +101,7 @@ def test_few_samples_and_a_deficient_hessian_work(samples, rank, damp):
     assert torch.equal(made.q, gptq(weight, hessian, Levels(4, 32), damp=damp).q)
 
 
+@pytest.mark.fault(7)
 def test_rows_of_zeros_stay_and_no_rows_work():
     weight, inputs = layer()
     weight[2] = 0

@@ -189,6 +189,7 @@ def line_from_elsewhere(folder):
     (folder / "journal.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("damage", [damaged_stage, damaged_states, lost_stage, line_from_elsewhere])
 def test_what_is_damaged_is_not_used(damage, tmp_path):
     whole = Run("residual", None)
@@ -228,6 +229,7 @@ def _hold(folder, ready, done):
         done.wait(30)
 
 
+@pytest.mark.fault(29)
 def test_two_processes_do_not_save_in_one_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
@@ -243,6 +245,7 @@ def test_two_processes_do_not_save_in_one_folder(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.fault(26)
 def test_a_disk_that_is_full_is_an_error_with_a_next_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -43,6 +43,7 @@ def test_a_fault_is_one_line_and_the_trace_is_for_those_who_ask(monkeypatch):
     assert "Traceback" in fxc("doctor", code=1).stderr
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (MemoryError(), 6), (torch.OutOfMemoryError(), 6)])
 def test_interruption_and_lack_of_memory_have_their_codes(monkeypatch, error, code):
     def stop():

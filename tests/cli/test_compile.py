@@ -35,6 +35,7 @@ def test_compile_json_has_the_promised_keys_and_nothing_else_is_on_stdout(folder
     assert made["gates"]["int8:mode=weight_only"]["meaning"].startswith("ok")
 
 
+@pytest.mark.fault(30)
 def test_compile_twice_gives_the_same_bytes(folder, tmp_path):
     fxc("compile", folder / "qwen2", "-o", tmp_path / "again", "--no-measure")
     first, again = ({p.name: p.read_bytes() for p in out.iterdir()} for out in (folder / "qwen2-int8", tmp_path / "again"))
@@ -80,6 +81,7 @@ def test_compile_says_that_no_pass_uses_calibration_data(folder, tmp_path):
     assert "no pass of this recipe uses calibration data" in done.stderr
 
 
+@pytest.mark.fault(4)
 def test_compile_warns_of_low_coverage_and_can_fail(folder, tmp_path):
     skip = ("--skip", "*mlp*", "--skip", "lm_head", "--no-measure")
     done = fxc("compile", folder / "qwen2", "-o", tmp_path / "out", *skip)

@@ -18,6 +18,7 @@ runpy.run_module("fxc", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize("module", ["fxc.cli.app", "typer", "torch"])
 def test_interruption_while_a_module_is_imported(module):
     done = interrupted_at(module)

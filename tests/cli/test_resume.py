@@ -58,6 +58,7 @@ def whole(folder, tmp_path_factory):
     return files(out)
 
 
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     ("where", "count", "more"),
     [

@@ -88,6 +88,7 @@ def test_example_inputs_that_the_model_does_not_take():
         fxc.optimize(Mlp(), (torch.randn(2, 41),))
 
 
+@pytest.mark.fault(18)
 def test_control_flow_on_data_is_refused_in_one_message():
     class Branches(nn.Module):
         def forward(self, x):

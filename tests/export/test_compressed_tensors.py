@@ -174,6 +174,7 @@ def test_static_activations_are_refused(tmp_path):
         model.export_compressed_tensors(tmp_path / "out")
 
 
+@pytest.mark.fault(16)
 def test_layers_that_differ_are_refused(tmp_path):
     model = compiled(families.build("llama")[0], "prune:ffn=0.3:scope=global,int8")
     with pytest.raises(UsageError, match=r"layers differ.*\n.*one number for all layers"):

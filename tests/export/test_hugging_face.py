@@ -165,6 +165,7 @@ HEADS = {
 }  # fmt: skip
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(("name", "share"), HEADS)
 def test_heads_that_a_configuration_cannot_say_are_refused(tmp_path, name, share):
     model, program = pruned(name, share, ("head",))
@@ -176,6 +177,7 @@ def test_heads_that_a_configuration_cannot_say_are_refused(tmp_path, name, share
     assert config is None and caught.value.what in reason
 
 
+@pytest.mark.fault(16)
 def test_layers_that_differ_are_refused(tmp_path):
     def mask(program: fxc.Program) -> None:
         for layer, count in enumerate((32, 16)):
@@ -248,6 +250,7 @@ def test_layers_that_are_gone_are_counted_anew(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"source", "artifact", "out"}
 
 
+@pytest.mark.fault(25)
 def test_only_an_export_is_replaced_and_only_when_told(tmp_path):
     model, program = canonical("qwen2")
     out = tmp_path / "out"
@@ -282,6 +285,7 @@ def test_a_pruned_quantized_artifact_knows_its_structure():
 # ----------------------------------------------------------------------------------------------------------------- details
 
 
+@pytest.mark.fault(11)
 def test_transposed_constants_are_turned_back(tmp_path):
     model, _ = canonical("gpt2")
     compiled = edited("gpt2", lambda program: None, "canonicalize")

@@ -88,6 +88,7 @@ def test_a_branch_on_a_size_is_found_when_both_sides_are_tried():
         fxc.capture(model, (torch.zeros(3, 9, dtype=torch.int64),))
 
 
+@pytest.mark.fault(19)
 def test_a_size_that_export_fixed_is_fixed_for_the_caller():
     def function(self, ids):
         return self.b[ids % 32] + torch.ones(9)

@@ -46,6 +46,7 @@ class Recurrent(nn.Module):
         return self.l(self.rnn(x)[0])
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(
     ("model", "shape", "others"),
     [
@@ -75,6 +76,7 @@ def test_a_mask_grows_with_its_sequence():
     agree(compiled, model, torch.randn(2, 11, 64), torch.ones(2, 11, dtype=torch.bool))
 
 
+@pytest.mark.fault(19)
 def test_a_size_that_cannot_vary_is_fixed_for_the_caller():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 8 * 8, 4)).eval()
     compiled = fxc.optimize(model, (torch.randn(2, 3, 16, 16),), "")

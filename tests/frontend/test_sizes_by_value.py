@@ -99,6 +99,7 @@ def examples():
     yield -torch.randn(5, 64, generator=generator).abs()  # none is
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("passes", ["", "int8"])
 def test_it_works_whole_or_is_refused(kind, passes, tmp_path):

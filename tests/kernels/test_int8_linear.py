@@ -138,6 +138,7 @@ def test_the_integers_are_exact_where_float32_is_not(columns):
     assert torch.equal(torch.ops.fxc.int8_linear(x, qweight, scale, None), expected)
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("name", OPS)
 def test_rows_of_zeros_give_the_bias(name):
     x, qweight, scale, bias = make((3,), 4, 6)
@@ -146,6 +147,7 @@ def test_rows_of_zeros_give_the_bias(name):
     assert torch.equal(out[1], bias) and torch.isfinite(out).all()
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("columns", [0, 1])
 def test_few_columns(name, columns):
@@ -231,6 +233,7 @@ def test_a_weight_that_is_no_float_matrix_is_refused():
         quantize_weight(torch.ones(3, 4, 5))
 
 
+@pytest.mark.fault(9)
 def test_empty_weights():
     for shape in [(0, 4), (3, 0)]:
         qweight, scale = quantize_weight(torch.empty(shape))

@@ -121,6 +121,7 @@ def test_what_is_not_finite_stays_in_its_row(level, value):
         assert not y[2].isfinite().any() and y[torch.arange(7) != 2].isfinite().all()
 
 
+@pytest.mark.fault(9, 11)
 def test_shapes_that_have_no_rows_and_tensors_that_are_not_contiguous(level):
     qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
     packed = packed_int4(qweight, scale)

@@ -92,6 +92,7 @@ open({given["LOG"]!r}, "a").write("go\\n")
     assert said(given | {"TOGETHER": "5"}, program).split("\n") == ["True", SEVENS]
 
 
+@pytest.mark.fault(29)
 def test_of_processes_that_begin_at_once_one_builds(given):
     running = [process(given, SEVEN) for _ in range(3)]
     assert [each.communicate(timeout=120)[0].strip() for each in running] == [SEVENS] * 3
@@ -127,6 +128,7 @@ else:
     assert said(given, program) == "0"
 
 
+@pytest.mark.fault(29)
 def test_a_damaged_library_is_built_anew(given, made):
     assert said(given, SEVEN) == SEVENS
     cache_folder = Path(given["FXC_CACHE"])
@@ -171,6 +173,7 @@ def test_all_levels_are_built_for_an_image(given):
     assert said(failed, refused) == "between was not built: x.cpp:1: error: of the test"
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize(
     ("environment", "why"),
     [

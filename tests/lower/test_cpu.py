@@ -103,6 +103,7 @@ def test_a_lowering_without_the_zero_point_term_is_noticed(x, backend, monkeypat
             close(lowered(x), program.module()(x), 1e-6)
 
 
+@pytest.mark.fault(20)
 def test_eager_bfloat16_keeps_its_dtype(x):
     program = program_of(Block().bfloat16(), x.bfloat16())
     lowered, _ = on_cpu(program, "eager", measure=int8_wins)
@@ -271,6 +272,7 @@ def test_refusals(x):
         on_cpu(program)
 
 
+@pytest.mark.fault(31)
 def test_inductor_without_a_compiler_says_what_to_do(x, monkeypatch):
     from torch._inductor import cpp_builder, exc
 

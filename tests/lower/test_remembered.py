@@ -32,6 +32,7 @@ def test_what_is_kept_is_recalled_for_the_same_threads_alone(folder):
 DAMAGED = ["", "{", "[]", '{"layers": 3}', '{"layers": {"a": {"1": [0, 1]}}}', '{"layers": {"a": {"x": 1}}}']
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_file_is_none_and_is_written_anew(folder, content):
     remembered.keep("a", 2, TIMING)

@@ -88,6 +88,7 @@ def test_what_exists_is_taken(device, backend, artifact):
     assert fxc.load(artifact, device, backend)(X).shape == (2, 64)
 
 
+@pytest.mark.fault(31)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
 def test_a_gpu_that_is_not_there(device, artifact):

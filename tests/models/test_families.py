@@ -54,6 +54,7 @@ def test_int8_stays_close_gets_smaller_and_round_trips(name):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the model itself was changed"
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in REPEATED)) for n in DECODERS])
 def test_generates_the_same_tokens_uncompressed(name):
     model, _ = captured(name)
@@ -84,6 +85,7 @@ def test_called_as_the_original_and_returns_its_class(name):
             torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault(4)
 def test_moe_experts_are_quantized_not_skipped():
     _, program = captured("mixtral")
     _, steps = run_passes(program, Context(), Options("int8"))

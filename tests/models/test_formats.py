@@ -61,6 +61,7 @@ def pruned(pylm):
     return after(pylm[0], PRUNE)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize(
     "spec", [pytest.param("int4:group=64", marks=pytest.mark.slow), "sparse24,int8"]
 )

@@ -93,6 +93,7 @@ def hostile_program():
     return program
 
 
+@pytest.mark.fault(33)
 def test_names_are_text_and_nothing_else(hostile_program, dom):
     html = page(hostile_program, {"report": hostile_report(), "versions": {"fxc": HOSTILE}, "files": {HOSTILE: 3}}).decode()
     made = dom(html)

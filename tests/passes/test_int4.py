@@ -143,6 +143,7 @@ def scaled(base: type[Pass], operator: object, factor: float) -> Pass:
     return Changed(group=32) if base is Int4 else Changed()
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(
     ("base", "operator", "factor", "said"),
     [(Int4, int4.LINEAR, 0.0, "a scale is zero"), (parse_passes("int8")[0].__class__, int8.LINEAR, -1.0, "not positive")],

@@ -16,6 +16,7 @@ from fxc.passes.facts import FLOAT_WEIGHTS
 from fxc.pipeline import run_passes
 
 
+@pytest.mark.fault(10)
 def test_quantizing_twice_is_refused():
     program = fxc.capture(Mlp(), (torch.randn(2, 40),))
     small, _ = run_passes(program, Context(), Options("int8"))
@@ -35,6 +36,7 @@ class Tied(nn.Module):
         return self.head(self.body(self.body(self.embed(ids))))
 
 
+@pytest.mark.fault(1)
 def test_tied_weights_are_one_constant_and_left_alone():
     program = fxc.capture(Tied(), (torch.randint(0, 50, (2, 7)),))
     assert program.aliases == {"head.weight": "embed.weight"}

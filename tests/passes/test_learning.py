@@ -31,6 +31,7 @@ def test_what_it_needs_is_said_before_it_begins():
     assert "MB of statistics" in said[0] and said[1].startswith("block 1 of ")
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(("spec", "lighter"), [(GPTQ, "algorithm=grid"), ("sparse24:criterion=sparsegpt", "criterion=wanda")])
 def test_what_cannot_fit_is_refused_before_it_begins(spec, lighter, monkeypatch):
     monkeypatch.setattr(needs, "available", lambda: 10_000)

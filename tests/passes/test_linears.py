@@ -36,6 +36,7 @@ def test_a_pass_stays_close_gets_smaller_and_round_trips(spec, dtype):
     assert 0 < max(steps[-1].layer_errors.values()) < next(limit for part, limit in limits.items() if part in spec)
 
 
+@pytest.mark.fault(6, 13)
 def test_layers_that_do_not_fit_are_left_and_it_says_what_to_do():
     program, steps = compiled("int4:group=64")
     said = refusals(steps)
@@ -63,6 +64,7 @@ def test_layers_that_do_not_fit_are_left_and_it_says_what_to_do():
         run_passes(program, Context(), Options("int4"))
 
 
+@pytest.mark.fault(6)
 def test_each_layer_has_the_largest_group_that_divides_its_rows_and_the_report_says_which():
     program, steps = compiled("int4:group=auto")
     sizes = {n: list(program.constants[f"{n}.scale"].shape) for n in ("q", "k", "v", "up", "down")}
@@ -88,6 +90,7 @@ def family(name: str):
     return fxc.capture(build(name)[0], check=False)
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize(("spec", "kind"), [("int4:group=32", "int4"), ("fp8", "fp8"), ("sparse24", "2:4")])
 def test_experts_and_tied_embeddings_have_no_such_form(spec, kind):
     _, steps = run_passes(family("mixtral"), Context(), Options(spec, verify=False))
@@ -154,6 +157,7 @@ def test_a_weight_that_stays_beside_its_packed_form_is_found():
         Pass.registry["int4"] = Int4
 
 
+@pytest.mark.fault(8)
 def test_what_is_not_finite_names_its_layer():
     program = captured().copy()
     program.constants["up.weight"] = program.constants["up.weight"] * float("nan")
@@ -197,6 +201,7 @@ def test_weights_that_are_called_like_parts_take_free_names():
     torch.testing.assert_close(both.module()(normal(3, 64))[0], small.module()(normal(3, 64))[0], rtol=0.1, atol=0.2)
 
 
+@pytest.mark.fault(3)
 def test_a_weight_of_two_layers_is_packed_once():
     class Twice(nn.Module):
         def __init__(self):

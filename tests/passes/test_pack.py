@@ -123,6 +123,7 @@ def test_what_is_changed_on_purpose_is_refused_in_words(edit, said, coded):
     assert said in str(caught.value)
 
 
+@pytest.mark.fault(32)
 def test_fxc_that_knows_no_coded_constants_is_told_to_be_upgraded(coded, tmp_path):
     assert json.loads((coded / "fxc.json").read_bytes())["format_version"] == 2
     save(captured(), tmp_path / "plain")

@@ -54,6 +54,7 @@ def operators(program) -> dict[str, str]:
     return {f"{layer_of(n, n.args[1].target)} {n.meta['fqn']}": n.target._opname for n in nodes}
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_lookup_and_tied_head_read_one_table(spec, tied, tmp_path):

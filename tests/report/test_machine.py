@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from fxc.report import machine
 from fxc_kernels.cuda import dispatch
 
 
+@pytest.mark.fault(31)
 def test_doctor_says_whether_a_gpu_was_measured(monkeypatch):
     about = SimpleNamespace(name="NVIDIA H200", total_memory=141 << 30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -48,6 +48,7 @@ OPTIONS = ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sampl
 WAYS = ("qwen2", "gemma2", "gpt2", "mixtral", "bloom", "llama4", "gpt_oss")
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

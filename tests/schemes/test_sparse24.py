@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from formats import DTYPES, normal, seeds, sparse
 from hypothesis import given, settings
@@ -32,6 +33,7 @@ def test_the_picture_of_sparse24():
     assert values.tolist() == [[0.5, -2, 0, 1]] and meta.tolist() == [[0b01_00_11_00]]
 
 
+@pytest.mark.fault(13)
 @settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 9), st.sampled_from(DTYPES), seeds)
 def test_the_two_largest_of_four_stay(rows, eights, dtype, seed):
@@ -41,3 +43,11 @@ def test_the_two_largest_of_four_stay(rows, eights, dtype, seed):
         stay = sorted(sorted(range(4), key=lambda i: (-abs(four[i]), i))[:2])
         assert kept == [value if i in stay else 0 for i, value in enumerate(four)]
     assert torch.equal(sparse24.mask_by_magnitude(masked), masked)
+
+
+@pytest.mark.fault(13)
+def test_minus_zero_is_zero():
+    row = torch.tensor([[-0.0, 1.0, -0.0, 2.0, 0.0, -0.0, -0.0, 3.0]])
+    values, meta = sparse24.pack(row)
+    assert torch.equal(sparse24.unpack(values, meta), row) and int((values != 0).sum()) == 3
+    assert torch.equal(sparse24.mask_by_magnitude(row), row)

@@ -14,6 +14,7 @@ from fxc.safety import safetensors_header
 from fxc.source.load import load_source
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize("cut", [1, 4096, "half"])
 def test_truncated_file(single, cut):
     path = single / "model.safetensors"
@@ -37,6 +38,7 @@ def raw_safetensors(header, data=b"", length=None):
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
+@pytest.mark.fault(22)
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -74,12 +76,14 @@ def test_header_reader_agrees_with_the_library(saved):
     assert path.read_bytes().startswith(raw)
 
 
+@pytest.mark.fault(22)
 def test_missing_shard(sharded):
     gone = shards(sharded)[1]
     gone.unlink()
     refusal(sharded, gone, "the file is missing", "finish the copy or download")
 
 
+@pytest.mark.fault(22)
 def test_stale_index(sharded):
     edit_json(sharded / INDEX, lambda index: index["weight_map"].update({"old.weight": shards(sharded)[0].name}))
     refusal(sharded, shards(sharded)[0], "disagree on 1 tensors", "in the index only: old.weight", "get all of them")
@@ -104,6 +108,7 @@ def test_not_an_index(sharded, content):
     refusal(sharded, INDEX, "not a checkpoint index")
 
 
+@pytest.mark.fault(33)
 @pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer.json"])
 def test_huge_json(sharded, name):
     with (sharded / name).open("wb") as file:
@@ -151,6 +156,7 @@ def test_shapes_that_do_not_fit_the_config(single):
     refusal(single, "cannot load it")
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(
     ("dtype", "name"), [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")]
 )
@@ -160,6 +166,7 @@ def test_weights_of_another_dtype(single, dtype, name):
     refusal(single, f"stored as {name}", "convert")
 
 
+@pytest.mark.fault(8)
 def test_weights_that_are_not_finite(single):
     tensors = load_file(single / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, :3] = float("nan")

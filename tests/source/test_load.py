@@ -50,6 +50,7 @@ def test_unknown_dtype(saved):
     refusal(saved / "single", "unknown dtype 'int8'", "bfloat16", error=UsageError, dtype="int8")
 
 
+@pytest.mark.fault(1)
 def test_tied_weights_are_not_missing(tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -69,6 +70,7 @@ def test_subfolder(single):
     refusal(single.parent, "../single", subfolder="../single")
 
 
+@pytest.mark.fault(24)
 def test_hub_kernels_are_off_while_loading_and_only_then(single, monkeypatch):
     from transformers.integrations import hub_kernels
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fxc.source.load import load_source
 
 
+@pytest.mark.fault(24)
 def test_auto_map_needs_trust_and_does_not_run(single, tmp_path):
     marker = tmp_path / "executed"
     (single / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaForCausalLM as Evil\n")
@@ -22,6 +23,7 @@ def test_auto_map_needs_trust_and_does_not_run(single, tmp_path):
     refusal(single, "nested.auto_map")
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -39,6 +41,7 @@ def test_hub_kernels_named_by_a_config(single, key, value):
     refusal(single, f"text_config.0.{key}")
 
 
+@pytest.mark.fault(10)
 def test_quantized_already(single):
     edit_json(single / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4}))
     refusal(single, "already quantized (gptq, 4 bits)", "config.json", "start from the model it was made from")
@@ -64,6 +67,7 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.fault(23)
 def test_pickles_never_run(single, tmp_path):
     marker = tmp_path / "executed"
     (single / "model.safetensors").unlink()
@@ -86,6 +90,7 @@ def test_an_honest_pickle_loads_when_it_is_allowed(single):
     assert loaded.model.dtype == torch.bfloat16
 
 
+@pytest.mark.fault(23)
 def test_safetensors_win_over_a_pickle_beside_them(single, tmp_path):
     marker = tmp_path / "executed"
     (single / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(marker)))
@@ -110,6 +115,7 @@ LEADING_OUT = [
 ]
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", LEADING_OUT)
 def test_index_that_leads_out(sharded, name):
     def redirect(index):
@@ -119,6 +125,7 @@ def test_index_that_leads_out(sharded, name):
     refusal(sharded, INDEX, "leads out of the model's folder", "do not use")
 
 
+@pytest.mark.fault(21)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_links_that_lead_out(single, tmp_path, name):
     (single / name).unlink(missing_ok=True)
@@ -148,6 +155,7 @@ def test_links_inside_the_folder_and_a_linked_folder_pass(single, tmp_path):
     load_source(str(tmp_path / "link"))
 
 
+@pytest.mark.fault(23)
 def test_a_pickle_in_a_safetensors_index(sharded):
     (sharded / "x.bin").write_bytes(b"")
     edit_json(sharded / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": "x.bin"}))

@@ -216,7 +216,7 @@ def test_a_mechanism_runs_in_the_programs_own_dtype_too():
     with pytest.raises(VerificationFailed, match="in its own dtype"):
         gates(program, Mechanism(round_off))
     meaning = gates(program, Mechanism())["meaning"]
-    assert "in float64, by 0.0e+00 in its own dtype, at 3 sizes" in meaning
+    assert "in float64, by 0 in its own dtype, at 3 sizes" in meaning
 
 
 def test_what_has_no_float64_form_is_compared_in_its_own_dtype():

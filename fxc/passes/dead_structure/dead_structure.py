@@ -73,8 +73,10 @@ class DeadStructure(Pass):
             return result
         counts: Counter[tuple[str, str]] = Counter()
         first: dict[tuple[str, str], int] = {}
-        while _round(program, result, counts, first):
-            pass
+        rounds = 0
+        while not context.rewrites.is_over and _round(program, result, counts, first):
+            rounds += 1
+            context.rewrites.may(f"round {rounds}")
         result.removed = [Removal(scope, kind, first[scope, kind], n) for (scope, kind), n in counts.items()]
         return result
 

@@ -138,10 +138,10 @@ class Prune(Pass):
             self._prune_within_budget(program, context, result)
             return result
         drops = parse_drops(self.drop) + (read_plan(self.plan) if self.plan else ())
-        self._drop(program, drops, result)
+        self._drop(program, drops, context, result)
         if self.keep:
             for scope in others(program, parse_numbers(self.keep)):
-                _take_out(program, scope, result)
+                _take_out(program, scope, context, result)
         if self.layers:
             self._drop_layers(program, context, result)
         shares = {"head": self.heads, "ffn": self.ffn, "channel": self.channels}
@@ -179,8 +179,8 @@ class Prune(Pass):
         result.refusals += [Refusal(g.name, f"{criterion} says nothing about it") for g in choice.unscored]
         drops = []
         for group, units in choice.units.items():
-            _mask(program, group, units, result)
-            drops.append(Drop(group.name, _PLURALS[group.kind], tuple(sorted(units.tolist()))))
+            if _mask(program, group, units, context, result):
+                drops.append(Drop(group.name, _PLURALS[group.kind], tuple(sorted(units.tolist()))))
         result.notes = choice.notes
         if drops:
             result.repeat = Prune(drop=";".join(map(str, drops)))
@@ -216,7 +216,7 @@ class Prune(Pass):
                 result.refusals.append(Refusal("", f"the model has no {NAMES[kind]}s that can be pruned by {criterion}"))
             choose_units = self._over_the_model if self.scope == "global" else self._layer_by_layer
             for group, units in choose_units(scored, found, share):
-                _mask(program, group, units, result)
+                _mask(program, group, units, context, result)
 
     def _layer_by_layer(
         self, candidates: Sequence[Group], found: Mapping[Group, Tensor], share: float
@@ -270,14 +270,14 @@ class Prune(Pass):
         samples = context.track(context.samples, "measuring what each layer changes", len(context.samples))
         changes = influence(program, candidates, samples)
         for block in sorted(candidates, key=lambda b: changes[b])[: max(count, 0)]:
-            _take_out(program, block.scope, result)
+            _take_out(program, block.scope, context, result)
 
     # --------------------------------------------------------------------------------------------------------------- by decree
 
-    def _drop(self, program: Program, drops: Sequence[Drop], result: Result) -> None:
+    def _drop(self, program: Program, drops: Sequence[Drop], context: Context, result: Result) -> None:
         for each in drops:
             if not each.kind:
-                _take_out(program, each.module, result)
+                _take_out(program, each.module, context, result)
         wanted = [each for each in drops if each.kind]
         there = groups(program) if wanted else []
         for each in wanted:
@@ -291,7 +291,7 @@ class Prune(Pass):
                     where=str(each),
                     hint=f"drop {each.module} itself",
                 )
-            _mask(program, group, units, result)
+            _mask(program, group, units, context, result)
 
 
 def _is_even(group: Group) -> bool:
@@ -320,14 +320,19 @@ def _alike(group: Group, found: Tensor, share: float, least: int) -> Tensor:
     return goes.flatten().nonzero().flatten()
 
 
-def _mask(program: Program, group: Group, units: Tensor, result: Result) -> None:
-    if len(units):
-        mask(program, group, units)
-        result.changed += len(units)
-        result.removed.append(Removal(group.name, group.kind, group.size, len(units)))
+def _mask(program: Program, group: Group, units: Tensor, context: Context, result: Result) -> bool:
+    """Whether it was masked: not where nothing goes, nor beyond the limit of rewrites."""
+    if not len(units) or not context.rewrites.may(group.name):
+        return False
+    mask(program, group, units)
+    result.changed += len(units)
+    result.removed.append(Removal(group.name, group.kind, group.size, len(units)))
+    return True
 
 
-def _take_out(program: Program, scope: str, result: Result) -> None:
+def _take_out(program: Program, scope: str, context: Context, result: Result) -> None:
+    if not context.rewrites.may(scope):
+        return
     # Taking out another layer may have changed what this one reads.
     block = block_at(program, scope)
     if not isinstance(block, Block):

@@ -85,6 +85,8 @@ class Rotate(Pass):
             except Stays as why:
                 result.refusals.append(Refusal(stream.named(), f"{what.format(stream.atom.size)}: not rotated: {why}"))
                 continue
+            if not context.rewrites.may(stream.named()):
+                break
             matrix = rotation(stream.atom.size, self.seed + context.seed)
             copies += turn(program, stream, matrix.to("meta") if program.is_on_meta else matrix)
             result.interface.turn({name: {WIDTH: matrix} for name in stream.cached})

@@ -21,6 +21,7 @@ def test_channels_whose_norm_is_zero(padding):
     assert [(r.kind, r.before, r.removed) for r in result.removed] == [("channel", 8, 3)]
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("second_bias", [False, True])
 def test_constant_channels_are_folded_where_nothing_is_padded(second_bias):
     model = convolutions(0, second_bias=second_bias)
@@ -32,6 +33,7 @@ def test_constant_channels_are_folded_where_nothing_is_padded(second_bias):
     assert shapes(after)["second.weight"] == [5, 5, 3, 3] and shapes(after)["second.bias"] == [5]
 
 
+@pytest.mark.fault(12)
 def test_constant_channels_stay_where_the_border_is_padded_and_it_is_said_why():
     model = convolutions(1)
     with torch.no_grad():
@@ -61,6 +63,7 @@ def test_a_convolution_of_constants_is_constant_where_nothing_is_padded(padding)
     assert (len(convolutions) == 1) == (padding == 0)
 
 
+@pytest.mark.fault(15)
 def test_constant_channels_of_a_grouped_convolution_are_folded_group_by_group():
     def forward(self, x):
         return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
@@ -74,6 +77,7 @@ def test_constant_channels_of_a_grouped_convolution_are_folded_group_by_group():
     assert shapes(after)["first.weight"] == [6, 3, 3, 3] and shapes(after)["second.weight"] == [6, 3, 3, 3]
 
 
+@pytest.mark.fault(15)
 def test_a_whole_group_of_a_convolution_goes():
     def forward(self, x):
         return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
@@ -86,6 +90,7 @@ def test_a_whole_group_of_a_convolution_goes():
     assert shapes(after)["last.weight"] == [2, 6, 1, 1]
 
 
+@pytest.mark.fault(15)
 def test_a_channel_of_a_depthwise_convolution_goes_with_its_only_input():
     def forward(self, x):
         return self.last(torch.relu(self.depth(torch.relu(self.first(x)))))

@@ -21,6 +21,7 @@ def test_columns_that_torch_has_pruned(left_on):
     assert [(r.before, r.removed) for r in result.removed] == [(12, 5)]
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("left_on", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_rows_that_torch_has_pruned_leave_a_constant_that_is_folded(left_on, bias):
@@ -43,6 +44,7 @@ def test_global_unstructured_pruning_removes_what_it_happens_to_kill_and_no_more
     assert shapes(after)["up.weight"] == [12 - dead, 6]
 
 
+@pytest.mark.fault(3)
 def test_a_module_that_is_called_twice_is_cut_once():
     def forward(self, x):
         for _ in range(2):
@@ -58,6 +60,7 @@ def test_a_module_that_is_called_twice_is_cut_once():
     assert [r.removed for r in result.removed] == [3]
 
 
+@pytest.mark.fault(1)
 def test_tied_weights_stay_tied():
     def forward(self, ids):
         y = self.table(ids)
@@ -92,6 +95,7 @@ def test_a_weight_that_another_layer_shares_keeps_what_the_other_reads():
     assert shapes(after)["up.weight"] == [10, 6]
 
 
+@pytest.mark.fault(12)
 def test_a_bias_that_two_layers_share_is_not_folded_into():
     def forward(self, x):
         y = torch.relu(self.up(x))
