@@ -126,7 +126,7 @@ def _stored_narrow(written: Program, program: Program) -> Program:
 def input_names(program: Program) -> list[str]:
     """What the inputs are called in the file."""
     return [
-        name.replace("past.", "past_key_values.", 1) if is_causal_lm(program) and is_past(name) else name
+        "past_key_values." + name.partition(".")[2] if is_causal_lm(program) and is_past(name) else name
         for name in (declared.name for declared in program.signature.inputs)
     ]
 
