@@ -21,6 +21,7 @@ ALLOWED = {
     "fxc.units": "",
     "fxc.memory": "",
     "fxc.mapped": "",
+    "fxc.plugins": "errors",
     "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
@@ -29,13 +30,13 @@ ALLOWED = {
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors progress memory ir schemes artifact",
     "fxc.train": "errors progress memory ir schemes data calibrate",
-    "fxc.passes": "errors progress memory ir data analysis schemes calibrate train",
+    "fxc.passes": "errors progress memory plugins ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes train",
-    "fxc.artifact": "errors safety mapped ir schemes source data",
+    "fxc.artifact": "errors safety mapped plugins ir schemes source data",
     "fxc.lower": "errors mapped ir neutral schemes fxc_kernels",
     "fxc.options": "errors passes source data artifact lower",
-    "fxc.pipeline": "errors ir data passes schemes verify compilation options",
+    "fxc.pipeline": "errors plugins ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
@@ -54,9 +55,9 @@ ALLOWED = {
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.comparison": "errors progress memory units recipe ir analysis source data calibrate passes artifact lower options "
     "captured compiled compiler report measure kernel_bench",
-    "fxc.cli": "errors progress safety units ir schemes analysis source data calibrate train passes compilation artifact "
-    "options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison selection "
-    "fxc",
+    "fxc.cli": "errors progress safety units plugins ir schemes analysis source data calibrate train passes compilation "
+    "artifact options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison "
+    "selection fxc",
     "fxc.__main__": "cli",
     "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }

@@ -18,6 +18,7 @@ from fxc.cli.parameters import (
     Json,
     KeepFloat,
     MaxMemory,
+    Plugin,
     Resume,
     Revision,
     Stream,
@@ -127,6 +128,7 @@ def compile_(
         str | None, typer.Option(help="Compile this module alone; language_model of a model that reads images too.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Print all tables: bytes, gates, what stayed and why.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
@@ -158,6 +160,7 @@ def export(
         str, typer.Option("--format", help="hf (float weights), compressed-tensors (vLLM) or gguf (llama.cpp).")
     ] = "hf",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Write a compiled model for other tools, which load it without fxc."""
@@ -177,6 +180,7 @@ def run(
     backend: Backend = "eager",
     device: Device = None,
     keep_float: KeepFloat = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -209,6 +213,7 @@ def eval_(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, and with --against how near two models are."""
@@ -227,6 +232,7 @@ def report(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; by default report.html in it.")] = None,
     timed: Annotated[bool, typer.Option("--measure", help="Time its layers on this machine and draw the roofline.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Write the page that says what was done to a model, layer by layer: one HTML file, which opens offline."""
@@ -248,6 +254,7 @@ def sensitivity(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each layer alone costs when it is compressed, the worst first."""
@@ -305,6 +312,7 @@ def compare(
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model in several ways, and show what each costs in size, memory, time and quality."""
@@ -353,6 +361,7 @@ def search(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Find which compression is best for which layers, within budgets of size, latency and quality."""
@@ -383,6 +392,7 @@ def inspect(
     backend: Backend = "eager",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: operators, bytes by kind and by layer, its program."""
@@ -400,6 +410,7 @@ def diff(
     a: Annotated[str, typer.Argument(help="A model or an artifact.")],
     b: Annotated[str, typer.Argument(help="Another.")],
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show how two programs differ, and in how many bytes."""
@@ -412,6 +423,7 @@ def diff(
 @app.command()
 def passes(
     explain: Annotated[str | None, typer.Option(help="Order these passes and say why, as in int8,prune.")] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """List the passes, or explain the order in which some would run."""

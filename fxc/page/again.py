@@ -52,6 +52,8 @@ def again(report: Mapping[str, Any]) -> Again | None:
                       if (amount := told.whole(data.get(field))) is not None]  # fmt: skip
             digest = told.text(data.get("sha256"))
             missing.append(f"which data --{option} was is not recorded, but for its hash: sha256 {digest}")
+    for module in dict.fromkeys(told.text(told.mapping(step.get("plugin")).get("module")) for step in steps):
+        parts += ["--plugin", module] if module else []
     if any(step.get("repeat") for step in steps):
         parts += ["--plan", "plan.json"]
         missing.append("plan.json lies beside this page in the artifact")

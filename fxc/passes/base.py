@@ -21,6 +21,7 @@ from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 from fxc.passes.patterns import check_patterns, matches
+from fxc.plugins import FAILED
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.train.fit import Fit
 
@@ -279,8 +280,9 @@ def _parse_pass(text: str) -> Pass:
     options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)
     if cls is None:
-        hint = _OTHERWISE.get(name) or f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them"
-        raise UsageError(f"there is no pass {name!r}", hint=hint)
+        hint = f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them; --plugin MODULE adds others, in Python its import"
+        failed = "; ".join(f"the plugin {module} could not be imported: {why}" for module, why in FAILED.items())
+        raise UsageError(f"there is no pass {name!r}", why=failed or None, hint=_OTHERWISE.get(name) or hint)
     fields = {f.name: f for f in options_of(cls)}
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
