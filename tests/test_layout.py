@@ -41,6 +41,7 @@ ALLOWED = {
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
+    "fxc.quantizer": "errors ir schemes compiled",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
@@ -59,7 +60,7 @@ ALLOWED = {
     "artifact options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison "
     "selection fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
+    "fxc": "quantizer errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

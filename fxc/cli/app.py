@@ -157,7 +157,10 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     kind: Annotated[
-        str, typer.Option("--format", help="hf (float weights), compressed-tensors (vLLM) or gguf (llama.cpp).")
+        str,
+        typer.Option(
+            "--format", help="hf (float weights), fxc (transformers, with fxc), compressed-tensors (vLLM) or gguf (llama.cpp)."
+        ),
     ] = "hf",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     plugin: Plugin = None,

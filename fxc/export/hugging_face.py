@@ -6,6 +6,7 @@ outputs have to be the program's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -82,10 +83,11 @@ def export(
     target.check()
     if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
         formats = sorted({scheme.label for node in program.graph.nodes if (scheme := scheme_of(node.target))})
+        plain = f"compile without {' and '.join(formats)} weights and export that"
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint=f"--format compressed-tensors or gguf; or compile without {' and '.join(formats)} weights and export that",
+            hint=f"--format fxc, compressed-tensors or gguf; or {plain}",
         )
     check_has_values(program, folder)
     fit = describe(program, config)
@@ -125,6 +127,40 @@ def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:
     fit.model.config.dtype = dtype
     fit.model.config.architectures = [type(fit.model).__name__]
     return fit.model.eval()
+
+
+def state_of(
+    fit: Fit, program: Program, dtype: torch.dtype, packed: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of a folder by name. packed: weight as the model has it -> what is written in its place, by the last part of
+    the name; dtype: of the zeros that stand for what the program has not."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, meant in fit.model.state_dict(keep_vars=True).items():
+        fqn = fit.places.get(name)
+        if id(meant) in seen:
+            continue  # tied: the model knows that it is the same tensor
+        seen.add(id(meant))
+        if fqn in packed:
+            layer = name.removesuffix(".weight")
+            state |= {f"{layer}.{part}": tensor for part, tensor in packed[fqn].items()}
+        elif fqn is None:
+            state[name] = torch.zeros(meant.shape, dtype=dtype if meant.is_floating_point() else meant.dtype)
+        else:
+            # Of one constant under two names that the model does not tie, each is written.
+            state[name] = weight(program, fqn).clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def write_weights(place: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state, place, max_shard_size=max_shard_bytes)
+
+
+def write_config(place: Path, fit: Fit, quantization: dict[str, Any]) -> None:
+    content = json.loads(fit.config.to_json_string()) | {"quantization_config": quantization}
+    (place / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------------- verify
