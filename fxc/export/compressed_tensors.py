@@ -28,7 +28,15 @@ from fxc.artifact.companions import write
 from fxc.errors import UsageError
 from fxc.export.configuration import Fit, changed_fields, describe
 from fxc.export.folder import check_has_values
-from fxc.export.hugging_face import Exported, check_written, hugging_face_target, state_of, write_config, write_weights
+from fxc.export.hugging_face import (
+    ACTIVATIONS_MAY_DIFFER,
+    Exported,
+    check_written,
+    hugging_face_target,
+    state_of,
+    write_config,
+    write_weights,
+)
 from fxc.export.packed import Packed, as_float, float_dtype, packed_weights, refused
 from fxc.frontend.check import tolerance
 from fxc.ir.names import layer_at
@@ -39,9 +47,6 @@ from fxc.schemes.scheme import EMBEDDING, LINEAR, product_of
 from fxc.source.load import quiet_transformers
 
 TOOL = "compressed-tensors"
-_ACTIVATIONS_MAY_DIFFER = 0.02
-"""Relative error of outputs where activations are rounded as the model runs: one that rounds to another integer in a sum whose
-order differs moves what comes after it. Wrong numbers or scales give some tenths."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def export(
         write_config(place, fit, _quantization(fit, linear, forms))
         rounds = any(form.activations for form in forms.values())
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
-        check_written(place, target.folder, fit, program, dtype, _ACTIVATIONS_MAY_DIFFER if rounds else tolerance(wide))
+        check_written(place, target.folder, fit, program, dtype, ACTIVATIONS_MAY_DIFFER if rounds else tolerance(wide))
     zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
     made = Exported(target.folder, fit.config, changed_fields(config, fit.config), zeros)
     return replace(made, warnings=_what_vllm_minds(program, packed, forms))

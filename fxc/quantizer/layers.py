@@ -20,7 +20,8 @@ from fxc.schemes.scheme import LINEAR, product_of
 
 class PackedLinear(nn.Module):
     """What stands in the place of a `nn.Linear`: its parts are buffers, in the dtypes that they are stored in, and its product
-    is chosen for device, dtype and machine at the first call, as `fxc.load` chooses. Has no gradient.
+    is chosen for device, dtype and machine at the first call, as `fxc.load` chooses. Has no gradient. by_definition: compute
+    what the operator says, in no kernel.
 
     record: operator (as a program names it), parts (argument -> dtype and shape), arguments (others, plain values). layer: the
     float layer, on any device. Raises `InputRefused` for a record that is not of such a layer.
@@ -34,7 +35,7 @@ class PackedLinear(nn.Module):
             for part, (dtype, *shape) in parts.items():
                 self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype]))
         self.register_parameter("bias", layer.bias)
-        self.parts = tuple(parts)
+        self.parts, self.by_definition = tuple(parts), False
         self._programs: dict[tuple[torch.device, torch.dtype], CompiledModel] = {}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,6 +45,10 @@ class PackedLinear(nn.Module):
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
+        if self.by_definition:
+            names = [argument.name for argument in self.operator._schema.arguments]
+            values = self.arguments | {part: getattr(self, part) for part in self.parts} | {"x": x, "bias": self.bias}
+            return self.operator(*map(values.get, names))
         key = x.device, x.dtype
         if key not in self._programs:
             self._programs = {key: self._compiled(*key)}
