@@ -85,6 +85,9 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
     def is_remote_code(cls) -> bool:
         return False
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Changes nothing: a tied weight is one constant of the program."""
+
     def get_experts_implementation(self) -> dict[str, str]:
         return {}
 

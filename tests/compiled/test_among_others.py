@@ -38,6 +38,7 @@ def test_it_says_what_it_is(decoder):
     assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float32)
     assert decoder.config.model_type == "llama" and decoder.can_generate()
     assert list(decoder.parameters()) == [] and decoder.generation_config is not None
+    decoder.tie_weights()  # which lm-eval calls
 
 
 def test_threads_that_generate_at_once_get_what_one_does(decoder):
