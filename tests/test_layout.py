@@ -42,6 +42,7 @@ ALLOWED = {
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.compiled": "errors safety neutral ir frontend compilation artifact lower export runtime page",
     "fxc.quantizer": "errors ir schemes compiled",
+    "fxc.publish": "errors units ir page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors mapped memory ir schemes artifact passes options pipeline captured",
@@ -58,7 +59,7 @@ ALLOWED = {
     "captured compiled compiler report measure kernel_bench",
     "fxc.cli": "errors progress safety units plugins ir schemes analysis source data calibrate train passes compilation "
     "artifact options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison "
-    "selection fxc",
+    "selection publish fxc",
     "fxc.__main__": "cli",
     "fxc": "quantizer errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }

@@ -174,6 +174,23 @@ def export(
 
 
 @app.command()
+def push(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
+    repo: Annotated[str, typer.Argument(help="The repository, USER/NAME; made where there is none.", metavar="USER/NAME")],
+    kind: Annotated[str, typer.Option("--format", help="artifact, or an export of it: a format of 'fxc export'.")] = "artifact",
+    private: Annotated[bool | None, typer.Option(help="Of a repository that is made; else as your account has it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card, and upload nothing.")] = False,
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a compiled model to the Hugging Face hub, with a card that says what was done to it."""
+    from fxc.cli.push import push_model
+
+    with output_for(as_json) as output:
+        push_model(output, artifact, repo, kind, private, dry_run)
+
+
+@app.command()
 def run(
     out: Annotated[Path, typer.Argument(help="An artifact.")],
     prompt: Annotated[str | None, typer.Option(help="A text to continue, greedily.")] = None,

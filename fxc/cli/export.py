@@ -27,19 +27,24 @@ FORMATS: dict[str, tuple[Callable[..., Any], str]] = {
 def export_model(output: Output, artifact: Path, out: Path, kind: str, overwrite: bool) -> None:
     if kind not in FORMATS:
         raise UsageError(f"there is no export {kind!r}", where="--format", hint=f"one of {', '.join(FORMATS)}")
-    write, who = FORMATS[kind]
     with output.doing(f"loading {artifact}"):
         model = fxc.load(artifact)
-    with output.doing(f"writing {out}, loading it back and comparing"):
-        made = write(model, out, overwrite=overwrite)
-    if made.zeros:
-        output.warn(f"{len(made.zeros)} weights that the program does not have are zero: {listed(made.zeros)}")
-    for warning in made.warnings:
-        output.warn(warning)
+    made = exported(output, model, out, kind, overwrite)
     nbytes = on_disk(out)
     output.line(f"{made.kind}, {size(nbytes)}")
-    output.line(f"written to {out}: {who}")
+    output.line(f"written to {out}: {FORMATS[kind][1]}")
     output.json(
         {"out": str(out), "format": kind, "class": made.model_class, "bytes": nbytes, "zeros": made.zeros,
          "warnings": made.warnings}
     )  # fmt: skip
+
+
+def exported(output: Output, model: fxc.CompiledModel, out: Path, kind: str, overwrite: bool = False) -> Any:
+    """Write `model` in a format of FORMATS, and warn of what is to be minded."""
+    with output.doing(f"writing {out}, loading it back and comparing"):
+        made = FORMATS[kind][0](model, out, overwrite=overwrite)
+    if made.zeros:
+        output.warn(f"{len(made.zeros)} weights that the program does not have are zero: {listed(made.zeros)}")
+    for warning in made.warnings:
+        output.warn(warning)
+    return made
