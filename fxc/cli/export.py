@@ -15,12 +15,12 @@ from fxc.safety import listed
 # Format -> (what writes it, what to say of the folder).
 FORMATS: dict[str, tuple[Callable[..., Any], str]] = {
     "hf": (fxc.CompiledModel.export_hugging_face, "AutoModel.from_pretrained loads it without fxc"),
-    "fxc": (fxc.CompiledModel.export_fxc, "AutoModel.from_pretrained loads it after 'import fxc'"),
     "compressed-tensors": (
         fxc.CompiledModel.export_compressed_tensors,
         "vLLM loads it, and AutoModel.from_pretrained where compressed-tensors is installed",
     ),
     "gguf": (fxc.CompiledModel.export_gguf, "llama.cpp loads the file, and what is built on it"),
+    "fxc": (fxc.CompiledModel.export_fxc, "AutoModel.from_pretrained loads it after 'import fxc'"),
 }
 
 

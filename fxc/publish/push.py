@@ -31,7 +31,7 @@ def push(folder: Path, repo: str, card: str, *, private: bool | None = None, api
     answer.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 
     if api is None and constants.HF_HUB_OFFLINE:
         raise UsageError("HF_HUB_OFFLINE is set: nothing is uploaded", where=repo, hint="unset it to push")
@@ -54,6 +54,6 @@ def push(folder: Path, repo: str, card: str, *, private: bool | None = None, api
             hint = "hf auth login, with a token that may write there"
             raise UsageError("the hub does not let you write there", where=repo, why=first_line(error), hint=hint) from error
         raise ResourceError("the hub refused", where=repo, why=first_line(error), hint="try again later") from error
-    except OSError as error:  # the network, whose errors are of several libraries
+    except (HTTPError, OSError) as error:  # the network
         raise ResourceError("the hub cannot be reached", where=repo, why=first_line(error), hint="try again later") from error
     return Pushed(str(url), not has_card)

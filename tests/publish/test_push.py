@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from command import fxc as command
 from command import fxc_json
 from families import build
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 import fxc
@@ -99,9 +100,7 @@ def test_a_dry_run_asks_nothing_of_the_hub(artifact, hub):
 
 
 def response(status):
-    import httpx
-
-    return httpx.Response(status, request=httpx.Request("POST", "https://huggingface.co"))
+    return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +110,7 @@ def response(status):
         (RepositoryNotFoundError("401", response=response(401)), UsageError, "does not let you write"),
         (RepositoryNotFoundError("502", response=response(502)), ResourceError, "the hub refused"),
         (ConnectionError("no route"), ResourceError, "cannot be reached"),
+        (HTTPError("timed out"), ResourceError, "cannot be reached"),
         (HFValidationError("bad"), UsageError, "no name of a repository"),
     ],
 )
