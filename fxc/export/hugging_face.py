@@ -91,7 +91,7 @@ def export(
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint=f"--format fxc, compressed-tensors or gguf; or {plain}",
+            hint=f"--format compressed-tensors, gguf or fxc; or {plain}",
         )
     check_has_values(program, folder)
     fit = describe(program, config)
