@@ -1,4 +1,5 @@
-# make demo: compile the example model and generate text.   make test: lint and tests.   Both set everything up first.
+# make demo: compile the example model and generate text.   make test: lint and tests.   make docs: the pages of docs/ as a site.
+# All of them set everything up first.
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from; make test ALL=1 runs the tests marked slow too.
 
 SHELL := /bin/bash
@@ -9,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST_FLAGS ?=
 MARKED = $(if $(ALL),,-m "not slow")
 
-.PHONY: demo test lint setup clean distclean
+.PHONY: demo test lint docs setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -27,6 +28,12 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# The pages of docs/ as a site, in site/index.html; a warning, as of a link that leads nowhere, is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -d site
+	@echo "written to site/index.html"
 
 setup: $(STAMP)
 
@@ -54,7 +61,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist out site .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment goes too; the next make sets it up again.
