@@ -1,4 +1,4 @@
-"""The Python of the README, and of the guides, runs as it stands there, from top to bottom; the pages build without a warning."""
+"""The Python of README and guides runs as it stands there, from top to bottom; the pages build without a warning."""
 
 from __future__ import annotations
 
