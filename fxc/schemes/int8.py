@@ -8,6 +8,7 @@ from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
 from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
 from fxc_kernels import int8_static as _int8_static  # noqa: F401 - registers its operators
+from fxc_kernels.cpu import native_int8_quantize as native
 from fxc_kernels.int8_linear import INT8_MAX, ZERO_ROW, quantize_rows
 from fxc_kernels.int8_static import levels as static_levels
 
@@ -35,8 +36,13 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     if weight.numel() == 0:
         return weight.new_empty(rows, columns, dtype=torch.int8), weight.new_ones(rows, dtype=torch.float32)
+    weight = weight.detach()
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and native.why_not() is None:
+        made = native.quantize(weight.contiguous(), ZERO_ROW)
+        if made is not None:
+            return made
     # float64 has numbers beyond float32: they are Inf here, and refused.
-    values = weight.detach().float()
+    values = weight.float()
     amax = values.abs().amax(dim=1)
     if not torch.isfinite(amax).all():
         bad = int((~torch.isfinite(amax)).sum())

@@ -88,7 +88,7 @@ class _Loop:
             groups.setdefault((factor, decay), []).append(parameter.requires_grad_())
         self.optimizer = torch.optim.AdamW(
             [{"params": some, "factor": factor, "weight_decay": decay} for (factor, decay), some in groups.items()],
-            lr=plan.rate, betas=(0.9, 0.95),
+            lr=plan.rate, betas=(0.9, 0.95), fused=True,
         )  # fmt: skip
         self.scaler = scaler(plan.precision)
         # So many looks there are; in few steps fewer.

@@ -51,6 +51,8 @@ def scores(
 ) -> dict[Group, Tensor]:
     """[size] float64 for each group that the criterion can tell something about. samples: flat inputs of the program, which the
     criteria in `NEED_DATA` need."""
+    if not groups:
+        return {}
     samples = track(samples, f"scoring units by {criterion}", len(samples)) if criterion in NEED_DATA else ()
     if criterion in ("l1", "l2"):
         return {g: _magnitude(program, g, 1 if criterion == "l1" else 2) for g in groups}

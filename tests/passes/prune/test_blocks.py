@@ -21,12 +21,14 @@ from fxc.passes.prune import scores
 from fxc.passes.prune.blocks import blocks, influence
 
 
-def test_the_layer_that_changes_least_is_dropped():
+@pytest.mark.parametrize("criterion", ["", ":criterion=taylor", ":criterion=wanda"])
+def test_the_layer_that_changes_least_is_dropped(criterion):
+    """By what it does to its stream, whatever units would be judged by."""
     torch.manual_seed(4)
     program = stack(Residual(), Residual(), Residual(scale=1e-3), Residual())
     found, why = blocks(program)
     assert [b.scope for b in found] == [f"layers.{i}" for i in range(4)] and not why
-    after, result = masked(program, "prune:layers=0.25", samples(program))
+    after, result = masked(program, f"prune:layers=0.25{criterion}", samples(program))
     assert [(r.scope, r.kind) for r in result.removed] == [("layers.2", "layer")]
     small, _ = sliced(after)
     assert not [fqn for fqn in small.constants if "layers.2." in fqn] and len(small.constants) == 12
