@@ -140,6 +140,12 @@ def test_one_that_fails_is_a_warning_and_named_where_it_is_missed(tmp_path, monk
     assert "broken_plugin could not be imported: broken: ModuleNotFoundError" in caught.value.why
 
 
+def test_no_plugin_takes_the_name_of_a_pass():
+    with pytest.raises(UsageError, match="the pass int8 is fxc's own"):
+        type("Int8", (Pass,), {"name": "int8", "__module__": "elsewhere"})
+    assert Pass.registry["int8"].__module__ == "fxc.passes.int8"
+
+
 def test_the_command_line_imports_it_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(EXAMPLE)
     assert "there is no pass 'tanh_gelu'" in command("passes", "--explain", "tanh_gelu", code=2).output

@@ -181,6 +181,11 @@ class Pass:
     registry: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:
+        """Raises `UsageError` for a name of fxc's own passes in a class from elsewhere."""
+        own = Pass.registry.get(cls.name)
+        if own is not None and own.__module__.startswith("fxc.") and not cls.__module__.startswith("fxc."):
+            what = f"the pass {cls.name} is fxc's own"
+            raise UsageError(what, where=f"{cls.__module__}.{cls.__qualname__}", hint="give yours another name")
         if cls.name:
             Pass.registry[cls.name] = cls
 

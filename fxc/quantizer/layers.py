@@ -50,9 +50,11 @@ class PackedLinear(nn.Module):
             values = self.arguments | {part: getattr(self, part) for part in self.parts} | {"x": x, "bias": self.bias}
             return self.operator(*map(values.get, names))
         key = x.device, x.dtype
-        if key not in self._programs:
-            self._programs = {key: self._compiled(*key)}
-        (y,) = self._programs[key].run([x.reshape(-1, self.in_features)])
+        program = self._programs.get(key)
+        if program is None:
+            program = self._compiled(*key)
+            self._programs = {key: program}  # another thread may ask for another dtype
+        (y,) = program.run([x.reshape(-1, self.in_features)])
         return y.view(*x.shape[:-1], self.out_features)
 
     def _compiled(self, device: torch.device, dtype: torch.dtype) -> CompiledModel:
@@ -84,6 +86,10 @@ class PackedLinear(nn.Module):
                 setattr(self, part, tensor.to(getattr(self, part).device))
         self._programs = {}
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._programs = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled without what was made for this machine."""

@@ -52,6 +52,12 @@ def test_a_cast_leaves_its_numbers(layer):
     assert near(layer(X.bfloat16()).float(), layer.expected)
 
 
+def test_other_numbers_are_taken_after_a_call(layer):
+    layer(X)
+    layer.load_state_dict(layer.state_dict() | {"scale": layer.scale * 2, "bias": layer.bias.detach() * 2})
+    assert near(layer(X), layer.expected * 2)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"])
 def test_it_is_copied_and_pickled_after_a_call(layer, way):
     expected = layer(X)
