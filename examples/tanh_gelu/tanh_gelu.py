@@ -1,7 +1,7 @@
 """A pass that is no part of fxc: gelu by its tanh approximation. Installed, or imported before, it is one of `--passes`.
 
     pip install examples/tanh_gelu
-    fxc compile examples/digits.py:vit --passes tanh_gelu,int8
+    fxc compile examples.digits:vit --passes tanh_gelu,int8
 """
 
 from dataclasses import dataclass
