@@ -117,6 +117,7 @@ def test_its_pass_runs_and_the_report_names_it(installed, monkeypatch, tmp_path)
     assert steps["tanh_gelu"] == origin and steps["int8"] is None
     assert "--plugin tanh_gelu" in again(model.report).command
     model.save(tmp_path / "out")
+    assert "plugins: tanh_gelu (tanh-gelu 0.1.0)" in command("inspect", tmp_path / "out").stdout
     # Nothing of the plugin is in the program, so that it is not missed.
     monkeypatch.delitem(sys.modules, "tanh_gelu")
     assert torch.equal(fxc.load(tmp_path / "out")(X), model(X))

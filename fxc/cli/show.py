@@ -16,7 +16,7 @@ from fxc.options import Options
 from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
-from fxc.plugins import FAILED, origin_of
+from fxc.plugins import FAILED, named_in, origin_of
 from fxc.report import axes as coupled
 from fxc.report import lowering, machine
 from fxc.report.console import Output, size
@@ -47,6 +47,8 @@ def inspect_model(
     output.line(f"{metadata.get('class')} ({metadata.get('kind')}): {what}")
     if steps := [p["name"] for p in report.get("passes", []) if "name" in p]:
         output.line(f"passes: {', '.join(map(str, steps))}")
+    if plugins := named_in(report):
+        output.line(f"plugins: {', '.join(plugins.values())}")
     output.line(f"inputs: {', '.join(i.name for i in program.signature.inputs)}")
     total = max(program.nbytes(), 1)
     output.table("bytes by kind", ["kind", ">bytes", ">share"], [(k, size(n), f"{n / total:.1%}") for k, n in kinds.items()])
