@@ -1,5 +1,5 @@
-# make demo: compile the example model and generate text.   make test: lint and tests.   Both set everything up first.
-# make test-oldest: the tests with the oldest torch and transformers.
+# make demo: compile the example model and generate text.   make test: lint and tests.   make docs: the pages of docs/ as a site.
+# make test-oldest: the tests with the oldest torch and transformers.   All of them set everything up first.
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from; make test ALL=1 runs the tests marked slow too.
 
 SHELL := /bin/bash
@@ -10,7 +10,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PYTEST_FLAGS ?=
 MARKED = $(if $(ALL),,-m "not slow")
 
-.PHONY: demo test test-oldest lint setup clean distclean
+.PHONY: demo test test-oldest lint docs setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -40,6 +40,12 @@ test-oldest: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
+# The pages of docs/ as a site, in site/index.html; a warning, as of a link that leads nowhere, is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet -d site
+	@echo "written to site/index.html"
+
 setup: $(STAMP)
 
 # A candidate has to run (a pyenv shim of a version that is off is on PATH and exits 127) and to be able to make a venv.
@@ -66,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist out .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist out site .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment goes too; the next make sets it up again.

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fxc.quantizer import announce
+
 if TYPE_CHECKING:
     from fxc.comparison.compare import compare
     from fxc.compiled.model import CompiledModel
@@ -44,6 +46,9 @@ _HOMES = {
     "search": "fxc.selection.search",
     "sensitivity": "fxc.measure.sensitivity",
 }
+
+
+announce()
 
 
 def __getattr__(name: str) -> Any:

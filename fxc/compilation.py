@@ -17,7 +17,8 @@ class Step:
     layer_errors are relative, of the output of a layer that is given the inputs that it had before, by FQN; judged_on: what
     these inputs are; saturation: the share of the numbers of a packed weight that are at the ends of the format's range, by
     FQN; cut_off: the share of what a layer read of the samples that lies beyond the range learned for it, by FQN; repeat: the
-    pass that makes the same decisions again, of one that chose by itself; training: what it trained, with its curve."""
+    pass that makes the same decisions again, of one that chose by itself; training: what it trained, with its curve; plugin:
+    where the pass comes from, of one that is not fxc's own (`fxc.plugins.origin_of`)."""
 
     name: str
     changed: int
@@ -37,6 +38,7 @@ class Step:
     cut_off: dict[str, float] = field(default_factory=dict)
     judged_on: str | None = None
     training: Fit | None = None
+    plugin: dict[str, str] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Of layers that were measured also signal_to_noise in dB, None where it is infinite; what was not measured is left
@@ -45,7 +47,7 @@ class Step:
         if self.layer_errors:
             ratios = {name: decibels(error) for name, error in self.layer_errors.items()}
             content["signal_to_noise"] = {name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items()}
-        unmeasured = {name for name in ("saturation", "cut_off", "judged_on", "training") if not content[name]}
+        unmeasured = {name for name in ("saturation", "cut_off", "judged_on", "training", "plugin") if not content[name]}
         return {name: value for name, value in content.items() if name not in unmeasured}
 
 

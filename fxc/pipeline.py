@@ -20,6 +20,7 @@ from fxc.passes.base import Context, Original
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
+from fxc.plugins import origin_of
 from fxc.schemes.parameters import parameters
 from fxc.verify.gates import Budget, judge
 from fxc.verify.layer_gate import LayerGate
@@ -98,6 +99,7 @@ def run_passes(
             str(step), result.changed, round(seconds, 4), program.nbytes(), after.nbytes(), parameters(program),
             parameters(after), result.covered_bytes, result.refusals, result.removed, notes=result.notes,
             repeat=str(result.repeat) if result.repeat else None, cut_off=result.cut_off, training=result.training,
+            plugin=origin_of(type(step)),
         )  # fmt: skip
         if options.verify and (ranks.number() == 0 or not after.is_streamed):  # of what is packed others have shapes alone
             judged = context.samples[:JUDGED] if step.fits_data() and context.samples else tried

@@ -22,6 +22,7 @@ ALLOWED = {
     "fxc.memory": "",
     "fxc.mapped": "",
     "fxc.ranks": "errors",
+    "fxc.plugins": "errors",
     "fxc.ir": "errors mapped",
     "fxc.schemes": "errors ir fxc_kernels",
     "fxc.source": "errors safety",
@@ -30,18 +31,20 @@ ALLOWED = {
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors ranks progress memory ir schemes artifact",
     "fxc.train": "errors progress memory ranks ir schemes data calibrate",
-    "fxc.passes": "errors progress memory ranks ir data analysis schemes calibrate train",
+    "fxc.passes": "errors progress memory ranks plugins ir data analysis schemes calibrate train",
     "fxc.verify": "errors ir passes schemes",
     "fxc.compilation": "passes train",
-    "fxc.artifact": "errors safety mapped ir schemes source data",
+    "fxc.artifact": "errors safety mapped plugins ir schemes source data",
     "fxc.lower": "errors mapped ir neutral schemes fxc_kernels",
     "fxc.options": "errors passes source data artifact lower",
-    "fxc.pipeline": "errors ranks ir data passes schemes verify compilation options",
+    "fxc.pipeline": "errors ranks plugins ir data passes schemes verify compilation options",
     "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.parallel": "errors ranks ir schemes analysis passes fxc_kernels",
     "fxc.compiled": "errors safety neutral ranks ir frontend compilation artifact lower export runtime page",
+    "fxc.quantizer": "errors ir schemes compiled",
+    "fxc.publish": "errors units ir page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors ranks mapped memory ir schemes artifact passes options pipeline captured",
@@ -56,11 +59,11 @@ ALLOWED = {
     "fxc.kernel_bench": "errors ir schemes lower fxc_kernels",
     "fxc.comparison": "errors progress memory units recipe ir analysis source data calibrate passes artifact lower options "
     "captured compiled compiler report measure kernel_bench",
-    "fxc.cli": "errors progress safety units ranks ir schemes analysis source data calibrate train passes compilation artifact "
-    "options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison selection "
-    "fxc",
+    "fxc.cli": "errors progress safety units ranks plugins ir schemes analysis source data calibrate train passes compilation "
+    "artifact options captured lower compiled recipe streaming compiler teaching measure kernel_bench page report comparison "
+    "selection publish fxc",
     "fxc.__main__": "cli",
-    "fxc": "errors ir frontend passes options compiled compiler teaching measure comparison selection",
+    "fxc": "quantizer errors ir frontend passes options compiled compiler teaching measure comparison selection",
 }
 SOURCES = sorted(path for room in ("fxc", "kernels") for path in (REPO / room).rglob("*.py"))
 

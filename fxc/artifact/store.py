@@ -51,6 +51,7 @@ from fxc.ir.check import check
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.text import DTYPE_NAMES, DTYPES, print_program
+from fxc.plugins import not_imported
 from fxc.safety import check_finite, check_json_size, check_relative_name, listed, read_json, safetensors_header
 from fxc.schemes.scheme import scheme_of
 from fxc.source.checkpoint import SAFE_INDEX, check_shard, index_files
@@ -261,7 +262,8 @@ def read(path: str | Path) -> Artifact:
         if TEXT not in files:
             raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
         constants = _read_constants(path, files)
-        program = _read_text(path / TEXT, constants | _expanded(path, manifest.get("coded", {}), constants))
+        constants |= _expanded(path, manifest.get("coded", {}), constants)
+        program = _read_text(path / TEXT, constants, manifest.get("report"))
         _check_values(program)
         mapped.let_go(program.constants.values())
     except OSError as error:
@@ -282,7 +284,7 @@ def read_outline(path: str | Path) -> Artifact:
         if entry is None:
             raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
         check_file(path, TEXT, entry)
-        program = _read_text(path / TEXT, None)
+        program = _read_text(path / TEXT, None, manifest.get("report"))
     except OSError as error:
         where, what = error.filename or path, error.strerror or error
         raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
@@ -337,7 +339,8 @@ def _expanded(path: Path, codes: object, constants: dict[str, Tensor]) -> dict[s
     return found
 
 
-def _read_text(file: Path, constants: dict[str, Tensor] | None) -> Program:
+def _read_text(file: Path, constants: dict[str, Tensor] | None, report: Any) -> Program:
+    """report: what names the plugins that the program may need."""
     check_json_size(file)
     try:
         text = file.read_bytes().decode("ascii")
@@ -348,7 +351,8 @@ def _read_text(file: Path, constants: dict[str, Tensor] | None) -> Program:
         check(program)
     except InputRefused as error:
         line = (error.where or "").removeprefix("program text, ")
-        raise InputRefused(error.what, where=f"{file}, {line}", why=error.why, hint=error.hint) from None
+        why, hint = not_imported(report) or (error.why, error.hint)
+        raise InputRefused(error.what, where=f"{file}, {line}", why=why, hint=hint) from None
     except VerificationFailed as error:
         where = f"{file}, {error.where}"
         raise InputRefused(error.what, where=where, why=error.why, hint=DAMAGED, excerpt=error.excerpt) from None

@@ -19,6 +19,7 @@ from fxc.cli.parameters import (
     Json,
     KeepFloat,
     MaxMemory,
+    Plugin,
     Resume,
     Revision,
     Stream,
@@ -132,6 +133,7 @@ def compile_(
         str | None, typer.Option(help="Compile this module alone; language_model of a model that reads images too.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Print all tables: bytes, gates, what stayed and why.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and write it as an artifact."""
@@ -161,9 +163,14 @@ def export(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")],
     kind: Annotated[
-        str, typer.Option("--format", help="hf (float weights), compressed-tensors (vLLM), gguf (llama.cpp), onnx or aoti.")
+        str,
+        typer.Option(
+            "--format",
+            help="hf (float weights), fxc (transformers, with fxc), compressed-tensors (vLLM), gguf (llama.cpp), onnx or aoti.",
+        ),
     ] = "hf",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Write a compiled model for other tools, which load it without fxc."""
@@ -171,6 +178,23 @@ def export(
 
     with output_for(as_json) as output:
         export_model(output, artifact, out, kind, overwrite)
+
+
+@app.command()
+def push(
+    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
+    repo: Annotated[str, typer.Argument(help="The repository, USER/NAME; made where there is none.", metavar="USER/NAME")],
+    kind: Annotated[str, typer.Option("--format", help="artifact, or an export of it: a format of 'fxc export'.")] = "artifact",
+    private: Annotated[bool | None, typer.Option(help="Of a repository that is made; else as your account has it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card, and upload nothing.")] = False,
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a compiled model to the Hugging Face hub, with a card that says what was done to it."""
+    from fxc.cli.push import push_model
+
+    with output_for(as_json) as output:
+        push_model(output, artifact, repo, kind, private, dry_run)
 
 
 @app.command()
@@ -186,6 +210,7 @@ def run(
     tensor_parallel: Annotated[
         bool, typer.Option("--tensor-parallel", help="Under torchrun: a part of the heads and FFN channels in each process.")
     ] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Run a compiled model on one input."""
@@ -220,6 +245,7 @@ def eval_(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on a text, and with --against how near two models are."""
@@ -238,6 +264,7 @@ def report(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The file to write; by default report.html in it.")] = None,
     timed: Annotated[bool, typer.Option("--measure", help="Time its layers on this machine and draw the roofline.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Write the page that says what was done to a model, layer by layer: one HTML file, which opens offline."""
@@ -259,6 +286,7 @@ def sensitivity(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Measure what each layer alone costs when it is compressed, the worst first."""
@@ -316,6 +344,7 @@ def compare(
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model in several ways, and show what each costs in size, memory, time and quality."""
@@ -364,6 +393,7 @@ def search(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Find which compression is best for which layers, within budgets of size, latency and quality."""
@@ -394,6 +424,7 @@ def inspect(
     backend: Backend = "eager",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model is made of: operators, bytes by kind and by layer, its program."""
@@ -411,6 +442,7 @@ def diff(
     a: Annotated[str, typer.Argument(help="A model or an artifact.")],
     b: Annotated[str, typer.Argument(help="Another.")],
     trust_remote_code: Trust = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show how two programs differ, and in how many bytes."""
@@ -423,6 +455,7 @@ def diff(
 @app.command()
 def passes(
     explain: Annotated[str | None, typer.Option(help="Order these passes and say why, as in int8,prune.")] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """List the passes, or explain the order in which some would run."""

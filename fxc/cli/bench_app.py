@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from fxc.cli.parameters import Backend, Device, Dtype, Json, KeepFloat, checked_device, checked_dtype, output_for, sizes_of
+from fxc.cli.parameters import (
+    Backend,
+    Device,
+    Dtype,
+    Json,
+    KeepFloat,
+    Plugin,
+    checked_device,
+    checked_dtype,
+    output_for,
+    sizes_of,
+)  # fmt: skip
 from fxc.errors import UsageError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
@@ -31,6 +42,7 @@ def bench_model(
         bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
     ] = False,
     keep_float: KeepFloat = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Measure latency of several models in one process, in turns."""

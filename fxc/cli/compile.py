@@ -160,7 +160,9 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         # What else the pass was told is in the plan.
         passes = shlex.quote(",".join("prune" if isinstance(p, Prune) else str(p) for p in wanted))
         plan = shlex.quote(str(out / "plan.json"))
-        output.line(f"the same again: fxc compile {shlex.quote(request.model)} --passes {passes} --plan {plan} -o OTHER")
+        plugins = dict.fromkeys(f" --plugin {step.plugin['module']}" for step in record.passes if step.plugin)
+        again = f"{shlex.quote(request.model)} --passes {passes} --plan {plan}{''.join(plugins)}"
+        output.line(f"the same again: fxc compile {again} -o OTHER")
     output.line(outputs.how_to_run(model, out))
     output.json(compilation.as_json(record, str(out), disk))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fxc.errors import UsageError
+from fxc.plugins import import_plugin
 
 if TYPE_CHECKING:
     from fxc.report.console import Output
@@ -32,6 +33,20 @@ MaxMemory = Annotated[
 Stream = Annotated[
     bool | None,
     typer.Option(help="Read the weights piece by piece, and write them so; by default where the model does not fit."),
+]
+
+
+def _imported(modules: list[str] | None) -> list[str] | None:
+    for module in modules or ():
+        import_plugin(module)
+    return modules
+
+
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin", metavar="MODULE", callback=_imported, help="Import this first: the passes and formats it adds. Repeatable."
+    ),
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
 

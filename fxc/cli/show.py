@@ -16,6 +16,7 @@ from fxc.options import Options
 from fxc.passes.base import Context, Pass, options_of, parse_passes
 from fxc.passes.canonicalize import Canonicalize
 from fxc.passes.order import order
+from fxc.plugins import FAILED, named_in, origin_of
 from fxc.report import axes as coupled
 from fxc.report import lowering, machine
 from fxc.report.console import Output, size
@@ -46,6 +47,8 @@ def inspect_model(
     output.line(f"{metadata.get('class')} ({metadata.get('kind')}): {what}")
     if steps := [p["name"] for p in report.get("passes", []) if "name" in p]:
         output.line(f"passes: {', '.join(map(str, steps))}")
+    if plugins := named_in(report):
+        output.line(f"plugins: {', '.join(plugins.values())}")
     output.line(f"inputs: {', '.join(i.name for i in program.signature.inputs)}")
     total = max(program.nbytes(), 1)
     output.table("bytes by kind", ["kind", ">bytes", ">share"], [(k, size(n), f"{n / total:.1%}") for k, n in kinds.items()])
@@ -113,14 +116,17 @@ def _program(output: Output, source: str, revision: str | None, trust_remote_cod
 def list_passes(output: Output) -> None:
     listed = [_described(cls) for _, cls in sorted(Pass.registry.items())]
     for each in listed:
-        output.line(f"{each['name']} ({each['kind']})")
+        of = f", of {' '.join(each['plugin'].values())}" if "plugin" in each else ""
+        output.line(f"{each['name']} ({each['kind']}{of})")
         output.line(f"    {each['doc']}")
         for option in each["options"]:
             output.line(f"    {option['name']}={option['default']}  {option['values']}")
         for relation in ("needs", "gives", "breaks", "owes"):
             if each[relation]:
                 output.line(f"    {relation} {', '.join(each[relation])}")
-    output.json({"passes": listed})
+    for module, why in FAILED.items():
+        output.warn(f"the plugin {module} could not be imported: {why}")
+    output.json({"passes": listed, "failed_plugins": FAILED})
 
 
 def _described(cls: type[Pass]) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
         "doc": " ".join((cls.__doc__ or "").split()),
         "options": options,
         **{relation: sorted(map(str, getattr(usual, relation))) for relation in ("needs", "gives", "breaks", "owes")},
-    }
+    } | ({"plugin": origin} if (origin := origin_of(cls)) else {})
 
 
 def explain_passes(output: Output, spec: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxc.cli.parameters import Dtype, Json, Resume, Revision, Trust, output_for
+from fxc.cli.parameters import Dtype, Json, Plugin, Resume, Revision, Trust, output_for
 from fxc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def recover(
     overwrite: Overwrite = False,
     report: Report = False,
     resume: Resume = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Train a compressed model until it does again what it did. Every option of the pass recover is one of this command too:
@@ -91,6 +92,7 @@ def distill(
     overwrite: Overwrite = False,
     report: Report = False,
     resume: Resume = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Train another, smaller model to do what a model does. Every option of the pass recover is one of this command too: 'fxc

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxc.compiled.model import AS_IT_IS, CompiledModel, check_is_not_traced
 from fxc.errors import InputRefused, UsageError
@@ -84,6 +85,9 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
     def is_remote_code(cls) -> bool:
         return False
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Changes nothing: a tied weight is one constant of the program."""
+
     def get_experts_implementation(self) -> dict[str, str]:
         return {}
 
@@ -117,6 +121,9 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         if input_ids is None:
             raise UsageError("the input input_ids is missing")
         batch, new = input_ids.shape
+        if not input_ids.numel():
+            what = f"input_ids is {[batch, new]}: there is no token in it"
+            raise UsageError(what, hint="leave empty batches and prompts out")
         past = self._past(past_key_values, batch)
         length = past[0].shape[2]
         if attention_mask is None:
@@ -182,6 +189,10 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.new_cache()
+
+
+# transformers.pipeline knows models by the names of their classes, and complains of others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("fxc", CompiledCausalLM.__name__)
 
 
 def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig:

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxc import ranks
 from fxc.artifact import config_json, store
 from fxc.compilation import Compilation, lasting
-from fxc.errors import UsageError
-from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx
+from fxc.errors import UsageError, first_line
+from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx, quantized
+from fxc.export.packed import packed_weights
 from fxc.ir.binding import bind
 from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.parse import parse_program
@@ -190,7 +191,15 @@ class CompiledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_is_not_traced()
         as_tuple = kwargs.pop("return_dict", None) is False
-        outputs = self.run(bind(self.program, args, kwargs))
+        tensors = bind(self.program, args, kwargs)
+        try:
+            outputs = self.run(tensors)
+        except RuntimeError as error:
+            if all(tensor.numel() for tensor in tensors):
+                raise
+            raise UsageError(
+                "the model does not run on an input without numbers", why=first_line(error), hint="leave empty batches out"
+            ) from error
         result = unflatten(self.program.signature.result, outputs)
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
@@ -278,6 +287,23 @@ class CompiledModel(nn.Module):
         )
 
     def save_pretrained(self, directory: str | Path, *, overwrite: bool = False) -> hugging_face.Exported:
+        """Write a Hugging Face folder: of float weights a plain one (`export_hugging_face`), of packed ones that which
+        transformers loads where fxc is imported (`export_fxc`). Raises what these do."""
+        export = self.export_fxc if packed_weights(self.program) else self.export_hugging_face
+        return export(directory, overwrite=overwrite)
+
+    def export_fxc(
+        self, directory: str | Path, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000
+    ) -> hugging_face.Exported:
+        """Write a Hugging Face folder of packed weights, which `AutoModel.from_pretrained` loads after `import fxc`: all of it,
+        loaded back and compared, or nothing. Raises `UsageError` with the layer and the reason where the model has no place for
+        a weight, as where its layers differ, or a table of embeddings is packed."""
+        return quantized.export(
+            self.program, self.config, self.files, directory,
+            overwrite=overwrite, sources=self._sources(), max_shard_bytes=max_shard_bytes,
+        )  # fmt: skip
+
+    def export_hugging_face(self, directory: str | Path, *, overwrite: bool = False) -> hugging_face.Exported:
         """Write a plain Hugging Face folder, which `AutoModel.from_pretrained` loads without fxc: all of it, loaded back and
         compared, or nothing. Raises `UsageError` with the reason where no configuration says what the model is now, as
         where its layers differ or its weights are quantized."""

@@ -16,7 +16,6 @@ back by it and transformers, and its outputs compared with the program's.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +26,17 @@ from torch import Tensor, nn
 
 from fxc.artifact.companions import write
 from fxc.errors import UsageError
-from fxc.export.configuration import Fit, changed_fields, describe, weight
+from fxc.export.configuration import Fit, changed_fields, describe
 from fxc.export.folder import check_has_values
-from fxc.export.hugging_face import Exported, check_written, hugging_face_target, in_float32
+from fxc.export.hugging_face import (
+    Exported,
+    check_written,
+    hugging_face_target,
+    in_float32,
+    state_of,
+    write_config,
+    write_weights,
+)
 from fxc.export.packed import Packed, as_float, float_dtype, packed_weights, refused
 from fxc.export.runs import rounded_apart
 from fxc.frontend.check import tolerance
@@ -114,9 +121,10 @@ def export(
     dtype = float_dtype(program, packed)
     fit.config.dtype = dtype
     with quiet_transformers(), target.staged(program.nbytes()) as place:
-        _write_weights(place, _state(fit, program, packed, forms, dtype), max_shard_bytes)
+        stored = {name: _stored(each, forms[name]) for name, each in packed.items()}
+        write_weights(place, state_of(fit, program, dtype, stored), max_shard_bytes)
         write(target.files, place)
-        _write_config(place, fit, _quantization(fit, linear, forms))
+        write_config(place, fit, _quantization(fit, linear, forms))
         rounds = any(form.activations for form in forms.values())
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
         allowed = rounded_apart(in_float32(program)) if rounds else tolerance(wide)
@@ -167,27 +175,6 @@ def _linear_layers(fit: Fit) -> dict[str, str]:
     return {weight: name for weight, name in linear.items() if weight in fit.places}
 
 
-def _state(
-    fit: Fit, program: Program, packed: Mapping[str, Packed], forms: Mapping[str, _Form], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, meant in fit.model.state_dict(keep_vars=True).items():
-        fqn = fit.places.get(name)
-        if id(meant) in seen:
-            continue  # tied: the model knows that it is the same tensor
-        seen.add(id(meant))
-        if fqn in packed:
-            layer = name.removesuffix(".weight")
-            state |= {f"{layer}.{part}": tensor for part, tensor in _stored(packed[fqn], forms[fqn]).items()}
-        elif fqn is None:
-            state[name] = torch.zeros(meant.shape, dtype=dtype if meant.is_floating_point() else meant.dtype)
-        else:
-            # Of one constant under two names that the model does not tie, each is written.
-            state[name] = weight(program, fqn).clone(memory_format=torch.contiguous_format)
-    return state
-
-
 def _stored(each: Packed, form: _Form) -> dict[str, Tensor]:
     numbers, scale = each.parts["qweight"], each.parts["scale"]
     scale = scale[:, None] if form.group is None else scale
@@ -199,12 +186,6 @@ def _stored(each: Packed, form: _Form) -> dict[str, Tensor]:
     # A row fills whole words: groups are multiples of 32 numbers.
     packed = numbers.contiguous().view(torch.int32)
     return {"weight_packed": packed, "weight_scale": scale.contiguous(), "weight_shape": torch.tensor(each.shape)}
-
-
-def _write_weights(place: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    save_torch_state_dict(state, place, max_shard_size=max_shard_bytes)
 
 
 def _quantization(fit: Fit, linear: Mapping[str, str], forms: Mapping[str, _Form]) -> dict[str, Any]:
@@ -230,11 +211,6 @@ def _quantization(fit: Fit, linear: Mapping[str, str], forms: Mapping[str, _Form
         "transform_config": {},
         "config_groups": groups,
     }
-
-
-def _write_config(place: Path, fit: Fit, quantization: dict[str, Any]) -> None:
-    content = json.loads(fit.config.to_json_string()) | {"quantization_config": quantization}
-    (place / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------------- vLLM

@@ -6,7 +6,8 @@ outputs have to be the program's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
@@ -36,7 +37,6 @@ from fxc.verify.compare import relative_error
 
 _WEIGHTS = "model*.safetensors"
 _OWN = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
-
 
 @dataclass(frozen=True)
 class Exported:
@@ -82,10 +82,11 @@ def export(
     target.check()
     if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
         formats = sorted({scheme.label for node in program.graph.nodes if (scheme := scheme_of(node.target))})
+        plain = f"compile without {' and '.join(formats)} weights and export that"
         raise UsageError(
             "a quantized model has no plain Hugging Face form",
             why=quantized,
-            hint=f"--format compressed-tensors or gguf; or compile without {' and '.join(formats)} weights and export that",
+            hint=f"--format compressed-tensors, gguf or fxc; or {plain}",
         )
     check_has_values(program, folder)
     fit = describe(program, config)
@@ -127,15 +128,50 @@ def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:
     return fit.model.eval()
 
 
+def state_of(
+    fit: Fit, program: Program, dtype: torch.dtype, packed: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of a folder by name. packed: weight as the model has it -> what is written in its place, by the last part of
+    the name; dtype: of the zeros that stand for what the program has not."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, meant in fit.model.state_dict(keep_vars=True).items():
+        fqn = fit.places.get(name)
+        if id(meant) in seen:
+            continue  # tied: the model knows that it is the same tensor
+        seen.add(id(meant))
+        if fqn in packed:
+            layer = name.removesuffix(".weight")
+            state |= {f"{layer}.{part}": tensor for part, tensor in packed[fqn].items()}
+        elif fqn is None:
+            state[name] = torch.zeros(meant.shape, dtype=dtype if meant.is_floating_point() else meant.dtype)
+        else:
+            # Of one constant under two names that the model does not tie, each is written.
+            state[name] = weight(program, fqn).clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def write_weights(place: Path, state: dict[str, Tensor], max_shard_bytes: int) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state, place, max_shard_size=max_shard_bytes)
+
+
+def write_config(place: Path, fit: Fit, quantization: dict[str, Any]) -> None:
+    content = json.loads(fit.config.to_json_string()) | {"quantization_config": quantization}
+    (place / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------------------------- verify
 
 
 def check_written(
-    place: Path, folder: Path, fit: Fit, program: Program, dtype: torch.dtype, allowed: float | None = None
+    place: Path, folder: Path, fit: Fit, program: Program, dtype: torch.dtype, allowed: float | None = None,
+    prepare: Callable[[nn.Module], object] = nn.Module.eval,
 ) -> None:
     """Load the folder as anyone would, and run it beside the program. dtype: what is loaded; allowed: the relative error that
-    the outputs may have, where it is not that of rounding to what is computed in. In bfloat16, which rounds away what a wrong
-    configuration does, the same weights are compared in float32."""
+    the outputs may have, where it is not that of rounding to what is computed in; prepare: is given what was loaded.
+    In bfloat16, which rounds away what a wrong configuration does, the same weights are compared in float32."""
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     try:
         with redirect_stderr(StringIO()):  # the bars of compressed-tensors, which nothing else switches off
@@ -148,7 +184,8 @@ def check_written(
         if names := [str(key) for key in report.get(kind) or ()]:
             raise VerificationFailed(f"the folder does not load as written: {kind}: {listed(names)}", where=folder)
     with redirect_stderr(StringIO()):
-        error = _error(loaded.eval(), in_float32(program) if wide != dtype else program, wide)
+        prepare(loaded.eval())
+        error = _error(loaded, in_float32(program) if wide != dtype else program, wide)
     allowed = tolerance(wide) if allowed is None else allowed
     if not error <= allowed:
         left = sorted(set(program.constants) - set(fit.places.values()))

@@ -55,6 +55,8 @@ def again(report: Mapping[str, Any]) -> Again | None:
     if (limit := told.whole(report.get("limit"))) is not None:
         parts += ["--limit", str(limit)]
         missing.append("which passes would have come after the limit")
+    for module in dict.fromkeys(told.text(told.mapping(step.get("plugin")).get("module")) for step in steps):
+        parts += ["--plugin", module] if module else []
     if any(step.get("repeat") for step in steps):
         parts += ["--plan", "plan.json"]
         missing.append("plan.json lies beside this page in the artifact")

@@ -22,6 +22,7 @@ from fxc.ir.program import Program
 from fxc.passes.interface import Interface
 from fxc.passes.patterns import check_patterns, matches
 from fxc.passes.rewrites import Rewrites
+from fxc.plugins import FAILED
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.train.fit import Fit
 
@@ -190,6 +191,11 @@ class Pass:
     registry: ClassVar[dict[str, type[Pass]]] = {}
 
     def __init_subclass__(cls) -> None:
+        """Raises `UsageError` for a name of fxc's own passes in a class from elsewhere."""
+        own = Pass.registry.get(cls.name)
+        if own is not None and own.__module__.startswith("fxc.") and not cls.__module__.startswith("fxc."):
+            what = f"the pass {cls.name} is fxc's own"
+            raise UsageError(what, where=f"{cls.__module__}.{cls.__qualname__}", hint="give yours another name")
         if cls.name:
             Pass.registry[cls.name] = cls
 
@@ -289,8 +295,9 @@ def _parse_pass(text: str) -> Pass:
     options = [text[slice(*found.span(1))] for found in _OPTION.finditer(masked, len(name))]
     cls = Pass.registry.get(name)
     if cls is None:
-        hint = _OTHERWISE.get(name) or f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them"
-        raise UsageError(f"there is no pass {name!r}", hint=hint)
+        hint = f"{_did_you_mean(name, Pass.registry)}'fxc passes' lists them; --plugin MODULE adds others, in Python its import"
+        failed = "; ".join(f"the plugin {module} could not be imported: {why}" for module, why in FAILED.items())
+        raise UsageError(f"there is no pass {name!r}", why=failed or None, hint=_OTHERWISE.get(name) or hint)
     fields = {f.name: f for f in options_of(cls)}
     types = typing.get_type_hints(cls)
     values: dict[str, Any] = {}

@@ -36,7 +36,7 @@ EXPLAINED = (
         "loaded or written.",
         (
             ("a pass, an option or a value does not exist", "fxc passes lists the passes and their options; the error names "
-             "what is near it"),
+             "what is near it; a pass of another package needs --plugin MODULE"),
             ("a pass changed nothing", "the layers are packed already, too small, or left out by --skip: fxc inspect shows "
              "them; --allow-noop accepts it"),
             ("a pass needs data", "--calib FILE: a text, a .jsonl file, a folder of images or datasets:NAME:SPLIT"),
@@ -54,6 +54,7 @@ EXPLAINED = (
             ("configuration and weights do not belong together", "get all files of the model from one place"),
             ("weights hold NaN or infinities", "repair the checkpoint; of one that was cast to float16, use bfloat16"),
             ("the model asks for code of its own", "read it, and allow it with --trust-remote-code if you trust it"),
+            ("an artifact was made with passes of a plugin", "install the plugin, or import it first: --plugin MODULE"),
             ("weights are stored quantized", "begin with the original weights in float32, bfloat16 or float16"),
         ),
     ),

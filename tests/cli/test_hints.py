@@ -51,7 +51,7 @@ CALLS = (
     fxc.load,
     load_source,
     CompiledModel.save,
-    CompiledModel.save_pretrained,
+    CompiledModel.export_fxc,
     run_passes,
     StaticDecoder.__init__,
 )

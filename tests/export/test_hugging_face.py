@@ -204,7 +204,7 @@ def test_a_branch_of_one_layer_that_is_gone_is_refused(tmp_path):
 def test_what_is_no_plain_model_is_refused(tmp_path):
     quantized = edited("qwen2", lambda program: None, "int8")
     with pytest.raises(UsageError, match=r"quantized model has no plain.*\n.*qweight.*\n.*without int8"):
-        quantized.save_pretrained(tmp_path / "out")
+        quantized.export_hugging_face(tmp_path / "out")
     mlp, inputs = families.build("mlp")
     with pytest.raises(UsageError, match="Mlp: it is no Hugging Face model"):
         export(fxc.capture(mlp, inputs, check=False), None, {}, tmp_path / "out")

@@ -164,7 +164,7 @@ def test_it_is_named_in_sizes_reports_and_comparisons(folder, binary):
     found = fxc_json("eval", folder / "packed", "--against", folder / "model", "--text", folder / "text.txt", "--window", 64)
     assert {each["name"] for each in found["layers"] if each["own"] > 0} == LAYERS
     with pytest.raises(UsageError, match="compile without binary weights"):
-        model.save_pretrained(folder / "plain")
+        model.export_hugging_face(folder / "plain")
 
 
 def test_its_product_is_benchmarked():

@@ -1,0 +1,40 @@
+"""fxc push."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import fxc
+from fxc.artifact import store
+from fxc.cli.export import FORMATS, exported
+from fxc.errors import UsageError
+from fxc.publish.card import LOADING, card
+from fxc.publish.push import CARD, push
+from fxc.report.console import Output, size
+
+
+def push_model(output: Output, artifact: Path, repo: str, kind: str, private: bool | None, dry_run: bool) -> None:
+    """Upload an artifact, or what an export makes of it. dry_run: print the card and upload nothing."""
+    if kind not in LOADING:
+        raise UsageError(f"there is no format {kind!r}", where="--format", hint=f"one of {', '.join(LOADING)}")
+    with output.doing(f"reading {artifact}"):
+        found = store.read(artifact)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = artifact
+        if kind in FORMATS:
+            folder = Path(temporary) / "export"
+            exported(output, fxc.load(artifact), folder, kind)
+        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        text = card(found.manifest, found.program.metadata, repo, kind, nbytes)
+        if dry_run:
+            output.block(text)
+            output.json({"repo": repo, "format": kind, "bytes": nbytes, "card": text, "pushed": False})
+            return
+        with output.doing(f"uploading {size(nbytes)} to {repo}"):
+            made = push(folder, repo, text, private=private)
+    if not made.card:
+        output.line(f"its {CARD} stays as it is there; --dry-run prints what fxc would say")
+    output.line(f"pushed to {made.url}")
+    output.json({"repo": repo, "format": kind, "bytes": nbytes, "card": text, "pushed": True, "url": made.url,
+                 "card_written": made.card})  # fmt: skip

@@ -1,0 +1,1 @@
+"""An artifact, or an export of it, on the Hugging Face hub."""
