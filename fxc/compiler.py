@@ -315,6 +315,6 @@ def _meet(device: str | torch.device | None, static_cache: bool) -> torch.device
     if not ranks.has_joined():
         raise UsageError(
             "this is a single process", where="tensor_parallel",
-            hint="torchrun --nproc-per-node=2 SCRIPT.py runs the script in two, each of which calls fxc.load",
+            hint="start the script by torchrun, which runs it in several, each of which calls fxc.load",
         )  # fmt: skip
     return ranks.own_device(device or "cpu")

@@ -38,6 +38,7 @@ from fxc.verify.compare import relative_error
 _WEIGHTS = "model*.safetensors"
 _OWN = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json"})
 
+
 @dataclass(frozen=True)
 class Exported:
     """What `export` wrote. config: the new configuration; changes: its fields that differ -> (before, after); zeros: weights
