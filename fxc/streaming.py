@@ -27,6 +27,9 @@ from fxc.passes.linears import PackLinears
 from fxc.pipeline import run_passes
 from fxc.schemes.scheme import AT_ONCE
 
+# Torch, transformers and fxc, and what passes make on the way.
+PROCESS = 1 << 29
+
 
 def constants_of(captured: Captured, options: Options) -> Constants:
     """The constants of a captured program whose weights are mapped. What is put in is written to `options.resume`, where it

@@ -104,8 +104,13 @@ class Scheme:
             return self.planned(weight, **options)
         matrix = weight.reshape(-1, weight.shape[-1])
         rows = max(AT_ONCE // max(weight.shape[-1], 1), 1)
-        packed = [self._quantized(some, options) for some in matrix.split(rows)]
-        whole = packed[0] if len(packed) == 1 else {part: torch.cat([some[part] for some in packed]) for part in packed[0]}
+        whole = first = self._quantized(matrix[:rows], options)
+        if len(matrix) > rows:
+            whole = {part: tensor.new_empty(len(matrix), *tensor.shape[1:]) for part, tensor in first.items()}
+            for start in range(0, len(matrix), rows):
+                some = self._quantized(matrix[start : start + rows], options) if start else first
+                for part, tensor in some.items():
+                    whole[part][start : start + rows] = tensor
         return {part: tensor.unflatten(0, weight.shape[:-1]) for part, tensor in whole.items()}
 
     def planned(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
