@@ -72,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist out site .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist out/pylm-int8 site .pytest_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment goes too; the next make sets it up again.

@@ -37,7 +37,7 @@ def read(path: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever transformers objects to
         raise InputRefused(f"transformers cannot read it: {error}", where=str(path / "config.json")) from None
     if getattr(config, _WEIGHTS_KEY, None) == _NOT_A_CHECKPOINT:
         delattr(config, _WEIGHTS_KEY)

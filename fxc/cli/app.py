@@ -184,7 +184,9 @@ def export(
 def push(
     artifact: Annotated[Path, typer.Argument(help="An artifact.")],
     repo: Annotated[str, typer.Argument(help="The repository, USER/NAME; made where there is none.", metavar="USER/NAME")],
-    kind: Annotated[str, typer.Option("--format", help="artifact, or an export of it: a format of 'fxc export'.")] = "artifact",
+    kind: Annotated[
+        str, typer.Option("--format", help="artifact, or an export of it: fxc, hf, compressed-tensors or gguf.")
+    ] = "artifact",
     private: Annotated[bool | None, typer.Option(help="Of a repository that is made; else as your account has it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card, and upload nothing.")] = False,
     plugin: Plugin = None,

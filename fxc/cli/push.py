@@ -12,6 +12,7 @@ from fxc.errors import UsageError
 from fxc.publish.card import LOADING, card
 from fxc.publish.push import CARD, push
 from fxc.report.console import Output, size
+from fxc.safety import listed
 
 
 def push_model(output: Output, artifact: Path, repo: str, kind: str, private: bool | None, dry_run: bool) -> None:
@@ -21,20 +22,24 @@ def push_model(output: Output, artifact: Path, repo: str, kind: str, private: bo
     with output.doing(f"reading {artifact}"):
         found = store.read(artifact)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = artifact
+        folder, files = artifact, [*found.manifest["files"], store.MANIFEST, store.PAGE]
         if kind in FORMATS:
             folder = Path(temporary) / "export"
             exported(output, fxc.load(artifact), folder, kind)
-        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        files = sorted(name for name in files if (folder / name).is_file())
+        nbytes = sum((folder / name).stat().st_size for name in files)
         text = card(found.manifest, found.program.metadata, repo, kind, nbytes)
         if dry_run:
             output.block(text)
             output.json({"repo": repo, "format": kind, "bytes": nbytes, "card": text, "pushed": False})
             return
         with output.doing(f"uploading {size(nbytes)} to {repo}"):
-            made = push(folder, repo, text, private=private)
+            made = push(folder, files, repo, text, private=private)
     if not made.card:
         output.line(f"its {CARD} stays as it is there; --dry-run prints what fxc would say")
+    if made.stays:
+        output.line(f"what was there before stays: {listed(made.stays)}")
     output.line(f"pushed to {made.url}")
     output.json({"repo": repo, "format": kind, "bytes": nbytes, "card": text, "pushed": True, "url": made.url,
                  "card_written": made.card})  # fmt: skip

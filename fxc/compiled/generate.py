@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fxc.compiled.model import AS_IT_IS, CompiledModel, check_is_not_traced
-from fxc.errors import InputRefused, UsageError
+from fxc.errors import InputRefused, UsageError, first_line
 from fxc.frontend.hf_cache import cache_of, check_is_dynamic, tensors_of, write
 from fxc.ir.cache import default_positions, empty_cache
 from fxc.ir.next_token import losses_of
@@ -120,6 +120,10 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
                 )
         if input_ids is None:
             raise UsageError("the input input_ids is missing")
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+            is_tensor = isinstance(input_ids, Tensor)
+            what = f"{input_ids.dtype} {list(input_ids.shape)}" if is_tensor else f"a {type(input_ids).__name__}"
+            raise UsageError(f"input_ids is {what}, and must be integers, [batch, tokens]", hint="a tensor, as ids[None]")
         batch, new = input_ids.shape
         if not input_ids.numel():
             what = f"input_ids is {[batch, new]}: there is no token in it"
@@ -203,5 +207,9 @@ def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig
     if "generation_config.json" in files:
         content = files["generation_config.json"]
         text = content if isinstance(content, bytes) else Path(content).read_bytes()
-        return GenerationConfig.from_dict(json.loads(text))
+        try:
+            return GenerationConfig.from_dict(json.loads(text))
+        except Exception as error:  # whatever transformers objects to
+            what = f"transformers cannot read it: {first_line(error)}"
+            raise InputRefused(what, where="generation_config.json", hint="mend it, or leave it out") from None
     return GenerationConfig.from_model_config(config)

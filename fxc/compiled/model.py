@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -347,12 +348,12 @@ class CompiledModel(nn.Module):
     def _sources(self) -> list[Path]:
         """The folders that the model came from, which no export may touch."""
         self.check_is_whole()
+        sources = [self.source] if self.source is not None else []
         match self.report.get("source"):
             case {"kind": "folder", "id": str(origin)}:
-                sources = [Path(origin).expanduser()]
-            case _:
-                sources = []
-        return sources + ([self.source] if self.source is not None else [])
+                with suppress(RuntimeError):  # somebody else's home
+                    sources.append(Path(origin).expanduser())
+        return sources
 
     def extra_repr(self) -> str:
         size = f"{self.program.nbytes() / 1e6:.1f} MB"

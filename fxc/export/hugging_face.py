@@ -184,9 +184,12 @@ def check_written(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := [str(key) for key in report.get(kind) or ()]:
             raise VerificationFailed(f"the folder does not load as written: {kind}: {listed(names)}", where=folder)
-    with redirect_stderr(StringIO()):
-        prepare(loaded.eval())
-        error = _error(loaded, in_float32(program) if wide != dtype else program, wide)
+    try:
+        with redirect_stderr(StringIO()):
+            prepare(loaded.eval())
+            error = _error(loaded, in_float32(program) if wide != dtype else program, wide)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise VerificationFailed(f"what the folder loads as does not run: {first_line(error)}", where=folder) from error
     allowed = tolerance(wide) if allowed is None else allowed
     if not error <= allowed:
         left = sorted(set(program.constants) - set(fit.places.values()))

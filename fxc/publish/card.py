@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def card(manifest: Mapping[str, Any], metadata: Mapping[str, Any], repo: str, ki
     report = told.mapping(manifest.get("report"))
     source, versions = told.mapping(report.get("source")), told.mapping(manifest.get("versions"))
     origin = told.text(source.get("id")) if source.get("kind") == "hub" else ""
+    origin = origin if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", origin) else ""
     is_decoder = metadata.get("kind") == KIND
     front = {"library_name": _LIBRARIES.get(kind, "transformers"), "tags": ["fxc", "compressed"]}
     front |= {"base_model": origin} if origin else {}

@@ -35,6 +35,7 @@ class PackedLinear(nn.Module):
             for part, (dtype, *shape) in parts.items():
                 self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype]))
         self.register_parameter("bias", layer.bias)
+        self.register_parameter("weight", None)  # T5 asks for its dtype where it is a tensor
         self.parts, self.by_definition = tuple(parts), False
         self._programs: dict[tuple[torch.device, torch.dtype], CompiledModel] = {}
 

@@ -176,7 +176,7 @@ class StaticDecoder:
         """Logits [B, 1, vocabulary] of the step's token, whose key and value are then in its slot."""
         try:
             # Recordings share memory: until its result is copied, no other one may start.
-            with self._lock, torch.inference_mode(False), torch.no_grad():
+            with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 if step.replay is None:
                     step.replay = self.record(lambda: self.module(*step.tensors)[0])
                 if self.device.type != "cuda":

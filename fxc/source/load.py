@@ -49,7 +49,10 @@ class Loaded:
 
 def kind_of(source: str) -> Kind:
     """What `source` names; a folder that exists wins over everything else that it could mean."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody, who is nobody here
+        raise UsageError("there is no such folder", where=source, why=error) from None
     if _is_there(path) and path.is_dir():
         return "artifact" if (path / "fxc.json").exists() else "folder"
     if _is_there(path):
@@ -73,7 +76,7 @@ def kind_of(source: str) -> Kind:
 def _is_there(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # no name of a file: it is too long
+    except (OSError, ValueError):  # no name of a file: it is too long, or has a zero in it
         return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +14,10 @@ from command import fxc_json
 from families import build
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 import fxc
-from fxc.errors import ResourceError, UsageError
+from fxc.errors import InputRefused, ResourceError, UsageError
 from fxc.publish.card import LOADING, card
 from fxc.publish.push import CARD, push
 
@@ -34,12 +35,13 @@ class FakeApi:
             raise self.error
         return f"https://huggingface.co/{repo}"
 
-    def file_exists(self, repo, name):
-        return name in self.there
+    def list_repo_files(self, repo):
+        return sorted(self.there)
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-        files = [path for path in Path(folder_path).rglob("*") if path.is_file()]
-        self.uploaded |= {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in files}
+    def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
+        files = {path.relative_to(folder_path).as_posix(): path for path in Path(folder_path).rglob("*") if path.is_file()}
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns)
+        self.uploaded |= {name: files[name].read_bytes() for name in kept}
         self.deleted = delete_patterns
 
     def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, commit_message):
@@ -85,13 +87,35 @@ def test_an_export_goes_up_in_its_format(artifact, hub):
     assert told["format"] == "fxc" and "model.safetensors" in hub.uploaded and "program.fxc" not in hub.uploaded
     assert json.loads(hub.uploaded["config.json"])["quantization_config"]["quant_method"] == "fxc"
     assert "import fxc" in told["card"] and 'AutoModelForCausalLM.from_pretrained("someone/small")' in told["card"]
-    assert "program.fxc" in hub.deleted and "*.safetensors" in hub.deleted  # of an earlier push, if any
+    assert hub.deleted is None
 
 
 def test_a_card_that_is_there_stays(artifact, hub):
     hub.there.add(CARD)
     assert "stays as it is" in command("push", artifact, "someone/small").stdout
     assert CARD not in hub.uploaded and "fxc.json" in hub.uploaded
+
+
+def test_what_an_earlier_push_left_goes_and_what_others_put_there_stays(artifact, hub):
+    hub.there |= {"fxc.json", "old.safetensors"}
+    assert "stays" not in command("push", artifact, "someone/small").stdout and "*.safetensors" in hub.deleted
+    hub.there.remove("fxc.json")
+    assert "what was there before stays: old.safetensors" in command("push", artifact, "someone/small").stdout
+    assert hub.deleted is None
+
+
+def test_what_else_lies_in_the_folder_stays_there(artifact, hub, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(artifact, folder)
+    (tmp_path / "key").write_text("secret")
+    (folder / ".env").write_text("secret")
+    (folder / "README.md").write_text("another card")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "key").symlink_to(tmp_path / "key")
+    command("push", folder, "someone/small")
+    assert not {".env", "sub/key"} & set(hub.uploaded) and "another card" not in hub.uploaded[CARD].decode()
+    with pytest.raises(InputRefused, match="these are links"):
+        push(folder, ["sub/key"], "someone/small", "", api=FakeApi())
 
 
 def test_a_dry_run_asks_nothing_of_the_hub(artifact, hub):
@@ -116,7 +140,7 @@ def response(status):
 )
 def test_what_the_hub_refuses_is_said(error, kind, says, artifact):
     with pytest.raises(kind, match=says) as caught:
-        push(artifact, "someone/small", "", api=FakeApi(error=error))
+        push(artifact, ["fxc.json"], "someone/small", "", api=FakeApi(error=error))
     assert caught.value.hint
 
 
@@ -130,13 +154,13 @@ def test_names_formats_and_folders_that_are_none(artifact, hub, tmp_path):
 def test_offline_is_said_before_anything_else(artifact, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="nothing is uploaded"):
-        push(artifact, "someone/small", "")
+        push(artifact, ["fxc.json"], "someone/small", "")
 
 
 def test_the_fake_is_called_as_the_real_one_can_be():
     import inspect
 
-    for name in ("create_repo", "file_exists", "upload_folder", "upload_file"):
+    for name in ("create_repo", "list_repo_files", "upload_folder", "upload_file"):
         ours, real = (inspect.signature(getattr(each, name)).parameters for each in (FakeApi, HfApi))
         named = [p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY]
         assert set(named) <= set(real), name
@@ -151,6 +175,8 @@ def test_what_a_report_says_is_no_markup(kind):
             None, {"name": name, "changed": 3, "notes": [name, 4], "plugin": {"module": name}},
         ], "source": {"kind": "hub", "id": "org/model"},
     }  # fmt: skip
+    hostile = report | {"source": {"kind": "hub", "id": "x](https://evil) y"}}
+    assert "evil" not in card({"report": hostile}, {}, "a/b", kind, 1000)
     text = card({"report": report, "versions": {"fxc": name}}, {"class": name}, "a/b", kind, 1000)
     assert "<script>" not in text and "\n# title" not in text and "](b)" not in text.replace("\\](b)", "")
     assert 'base_model: "org/model"' in text and "| files here |  | 1.00 kB |  |" in text
