@@ -128,3 +128,9 @@ def test_a_vision_encoder_decoder_without_example_inputs():
     expected = model(pixel_values=pixels, decoder_input_ids=ids).logits.detach()
     found = compiled(pixel_values=pixels, decoder_input_ids=ids).logits
     assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("ids", [IDS[0], IDS.float(), IDS.tolist(), IDS[None]], ids=["vector", "float", "list", "three"])
+def test_ids_that_are_no_matrix_of_integers_are_refused(ids):
+    with pytest.raises(FxcError, match="must be integers"):
+        pair()[1](ids)

@@ -129,3 +129,9 @@ def test_a_compiled_model_is_not_compiled_again():
             assert error.hint
         else:
             assert torch.allclose(again(X), given(X), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "a\0b"])
+def test_names_that_no_folder_has_are_said(name):
+    with pytest.raises(FxcError):
+        fxc.optimize(name, passes="int8")
