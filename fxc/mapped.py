@@ -104,6 +104,6 @@ def unwritten() -> Ranges:
             start, stop, inode = int(header[1], 16), int(header[2], 16), int(header[3])
             if inode:
                 found.append((start, stop))
-        elif line.startswith("Anonymous:") and line.split()[1] != "0":
+        elif line.startswith(("Anonymous:", "Swap:")) and line.split()[1] != "0":
             found = [each for each in found if each != (start, stop)]
     return found

@@ -106,7 +106,8 @@ def agreed_tensor(tensor: Tensor) -> Tensor:
     if not _joined():
         return tensor
     tensor = tensor.clone(memory_format=torch.contiguous_format)
-    distributed.broadcast(tensor, 0)
+    with others_there():
+        distributed.broadcast(tensor, 0)
     return tensor
 
 
@@ -161,7 +162,8 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     has = torch.tensor([float(each.grad is not None) for each in parameters])
     grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
     message = torch.cat([*(each.flatten().float() for each in grads), has])
-    distributed.all_reduce(message)
+    with others_there():
+        distributed.all_reduce(message)
     *sums, has = message.split([each.numel() for each in parameters] + [len(parameters)])
     for parameter, total, number in zip(parameters, sums, has.tolist(), strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype).clone() if number else None

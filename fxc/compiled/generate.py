@@ -53,6 +53,7 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         and batch is recorded once. Prompts, caches that a caller brings and plain calls go through the program as before.
         Raises `UsageError` where this model cannot decode that way.
         """
+        self.check_is_whole()
         self._decoder = static_decoder(self.lowered, self.device, self.backend, capacity)
         return self
 

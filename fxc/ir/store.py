@@ -62,6 +62,9 @@ class Constants(dict[str, Tensor]):
         return ValuesView(self)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if name in self._waiting:
+            # Who goes on after a kill is given each in its turn, and not the last in the place of the first.
+            self.settle()
         others = [other for other, each in super().items() if each is tensor]
         if (others and others[0] not in self._waiting) or any(each is tensor for each in self._again):
             super().__setitem__(name, tensor)

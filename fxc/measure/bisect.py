@@ -153,9 +153,10 @@ class Bisection:
 
     def reproduce(self, found: Broken) -> Reproduction:
         """The smallest part of the program that still holds before the rewrite and fails after it."""
+        inputs, _ = for_both(self.inputs[0], found.before, self.captured.program)
         if found.after is None:
-            return Reproduction(found.before, None, self.inputs[0])
-        return reproduction(found.before, found.after, self.inputs[0], partial(self._fails_alone, found))
+            return Reproduction(found.before, None, inputs)
+        return reproduction(found.before, found.after, inputs, partial(self._fails_alone, found))
 
     def _next(self, number: int) -> Rewrite:
         """The pass that broke off as it made the rewrite of this number without asking."""
@@ -221,7 +222,11 @@ class Bisection:
             models = [CompiledModel(program, {}) for program in (before, after)]
             return self._run(models[0]) is None and self._run(models[1]) is not None
         try:
-            error = relative_error(run(after, inputs), run(before, inputs))
+            expected = run(before, inputs)
+        except Exception:  # these inputs are none of it
+            return False
+        try:
+            error = relative_error(run(after, inputs), expected)
         except Exception:  # an operator that refuses what it is given is what the rewrite broke
             return True
         return not error <= self._limit(found, before)
