@@ -87,6 +87,16 @@ def test_it_is_read_as_a_dict_is():
     assert made.keys() - {"b"} == {"a.weight"}
 
 
+def test_what_is_put_in_twice_is_written_twice():
+    """What goes on after a kill is given the first one first, and makes the second one of it."""
+    some = constants()
+    some["b.weight"] = torch.full((2,), 3.0)
+    some["c.weight"] = torch.ones(1)
+    some["b.weight"] = some["b.weight"] * 2
+    some.settle()
+    assert some.spill.written == [["b.weight", "c.weight"], ["b.weight"]] and torch.equal(some["b.weight"], torch.full((2,), 6.0))
+
+
 def test_what_a_killed_process_wrote_takes_the_place_of_what_is_made_again():
     before = torch.full((3,), 7.0)
     made = constants(b=before)
