@@ -112,7 +112,7 @@ def plan_of(captured: Captured, options: Options) -> Plan:
     largest = max((each.nbytes for each in captured.program.constants.values()), default=0)
     tried = captured.small.nbytes() if captured.small is not None else 0
     parts = 2 * min(PART_BYTES, weights) + min(READ_BYTES, weights)
-    memory = BESIDES + in_memory(captured.program.constants.values()) + parts + max(2 * largest, tried)
+    memory = PROCESS + in_memory(captured.program.constants.values()) + max(parts + 3 * largest // 2, tried)
     return Plan(weights, result, True, memory, left, _seconds(captured.program, options))
 
 

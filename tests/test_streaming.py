@@ -120,7 +120,7 @@ def test_the_plan_says_what_it_takes(folder):
     assert plan.is_streamed and plan.weights == captured.program.nbytes() and plan.result == made.program.nbytes()
     assert plan.seconds > 0 and "piece by piece" in str(plan)
     with pytest.raises(ResourceError, match="compiling takes about"):
-        streaming.plan_of(captured, Options("int4:group=32", stream=True, max_memory=600_000_000)).check()
+        streaming.plan_of(captured, Options("int4:group=32", stream=True, max_memory=500_000_000)).check()
 
 
 def test_of_passes_that_need_values_the_plan_knows_no_result(folder):
