@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from families import _DECODER
-from tiny import byte_tokenizer
+from shards import files, in_shards
 
 import fxc
 from fxc import mapped, streaming
@@ -18,16 +18,7 @@ from fxc.options import Options
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("model") / "model"
-    config = transformers.Qwen2Config(**_DECODER | {"num_hidden_layers": 4}, tie_word_embeddings=False)
-    transformers.Qwen2ForCausalLM(config).bfloat16().save_pretrained(made, max_shard_size="100KB")
-    byte_tokenizer().save_pretrained(made)
-    return made
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return in_shards(tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.mark.parametrize("passes", ["int8", "int4:group=32:embeddings=int4", "sparse24", "prune:heads=0.5:ffn=0.25,int8"])

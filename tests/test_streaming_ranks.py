@@ -9,11 +9,8 @@ import sys
 import textwrap
 
 import pytest
-import torch
-import transformers
-from families import _DECODER
 from repo import REPO
-from tiny import byte_tokenizer
+from shards import files, in_shards
 
 import fxc
 from fxc.artifact.spill import JOURNAL
@@ -55,16 +52,7 @@ SCRIPT = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("model") / "model"
-    config = transformers.Qwen2Config(**_DECODER | {"num_hidden_layers": 4}, tie_word_embeddings=False)
-    transformers.Qwen2ForCausalLM(config).bfloat16().save_pretrained(made, max_shard_size="100KB")
-    byte_tokenizer().save_pretrained(made)
-    return made
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return in_shards(tmp_path_factory.mktemp("model") / "model")
 
 
 def in_two(folder, tmp_path, cases, dies=-1):

@@ -30,6 +30,7 @@ from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS
+from fxc.passes.float64 import SINGLE, computed_in
 from fxc.safety import listed
 from fxc.schemes.scheme import scheme_of
 from fxc.source.load import quiet_transformers
@@ -214,13 +215,7 @@ def _error(model: nn.Module, program: Program, dtype: torch.dtype) -> float:
 
 def in_float32(program: Program) -> Program:
     """The program with its types of two bytes made float32, packed weights as they are but for their scales."""
-    narrow = (torch.bfloat16, torch.float16)
-    wide = program.copy()
-    wide.constants = {k: t.float() if t.dtype in narrow else t for k, t in program.constants.items()}
-    for node in wide.graph.nodes:
-        node.args = tuple(torch.float32 if a in narrow else a for a in node.args)
-        node.kwargs = {k: torch.float32 if a in narrow else a for k, a in node.kwargs.items()}
-    return wide
+    return computed_in(program, SINGLE)
 
 
 def _as_function(model: nn.Module, program: Program, inputs: list[Tensor]) -> nn.Module:

@@ -14,7 +14,7 @@ _PROMOTED = {
     **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
-_SINGLE = dict.fromkeys((torch.bfloat16, torch.float16), torch.float32)
+SINGLE = dict.fromkeys((torch.bfloat16, torch.float16), torch.float32)
 _LIMIT = 1 << 31  # bytes of a program's wide copy
 
 
@@ -25,7 +25,7 @@ def in_float64(program: Program, *, typed: bool = False) -> Program | None:
         return None
     if 8 * program.numel() > _LIMIT:
         return None
-    promoted = _in(program, _PROMOTED)
+    promoted = computed_in(program, _PROMOTED)
     if typed:
         with (mode := fake_mode_of(promoted.graph)):
             inputs = [widened(node.meta["val"]) for node in promoted.placeholders]
@@ -38,10 +38,12 @@ def in_float32(program: Program) -> Program | None:
     when it would be too large or when weights are quantized."""
     if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
-    return _in(program, _SINGLE) if 4 * program.numel() <= _LIMIT else None
+    return computed_in(program, SINGLE) if 4 * program.numel() <= _LIMIT else None
 
 
-def _in(program: Program, kinds: dict[torch.dtype, torch.dtype]) -> Program:
+def computed_in(program: Program, kinds: dict[torch.dtype, torch.dtype]) -> Program:
+    """A copy whose constants and casts of a type in `kinds` have the other one, of packed weights their scales alone; types of
+    its values are as they were."""
     promoted = program.copy()
     promoted.constants = {k: t.to(kinds.get(t.dtype, t.dtype)) for k, t in program.constants.items()}
     for node in promoted.graph.nodes:
