@@ -1,52 +1,50 @@
-"""A teacher's likeliest classes for samples that come again, so that it does not run for these."""
+"""What a teacher gave for samples that come again, so that it does not run for these."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fxc.train.losses import Top, classes_last, logits_of, top_of
+from fxc.memory import available
 
 # What does not fit is computed again each time.
 MOST_BYTES = 2 << 30
+# Of the memory that is left when training begins.
+SHARE = 0.25
 
 
 class Kept:
-    """Of samples by name, and of each output of logits, its `Top` at one k and temperature. bytes: how much is kept."""
+    """Of samples by name, a tree of tensors whose first dimension is that of samples. bytes: how much is kept; most: how much
+    may be, by default 2 GB and no more than a quarter of the memory that is left."""
 
-    def __init__(self, k: int, temperature: float, most: int = MOST_BYTES) -> None:
-        self.k, self.temperature, self.most, self.bytes = k, temperature, most, 0
-        self._tops: dict[Hashable, dict[str, Top]] = {}
+    def __init__(self, most: int | None = None) -> None:
+        left = available()
+        self.most = most if most is not None else min(MOST_BYTES, int(SHARE * left) if left is not None else MOST_BYTES)
+        self.bytes = 0
+        self._values: dict[Hashable, object] = {}
 
-    def of(self, names: Sequence[Hashable]) -> dict[str, Top]:
-        """Of a batch of samples, {} where one is not there."""
-        if not all(name in self._tops for name in names):
-            return {}
-        kept = [self._tops[name] for name in names]
-        return {
-            output: Top(*(torch.cat(parts) for parts in zip(*(_parts(each[output]) for each in kept), strict=True)))
-            for output in kept[0]
-        }
+    def of(self, names: Sequence[Hashable]) -> object | None:
+        """Of a batch of samples, None where one is not there."""
+        if not all(name in self._values for name in names):
+            return None
+        return tree_map(lambda *parts: torch.cat(parts), *(self._values[name] for name in names))
 
-    def add(self, names: Sequence[Hashable], outputs: Mapping[str, Tensor]) -> None:
-        """Of a batch of samples, all with the same number of rows; nothing where k is all classes, or memory is full."""
-        tops = {}
-        for output, logits in logits_of(outputs, "topk").items():
-            logits = classes_last(logits)
-            if logits.shape[-1] <= self.k or logits.shape[0] % len(names):
-                return
-            tops[output] = _parts(top_of(logits, self.k, self.temperature))
-        size = sum(part.numel() * part.element_size() for parts in tops.values() for part in parts)
-        if self.bytes + size > self.most:
+    def add(self, names: Sequence[Hashable], value: object, share: float) -> None:
+        """Of a batch of samples, all with the same number of rows. share: how much of all that will come this is: where all of
+        it is too much, nothing is kept, for a batch is of use only where each of its samples is there."""
+        leaves = tree_leaves(value)
+        size = sum(each.numel() * each.element_size() for each in leaves)
+        if not leaves or size > share * self.most or any(not each.ndim or each.shape[0] % len(names) for each in leaves):
             return
         for at, name in enumerate(names):
-            if name not in self._tops:
-                rows = {output: [part.chunk(len(names))[at].clone() for part in parts] for output, parts in tops.items()}
-                self._tops[name] = {output: Top(*parts) for output, parts in rows.items()}
+            if name not in self._values:
+                self._values[name] = tree_map(partial(_own, at, len(names)), value)
                 self.bytes += size // len(names)
 
 
-def _parts(top: Top) -> tuple[Tensor, Tensor, Tensor]:
-    return top.classes, top.logs, top.rest
+def _own(at: int, count: int, rows: Tensor) -> Tensor:
+    return rows.chunk(count)[at].clone()

@@ -17,6 +17,8 @@ from fxc.schemes.scheme import Scheme
 # A scale may fall to so much of itself, and no further: it never changes its sign.
 LEAST_FACTOR = 0.1
 FEW_LEVELS = 16
+# A share of zeros below this is none that somebody wanted.
+LEAST_PRUNED = 1e-3
 # With so many levels, those of 3 bits, most of a weight is gone.
 LEAST_LEVELS = 8
 
@@ -46,10 +48,11 @@ class Latent(nn.Module):
 
 
 def zeros_of(weight: Tensor) -> Tensor | None:
-    """Where a float weight of two dimensions or more is not zero, bool; None where it is so everywhere,
-    and where it is nothing but zeros, as some layers begin."""
+    """Where a float weight of two dimensions or more is not zero, bool. None where nothing but zeros is in it, as some layers
+    begin; and where too few are for anybody to have pruned it: a mask of a table of words costs half of a step."""
     keep = weight != 0
-    return None if weight.ndim < 2 or bool(keep.all()) or not bool(keep.any()) else keep
+    zeros = keep.numel() - int(keep.count_nonzero())
+    return keep if weight.ndim > 1 and LEAST_PRUNED * keep.numel() <= zeros < keep.numel() and zeros else None
 
 
 class Float(Latent):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ IGNORED = -100
 _WEIGHT = r"\d+\.?\d*(?:e-?\d+)?|\.\d+"
 
 
-@dataclass(frozen=True)
-class Top:
+class Top(NamedTuple):
     """Of a teacher's distribution over V classes the k likeliest: classes int32 [..., k], logs float32 [..., k] their log
     probabilities, rest float32 [...] that of all others together."""
 
@@ -119,7 +119,7 @@ class Loss:
             if term == "task":
                 _check_labels(student, mine, labels, unlabelled)
                 continue
-            read = {"kl": logits_of, "topk": logits_of, "pooled": _tokens}.get(term, lambda given, term: _floats(given))
+            read = {"kl": logits_of, "topk": logits_of, "pooled": _tokens}.get(term, lambda given, term: floats_of(given))
             sizes = {name: value.shape for name, value in read(mine, term).items()}
             if not sizes:
                 raise UsageError(f"loss={term} has nothing to compare: the model gives {', '.join(mine) or 'nothing'}")
@@ -148,14 +148,14 @@ def _types(program: Program) -> dict[str, Tensor]:
     return {name: node.meta["val"] for name, node in zip(program.signature.outputs, program.results, strict=True)}
 
 
-def _floats(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def floats_of(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What is compared of a program's outputs: all floats but the cache."""
     return {name: each for name, each in outputs.items() if each.is_floating_point() and not is_present(name)}
 
 
 def logits_of(outputs: Mapping[str, Tensor], term: str) -> dict[str, Tensor]:
     """The outputs that are logits by their name, or else the only output, unless it is called a state or an embedding."""
-    floats = _floats(outputs)
+    floats = floats_of(outputs)
     named = {name: each for name, each in floats.items() if "logits" in name}
     if named:
         return named
@@ -167,7 +167,7 @@ def logits_of(outputs: Mapping[str, Tensor], term: str) -> dict[str, Tensor]:
 
 def _tokens(outputs: Mapping[str, Tensor], term: str) -> dict[str, Tensor]:
     """The outputs that have a row for each token, [B, N, D]."""
-    found = {name: each for name, each in _floats(outputs).items() if each.ndim == 3}
+    found = {name: each for name, each in floats_of(outputs).items() if each.ndim == 3}
     if not found:
         raise UsageError(
             f"loss={term} is of outputs [B, N, D], and the model gives {', '.join(outputs)}", hint="loss=cosine takes any"
@@ -276,7 +276,7 @@ def _pooled(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
 
 def _pairs(student: Seen, teacher: Seen, term: str = "") -> list[tuple[str, Tensor, Tensor]]:
     """The outputs that both give; for a term of logits those."""
-    aims = logits_of(teacher.outputs, term) if term else _floats(teacher.outputs)
+    aims = logits_of(teacher.outputs, term) if term else floats_of(teacher.outputs)
     return [(name, student.outputs[name], aim) for name, aim in aims.items() if name in student.outputs]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +15,7 @@ from fxc.train.batches import Batches, stacked
 from fxc.train.features import Projection, is_alike, pairs, projection
 from fxc.train.kept import Kept
 from fxc.train.loop import Pieces
-from fxc.train.losses import Loss, Seen
+from fxc.train.losses import Loss, Seen, classes_last, floats_of, logits_of, top_of
 from fxc.train.precision import Precision, autocast
 from fxc.train.trainable import Trainable
 
@@ -25,8 +26,9 @@ FITTED = 16
 class Taught:
     """student: what is trained; teacher: a program, None where the loss needs none; as_teacher, as_student: inputs of the
     student as the teacher takes them, and outputs of the teacher as the student gives them, None for what is not compared;
-    in_order: blocks are compared by their order and not by names, for a student that is no part of the teacher. Where the loss
-    needs the teacher's likeliest classes alone, they are kept for samples that come again."""
+    in_order: blocks are compared by their order and not by names, for a student that is no part of the teacher. What the
+    teacher gives is kept for samples that come again, if there is room for all of them: where the loss needs the likeliest
+    classes alone, these."""
 
     def __init__(
         self,
@@ -48,12 +50,16 @@ class Taught:
         self.seed, self.penalty = seed, penalty
         self.run: Callable[..., tuple[Tensor, ...]] = student
         self._projections: list[nn.Module] = []
+        found: list[tuple[fx.Node, fx.Node]] = []
         if needed is not None and loss.needs_features:
             found = pairs(student.program, needed, in_order)
             self.run = student.also([mine for mine, _ in found])
             _give(self.teacher, needed, [theirs for _, theirs in found])
             self._projections = [projection(*pair) for pair in found]
-        self.kept = Kept(loss.k, loss.temperature) if needed is not None and loss.needs_only_tops else None
+        given = [*needed.results, *(theirs for _, theirs in found)] if needed is not None else []
+        self.kept = Kept() if needed is not None and _goes_by_sample(needed, given) else None
+        # Of all samples that will come again.
+        self._numbers = 0
 
     @torch.no_grad()
     def projections(self, samples: Sequence[Sequence[Tensor]]) -> dict[str, nn.Parameter]:
@@ -110,6 +116,8 @@ class Taught:
         each sample, int64 [B] or [B, N]. Of samples without padding the parts of kl, topk and task add up to the loss of the
         whole batch; shares of an energy (outputs, features) are each of its part's."""
 
+        self._numbers += sum(map(_numbers, batches.samples))
+
         def lost(step: int) -> Iterator[Tensor]:
             places = batches.at(step)
             # What is left out at random in a step does not depend on the steps before it.
@@ -132,6 +140,7 @@ class Taught:
     def judged(self, samples: Sequence[Sequence[Tensor]], labels: Sequence[Tensor] | None = None) -> Callable[[], float]:
         """The mean loss on `samples`, one by one, each process those that are its own."""
         known = labels or [None] * len(samples)
+        self._numbers += sum(map(_numbers, samples))
 
         @torch.no_grad()
         def judge() -> float:
@@ -149,15 +158,24 @@ class Taught:
         """What the teacher gives for the same inputs."""
         if self.teacher is None:
             return None
-        if self.kept is not None and names is not None and (tops := self.kept.of(names)):
-            return self._seen(inputs, (), tops=tops)
+        if self.kept is not None and names is not None and (known := self.kept.of(names)) is not None:
+            return replace(self._seen(inputs, ()), **known)
         with torch.no_grad(), autocast(self.precision):
             given = self.teacher(*self.as_teacher(inputs))
         outputs, features = self._split(given, len(given) - len(self._projections))
         aims = self._seen(inputs, self.as_student(outputs), features=features)
         if self.kept is not None and names is not None:
-            self.kept.add(names, aims.outputs)
+            self.kept.add(names, self._needed(aims), _numbers(inputs) / max(self._numbers, 1))
         return aims
+
+    def _needed(self, aims: Seen) -> dict[str, object]:
+        """What the loss reads of these."""
+        loss = self.loss
+        if loss.needs_only_tops:
+            logits = {name: classes_last(each) for name, each in logits_of(aims.outputs, "topk").items()}
+            if all(each.shape[-1] > loss.k for each in logits.values()):
+                return {"tops": {name: top_of(each, loss.k, loss.temperature) for name, each in logits.items()}}
+        return {"outputs": floats_of(aims.outputs), "features": list(aims.features)}
 
     def _split(self, given: Sequence[Tensor], outputs: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return given[:outputs], given[outputs:]
@@ -168,6 +186,19 @@ class Taught:
         named = zip(signature.outputs, outputs, strict=True) if outputs else ()
         given = {name: each for name, each in named if each is not None}
         return Seen(dict(zip(names, inputs, strict=True)), given, causal=is_causal_lm(self.student.program), **more)
+
+
+def _numbers(inputs: Iterable[Tensor]) -> int:
+    return sum(each.numel() for each in inputs)
+
+
+def _goes_by_sample(program: Program, given: Sequence[fx.Node]) -> bool:
+    """Whether the first dimension of these values is that of samples, where several are computed together."""
+    first = program.placeholders[0].meta["val"]
+    if not first.ndim or isinstance(first.shape[0], int):
+        return True
+    values = [node.meta["val"] for node in given]
+    return all(each.ndim and str(each.shape[0]) == str(first.shape[0]) for each in values if each.is_floating_point())
 
 
 def _give(module: fx.GraphModule, program: Program, nodes: Sequence[fx.Node]) -> None:

@@ -49,18 +49,25 @@ def test_a_teacher_that_is_known_does_not_run_again(loss):
     assert made.kept.bytes == 8 * (3 * 5 * (3 * 8 + 4)), "of six samples and of two that are judged"
 
 
-def test_the_teacher_is_kept_only_where_its_classes_are_enough_and_while_there_is_room():
-    assert taught("kl+topk", k=3).kept is None and taught("task").teacher is None
-    logits = normal(4, 5, 9)
-    kept = Kept(3, 1.0, most=1000)
-    kept.add(["a", "b"], {"logits": logits})
-    assert kept.bytes == 4 * 5 * 28 and kept.of(["a", "c"]) == {}
-    both = kept.of(["b", "a"])["logits"]
-    torch.testing.assert_close(both.logs, logits.log_softmax(-1).topk(3).values[[2, 3, 0, 1]])
-    kept.add(["c", "d"], {"logits": logits})
-    assert kept.of(["c"]) == {} and kept.bytes == 560
-    kept.add(["e"], {"logits": logits[..., :3]})
-    assert kept.of(["e"]) == {}, "all classes are no choice"
+@pytest.mark.parametrize("loss", ["kl+topk", "outputs+features", "features_cosine", "topk"])
+def test_all_that_the_loss_reads_is_kept_where_there_is_room(loss):
+    data = directed(6)
+    made, fresh = (taught(loss, k=64) for _ in range(2))
+    fresh.kept = None
+    ran, batches = counted(made), Batches(data, 4)
+    steps, expected = made.steps(batches), fresh.steps(batches)
+    for step in range(8):
+        for mine, other in zip(steps(step), expected(step), strict=True):
+            torch.testing.assert_close(mine, other)
+    assert len(ran) <= 6 and made.kept.bytes
+    small = taught(loss, k=64)
+    small.kept = Kept(most=made.kept.bytes - 1)
+    steps = small.steps(batches)
+    assert all(len(list(steps(step))) == 1 for step in range(4)) and small.kept.bytes == 0, "a part of them is of no use"
+
+
+def test_nothing_is_kept_without_a_teacher():
+    assert taught("task").kept is None
 
 
 def mlp():

@@ -13,6 +13,7 @@ from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.passes.float64 import in_float64, widened
 from fxc.pipeline import run_passes
+from fxc.train.latent import zeros_of
 from fxc.train.trainable import Trainable
 
 
@@ -82,3 +83,12 @@ def test_gradients_are_those_of_the_model(name):
         if grad is not None:
             kept = expected if latent.keep is None else expected * latent.keep
             assert (grad - kept).norm() <= 1e-10 * expected.norm() + 1e-12, fqn
+
+
+def test_a_few_zeros_are_none_that_were_pruned():
+    weight = normal(100, 50)
+    weight[3, 4] = 0
+    assert zeros_of(weight) is None
+    weight[:, 7] = 0
+    assert torch.equal(zeros_of(weight), weight != 0)
+    assert zeros_of(torch.zeros(3, 4)) is None and zeros_of(torch.zeros(4)) is None
