@@ -1,8 +1,6 @@
 """Several processes of one run (`torchrun`), over torch.distributed.
 
-Where they train one program each takes its share of a batch, and gradients are added up. Every process holds all weights,
-gradients and moments then: weights that one machine cannot hold so often would have to be in shards, gathered layer by layer
-before they are used (FSDP), and that is not here.
+Where they train one program each takes its share of a batch, and gradients are added up.
 """
 
 from __future__ import annotations
@@ -151,6 +149,22 @@ def _end(number: int, frame: FrameType | None) -> None:
         "the run was ended from outside, as torchrun does where one of its processes is gone",
         hint="the first failure that torchrun prints says which; a compilation goes on by the same command with --resume",
     )
+
+
+def gathered(part: Tensor) -> Tensor:
+    """The parts [N] of all processes, one after another."""
+    if not _joined():
+        return part
+    whole = part.new_empty(count(), part.numel())
+    with others_there():
+        distributed.all_gather(list(whole), part.contiguous())
+    return whole.flatten()
+
+
+def added_part(tensor: Tensor) -> Tensor:
+    """Of the sum over all processes of [N * processes] this process's part [N]."""
+    # Not reduce_scatter: gloo has none in every version of torch.
+    return added_tensor(tensor).view(count(), -1)[number()]
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:

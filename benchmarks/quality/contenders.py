@@ -35,7 +35,7 @@ def _integers(bits: int, group: int) -> list[Contender]:
     theirs.append(Contender(title, "torchao Intx weight only", {"tool": "torchao", **size}))
     line = f"int4:group={group}" + (f":bits={bits}" if bits != 4 else "")
     lines = [line, *(f"{line}:algorithm={each}" for each in ("grid", "gptq", "qronos", "round"))]
-    lines += [f"{line}:algorithm=qronos,{each}" for each in (BLOCKS, LOSS)]
+    lines += [f"{line}:algorithm=qronos,{each}" for each in (BLOCKS, *([LOSS] if group == 32 else []))]
     return theirs + [_ours(title, each) for each in lines]
 
 

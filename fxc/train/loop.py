@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -47,6 +47,7 @@ def train(
     first_counts: bool = True,
     state: Sequence[Tensor] = (),
     buffers: nn.Module | None = None,
+    apart: Collection[str] = (),
     journal: Journal | None = None,
     track: Track = untracked,
     what: str = "training",
@@ -57,15 +58,16 @@ def train(
     besides; before_step: is told the share that is done (masks that grow, rounding that begins), before each step and look;
     settled: from which share on what is trained is of the kind that is wanted: a state before counts as none, but for the
     first; state: what else changes with the parameters, and is kept with them; buffers: a module whose buffers change, without
-    being kept (masks); journal: where each look is saved with all that the rest depends on, and from where it goes on: to the
+    being kept (masks); apart: parameters of which each process has a part (`fxc.train.shards`), whose gradient is the sum
+    of all already; journal: where each look is saved with all that the rest depends on, and from where it goes on: to the
     same bits, where the length is in steps.
 
     A step whose gradient is not finite is not taken, and does not count; in float16 the loss scale halves. Under torchrun every
-    process calls this with the same parameters. Raises VerificationFailed where gradients are not finite many times in a row,
-    and no state counts yet.
+    process calls this with the same parameters, but for those that are apart. Raises VerificationFailed where gradients are
+    not finite many times in a row, and no state counts yet.
     """
     ranks.join()
-    loop = _Loop(parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers)
+    loop = _Loop(parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers, apart)
     loop.go_on(journal)
     loop.run(journal, track, what)
     return loop.finish()
@@ -75,11 +77,13 @@ class _Loop:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], pieces: Pieces, plan: Plan, kinds: Mapping[str, Kind],
         rates: Mapping[str, float], before_step: Callable[[float], None] | None, settled: float, first_counts: bool,
-        state: Sequence[Tensor], buffers: nn.Module | None,
+        state: Sequence[Tensor], buffers: nn.Module | None, apart: Collection[str],
     ) -> None:  # fmt: skip
         self.pieces, self.plan, self.settled, self.first_counts = pieces, plan, settled, first_counts
         self.before_step = before_step or (lambda done: None)
         self.parameters, self.state, self.buffers = list(parameters.values()), list(state), buffers
+        self.apart = [parameters[name] for name in sorted(apart)]
+        self.whole = [each for name, each in parameters.items() if name not in apart]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             kind = kinds.get(name, "weight" if parameter.ndim > 1 else "vector")
@@ -166,11 +170,12 @@ class _Loop:
             for part in self.pieces.lost(self.batches):
                 self.scaler.scale(part).backward()
                 total += float(part.detach())
-        ranks.add_gradients(self.parameters)
+        ranks.add_gradients(self.whole)
         self.seen += self.pieces.counted(self.batches) if self.pieces.counted else 0
         self.batches += 1
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.max_norm)
+        norm = self._norm()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.plan.max_norm, norm)
         if bool(norm.isfinite()):
             self.scaler.step(self.optimizer)
             self.losses.append(ranks.added(total))
@@ -179,6 +184,12 @@ class _Loop:
         else:
             self._skipped()
         self.scaler.update()
+
+    def _norm(self) -> Tensor:
+        """Of all gradients together, of all processes."""
+        whole, apart = ([each.grad for each in some if each.grad is not None] for some in (self.whole, self.apart))
+        norm = nn.utils.get_total_norm(whole)
+        return (norm.square() + ranks.added_tensor(nn.utils.get_total_norm(apart).square())).sqrt() if self.apart else norm
 
     def _skipped(self) -> None:
         self.fit.skipped += 1

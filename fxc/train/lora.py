@@ -10,13 +10,13 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fxc.errors import UsageError
 from fxc.ir.program import users_of
 from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import product_of
-from fxc.train.latent import Cast, Float, Latent, Rounded, Thin
+from fxc.train.latent import Latent, Thin
+from fxc.train.reparametrize import kind_of, reparametrize, undo
 from fxc.train.trainable import Trainable
 
 # What is not trained while something is added to it.
@@ -49,16 +49,13 @@ def adapt(student: Trainable, rank: int, seed: int = 0) -> list[str]:
     these. Raises UsageError where there are none."""
     adapted = []
     for number, (name, latent) in enumerate(student.latents.items()):
-        holder, prefix = _holder(latent)
         shape = _shape(student, name, latent)
-        if latent.kind[f"{prefix}weight"] != "weight" or rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
+        if kind_of(latent) != "weight" or rank * (shape[1] + shape[2]) >= shape[1] * shape[2]:
             continue
         generator = torch.Generator().manual_seed(seed + number)
         places = _places(latent) if isinstance(latent, Thin) else None
-        parametrize.register_parametrization(holder, "weight", LowRank(shape, rank, generator, places))
-        inner = f"{prefix}parametrizations.weight"
-        kinds = {f"{inner}.original": BASE, f"{inner}.0.a": "weight", f"{inner}.0.b": "weight"}
-        latent.kind = {own: kind for own, kind in latent.kind.items() if own != f"{prefix}weight"} | kinds
+        by = LowRank(shape, rank, generator, places)
+        reparametrize(latent, by, {"original": BASE, "0.a": "weight", "0.b": "weight"})
         adapted.append(name)
     if not adapted:
         what = f"lora={rank} has no fewer numbers than the weight of any layer"
@@ -69,19 +66,7 @@ def adapt(student: Trainable, rank: int, seed: int = 0) -> list[str]:
 def merge(student: Trainable, adapted: list[str]) -> None:
     """Add what was trained to the weights of these names."""
     for name in adapted:
-        latent = student.latents[name]
-        holder, prefix = _holder(latent)
-        parametrize.remove_parametrizations(holder, "weight", leave_parametrized=True)
-        holder.weight.requires_grad_()
-        kinds = {own: kind for own, kind in latent.kind.items() if not own.startswith(f"{prefix}parametrizations.")}
-        latent.kind = kinds | {f"{prefix}weight": "weight"}
-
-
-def _holder(latent: Latent) -> tuple[Float | Rounded, str]:
-    """The module that has the weight, and what stands before it in the names of parameters."""
-    if isinstance(latent, Thin):
-        return latent.numbers, "numbers."
-    return (latent.master, "master.") if isinstance(latent, Cast) else (latent, "")
+        undo(student.latents[name])
 
 
 def _shape(student: Trainable, name: str, latent: Latent) -> tuple[int, int, int]:

@@ -3,7 +3,8 @@
     task             cross-entropy of the logits: of labels, or of the next token of a language model
     kl               soft labels: T^2 KL(teacher || student) of the logits at temperature T (Hinton et al., arXiv 1503.02531)
     topk             the same of the teacher's k likeliest classes and of all others together
-    features         squared error at the ends of blocks, as a share of the energy of the teacher's (FitNets, arXiv 1412.6550)
+    features         squared error at the ends of blocks, as a share of the energy of the teacher's, of each sample
+                     (FitNets, arXiv 1412.6550)
     features_cosine  1 - cosine there, of what each token or place is
     outputs          squared error of all outputs, as a share of the energy of the teacher's
     cosine           1 - cosine of all outputs, of each row of numbers
@@ -29,6 +30,7 @@ from fxc.ir.cache import is_causal_lm, is_present
 from fxc.ir.next_token import counted, next_token_loss
 from fxc.ir.program import Program
 from fxc.train.divergence import divergence
+from fxc.train.features import ends
 
 # How token labels say that a token has none.
 IGNORED = -100
@@ -132,9 +134,12 @@ class Loss:
                     )
 
 
-def default_loss(program: Program) -> str:
-    """kl where a program gives logits by that name, else outputs."""
-    return "kl" if any("logits" in name for name in program.signature.outputs) else "outputs"
+def default_loss(program: Program, whole: Program | None = None) -> str:
+    """kl where a program gives logits by that name, else outputs. whole: what much was removed from to make this one of it:
+    ends of blocks are compared besides, where both have some, in as few steps the surer way back."""
+    if not any("logits" in name for name in program.signature.outputs):
+        return "outputs"
+    return "kl+5*features" if whole is not None and ends(program) and ends(whole) else "kl"
 
 
 def top_of(logits: Tensor, k: int, temperature: float) -> Top:
@@ -246,7 +251,9 @@ def _topk(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
 
 
 def _features(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
-    return torch.stack([_share(*pair, student.mask()) for pair in zip(student.features, teacher.features, strict=True)]).mean()
+    """The mean over samples of each one's share, so that parts of a batch add up."""
+    pairs, mask = zip(student.features, teacher.features, strict=True), student.mask()
+    return torch.stack([_share_of_samples(*pair, mask).mean() for pair in pairs]).mean()
 
 
 def _features_cosine(student: Seen, teacher: Seen | None, loss: Loss) -> Tensor:
@@ -306,6 +313,14 @@ def _away(mine: Tensor, aim: Tensor) -> Tensor:
 def _share(mine: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
     gap, energy = (mine.float() - aim.float()).square(), aim.float().square()
     error, whole = (_mean(each.mean(-1) if each.ndim else each, mask) for each in (gap, energy))
+    return error / whole.clamp(min=1e-12)
+
+
+def _share_of_samples(mine: Tensor, aim: Tensor, mask: Tensor | None) -> Tensor:
+    """[B]."""
+    there = mask is not None and mask.shape == aim.shape[:2]
+    gap, energy = (mine.float() - aim.float()).square(), aim.float().square()
+    error, whole = ((each * mask[..., None] if there else each).flatten(1).sum(1) for each in (gap, energy))
     return error / whole.clamp(min=1e-12)
 
 

@@ -21,15 +21,14 @@ class Plain:
 
     def __init__(self, student: Trainable) -> None:
         self.student = student
-        names, fixed = list(student.latents), list(student.program.constants)
+        fixed = list(student.program.constants)
         graph, made, constants = fx.Graph(), {}, {}
-        latents = set(list(student.module.graph.nodes)[: len(names)])
         self.gives: dict[str, Callable[[], Tensor]] = {}
-        for number, node in enumerate(student.module.graph.nodes):
-            if number < len(names):
-                made[node] = graph.get_attr(names[number])
-                self.gives[names[number]] = _in_dtype(student.latents[names[number]], _read_in(node))
-            elif node.target is _CAST and node.args[0] in latents and _read_in(node.args[0]) is not None:
+        for node in student.module.graph.nodes:
+            if (name := student.latent_at(node)) is not None:
+                made[node] = graph.get_attr(name)
+                self.gives[name] = _in_dtype(student.latents[name], _read_in(node))
+            elif node.target is _CAST and student.latent_at(node.args[0]) is not None and _read_in(node.args[0]) is not None:
                 made[node] = made[node.args[0]]
             elif node.op == "call_module":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), made.__getitem__)
@@ -42,7 +41,7 @@ class Plain:
                     made[node].target = fixed[int(node.target.removeprefix("constant_"))]
                     constants[made[node].target] = student.program.constants[made[node].target]
         self.program = Program(graph, constants, {}, copy.deepcopy(student.program.signature))
-        self.update(names)
+        self.update(list(self.gives))
 
     @torch.no_grad()
     def update(self, names: list[str]) -> None:

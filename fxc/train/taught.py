@@ -60,6 +60,8 @@ class Taught:
         self.kept = Kept() if needed is not None and _goes_by_sample(needed, given) else None
         # Of all samples that will come again.
         self._numbers = 0
+        # Whether each process has parts of weights alone (`fxc.train.shards`).
+        self.gathers = False
 
     @torch.no_grad()
     def projections(self, samples: Sequence[Sequence[Tensor]]) -> dict[str, nn.Parameter]:
@@ -113,8 +115,8 @@ class Taught:
         self, batches: Batches, labels: Sequence[Tensor] | None = None, *, accumulate: int = 1
     ) -> Callable[[int], Iterator[Tensor]]:
         """The loss of a batch by its number, in the parts of it that are this process's: each counts by its samples. labels: of
-        each sample, int64 [B] or [B, N]. Of samples without padding the parts of kl, topk and task add up to the loss of the
-        whole batch; shares of an energy (outputs, features) are each of its part's."""
+        each sample, int64 [B] or [B, N]. Of samples without padding the parts of all but outputs, which is a share of each
+        part's energy, add up to the loss of the whole batch."""
 
         self._numbers += sum(map(_numbers, batches.samples))
 
@@ -123,15 +125,11 @@ class Taught:
             # What is left out at random in a step does not depend on the steps before it.
             torch.manual_seed(self.seed + step)
             self.student.train()
-            mine = ranks.share(places)
-            size = max(-(-len(mine) // accumulate), 1)
-            for begin in range(0, len(mine), size):
-                part = mine[begin : begin + size]
-                calls = stacked(self.student.program, [batches.samples[at] for at in part])
-                of_calls = [part] if len(calls) == 1 else [[at] for at in part]
-                for inputs, of_call in zip(calls, of_calls, strict=True):
-                    known = None if labels is None else torch.cat([labels[at] for at in of_call])
-                    yield self.lost(inputs, known, of_call) * (len(of_call) / len(places))
+            calls = list(self._calls(batches.samples, ranks.share(places), accumulate))
+            more = self._more(len(calls)) * [(batches.samples[places[0]], [places[0]])]
+            for number, (inputs, of_call) in enumerate(calls + more):
+                known = None if labels is None else torch.cat([labels[at] for at in of_call])
+                yield self.lost(inputs, known, of_call) * (len(of_call) / len(places) if number < len(calls) else 0)
             if self.penalty is not None:
                 yield self.penalty() / ranks.count()
 
@@ -145,10 +143,25 @@ class Taught:
         @torch.no_grad()
         def judge() -> float:
             self.student.eval()
-            own = [(id(samples), at) for at in ranks.share(range(len(samples)))]
-            return ranks.added(sum(float(self.lost(samples[at], known[at], [(of, at)])) for of, at in own)) / len(samples)
+            own = [*ranks.share(range(len(samples)))]
+            lost = [float(self.lost(samples[at], known[at], [(id(samples), at)])) for at in own + self._more(len(own)) * [0]]
+            return ranks.added(sum(lost[: len(own)])) / len(samples)
 
         return judge
+
+    def _calls(
+        self, samples: Sequence[Sequence[Tensor]], places: Sequence[int], accumulate: int
+    ) -> Iterator[tuple[Sequence[Tensor], Sequence[int]]]:
+        """Inputs, and of which samples they are, so many parts one after another."""
+        size = max(-(-len(places) // accumulate), 1)
+        for begin in range(0, len(places), size):
+            part = places[begin : begin + size]
+            calls = stacked(self.student.program, [samples[at] for at in part])
+            yield from zip(calls, [part] if len(calls) == 1 else [[at] for at in part], strict=True)
+
+    def _more(self, calls: int) -> int:
+        """How many calls more, of no account, another process makes, which gathers weights with this one for each."""
+        return int(ranks.largest(torch.tensor(calls))) - calls if self.gathers else 0
 
     def _student(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         with autocast(self.precision):

@@ -72,7 +72,7 @@ class Trainable(nn.Module):
         self.eval()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self._runs(*(latent() for latent in self.latents.values()), *inputs)
+        return self._runs(*inputs)
 
     def also(self, nodes: Sequence[fx.Node]) -> Callable[..., tuple[Tensor, ...]]:
         """`forward` that gives these values of the program besides, after its outputs."""
@@ -80,13 +80,16 @@ class Trainable(nn.Module):
         outputs = graph.graph_copy(self._module.graph, copies)
         graph.output((*outputs, *(copies[self._made[node]] for node in nodes)))
         module = fx.GraphModule(self._module, graph, class_name="Trainable")
-        module = self._in_pieces(module, {node: copies.get(made) for node, made in self._made.items()})
-        return lambda *inputs: module(*(latent() for latent in self.latents.values()), *inputs)
+        return self._in_pieces(module, {node: copies.get(made) for node, made in self._made.items()})
 
     @property
     def module(self) -> fx.GraphModule:
-        """The graph that runs: the latents' weights, in the order of `latents`, and then the inputs."""
+        """The graph that runs, in which a latent is called where its weight is read first (`latent_at`)."""
         return self._module
+
+    def latent_at(self, node: fx.Node) -> str | None:
+        """The name of the latent that a node of `module` calls, if it does."""
+        return self._targets.get(node.target) if node.op == "call_module" else None
 
     def named(self) -> dict[str, nn.Parameter]:
         """What is trained, by the names of constants."""
@@ -107,6 +110,11 @@ class Trainable(nn.Module):
     def state(self) -> list[Tensor]:
         """What changes in training besides parameters: the statistics of batch norms."""
         return [each for norm in (self.norms or {}).values() for each in norm.buffers()]
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a product of it does."""
+        return bool(self._roundings)
 
     def rounds(self, does: bool) -> None:
         """Whether packed weights, and activations, are rounded while it trains, as they are at first."""
@@ -166,18 +174,25 @@ class Trainable(nn.Module):
     def _built(self) -> fx.GraphModule:
         graph = fx.Graph()
         self._roundings: dict[str, nn.Module] = {}
-        weights = {name: graph.placeholder(f"latent_{number}") for number, name in enumerate(self.latents)}
+        weights: dict[str, fx.Node] = {}
+        self._targets = {f"latent_{number}": name for number, name in enumerate(self.latents)}
+        targets = {name: target for target, name in self._targets.items()}
         fixed = {name: f"constant_{number}" for number, name in enumerate(self.program.constants)}
         made = self._made = {}
         noisy = set(branches(self.program)) if self.noise else ()
         root: dict[str, object] = {}
         for node in self.program.graph.nodes:
+            if node.op == "get_attr" and node.target in self.latents:
+                continue
+            for name in self._latents_of(node):
+                weights[name] = weights.get(name) or graph.call_module(targets[name])
+            for each in node.all_input_nodes:
+                if each.op == "get_attr" and each.target in weights and each not in made:
+                    made[each] = _as(graph, weights[each.target], self.program.constants[each.target].dtype)
             if self.norms is not None and node.target is BATCH_NORM and (norm := BatchNorm.of(self.program, node)):
                 target = f"norm_{len(self.norms)}"
                 self.norms[node.name] = root[target] = norm
                 made[node] = graph.call_module(target, tuple(_mapped(node.args[at], made) for at in range(3)))
-            elif node.op == "get_attr" and node.target in weights:
-                made[node] = _as(graph, weights[node.target], self.program.constants[node.target].dtype)
             elif node.op == "call_function" and scheme_of(node.target) is not None:
                 made[node] = self._plain(graph, node, weights, made)
             else:
@@ -191,8 +206,16 @@ class Trainable(nn.Module):
             if not node.users and (node.op == "get_attr" or node.target is aten.to.dtype):
                 graph.erase_node(node)
         read = {node.target for node in self.program.graph.find_nodes(op="get_attr")}
-        root |= {fixed[name]: self.program.constants[name] for name in read}
-        return fx.GraphModule(root | self._roundings, graph, class_name="Trainable").requires_grad_(False)
+        root |= {fixed[name]: self.program.constants[name].detach() for name in read}
+        root |= {targets[name]: self.latents[name] for name in weights}
+        return fx.GraphModule(root | self._roundings, graph, class_name="Trainable")
+
+    def _latents_of(self, node: fx.Node) -> list[str]:
+        """The latents whose weights a node of the program reads."""
+        names = [each.target for each in node.all_input_nodes if each.op == "get_attr"]
+        if node.op == "call_function" and (scheme := scheme_of(node.target)) is not None:
+            names.append(parts_of(node)[scheme.numbers])
+        return [name for name in dict.fromkeys(names) if name in self.latents]
 
     def _plain(
         self, graph: fx.Graph, node: fx.Node, weights: Mapping[str, fx.Node], made: Mapping[fx.Node, fx.Node]

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(folder, pruned, 
 def test_two_processes_of_torchrun_write_what_one_writes(folder, pruned, tmp_path):
     words = [
         "recover", pruned, "--data", folder / "text.txt", "--teacher", folder / "qwen2", "--steps", "4", "--method", "all",
-        "--data-length", "32", "--data-samples", "40", "-o",
+        "--precision", "float32", "--data-length", "32", "--data-samples", "40", "-o",
     ]  # fmt: skip
     fxc(*words, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fxc"]

@@ -149,7 +149,11 @@ def test_features_and_a_weighted_sum():
     student, teacher = both(2, 6, 9)
     mine, theirs = ([normal(2, 6, 8, seed=seed + at).requires_grad_(seed == 3) for at in (0, 1)] for seed in (3, 7))
     student, teacher = Seen(TOKENS, student.outputs, features=mine), Seen(TOKENS, teacher.outputs, features=theirs)
-    shares = [(a[THERE] - b[THERE]).square().sum() / b[THERE].square().sum() for a, b in zip(mine, theirs)]
+    of_samples = [
+        [(a[at][THERE[at]] - b[at][THERE[at]]).square().sum() / b[at][THERE[at]].square().sum() for at in (0, 1)]
+        for a, b in zip(mine, theirs)
+    ]
+    shares = [torch.stack(each).mean() for each in of_samples]
     torch.testing.assert_close(Loss.parse("features")(student, teacher), torch.stack(shares).mean())
     away = [1 - F.cosine_similarity(a[THERE], b[THERE], dim=-1).mean() for a, b in zip(mine, theirs)]
     torch.testing.assert_close(Loss.parse("features_cosine")(student, teacher), torch.stack(away).mean())

@@ -14,6 +14,7 @@ from fxc.train.loop import train
 from fxc.train.lora import adapt, merge
 from fxc.train.needs import needs_of
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
+from fxc.train.shards import gather, parts_of, shard
 from fxc.train.trainable import Trainable
 
 EVERYTHING = ("weight", "vector", "scale")
@@ -32,11 +33,14 @@ def train_by_loss(lesson: Lesson, spent: float) -> None:
     adapted = adapt(student, options.lora, context.seed) if options.lora else []
     if adapted:
         student.train_only(EVERYTHING)
+    count = sum(each.numel() for each in student.named().values())
+    sharded = shard(student) if options.shard else {}
+    lesson.taught.gathers = bool(sharded)
     parameters = student.named()
-    count = sum(each.numel() for each in parameters.values())
     parameters |= lesson.taught.projections(training)
     together = -(-plan.batch // plan.accumulate)
-    needs = needs_of(student.program, count, training, together, in_blocks=options.checkpointing)
+    own = sum(each.numel() for each in parameters.values())
+    needs = needs_of(student.program, own, training, together, in_blocks=options.checkpointing)
     context.say(f"{options} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}, with {needs}")
     needs.check(str(options))
     sparser = Sparser(student, options.sparsity) if options.sparsity else None
@@ -47,7 +51,8 @@ def train_by_loss(lesson: Lesson, spent: float) -> None:
             sparser(done)
 
     prepares = bool(options.l1 or options.layer_drop)
-    journal = lesson.journal("by the loss")
+    # The parts of the first process, which has the journal, are not all.
+    journal = lesson.journal("by the loss") if not sharded else None
     if journal and journal.began:
         looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)
         context.say(f"{options} goes on: {journal.began} of {looks} parts are done")
@@ -58,11 +63,12 @@ def train_by_loss(lesson: Lesson, spent: float) -> None:
     with torch.random.fork_rng(devices=()):
         fit = train(
             parameters, pieces, plan, kinds=student.kinds, before_step=before_step, state=student.state, buffers=student,
-            first_counts=not (prepares or sparser),
+            apart=parts_of(student, sharded), first_counts=not (prepares or sparser),
             settled=1.0 if prepares else max(RAMP if sparser else 0.0, options.quantize_after),
             journal=journal, track=context.track, what="recovering",
         )  # fmt: skip
     merge(student, adapted)
+    gather(student, sharded)
     better = fit.after < fit.before or prepares or sparser is not None
     lesson.result.training = fit
     outcome = said(fit.before, fit.after, better)
