@@ -29,6 +29,7 @@ from fxc.measure.quality import Evaluation, Quality, evaluation_of
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.passes.base import parse_passes
+from fxc.passes.prune.amount import most_within
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.recipe import recipe_text
 from fxc.selection.budget import Budget, parse_budget
@@ -44,9 +45,11 @@ from fxc.source.load import kind_of
 TRIALS = 24
 AGREES = 0.8
 """The rank correlation of predicted and measured losses below which the prediction is said to be of little use."""
-PRUNED = ("prune:budget=0.02:round_to=32", "prune:budget=0.1:round_to=32", "prune:layers=0.2")
-"""What is tried of pruning: as much as costs so much of the loss, in channels that groups of 32 divide; and a fifth of the
-layers."""
+AMOUNTS = tuple(f"prune:budget={share}:round_to=32" for share in (0.01, 0.02, 0.05, 0.1))
+"""Pruning as far as costs so much of the loss, in channels that groups of 32 divide. Within a budget of quality the most that
+keeps it is looked for, else the second and the last are tried, ..."""
+LAYERS = "prune:layers=0.2"
+"""... and a fifth of the layers."""
 _BEST = 3
 """So many of the best by prediction are measured, ..."""
 _HOPELESS = 2.0
@@ -250,7 +253,7 @@ class _Search:
         self.best: tuple[Trial, CompiledModel] | None = None
         self.unmeasured: list[str] = []
         # Trials for what no prediction knows, which comes last.
-        self._kept = min(1 + (len(PRUNED) if budget.is_timed else 0), trials.most // 3)
+        self._kept = min(1 + (len(AMOUNTS) if budget.is_timed else 0), trials.most // 3)
         self._tried: dict[tuple[int, ...], Trial] = {}
 
     def run(self) -> Found:
@@ -500,10 +503,26 @@ class _Search:
         if self.best and not self.budget.is_timed:
             return
         plan = self.best[0].plan if self.best else getattr(self._nearest(), "plan", None)
-        for text in PRUNED if plan else ():
-            if self.trials.left:
-                passes = (*parse_passes(text), *plan.passes)
-                self._run(replace(plan, passes=passes, name=f"{text}; {plan.name}", kind="pruned", predicted=None))
+        if plan is None:
+            return
+
+        def keeps_quality(step: int) -> bool:
+            trial = self._pruned_by(AMOUNTS[step - 1], plan)
+            return trial is not None and trial.failed is None and trial.loss <= self.budget.quality
+
+        if self.budget.quality is not None:
+            most_within(len(AMOUNTS), keeps_quality)
+        else:
+            for text in AMOUNTS[1::2]:
+                self._pruned_by(text, plan)
+        self._pruned_by(LAYERS, plan)
+
+    def _pruned_by(self, text: str, plan: Plan) -> Trial | None:
+        """None where no trial is left."""
+        if not self.trials.left:
+            return None
+        passes = (*parse_passes(text), *plan.passes)
+        return self._run(replace(plan, passes=passes, name=f"{text}; {plan.name}", kind="pruned", predicted=None))
 
     def _nearest(self) -> Trial | None:
         known = [each for each in self.trials.done if each.failed is None]
