@@ -9,7 +9,8 @@ from typing import Any
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.report.console import Output, ratio, size
-from fxc.selection.search import AGREES, Found, check_free, files_beside, search
+from fxc.selection.found import AGREES, Found, check_free, files_beside
+from fxc.selection.search import search
 from fxc.selection.trials import Trial
 from fxc.source.load import kind_of
 
