@@ -3,12 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from fxc.captured import Captured
+from fxc.compiler import samples_of
+from fxc.data.calibration import held_out
+from fxc.data.labels import Samples
+from fxc.errors import UsageError
+from fxc.measure.contenders import Size
+from fxc.options import Options
+from fxc.progress import Track, untracked
+from fxc.selection.errors import errors_of, group_errors
+from fxc.selection.formats import Format
+from fxc.selection.groups import Space, space_of
+from fxc.selection.influence import SIZE, influence
 from fxc.selection.knapsack import Costs
+from fxc.selection.times import rows_of, times_of
 from fxc.selection.trials import Trial
 
 
-def with_times(
+@dataclass(frozen=True)
+class Predictions:
+    """What is known before anything is compiled, whatever the budget. space: what there is to choose from; samples: what
+    `options.calib` is; costs: of each group, format's number -> what it is predicted to cost."""
+
+    space: Space
+    samples: Samples
+    costs: list[Mapping[int, Costs]]
+
+    def with_times(
+        self, captured: Captured, options: Options, sizes: Sequence[Size], original: Mapping[str, float],
+        track: Track = untracked,
+    ) -> Predictions:  # fmt: skip
+        """original: seconds of the original by phase, of which what a group takes is a share."""
+        times = times_of(self.space, rows_of(captured.program, sizes), options.device, options.backend, track)
+        costs = [_with_times(each, known, original) for each, known in zip(self.costs, times, strict=True)]
+        return Predictions(self.space, self.samples, costs)
+
+
+def predictions_of(
+    captured: Captured, options: Options, formats: Sequence[Format], track: Track = untracked
+) -> Predictions:
+    """From one pass over the calibration data and a few runs with noise. Raises `UsageError` where nothing is to be chosen."""
+    space = space_of(captured.program, formats, options.skip)
+    if not space.groups:
+        why = "; ".join(f"{layer}: {reason}" for layer, reason in list(space.left.items())[:3]) or "it has no layers"
+        raise UsageError("no format takes any layer of the model", why=why, hint="--formats")
+    samples = samples_of(captured, options, track)
+    learned, _ = held_out(samples)
+    errors = errors_of(space, learned, SIZE, options.seed, track)
+    weights = influence(space.base, errors, learned, options.seed, track)
+    costs: list[Mapping[int, Costs]] = []
+    for group, nbytes in zip(space.groups, space.sizes, strict=True):
+        known = {0: 0.0} | group_errors(group, errors, weights)
+        costs.append({n: {"size": float(nbytes[n]), "loss": max(known[n], 0.0)} for n in nbytes})
+    return Predictions(space, samples, costs)
+
+
+def _with_times(
     options: Mapping[int, Costs], times: Mapping[int, Mapping[str, float]], original: Mapping[str, float]
 ) -> dict[int, Costs]:
     """The options of a group with what they take more than float does, in shares of the original's latency by phase, and as

@@ -18,25 +18,18 @@ from torch import Tensor, nn
 
 from fxc.captured import Captured, capture_source, part_of
 from fxc.compiled.model import CompiledModel
-from fxc.compiler import samples_of
-from fxc.data.calibration import held_out
 from fxc.errors import UsageError
 from fxc.measure.bench import Entry
 from fxc.measure.contenders import Contender, Size, artifact, compiled, original_contender, sizes_for, sizes_of
-from fxc.measure.quality import Evaluation, evaluation_of
+from fxc.measure.quality import evaluation_of
 from fxc.neutral import one_at_a_time
 from fxc.options import Keywords, Options
 from fxc.progress import Say, Track, unsaid, untracked
 from fxc.selection.budget import Budget, parse_budget
-from fxc.selection.errors import errors_of, group_errors
-from fxc.selection.formats import Format, parse_formats
+from fxc.selection.formats import parse_formats
 from fxc.selection.found import Found
-from fxc.selection.groups import space_of
-from fxc.selection.influence import SIZE, influence
-from fxc.selection.knapsack import Costs
-from fxc.selection.prediction import with_times
+from fxc.selection.prediction import predictions_of
 from fxc.selection.steps import Steps
-from fxc.selection.times import rows_of, times_of
 from fxc.selection.trials import Trials
 from fxc.source.load import kind_of
 
@@ -80,11 +73,13 @@ def search(
     say("capturing the model ...")
     captured = capture_source(model, example_inputs, chosen)
     evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed, track=track)
+    at = sizes_for(captured.program, at)
     original = _original(model, captured, chosen) if wanted.is_timed else None
-    return search_of(
-        captured, chosen, wanted, evaluation, parse_formats(formats, captured.program), original=original,
-        sizes=sizes_for(captured.program, at), trials=trials, track=track, say=say,
-    )  # fmt: skip
+    predictions = predictions_of(captured, chosen, parse_formats(formats, captured.program), track)
+    measured = Trials(captured, chosen, predictions.samples, evaluation, trials, original=original, sizes=at, say=say)
+    if original is not None:
+        predictions = predictions.with_times(captured, chosen, at, measured.seconds, track)
+    return Steps(captured, chosen, wanted, predictions, measured).run()
 
 
 def _original(model: nn.Module | str | Path, captured: Captured, options: Options) -> Contender:
@@ -110,40 +105,3 @@ def checked(options: Options) -> Options:
     if not isinstance(options.calib, (str, Path, Tensor, Mapping)):
         return replace(options, calib=list(options.calib))
     return options
-
-
-def search_of(
-    captured: Captured,
-    options: Options,
-    budget: Budget,
-    evaluation: Evaluation,
-    formats: Sequence[Format],
-    *,
-    original: Contender | None = None,
-    sizes: Sequence[Size] = (),
-    trials: int = TRIALS,
-    folder: Path | None = None,
-    track: Track = untracked,
-    say: Say = unsaid,
-) -> Found:
-    """`search` of what is captured already. original: what latencies are shares of; folder: where artifacts may be written to
-    be weighed."""
-    space = space_of(captured.program, formats, options.skip)
-    if not space.groups:
-        why = "; ".join(f"{layer}: {reason}" for layer, reason in list(space.left.items())[:3]) or "it has no layers"
-        raise UsageError("no format takes any layer of the model", why=why, hint="--formats")
-    samples = samples_of(captured, options, track)
-    learned, _ = held_out(samples)
-    errors = errors_of(space, learned, SIZE, options.seed, track)
-    weights = influence(space.base, errors, learned, options.seed, track)
-    predictions: list[Mapping[int, Costs]] = []
-    for group, nbytes in zip(space.groups, space.sizes, strict=True):
-        known = {0: 0.0} | group_errors(group, errors, weights)
-        predictions.append({n: {"size": float(nbytes[n]), "loss": max(known[n], 0.0)} for n in nbytes})
-    measured = Trials(
-        captured, options, samples, evaluation, trials, original=original, sizes=sizes, folder=folder, say=say
-    )
-    if original is not None:
-        times = times_of(space, rows_of(captured.program, sizes), options.device, options.backend, track)
-        predictions = [with_times(each, known, measured.seconds) for each, known in zip(predictions, times, strict=True)]
-    return Steps(captured, options, budget, space, predictions, measured).run()

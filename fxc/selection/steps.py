@@ -7,7 +7,7 @@ best; then what no prediction knows: another algorithm, and pruning.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,9 @@ from fxc.selection.budget import Budget
 from fxc.selection.exchange import neighbour
 from fxc.selection.formats import recipe_of
 from fxc.selection.found import Found
-from fxc.selection.groups import Space
-from fxc.selection.knapsack import Costs, solve, total
+from fxc.selection.knapsack import solve, total
 from fxc.selection.nearest import missed, nearest, size_text
-from fxc.selection.prediction import correlation, predicted, scale, undominated
+from fxc.selection.prediction import Predictions, correlation, predicted, scale, undominated
 from fxc.selection.trials import Plan, Trial, Trials
 
 AMOUNTS = tuple(f"prune:budget={share}:round_to=32" for share in (0.01, 0.02, 0.05, 0.1))
@@ -44,12 +43,11 @@ _ADJUSTMENTS = 5
 
 class Steps:
     def __init__(
-        self, captured: Captured, options: Options, budget: Budget, space: Space, predictions: list[Mapping[int, Costs]],
-        trials: Trials,
-    ) -> None:  # fmt: skip
-        self.captured, self.options, self.budget, self.space = captured, options, budget, space
-        self.predictions, self.trials = predictions, trials
-        self._worthwhile = [undominated(each) for each in predictions]
+        self, captured: Captured, options: Options, budget: Budget, predictions: Predictions, trials: Trials
+    ) -> None:
+        self.captured, self.options, self.budget, self.trials = captured, options, budget, trials
+        self.space, self.predictions = predictions.space, predictions.costs
+        self._worthwhile = [undominated(each) for each in self.predictions]
         self.most_bytes = budget.most_bytes(captured.nbytes)
         self.best: tuple[Trial, CompiledModel] | None = None
         self.unmeasured: list[str] = []

@@ -123,6 +123,12 @@ class Trials:
         spent = (time.monotonic() - self._began) / max(len(self.done), 1)
         left = f", at most {in_words(spent * self.left)}" if self.done else ""
         self.say(f"trial {len(self.done) + 1} of at most {self.most}{left}: {plan.kind}, {plan.name}")
+        trial, model = self.measured(plan)
+        self.done.append(trial)
+        return trial, model
+
+    def measured(self, plan: Plan) -> tuple[Trial, CompiledModel | None]:
+        """`run`, of which nobody is told and which does not count."""
         began = time.monotonic()
         try:
             model = compile_captured(
@@ -134,15 +140,11 @@ class Trials:
             )  # fmt: skip
             loss, error = self.evaluation.measure(packed).loss_against(self.quality)
         except (VerificationFailed, UsageError) as error:
-            trial = Trial(plan, failed=f"{error.where}: {error.what}" if error.where else error.what)
-            self.done.append(trial)
-            return trial, None
+            return Trial(plan, failed=f"{error.where}: {error.what}" if error.where else error.what), None
         disk = self._weighed(model)
         self.overhead = max(self.overhead, disk - model.program.nbytes())
         latencies = self._timed(model, disk) if self.original else {}
-        trial = Trial(plan, loss, error, model.program.nbytes(), disk, latencies, time.monotonic() - began)
-        self.done.append(trial)
-        return trial, model
+        return Trial(plan, loss, error, model.program.nbytes(), disk, latencies, time.monotonic() - began), model
 
     def _weighed(self, model: CompiledModel) -> int:
         with tempfile.TemporaryDirectory(prefix=".fxc-search-", dir=self.folder) as folder:
