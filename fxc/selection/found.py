@@ -27,7 +27,8 @@ class Found:
     model: the best that fits, as `fxc compile --recipe` makes it; recipe: the text of that file; best: its trial; trials: all
     that were measured, in order; correlation: the rank correlation of predicted and measured losses, None of fewer than three;
     quality: of the original; left: layers that stay float in every format, and why; unmeasured: uniform choices that were
-    predicted to be hopeless.
+    predicted to be hopeless; untried: what would have been measured as well, had trials and time sufficed, and ended_by which
+    of these did not, in words, None where all was tried.
     """
 
     model: CompiledModel
@@ -41,6 +42,8 @@ class Found:
     space: Space
     predictions: list[Mapping[int, Costs]] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+    ended_by: str | None = None
 
     def save(self, out: str | Path, *, overwrite: bool = False) -> list[Path]:
         """Write the artifact `out` and beside it the recipe, `out`.toml, and all that was predicted and measured,
@@ -64,7 +67,8 @@ class Found:
             "budget": str(self.budget), "optimised": self.budget.optimised, "original_bytes": self.original_bytes,
             "original_quality": self.quality.as_json(), "recipe": self.recipe, "best": self.best.as_json(),
             "rank_correlation": self.correlation, "trials": [each.as_json() for each in self.trials],
-            "unmeasured": self.unmeasured, "groups": groups, "left_float": self.space.left,
+            "unmeasured": self.unmeasured, "untried": self.untried, "ended_by": self.ended_by, "groups": groups,
+            "left_float": self.space.left,
         }  # fmt: skip
 
     def _chosen(self, at: int) -> int | None:

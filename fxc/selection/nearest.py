@@ -15,8 +15,10 @@ def nearest(trials: Sequence[Trial], budget: Budget, original_bytes: int) -> Tri
     return min(known, key=lambda t: max(t.misses(budget, original_bytes).values(), default=0), default=None)
 
 
-def missed(trials: Sequence[Trial], budget: Budget, original_bytes: int) -> VerificationFailed:
-    """The error for trials none of which meets the budget."""
+def missed(
+    trials: Sequence[Trial], budget: Budget, original_bytes: int, ended_by: str | None = None
+) -> VerificationFailed:
+    """The error for trials none of which meets the budget. ended_by: why there were no more, where there was more to try."""
     closest, known = nearest(trials, budget, original_bytes), [each for each in trials if each.failed is None]
     if closest is None:
         failed = trials[0].failed if trials else "no trial was made"
@@ -26,8 +28,9 @@ def missed(trials: Sequence[Trial], budget: Budget, original_bytes: int) -> Veri
     )
     return VerificationFailed(
         f"nothing that was measured meets {budget}",
-        why=f"the nearest of {len(known)} is {closest.plan.name}; it has {lacks}",
-        hint="a larger budget for that, more --trials, or other --formats; nothing was written",
+        why=f"the nearest of {len(known)} is {closest.plan.name}; it has {lacks}"
+        + (f"; more was not tried, because {ended_by}" if ended_by else ""),
+        hint="a larger budget for that, more --trials or --minutes, or other --formats; nothing was written",
     )
 
 

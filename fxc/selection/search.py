@@ -9,6 +9,7 @@ beside it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from fxc.selection.steps import Steps
 from fxc.selection.trials import Trials
 from fxc.source.load import kind_of
 
-TRIALS = 24
+TRIALS, MINUTES = 24, 10.0
 
 
 @one_at_a_time
@@ -47,6 +48,7 @@ def search(
     formats: str | Iterable[str] | None = None,
     sizes: str | Sequence[Size] = (),
     trials: int = TRIALS,
+    minutes: float = MINUTES,
     track: Track = untracked,
     say: Say = unsaid,
     **options: Unpack[Keywords],
@@ -58,7 +60,8 @@ def search(
     eval: data that quality is measured on, as `calib`, with labels where it has some; None: made up. eval_samples: at most so
     many of it. formats: what layers may become, as "int8;int4:group=32:algorithm=gptq" (default:
     `fxc.selection.formats.DEFAULTS`). sizes: "1x128,8x512", where latency has a budget. trials: how many compilations are
-    measured at most.
+    measured at most. minutes: no trial begins that would end later, counted from here, if it took as long as the longest so
+    far; predictions and the first trial are made in any case. What was not tried for that is in `Found.untried`.
 
     Raises what `fxc.optimize` raises, and `VerificationFailed` where nothing meets the budget, with what is nearest.
     """
@@ -70,13 +73,18 @@ def search(
         raise UsageError("latency has no budget, and is not measured", where="sizes", hint="latency=0.6x, or no sizes")
     if trials < 1:
         raise UsageError(f"{trials} trials find nothing", where="trials", hint="8 or more")
+    if not minutes > 0:
+        raise UsageError(f"{minutes:g} minutes are no time", where="minutes", hint="10 or more")
+    until = time.monotonic() + 60 * minutes
     say("capturing the model ...")
     captured = capture_source(model, example_inputs, chosen)
     evaluation = evaluation_of(captured, eval, samples=eval_samples, seed=chosen.seed, track=track)
     at = sizes_for(captured.program, at)
     original = _original(model, captured, chosen) if wanted.is_timed else None
     predictions = predictions_of(captured, chosen, parse_formats(formats, captured.program), track)
-    measured = Trials(captured, chosen, predictions.samples, evaluation, trials, original=original, sizes=at, say=say)
+    measured = Trials(
+        captured, chosen, predictions.samples, evaluation, trials, until=until, original=original, sizes=at, say=say
+    )
     if original is not None:
         predictions = predictions.with_times(captured, chosen, at, measured.seconds, track)
     return Steps(captured, chosen, wanted, predictions, measured).run()

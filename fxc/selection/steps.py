@@ -51,6 +51,7 @@ class Steps:
         self.most_bytes = budget.most_bytes(captured.nbytes)
         self.best: tuple[Trial, CompiledModel] | None = None
         self.unmeasured: list[str] = []
+        self.untried: list[str] = []
         # Trials for what no prediction knows, which comes last.
         self._kept = min(1 + (len(AMOUNTS) if budget.is_timed else 0), trials.most // 3)
         self._tried: dict[tuple[int, ...], Trial] = {}
@@ -64,14 +65,18 @@ class Steps:
         self._other_algorithm()
         self._pruned()
         if self.best is None:
-            raise missed(self.trials.done, self.budget, self.captured.nbytes)
+            raise missed(self.trials.done, self.budget, self.captured.nbytes, self._ended_by)
         trial, model = self.best
         options = self.options
         recipe = recipe_text(trial.plan.recipe, options.skip, options.dtype, _amounts(options))
         return Found(
             model, recipe, trial, self.trials.done, self.budget, self.trials.quality, self.captured.nbytes,
-            correlation(self.trials.done), self.space, self.predictions, self.unmeasured,
+            correlation(self.trials.done), self.space, self.predictions, self.unmeasured, self.untried, self._ended_by,
         )  # fmt: skip
+
+    @property
+    def _ended_by(self) -> str | None:
+        return self.trials.ended_by or "the last trials were kept for what no prediction knows" if self.untried else None
 
     # What is predicted
 
@@ -119,10 +124,17 @@ class Steps:
         if at in self._tried:
             return self._tried[at]
         if self.trials.left <= self._kept:
+            self.untried.append(f"{kind}: {name or self._named(at)}")
             return None
         plan = Plan(self._passes(at), name or self._named(at), kind, at, self._loss(at))
         self._tried[at] = trial = self._run(plan)
         return trial
+
+    def _is_left(self, what: str) -> bool:
+        """Whether there is a trial for it; where not, that is noted."""
+        if not self.trials.left:
+            self.untried.append(what)
+        return self.trials.left > 0
 
     def _run(self, plan: Plan) -> Trial:
         trial, model = self.trials.run(plan)
@@ -197,8 +209,7 @@ class Steps:
                 self.unmeasured.append(found[choice])
                 continue
             measured += 1
-            if self._measure(choice, "uniform", found[choice]) is None:
-                self.unmeasured.append(found[choice])
+            self._measure(choice, "uniform", found[choice])
 
     def _is_larger(self, choice: tuple[int, ...]) -> bool:
         """Whether it cannot be the smallest."""
@@ -243,13 +254,13 @@ class Steps:
 
     def _other_algorithm(self) -> None:
         """gptq makes up for its own rounding, qronos for that of the layers before as well, which no prediction knows."""
-        if not self.best or not self.trials.left:
+        if not self.best:
             return
         plan = self.best[0].plan
         passes = tuple(
             replace(each, algorithm="qronos") if getattr(each, "algorithm", None) == "gptq" else each for each in plan.passes
         )
-        if passes != plan.passes:
+        if passes != plan.passes and self._is_left("qronos in place of gptq"):
             self._run(replace(plan, passes=passes, name=f"{plan.name}; by qronos", kind="qronos", predicted=None))
 
     def _pruned(self) -> None:
@@ -275,7 +286,7 @@ class Steps:
 
     def _pruned_by(self, text: str, plan: Plan) -> Trial | None:
         """None where no trial is left."""
-        if not self.trials.left:
+        if not self._is_left(text):
             return None
         passes = (*parse_passes(text), *plan.passes)
         return self._run(replace(plan, passes=passes, name=f"{text}; {plan.name}", kind="pruned", predicted=None))

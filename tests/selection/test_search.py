@@ -89,7 +89,7 @@ def test_of_pruning_the_most_that_is_measured_to_keep_the_quality_is_looked_for(
     formats = "int8:mode=weight_only;int4:group=32"
     found = searched(model, data, "latency=50x,quality=0.1%", sizes="1x12", formats=formats, trials=6)
     pruned = [each for each in found.trials if each.plan.kind == "pruned"]
-    assert [each.plan.recipe[0] for each in pruned] == ["prune:budget=0.1:round_to=32", "prune:budget=0.02:round_to=32"]
+    assert [each.plan.recipe[0] for each in pruned][:2] == ["prune:budget=0.1:round_to=32", "prune:round_to=32"]
     assert pruned[0].loss > 0.001 >= found.best.loss
 
 
@@ -109,6 +109,8 @@ def test_what_nothing_meets_is_said_with_what_is_nearest(model, data):
         ({"formats": "int8:only=left"}, "says itself"),
         ({"formats": ";"}, "no format"),
         ({"trials": 0}, "find nothing"),
+        ({"minutes": 0}, "no time"),
+        ({"minutes": float("nan")}, "no time"),
         ({"sizes": "1x12"}, "latency has no budget"),
         ({"skip": ["re:."]}, "no format takes any layer"),
     ],
