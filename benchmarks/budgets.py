@@ -135,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets", description=__doc__.split("\n\n")[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0, help="of the budgets")
+    parser.add_argument("--count", type=int, default=10, help="how many budgets")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of each search, at most")
     parser.add_argument("--quick", action="store_true", help="two budgets, few samples and trials, nothing written")
     given = parser.parse_args(arguments)
     quiet()
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         captured = capture_source(PYLM, None, options)
         evaluation = evaluation_of(captured, PYLM / "heldout.txt", samples=8 if given.quick else None)
         formats, hand = parse_formats(None, captured.program), BY_HAND[1:4] if given.quick else BY_HAND
-        shares, trials = drawn(2 if given.quick else 10, given.seed), 5 if given.quick else TRIALS
+        shares, trials = drawn(2 if given.quick else given.count, given.seed), 5 if given.quick else given.trials
         found = compared(captured, options, evaluation, formats, hand, shares, trials)
     print(markdown(found))
     if not given.quick:
