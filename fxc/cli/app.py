@@ -382,6 +382,7 @@ def search(
         str | None, typer.Option(help="What layers may become, as in 'int8;int4:group=32:algorithm=gptq'; else a good set.")
     ] = None,
     trials: Annotated[int, typer.Option(help="Compile and measure at most so many.")] = 24,
+    minutes: Annotated[float, typer.Option(help="Begin no trial that would end later; what is not tried then is said.")] = 10.0,
     eval_samples: Annotated[
         int | None, typer.Option(help="Use at most so many samples of --eval; 200 windows of a text, 1000 others by default.")
     ] = None,
@@ -403,7 +404,8 @@ def search(
 
     options = {
         "budget": budget, "calib": calib, "eval": data, "sizes": sizes, "formats": formats, "trials": trials,
-        "eval_samples": eval_samples, "calib_samples": calib_samples, "calib_length": calib_length, "skip": skip, "seed": seed,
+        "minutes": minutes, "eval_samples": eval_samples,
+        "calib_samples": calib_samples, "calib_length": calib_length, "skip": skip, "seed": seed,
         "backend": backend, "device": checked_device(device), "dtype": checked_dtype(dtype), "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip

@@ -9,11 +9,12 @@ from typing import Any
 from fxc.artifact.manifest import replaceable
 from fxc.artifact.staging import check_target
 from fxc.report.console import Output, ratio, size
-from fxc.selection.search import AGREES, Found, check_free, files_beside, search
+from fxc.selection.found import AGREES, Found, check_free, files_beside
+from fxc.selection.search import search
 from fxc.selection.trials import Trial
 from fxc.source.load import kind_of
 
-_LONGEST = 100
+_LONGEST, _SHOWN = 100, 6
 
 
 def search_model(output: Output, model: str, out: Path, overwrite: bool, options: dict[str, Any]) -> None:
@@ -39,6 +40,9 @@ def _show(output: Output, found: Found) -> None:
     output.table(f"{wanted} within {found.budget}: {len(rows)} measured, the best first", heads, rows)
     if found.unmeasured:
         output.line(f"not measured, because they were predicted to be far from it: {len(found.unmeasured)} uniform choices")
+    if found.untried:
+        shown = "; ".join(found.untried[:_SHOWN]) + (" ..." if len(found.untried) > _SHOWN else "")
+        output.line(f"not tried, because {found.ended_by}: {shown}")
     if found.correlation is not None:
         agree = "" if found.correlation >= AGREES else f", which is below {AGREES}: go by what was measured"
         output.line(f"predicted and measured losses: rank correlation {found.correlation:.2f}{agree}")

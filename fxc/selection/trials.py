@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -95,18 +96,20 @@ class Trials:
 
     def __init__(
         self, captured: Captured, options: Options, samples: Samples, evaluation: Evaluation, most: int, *,
-        original: Contender | None = None, sizes: Sequence[Size] = (), folder: Path | None = None, say: Say = unsaid,
+        until: float = math.inf, original: Contender | None = None, sizes: Sequence[Size] = (), folder: Path | None = None,
+        say: Say = unsaid,
     ) -> None:  # fmt: skip
-        """options: as the recipe will be compiled with, but its passes; samples: what `options.calib` is; original: what
-        latencies are shares of, at `sizes`; None: latency is not measured; folder: in which artifacts are written to be
-        weighed, and removed."""
+        """options: as the recipe will be compiled with, but its passes; samples: what `options.calib` is; until: of
+        `time.monotonic`, no trial begins that would end later if it took as long as the longest so far, but for the first;
+        original: what latencies are shares of, at `sizes`; None: latency is not measured; folder: in which artifacts are
+        written to be weighed, and removed."""
         self.captured, self.options, self.samples = captured, options, samples
-        self.evaluation, self.most = evaluation, most
+        self.evaluation, self.most, self.until = evaluation, most, until
         self.original, self.sizes, self.folder, self.say = original, sizes, folder, say
         self.done: list[Trial] = []
         self.seconds: dict[str, float] = {}
         """Of the original, as it was measured last."""
-        self._began = time.monotonic()
+        self._began, self._longest = time.monotonic(), 0.0
         plain = compile_captured(captured, replace(options, passes=(), calib=None))
         self.quality: Quality = evaluation.measure(plain)
         self.overhead = self._weighed(plain) - plain.program.nbytes()
@@ -116,13 +119,35 @@ class Trials:
 
     @property
     def left(self) -> int:
-        return self.most - len(self.done)
+        """How many may still be made, at most."""
+        by_number = self.most - len(self.done)
+        return by_number if self.in_time else 0
+
+    @property
+    def in_time(self) -> bool:
+        """Whether another ends in time, by the longest so far; the first is made in any case."""
+        return not self.done or time.monotonic() + self._longest <= self.until
+
+    @property
+    def ended_by(self) -> str | None:
+        """Why there are none left, in words."""
+        if not self.in_time:
+            return "the time is up (--minutes)"
+        return None if self.left else f"{self.most} trials were made (--trials)"
 
     def run(self, plan: Plan) -> tuple[Trial, CompiledModel | None]:
         """Raises nothing that gates do: such a plan has failed, and the trial says why."""
-        spent = (time.monotonic() - self._began) / max(len(self.done), 1)
-        left = f", at most {in_words(spent * self.left)}" if self.done else ""
+        began = time.monotonic()
+        spent = (began - self._began) / max(len(self.done), 1)
+        left = f", at most {in_words(min(spent * self.left, self.until - began))}" if self.done else ""
         self.say(f"trial {len(self.done) + 1} of at most {self.most}{left}: {plan.kind}, {plan.name}")
+        trial, model = self.measured(plan)
+        self._longest = max(self._longest, time.monotonic() - began)
+        self.done.append(trial)
+        return trial, model
+
+    def measured(self, plan: Plan) -> tuple[Trial, CompiledModel | None]:
+        """`run`, of which nobody is told and which does not count."""
         began = time.monotonic()
         try:
             model = compile_captured(
@@ -134,15 +159,11 @@ class Trials:
             )  # fmt: skip
             loss, error = self.evaluation.measure(packed).loss_against(self.quality)
         except (VerificationFailed, UsageError) as error:
-            trial = Trial(plan, failed=f"{error.where}: {error.what}" if error.where else error.what)
-            self.done.append(trial)
-            return trial, None
+            return Trial(plan, failed=f"{error.where}: {error.what}" if error.where else error.what), None
         disk = self._weighed(model)
         self.overhead = max(self.overhead, disk - model.program.nbytes())
         latencies = self._timed(model, disk) if self.original else {}
-        trial = Trial(plan, loss, error, model.program.nbytes(), disk, latencies, time.monotonic() - began)
-        self.done.append(trial)
-        return trial, model
+        return Trial(plan, loss, error, model.program.nbytes(), disk, latencies, time.monotonic() - began), model
 
     def _weighed(self, model: CompiledModel) -> int:
         with tempfile.TemporaryDirectory(prefix=".fxc-search-", dir=self.folder) as folder:

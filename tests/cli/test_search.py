@@ -14,6 +14,7 @@ def test_what_is_found_is_written_and_compiled_again_to_the_same_bytes(folder, t
     assert "the least loss within size=0.6x" in done.stdout and "predicted loss" in done.stdout and "best" in done.stdout
     assert "trial 1 of at most 4" in done.stderr and f"--recipe {out}.toml" in done.stdout
     record = json.loads((tmp_path / "small.search.json").read_text())
+    assert record["untried"] and f"not tried, because {record['ended_by']}: {record['untried'][0]}" in done.stdout
     assert record["best"]["disk_bytes"] <= 0.6 * record["original_bytes"] and len(record["trials"]) <= 4
     fxc("compile", folder / "qwen2", "--recipe", f"{out}.toml", "--calib", folder / "text.txt", "--no-measure",
         "-o", tmp_path / "again")  # fmt: skip

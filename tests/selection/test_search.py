@@ -85,6 +85,14 @@ def test_a_latency_is_measured_in_turns_with_the_original_and_pruning_is_tried(m
     assert pruned and all(each.recipe[0].startswith("prune:") and each.predicted is None for each in pruned)
 
 
+def test_of_pruning_the_most_that_is_measured_to_keep_the_quality_is_looked_for(model, data):
+    formats = "int8:mode=weight_only;int4:group=32"
+    found = searched(model, data, "latency=50x,quality=0.1%", sizes="1x12", formats=formats, trials=6)
+    pruned = [each for each in found.trials if each.plan.kind == "pruned"]
+    assert [each.plan.recipe[0] for each in pruned][:2] == ["prune:budget=0.1:round_to=32", "prune:round_to=32"]
+    assert pruned[0].loss > 0.001 >= found.best.loss
+
+
 def test_what_nothing_meets_is_said_with_what_is_nearest(model, data):
     with pytest.raises(VerificationFailed) as caught:
         searched(model, data, "size=0.01x")
@@ -101,6 +109,8 @@ def test_what_nothing_meets_is_said_with_what_is_nearest(model, data):
         ({"formats": "int8:only=left"}, "says itself"),
         ({"formats": ";"}, "no format"),
         ({"trials": 0}, "find nothing"),
+        ({"minutes": 0}, "no time"),
+        ({"minutes": float("nan")}, "no time"),
         ({"sizes": "1x12"}, "latency has no budget"),
         ({"skip": ["re:."]}, "no format takes any layer"),
     ],

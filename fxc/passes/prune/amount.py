@@ -86,13 +86,20 @@ def choose(
         said = f"{_counted(choice.units, found)} go; cost: {costs[step]:.2%} of {judge.unit} on {where}, budget {budget:.2%}"
     else:
         least = min(costs, default=0)
-        said = f"nothing can go within the budget of {budget:.2%}"
+        said = f"nothing can go within the budget of {100 * budget:g}%"
         if least:
             said += f": {_counted(units_at(least), found)} would cost {costs[least]:.2%} of {judge.unit} on {where}"
-    choice.notes.insert(0, f"amount=auto: {said}")
+    choice.notes[:0] = [f"amount=auto: {said}", *([_told(costs, last, step)] if costs else [])]
     if not given:
         choice.notes.append("no calibration data was given: real data (--calib, calib=) would rank and judge better")
     return choice
+
+
+def _told(costs: Mapping[int, float], last: int, kept: int) -> str:
+    """What was tried, in that order, and what was kept. costs: by steps, of which there are `last`."""
+    each = (f"{step:,}: {cost:.2%}" if math.isfinite(cost) else f"{step:,}: beyond any budget" for step, cost in costs.items())
+    end = f"kept {kept:,}, the most that is within it" if kept else "none is within it: nothing is pruned"
+    return f"tried, in steps of {last:,} to half of everything, and what each costs: {', '.join(each)}; {end}"
 
 
 def _counted(units: Units, found: Mapping[Group, Tensor]) -> str:
@@ -105,7 +112,8 @@ def _counted(units: Units, found: Mapping[Group, Tensor]) -> str:
 
 
 def most_within(last: int, fits: Callable[[int], bool], track: Track = untracked) -> int:
-    """The largest of 0 .. `last` that `fits`, to one part in 256 of `last`, by bisection; 0 is taken to fit."""
+    """The largest of 0 .. `last` that `fits`, to one part in 256 of `last`, by bisection; 0 is taken to fit, and nothing
+    beyond what does not fit."""
     *_, most = track(_bisection(last, fits), "trying how much can go", last.bit_length() + 1)
     return most
 

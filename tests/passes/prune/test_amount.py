@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -169,6 +170,23 @@ def test_where_nothing_can_go_the_other_passes_go_on():
     assert "would cost" in step["notes"][0] and "up.qweight" in made.program.constants
     _, step = pruned(nn.Linear(64, 64), (torch.randn(2, 64),), "int8,prune")
     assert "nothing that can be pruned" in step["notes"][0]
+
+
+def test_what_was_tried_and_what_was_kept_is_said():
+    _, step = pruned(Mlp(), (X,), "prune:amount=auto:budget=0.02", calib=X)
+    tried = {int(n): float(cost) for n, cost in re.findall(r" (\d+): ([\d.]+)%", step["notes"][1])}
+    assert "in steps of 24 to half" in step["notes"][1] and next(iter(tried)) == 24 and len(tried) > 2
+    kept = max(n for n, cost in tried.items() if cost <= 2)
+    assert step["notes"][1].endswith(f"kept {kept}, the most that is within it") and kept == step["changed"]
+    assert all(cost > 2 for n, cost in tried.items() if n > kept)
+
+
+def test_where_nothing_fits_the_budget_nothing_is_pruned_and_that_is_said():
+    model = Mlp(1.0)
+    made, step = pruned(model, (X,), "prune:amount=auto:budget=1e-9", calib=X)
+    assert step["changed"] == 0 and not step["removed"] and torch.equal(made.program.constants["up.weight"], model.up.weight)
+    assert "nothing can go within the budget of 1e-07%" in step["notes"][0]
+    assert step["notes"][1].endswith("none is within it: nothing is pruned") and " 1: " in step["notes"][1]
 
 
 def test_outputs_of_integers_cannot_be_judged():
