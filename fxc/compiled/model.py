@@ -19,7 +19,7 @@ from fxc.errors import UsageError, first_line
 from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx, quantized
 from fxc.export.packed import packed_weights
 from fxc.ir.binding import bind
-from fxc.ir.cache import is_causal_lm, is_present
+from fxc.ir.cache import is_causal_lm, is_present, is_seq2seq
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -80,6 +80,11 @@ class CompiledModel(nn.Module):
         self._lowered_program: Program | None = None
         self.layers: list[Any] = []
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate" and (why := self.program.metadata.get("does_not_generate")):
+            raise AttributeError(f"this model was compiled for one forward pass, because with a cache it failed: {why}")
+        return super().__getattr__(name)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -380,4 +385,8 @@ def compiled_model(program: Program, record: Compilation | dict[str, Any], **opt
         from fxc.compiled.generate import CompiledCausalLM
 
         return CompiledCausalLM(program, record, **options)
+    if is_seq2seq(program):
+        from fxc.compiled.seq2seq import CompiledSeq2SeqLM
+
+        return CompiledSeq2SeqLM(program, record, **options)
     return CompiledModel(program, record, **options)
