@@ -138,7 +138,7 @@ class CompiledSeq2SeqLM(Generating):
         known = made.get(_MASK)
         if mask is not None and is_first and (known is None or not torch.equal(mask.to(known), known)):
             raise UsageError("attention_mask is another than that which encoder_outputs was made with", hint="leave it out")
-        outputs = self.run([named[name] if name in named else made[name] for name in needed], module)
+        outputs = self.run([named[name] if name in named else made[name] for name in needed], module, program.signature.outputs)
         found = dict(zip(program.signature.outputs, outputs, strict=True))
         present = [t for name, t in found.items() if is_present(name)]
         return present, Seq2SeqLMOutput(logits=found["logits"], encoder_last_hidden_state=made["last_hidden_state"])
@@ -182,7 +182,8 @@ class Encoder:
             raise UsageError(f"the input {self.main_input_name} is missing")
         given |= {_IDS: torch.zeros(len(like), 1, dtype=torch.int64)}
         inputs = dict(zip(names, bind(whole, args, given), strict=True))
-        outputs = self.model.run([inputs[declared.name] for declared in program.signature.inputs], module)
+        tensors = [inputs[declared.name] for declared in program.signature.inputs]
+        outputs = self.model.run(tensors, module, program.signature.outputs)
         found = dict(zip(program.signature.outputs, outputs, strict=True))
         made = BaseModelOutput(last_hidden_state=found.pop("encoder_last_hidden_state", next(iter(found.values()))))
         needed = {declared.name for declared in self.model.parts()["decoder"][0].signature.inputs} | {_MASK}

@@ -37,8 +37,9 @@ def built(name: str) -> nn.Module:
     torch.manual_seed(1)
     model = CLASSES[name](CONFIGS[name]()).eval()
     with torch.no_grad():
-        for parameter in {p for p in model.parameters() if p.ndim > 1}:
-            parameter.normal_(0, 0.25)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.25)
     return model
 
 
