@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from seq2seq import CLASSES, built, greedy, inputs_of
+from seq2seq import CLASSES, CONFIGS, built, greedy, inputs_of
 
 import fxc
-from fxc.errors import FxcError
+from fxc.errors import CaptureFailed, FxcError
+from fxc.frontend import calls
 from fxc.ir.binding import bind
 
 NAMES = list(CLASSES)
@@ -131,3 +132,15 @@ def test_one_that_was_captured_by_examples_does_not_generate():
     ids = torch.ones(2, 5, dtype=torch.int64)
     model = fxc.optimize(built("t5"), {"input_ids": ids, "decoder_input_ids": ids[:, :3]}, passes="", verify=False)
     assert not hasattr(model, "generate")
+
+
+def test_where_no_cache_can_be_captured_generate_says_why(monkeypatch):
+    def fails(*_):
+        raise CaptureFailed("the cache is a snake")
+
+    monkeypatch.setattr(calls, "_shapes_written", fails)
+    model = fxc.optimize(CLASSES["t5"](CONFIGS["t5"]()), passes="", verify=False)
+    assert not hasattr(model, "generate")
+    with pytest.raises(AttributeError, match="the cache is a snake"):
+        model.generate(**inputs_of("t5"))
+    assert model(**inputs_of("t5"), decoder_input_ids=torch.ones(2, 3, dtype=torch.int64)).logits.shape == (2, 3, 96)
