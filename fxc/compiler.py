@@ -300,7 +300,8 @@ def load(
         division=division,
     )
     if static_cache and not hasattr(model, "use_static_cache"):
-        raise UsageError("only a causal language model has a cache", where="static_cache", hint="leave static_cache out")
+        what = "only a causal language model has a cache of fixed size"
+        raise UsageError(what, where="static_cache", hint="leave static_cache out")
     return model.use_static_cache() if static_cache else model
 
 

@@ -18,7 +18,7 @@ from together import together
 import fxc
 from fxc.data.samples import samples
 from fxc.errors import UsageError
-from fxc.ir.cache import cache_types, is_past, is_present
+from fxc.ir.cache import cache_types, is_causal_lm, is_past, is_present
 from fxc.ir.parse import parse_program
 from fxc.parallel import divide
 
@@ -59,7 +59,7 @@ def _own(program, inputs):
             shape = tensor.shape[0], node.meta["val"].shape[1], 0, tensor.shape[3]
             tensor = torch.empty(shape, dtype=tensor.dtype)
         made.append(tensor)
-    return [t[:, length:] if declared.name == "attention_mask" and length else t
+    return [t[:, length:] if declared.name == "attention_mask" and length and is_causal_lm(program) else t
             for t, declared in zip(made, program.signature.inputs)]  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxc.data.decoder import decoder_sample
+from fxc.data.decoder import decoder_sample, without_past
 from fxc.data.samples import samples
-from fxc.ir.cache import as_past, is_causal_lm, is_past, is_present
+from fxc.ir.cache import as_past, has_cache, is_causal_lm, is_past, is_present
 from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.passes.float64 import in_float64
@@ -28,8 +28,9 @@ def exactness(masked: Program, sliced: Program) -> tuple[float, int]:
         raise ValueError("it has no form in float64")
     programs = [named(each) for each in wide]
     kept: dict[str, Tensor] = {}
-    if is_causal_lm(masked):
-        given = dict(zip((i.name for i in masked.signature.inputs), decoder_sample(masked, 2, 7, 0), strict=True))
+    if has_cache(masked):
+        empty = decoder_sample(masked, 2, 7, 0) if is_causal_lm(masked) else without_past(masked, samples(masked)[0])
+        given = dict(zip((i.name for i in masked.signature.inputs), empty, strict=True))
         sizes = {n.target: n.meta["val"].shape for n in sliced.placeholders}
         outputs = programs[0](given), programs[1](fitted(given, sliced, {}, sizes))
         kept = {as_past(name): survivors(*(o[name] for o in outputs)) for name in outputs[1] if is_present(name)}

@@ -202,7 +202,7 @@ def push(
 @app.command()
 def run(
     out: Annotated[Path, typer.Argument(help="An artifact.")],
-    prompt: Annotated[str | None, typer.Option(help="A text to continue, greedily.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text to continue, or that an encoder reads; greedily.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate at most.")] = 64,
     text: Annotated[str | None, typer.Option(help="A text to encode or to classify.")] = None,
     image: Annotated[Path | None, typer.Option(help="An image to classify or to encode (needs Pillow).")] = None,

@@ -90,7 +90,7 @@ def _perplexity_of(request: EvalRequest, text: str, output: Output) -> dict[str,
                 device=request.device,
             )
             model, folder = loaded.model, loaded.tokenizer_dir
-    if not hasattr(model, "generate"):
+    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
         raise UsageError(
             "only causal language models have a perplexity",
             where=request.model,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fxc
 from fxc import ranks
+from fxc.ir.cache import is_seq2seq
 from fxc.report import outputs
 from fxc.report.console import Output
 from fxc.report.lowering import describe, describe_held, forms, held_as_json
@@ -38,7 +39,7 @@ def run_model(
     if prompt is not None:
         with output.doing("generating"):
             made = outputs.generate(model, out, prompt, new)
-        output.block(made["prompt"] + made["text"])
+        output.block(made["text"] if is_seq2seq(model.program) else made["prompt"] + made["text"])
         output.note(f"{made['tokens']} tokens in {made['seconds']:.2f} s on {model.device}, backend {backend}")
     else:
         with output.doing("running"):

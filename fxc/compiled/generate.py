@@ -25,8 +25,8 @@ from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_
 _PASSED_ON = frozenset({"cache_position", "token_type_ids", "tokenizer", "assistant_tokenizer"})
 
 
-class CompiledCausalLM(CompiledModel, GenerationMixin):
-    """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left."""
+class Generating(CompiledModel, GenerationMixin):
+    """A `CompiledModel` with `generate()`, and what the generation loop asks of a model besides calling it."""
 
     main_input_name = "input_ids"
     base_model_prefix = ""
@@ -35,13 +35,49 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.config is None:
-            raise UsageError("a causal language model needs its Hugging Face configuration")
+            raise UsageError("a model that generates needs its Hugging Face configuration")
+        self.generation_config = generation_config_of(self.config, self.files)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return False
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Changes nothing: a tied weight is one constant of the program."""
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def new_cache(self) -> Any:
+        """An empty cache of the kind that `generate()` uses, for `past_key_values`."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            raise UsageError(
+                f"the cache implementation {generation_config.cache_implementation!r} is not supported",
+                hint="leave cache_implementation out",
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+
+class CompiledCausalLM(Generating):
+    """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if (positions := self.program.metadata.get("positions", "arange")) not in ("arange", "mask"):
             raise InputRefused(
                 f"the program counts positions by {positions!r}, which this version of fxc does not know",
                 hint="compile the model again",
             )
-        self.generation_config = generation_config_of(self.config, self.files)
         self._decoder: StaticDecoder | None = None
         # Not a submodule: it shares the weights of the lowered one.
         object.__setattr__(self, "_prompt", None)
@@ -76,21 +112,6 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
         from transformers import DynamicCache
 
         return DynamicCache() if self._decoder is None else SlotCache(self._decoder)
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return True
-
-    # What the generation loop asks of a model besides calling it.
-    @classmethod
-    def is_remote_code(cls) -> bool:
-        return False
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Changes nothing: a tied weight is one constant of the program."""
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        return {}
 
     def _supports_logits_to_keep(self) -> bool:
         return True
@@ -183,17 +204,6 @@ class CompiledCausalLM(CompiledModel, GenerationMixin):
             if tensors := tensors_of(cache):
                 return tensors
         return empty_cache(self.program, batch, self.device)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-            raise UsageError(
-                f"the cache implementation {generation_config.cache_implementation!r} is not supported",
-                hint="leave cache_implementation out",
-            )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
 
 
 # transformers.pipeline knows models by the names of their classes, and complains of others.

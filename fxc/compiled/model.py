@@ -19,7 +19,7 @@ from fxc.errors import UsageError, first_line
 from fxc.export import aoti, compressed_tensors, gguf, hugging_face, onnx, quantized
 from fxc.export.packed import packed_weights
 from fxc.ir.binding import bind
-from fxc.ir.cache import is_causal_lm, is_present
+from fxc.ir.cache import is_causal_lm, is_present, is_seq2seq
 from fxc.ir.parse import parse_program
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -28,6 +28,7 @@ from fxc.lower.runnable import Running, runnable
 from fxc.lower.target import check_keep_float, check_target, lower
 from fxc.neutral import one_at_a_time
 from fxc.page.page import page
+from fxc.runtime.encoder_once import MEMORY
 from fxc.safety import listed
 
 AS_IT_IS = "a model compiled by fxc runs as it is, so leave fullgraph=True and strict=True out"
@@ -80,6 +81,11 @@ class CompiledModel(nn.Module):
         self._lowered_program: Program | None = None
         self.layers: list[Any] = []
         self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "generate" and (why := self.program.metadata.get("does_not_generate")):
+            raise AttributeError(f"this model was compiled for one forward pass, because with a cache it failed: {why}")
+        return super().__getattr__(name)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -162,9 +168,12 @@ class CompiledModel(nn.Module):
         program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
         return _unpickled, (*program, self.record, self.config, files, options)
 
-    def run(self, tensors: list[Tensor], module: nn.Module | None = None) -> tuple[Tensor, ...]:
+    def run(
+        self, tensors: list[Tensor], module: nn.Module | None = None, outputs: list[str] | None = None
+    ) -> tuple[Tensor, ...]:
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
-        them, and they may be edited. module: what was made of the lowered program, to run in its place."""
+        them, and they may be edited. module: what was made of the lowered program, to run in its place; outputs: the names of
+        what it gives, if they are others."""
         # The program says in which types it computes; autocast would change them.
         module = module or self.lower()
         gone = ranks.others_there(ConnectionError)
@@ -173,8 +182,9 @@ class CompiledModel(nn.Module):
         if self.division is None:
             return results
         # To the bit, so that all processes choose the same token. Of the cache each has its own heads.
-        names = self.program.signature.outputs
-        return tuple(each if is_present(name) else ranks.agreed_tensor(each) for name, each in zip(names, results, strict=True))
+        names = outputs or self.program.signature.outputs
+        own = [is_present(name) or name.startswith(MEMORY) for name in names]
+        return tuple(each if is_own else ranks.agreed_tensor(each) for is_own, each in zip(own, results, strict=True))
 
     def check_is_whole(self) -> None:
         """Raise `UsageError` where this process has a part of the model."""
@@ -380,4 +390,8 @@ def compiled_model(program: Program, record: Compilation | dict[str, Any], **opt
         from fxc.compiled.generate import CompiledCausalLM
 
         return CompiledCausalLM(program, record, **options)
+    if is_seq2seq(program):
+        from fxc.compiled.seq2seq import CompiledSeq2SeqLM
+
+        return CompiledSeq2SeqLM(program, record, **options)
     return CompiledModel(program, record, **options)

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fxc.data.decoder import decoder_inputs
+from fxc.data.decoder import decoder_inputs, without_past
 from fxc.data.samples import samples
 from fxc.data.text import encode, windows
 from fxc.errors import UsageError
 from fxc.ir.binding import bind
-from fxc.ir.cache import cache_types, is_causal_lm
+from fxc.ir.cache import cache_types, empty_cache, has_cache, is_causal_lm, is_seq2seq
 from fxc.ir.program import Program
 
 
@@ -47,6 +47,9 @@ def for_both(tensors: list[Tensor], program: Program, original: Program) -> tupl
     """Flat inputs of `original` as each of the two takes them: a pruned decoder has a smaller cache, and then neither is given
     a past."""
     caches = [[tuple(t.shape[1::2]) for t in cache_types(each)] for each in (program, original)]
-    if not is_causal_lm(original) or caches[0] == caches[1]:
+    if not has_cache(original) or caches[0] == caches[1]:
         return tensors, tensors
+    if is_seq2seq(original):
+        plain = without_past(original, tensors)
+        return [*plain[: len(plain) - len(caches[1])], *empty_cache(program, len(plain[0]))], plain
     return decoder_inputs(program, tensors[0]), decoder_inputs(original, tensors[0])

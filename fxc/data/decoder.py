@@ -1,4 +1,4 @@
-"""Inputs of a causal language model: tokens, their mask and positions, and a cache (see `fxc.ir.cache`)."""
+"""Inputs of a decoder, alone or behind an encoder: what it reads, and a cache (see `fxc.ir.cache`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxc.data.tables import bound_of
-from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, positions_of
+from fxc.ir.cache import cache_pairs, cache_types, default_positions, empty_cache, is_past, positions_of
 from fxc.ir.observe import run
 from fxc.ir.program import Program
 
@@ -54,6 +54,31 @@ def decoder_sample_after_itself(program: Program, batch: int, new: int, past: in
     before = decoder_sample(program, batch, past, 0)
     before[1:3] = mask[:, :past], positions_of(mask[:, :past], past)
     return next_inputs(program, run(program, before), ids, mask, positions)
+
+
+def without_past(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat inputs with a cache of `program` that holds nothing in the place of theirs."""
+    kept = [t for t, declared in zip(tensors, program.signature.inputs) if not is_past(declared.name)]
+    return [*kept, *empty_cache(program, len(tensors[0]))]
+
+
+def after_itself(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Flat inputs of an encoder with a decoder, their cache as the program itself fills it with as many random tokens: what
+    is always zero there is zero in it."""
+    names = [declared.name for declared in program.signature.inputs]
+    pairs = cache_pairs(program)
+    length = max((tensors[i].shape[2] for i, _ in pairs.values()), default=0)
+    if not length or program.is_on_meta:
+        return list(tensors)
+    place = names.index("decoder_input_ids")
+    before = without_past(program, tensors)
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(0, bound_of(program.placeholders[place]), (len(tensors[place]), length), generator=generator)
+    before[place] = ids.to(tensors[place].dtype)
+    outputs, made = run(program, before), list(tensors)
+    for i, o in pairs.values():
+        made[i] = outputs[o]
+    return made
 
 
 def written(program: Program, rows: int, length: int, seed: int = 0) -> Tensor:

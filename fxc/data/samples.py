@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxc.data.decoder import decoder_inputs, decoder_sample, decoder_sample_after_itself, written
+from fxc.data.decoder import (
+    after_itself,
+    decoder_inputs,
+    decoder_sample,
+    decoder_sample_after_itself,
+    without_past,
+    written,
+)  # fmt: skip
 from fxc.data.tables import bound_of
-from fxc.ir.cache import is_causal_lm
+from fxc.ir.cache import is_causal_lm, is_seq2seq
 from fxc.ir.program import Program
 
 # More numbers than this are not written into a program's metadata.
@@ -19,6 +26,8 @@ def samples(program: Program) -> list[list[Tensor]]:
     if is_causal_lm(program):
         return [decoder_sample_after_itself(program, *sizes) for sizes in ((2, 7, 9), (1, 1, 6), (3, 5, 0))]
     made = [_sample(program, *variant) for variant in ((0, 0), (1, 3), (-1, 2))]
+    if is_seq2seq(program):
+        made = [*(after_itself(program, each) for each in made[:2]), without_past(program, made[2])]
     if kept := program.metadata.get("examples"):
         return [_filled(row, like) for row, like in zip(kept, _like(program, kept, made[0]), strict=True)]
     return made
@@ -85,6 +94,8 @@ def drawn(program: Program, count: int = 32, seed: int = 0) -> list[list[Tensor]
     as it thinks; for others random numbers at the sizes of capture."""
     if not is_causal_lm(program):
         made = [_sample(program, 0, 0, number) for number in range(seed * count, (seed + 1) * count)]
+        if is_seq2seq(program):
+            made = [without_past(program, each) for each in made]
         kept = program.metadata.get("examples")
         return [_filled(kept[0], each) for each in made] if kept else made
     # The sizes of capture reach 16 positions; not every model takes more.
@@ -105,7 +116,10 @@ def sample_of_size(program: Program, batch: int, length: int | None) -> list[Ten
         ids = decoder_sample(program, 2, 7, 9)[0]
         return decoder_inputs(program, _cycled(_cycled(ids, 0, batch), 1, length))
     tensors = []
-    for node, tensor in zip(program.placeholders, samples(program)[0], strict=True):
+    first = samples(program)[0]
+    if is_seq2seq(program):
+        first = without_past(program, first)
+    for node, tensor in zip(program.placeholders, first, strict=True):
         for dimension, size in enumerate(node.meta["val"].shape):
             is_length = dimension > 0 and has_length(node.meta["val"])
             if not isinstance(size, int) and (dimension == 0 or is_length):

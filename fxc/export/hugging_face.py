@@ -25,7 +25,7 @@ from fxc.export.folder import Target, check_has_values
 from fxc.export.packed import float_dtype
 from fxc.frontend.calls import WithCache, calls_of
 from fxc.frontend.check import tolerance
-from fxc.ir.cache import cache_types, is_causal_lm
+from fxc.ir.cache import SEQ2SEQ, cache_types, is_causal_lm
 from fxc.ir.observe import run
 from fxc.ir.program import Program
 from fxc.ir.structure import unflatten
@@ -222,7 +222,7 @@ def _as_function(model: nn.Module, program: Program, inputs: list[Tensor]) -> nn
     """The model as a function of the program's flat inputs."""
     if is_causal_lm(program):
         return WithCache(model, len(cache_types(program)) // 2)
-    if program.metadata.get("kind") == "encoder":
+    if program.metadata.get("kind") in ("encoder", SEQ2SEQ):
         return next(calls_of(model, None)).module
     call = program.signature.call
     args = tuple(unflatten(a, inputs) for a in call["args"])

@@ -35,7 +35,7 @@ from fxc.export.onnx_products import ACCURACY_LEVEL, written_out
 from fxc.export.packed import as_float, packed_weights
 from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
 from fxc.frontend.check import tolerance
-from fxc.ir.cache import is_causal_lm, is_past, is_present
+from fxc.ir.cache import has_cache, is_causal_lm, is_past, is_present
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.verify.compare import difference
@@ -126,7 +126,7 @@ def _stored_narrow(written: Program, program: Program) -> Program:
 def input_names(program: Program) -> list[str]:
     """What the inputs are called in the file."""
     return [
-        "past_key_values." + name.partition(".")[2] if is_causal_lm(program) and is_past(name) else name
+        "past_key_values." + name.partition(".")[2] if has_cache(program) and is_past(name) else name
         for name in (declared.name for declared in program.signature.inputs)
     ]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxc.data.decoder import random_inputs
 from fxc.errors import CaptureFailed, UsageError, first_line
 from fxc.frontend.dimensions import Axis, FreeSize, asked_of, batch_of, checked_free, found_free, owned, resized, runs
-from fxc.frontend.hf_cache import cache_of, tensors_of
+from fxc.frontend.hf_cache import cache_of, cross_cache_of, tensors_of
 from fxc.frontend.images import image_size
-from fxc.ir.cache import KIND, input_names, output_names
+from fxc.ir.cache import KIND, SEQ2SEQ, input_names, output_names, past_names, present_names
 from fxc.ir.structure import flatten, unflatten
 
 _SAMPLES = 4000  # a quarter of a second: more than a first convolution spans
@@ -32,7 +32,7 @@ class Call:
     inputs: name -> example tensor; dynamic: name -> {dimension: AUTO}; defaults: name -> Input.default;
     other_sizes: further sets of inputs, of sizes that are not traced, for the check; stacks: of a decoder, which of the
     cache's tensors are alike; asked: axes that the caller wants to vary; may_fix: whether torch.export may take others for
-    constants, which the program then demands.
+    constants, which the program then demands; loses_cache: of a model that generates, why this call is one without its cache.
     """
 
     module: nn.Module
@@ -45,10 +45,7 @@ class Call:
     stacks: list[list[int]] = field(default_factory=list)
     asked: frozenset[Axis] = frozenset()
     may_fix: bool = False
-
-    @property
-    def has_cache(self) -> bool:
-        return self.kind == KIND
+    loses_cache: str = ""
 
 
 def shapes_alone(reads: bool) -> AbstractContextManager:
@@ -72,6 +69,14 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, 
             why="its forward takes no past_key_values",
             hint="to compile it for one forward pass, without generate(), give example_inputs={'input_ids': ids}",
         )
+    elif _takes_cross_cache(model):
+        why = "fxc cannot run it with a cache"
+        try:
+            yield from _calls_with_cross_cache(model, dynamic_shapes, reads)
+        except CaptureFailed as error:
+            why = error.what
+        for call in _calls_without_cache(model, dynamic_shapes):
+            yield replace(call, loses_cache=why)
     elif not _takes_cache(model):
         yield from _calls_without_cache(model, dynamic_shapes)
     elif dynamic_shapes is not None:
@@ -90,6 +95,15 @@ def _takes_cache(model: nn.Module) -> bool:
         and not model.config.is_encoder_decoder
         and model.main_input_name == "input_ids"
         and "past_key_values" in inspect.signature(model.forward).parameters
+    )
+
+
+def _takes_cross_cache(model: nn.Module) -> bool:
+    return (
+        hasattr(model, "generate")
+        and model.can_generate()
+        and model.config.is_encoder_decoder
+        and {"past_key_values", "decoder_input_ids"} <= inspect.signature(model.forward).parameters.keys()
     )
 
 
@@ -138,6 +152,9 @@ class WithCache(nn.Module):
         )
         return [output.logits, *tensors_of(output.past_key_values)]
 
+    def over(self, stacks: list[list[int]]) -> WithStackedCache:
+        return WithStackedCache(self.m, stacks)
+
 
 class WithStackedCache(WithCache):
     """The same function of the cache's tensors stacked, one stack for each shape that they have. It is what is traced: every
@@ -148,8 +165,41 @@ class WithStackedCache(WithCache):
         self.stacks = stacks
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *stacked: Tensor) -> list[Tensor]:
-        members = {i: t for stack, many in zip(self.stacks, stacked, strict=True) for i, t in zip(stack, many.unbind(0))}
-        return super().forward(input_ids, attention_mask, position_ids, *(members[i] for i in sorted(members)))
+        return super().forward(input_ids, attention_mask, position_ids, *_unstacked(stacked, self.stacks))
+
+
+def _unstacked(stacked: Sequence[Tensor], stacks: list[list[int]]) -> list[Tensor]:
+    members = {i: t for stack, many in zip(stacks, stacked, strict=True) for i, t in zip(stack, many.unbind(0))}
+    return [members[i] for i in sorted(members)]
+
+
+class WithCrossCache(nn.Module):
+    """An encoder with its decoder as a function of (the inputs called `rows`, the tensors of the cache of self-attention),
+    returning the flat tensors of its output and the new cache. stacks: as in `WithStackedCache`, where they are given so."""
+
+    def __init__(self, model: nn.Module, rows: list[str], options: dict[str, Any], stacks: list[list[int]] | None = None):
+        super().__init__()
+        self.m = model
+        self.rows = rows
+        self.options = options
+        self.stacks = stacks
+        self.result: Any = None
+        self.names: list[str] = []
+
+    def over(self, stacks: list[list[int]]) -> WithCrossCache:
+        return WithCrossCache(self.m, self.rows, self.options, stacks)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        rows, past = tensors[: len(self.rows)], tensors[len(self.rows) :]
+        cache = cross_cache_of(past if self.stacks is None else _unstacked(past, self.stacks))
+        output = self.m(**dict(zip(self.rows, rows, strict=True)), past_key_values=cache, **self.options)
+        present = tensors_of(cache.self_attention_cache)
+        items = {name: value for name, value in output.items() if name != "past_key_values"}
+        flat: list[Tensor] = []
+        names: list[str] = []
+        self.result = flatten(type(output)(**items), flat, names)
+        self.names = [*names, *present_names(len(present) // 2)]
+        return [*flat, *present]
 
 
 def _call_with_cache(model: nn.Module, reads: bool) -> Call:
@@ -167,26 +217,35 @@ def _call_with_cache(model: nn.Module, reads: bool) -> Call:
     sizes = ((2, 7, 9), (1, 1, 12), (3, 6, 5), (1, 11, 0), (2, 35, 3))
     others = [] if device.type == "meta" else [example(*each) for each in sizes]
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(names)}}
-    stacks = [[i for i, s in enumerate(past_shapes) if s == shape] for shape in dict.fromkeys(past_shapes)]
-    return Call(WithCache(model, layers), inputs, {}, {}, others, structure, KIND, stacks)
+    return Call(WithCache(model, layers), inputs, {}, {}, others, structure, KIND, _alike(past_shapes))
+
+
+def _alike(shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """`Call.stacks`: which of the shapes are the same."""
+    return [[i for i, s in enumerate(shapes) if s == shape] for shape in dict.fromkeys(shapes)]
 
 
 def _cache_shapes(model: nn.Module, reads: bool) -> list[tuple[int, int]]:
     """(kv_heads, head_dim) of each key and value, as the model itself writes them into its cache."""
-    from transformers import DynamicCache
-
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
-    cache = DynamicCache()
+    cache = cache_of(())
+    return _shapes_written(model, {"input_ids": ids}, reads, cache, cache)
+
+
+def _shapes_written(
+    model: nn.Module, inputs: dict[str, Tensor], reads: bool, cache: Any, written: Any
+) -> list[tuple[int, int]]:
+    """The shapes that `model` writes into the Hugging Face cache `written`, which is `cache` or a part of it."""
     try:
         with shapes_alone(reads):
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(**inputs, past_key_values=cache, use_cache=True)
     except Exception as error:  # the model's own code
         raise CaptureFailed(
             f"the model does not run with a plain cache: {first_line(error)}",
             where=type(model).__name__,
             hint="capture it without generation: give example_inputs={'input_ids': ...}",
         ) from error
-    shapes = [(t.shape[1], t.shape[3]) for t in tensors_of(cache)]
+    shapes = [(t.shape[1], t.shape[3]) for t in tensors_of(written)]
     if not shapes:
         raise CaptureFailed(
             "the model writes nothing into a Hugging Face cache",
@@ -196,17 +255,36 @@ def _cache_shapes(model: nn.Module, reads: bool) -> list[tuple[int, int]]:
     return shapes
 
 
-def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call]:
+def _calls_with_cross_cache(model: nn.Module, dynamic_shapes: Any, reads: bool) -> Iterator[Call]:
+    """Those of `_calls_without_cache` with the cache of the decoder's self-attention behind their inputs."""
+    inputs = _example_tensors(model, inspect.signature(model.forward).parameters, 1, 5)
+    cache = cross_cache_of(())
+    yield from _calls_without_cache(
+        model, dynamic_shapes, _shapes_written(model, inputs, reads, cache, cache.self_attention_cache)
+    )
+
+
+def _calls_without_cache(
+    model: nn.Module, dynamic_shapes: Any, cache: Sequence[tuple[int, int]] = ()
+) -> Iterator[Call]:
     config, name = model.config, model.main_input_name
     parameters = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"return_dict": True} if _takes(parameters, "return_dict") else {}
-    if "use_cache" in parameters or (getattr(config, "use_cache", None) is not None and "input_ids" in parameters):
+    if cache:
+        options["use_cache"] = True
+    elif "use_cache" in parameters or (getattr(config, "use_cache", None) is not None and "input_ids" in parameters):
         options["use_cache"] = False
+    past_of = dict(zip(past_names(len(cache) // 2), cache, strict=True))
 
-    def example(batch: int, length: int) -> dict[str, Tensor]:
-        return _example_tensors(model, parameters, batch, length)
+    def example(batch: int, length: int, past: int) -> dict[str, Tensor]:
+        rows = _example_tensors(model, parameters, batch, length)
+        generator = torch.Generator().manual_seed(batch * 10_007 + past)
+        like = next(model.parameters())
+        for name, (heads, width) in past_of.items():
+            rows[name] = torch.randn(batch, heads, past, width, generator=generator).to(like.device, like.dtype)
+        return rows
 
-    first = owned(example(2, 9))
+    first = owned(example(2, 9, 5))
     if name not in first:
         raise CaptureFailed(
             f"fxc does not know how to make an example of the input {name}",
@@ -215,21 +293,24 @@ def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call
         )
     dynamic: dict[str, dict[int, Any]] = {}
     for n, tensor in first.items():
-        dynamic[n] = {0: AUTO, 1: AUTO} if n in _SEQUENCES else {0: AUTO}
+        dynamic[n] = {0: AUTO, 1: AUTO} if n in _SEQUENCES else {0: AUTO, 2: AUTO} if n in past_of else {0: AUTO}
         if tensor.ndim < 2:
             raise CaptureFailed(f"the input {n} has no batch dimension", where=type(model).__name__)
     on_meta = next(iter(first.values())).is_meta
-    others = [] if on_meta else [list(example(*sizes).values()) for sizes in ((2, 9), (1, 5), (3, 14), (1, 1), (2, 37))]
-    defaults = {}
+    sizes = ((2, 9, 5), (1, 5, 3), (3, 14, 0), (1, 1, 6), (2, 37, 2))
+    others = [] if on_meta else [list(example(*each).values()) for each in sizes]
+    defaults = {n: "empty:decoder_input_ids" for n in past_of}
     for n in first:
         if n in ("attention_mask", "token_type_ids") and "input_ids" in first:
             defaults[n] = f"{'ones' if n == 'attention_mask' else 'zeros'}:input_ids"
         elif n == "decoder_attention_mask":
             defaults[n] = "ones:decoder_input_ids"
     structure = {"args": [], "kwargs": {n: i for i, n in enumerate(first)}}
-    module = _Flat(model, structure, options)
+    rows = [n for n in first if n not in past_of]
+    module = WithCrossCache(model, rows, options) if cache else _Flat(model, structure, options)
     asked = asked_of(dynamic_shapes, structure, list(first), [])
-    known = {(n, d) for n, dims in dynamic.items() for d in dims}
+    known = {(n, d) for n, dims in dynamic.items() for d in dims} | {(n, d) for n in past_of for d in range(4)}
+    kind, stacks = (SEQ2SEQ, _alike(cache)) if cache else ("encoder", [])
     for n, dims in asked.items():
         dynamic[n] = dict.fromkeys(dims, AUTO)
     wanted = frozenset((n, d) for n, dims in asked.items() for d in dims)
@@ -239,8 +320,8 @@ def _calls_without_cache(model: nn.Module, dynamic_shapes: Any) -> Iterator[Call
     if free:
         freest = {n: dims | {d: AUTO for g in free for m, d in g.axes if m == n} for n, dims in dynamic.items()}
         tried = [*others, *(_grown(first, [each], step) for each in free for step in (0, 1))]
-        yield Call(module, first, freest, defaults, tried, structure, "encoder", asked=wanted)
-    yield Call(module, first, dynamic, defaults, others, structure, "encoder", asked=wanted)
+        yield Call(module, first, freest, defaults, tried, structure, kind, stacks, asked=wanted)
+    yield Call(module, first, dynamic, defaults, others, structure, kind, stacks, asked=wanted)
 
 
 def _grown(inputs: dict[str, Tensor], groups: list[FreeSize], step: int, batch: int = 0) -> list[Tensor]:

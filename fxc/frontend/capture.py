@@ -27,6 +27,7 @@ from fxc.frontend.fold import folded
 from fxc.frontend.legalize import legalize
 from fxc.frontend.rotary import functional_rotary
 from fxc.frontend.trace import culprit, deterministic_graphs, functionalized, trace
+from fxc.ir.cache import KIND
 from fxc.ir.edit import sweep
 from fxc.ir.infer import fake_constant, fake_mode_of
 from fxc.ir.program import Input, Program, Signature, is_name
@@ -74,9 +75,11 @@ def _freest(model: nn.Module, calls: Iterator[Call], check: bool, reads: bool) -
         try:
             program = _export(model, call, reads)
             _check_asked(program, call)
+            if call.loses_cache:
+                program.metadata["does_not_generate"] = failure.what if failure else call.loses_cache
             if check and not program.is_on_meta:
                 taken = compare(program, call)
-                if call.has_cache:
+                if call.kind == KIND:
                     program.metadata["positions"] = counts_positions(model, program, call)
                 else:
                     keep_examples(program, taken)
@@ -148,7 +151,7 @@ def _export(model: nn.Module, call: Call, reads: bool) -> Program:
         [Input(n, call.defaults.get(n)) for n in names], list(call.module.names), call.call, call.module.result
     )
     metadata = {"class": type(model).__name__, "kind": call.kind, "parameters": parameter_names(model)}
-    if not call.has_cache and (meanings := defaults(model, call)):
+    if call.kind != KIND and (meanings := defaults(model, call)):
         metadata["defaults"] = meanings
     program = Program(graph, store, aliases, signature, metadata)
     _retype(program)

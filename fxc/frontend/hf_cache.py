@@ -20,6 +20,18 @@ def cache_of(tensors: Sequence[Tensor]) -> Any:
     return cache
 
 
+def cross_cache_of(tensors: Sequence[Tensor]) -> Any:
+    """The same for a decoder beside an encoder: the cache of its self-attention, and for what the encoder made one that keeps
+    nothing, so that every call computes keys and values of that anew."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    class KeepsNothing(DynamicCache):
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            return key_states, value_states
+
+    return EncoderDecoderCache(cache_of(tensors), KeepsNothing())
+
+
 def tensors_of(cache: Any) -> list[Tensor]:
     """The keys and values of a Hugging Face cache, layer by layer; none of a layer that holds nothing yet."""
     return [t for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fxc.errors import CaptureFailed
-from fxc.frontend.calls import AUTO, Call, WithStackedCache
-from fxc.ir.cache import is_past
+from fxc.frontend.calls import AUTO, Call
+from fxc.ir.cache import KIND, is_past
 from fxc.ir.recurrent import symbolic_lengths
 
 
@@ -23,9 +23,10 @@ def trace(call: Call) -> torch.export.ExportedProgram:
         past = [t for name, t in call.inputs.items() if is_past(name)]
         rows = args[: -len(past)]
         stacked = tuple(torch.stack([past[i] for i in stack]) for stack in call.stacks)
-        dynamic = ({0: AUTO, 1: AUTO},) * len(rows) + (({1: AUTO, 3: AUTO},) * len(stacked),)
-        module = WithStackedCache(call.module.m, call.stacks)
-        return _export(module, (*rows, *stacked), dynamic)
+        given = [call.dynamic.get(name, {0: AUTO, 1: AUTO}) for name in call.inputs if not is_past(name)]
+        behind = ({1: AUTO, 3: AUTO},) * len(stacked)
+        dynamic = (*given, behind) if call.kind == KIND else ((*given, *behind),)
+        return _export(call.module.over(call.stacks), (*rows, *stacked), dynamic)
     dynamic = (tuple(call.dynamic[n] for n in call.inputs),)  # one entry for all of a variadic forward's arguments
     return _export(call.module, tuple(args), dynamic)
 

@@ -44,9 +44,9 @@ def bind(program: Program, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     for name, structure in by_name.items():
         if name not in given and _is_constant(structure):
             _check_default(program, name, structure)
-    for index, declared in enumerate(signature.inputs):
+    for index in range(len(flat)):
         if flat[index] is None:
-            flat[index] = _default(program, declared, flat)
+            flat[index] = _default(program, index, flat)
     return [_fit(program, i, tensor) for i, tensor in enumerate(flat)]
 
 
@@ -116,13 +116,17 @@ def _match(structure: Any, value: Any, flat: list[Tensor | None], name: str) -> 
         _match(child, value[index], flat, f"{name}.{index}")
 
 
-def _default(program: Program, declared: Any, flat: list[Tensor | None]) -> Tensor:
+def _default(program: Program, index: int, flat: list[Tensor | None]) -> Tensor:
+    declared, value = program.signature.inputs[index], program.placeholders[index].meta["val"]
     if declared.default:
         kind, _, of = declared.default.partition(":")
         names = [i.name for i in program.signature.inputs]
         like = flat[names.index(of)] if of in names else None
         if like is not None and kind in ("ones", "zeros"):
             return torch.ones_like(like) if kind == "ones" else torch.zeros_like(like)
+        if like is not None and kind == "empty" and like.ndim and value.ndim == 4:
+            heads, _, width = value.shape[1:]
+            return torch.empty(like.shape[0], heads, 0, width, dtype=value.dtype, device=like.device)
     raise UsageError(f"the input {declared.name} is missing", hint=_takes(program))
 
 

@@ -7,6 +7,14 @@ A causal language model is one program for prefill and decode. For B rows, P tok
     -> logits [B, N, vocabulary], present.LAYER.key, present.LAYER.value [B, heads, P + N, width]
 
 What a call returns as present.X the next one is given as past.X. A pass may take heads out of it, or all of a layer's.
+
+A model of an encoder and a decoder that writes text is one program too, of both. With S tokens, or frames, for the encoder:
+
+    input_ids [B, S] or what else it reads, its masks, decoder_input_ids [B, N], past.LAYER.key, past.LAYER.value as above
+    -> what the model returns, present.LAYER.key, present.LAYER.value
+
+The cache is that of self-attention. Keys and values of what the encoder made are computed in every call of the whole;
+`fxc.runtime.encoder_once` cuts the program in two, where they are what the first part gives the second.
 """
 
 from __future__ import annotations
@@ -17,7 +25,10 @@ from torch import Tensor
 from fxc.ir.program import Program
 
 KIND = "causal_lm"
-"""`Program.metadata["kind"]` of a program that has a cache."""
+"""`Program.metadata["kind"]` of a causal language model."""
+
+SEQ2SEQ = "seq2seq_lm"
+"""The same of an encoder with a decoder that has a cache."""
 
 _PAST, _PRESENT = "past.", "present."
 
@@ -26,14 +37,37 @@ def is_causal_lm(program: Program) -> bool:
     return program.metadata.get("kind") == KIND
 
 
+def is_seq2seq(program: Program) -> bool:
+    return program.metadata.get("kind") == SEQ2SEQ
+
+
+def has_cache(program: Program) -> bool:
+    return is_causal_lm(program) or is_seq2seq(program)
+
+
+def is_of_encoder(name: str) -> bool:
+    """Whether the input `name` of an encoder with a decoder is one that the encoder reads."""
+    return not (is_past(name) or name.startswith("decoder_"))
+
+
 def input_names(layers: int) -> list[str]:
     """The inputs of a causal language model, in order."""
-    return ["input_ids", "attention_mask", "position_ids", *_names(_PAST, layers)]
+    return ["input_ids", "attention_mask", "position_ids", *past_names(layers)]
 
 
 def output_names(layers: int) -> list[str]:
     """The outputs of a causal language model, in order."""
-    return ["logits", *_names(_PRESENT, layers)]
+    return ["logits", *present_names(layers)]
+
+
+def past_names(layers: int) -> list[str]:
+    """The inputs that are the cache, in order."""
+    return _names(_PAST, layers)
+
+
+def present_names(layers: int) -> list[str]:
+    """The outputs that are the cache, in order."""
+    return _names(_PRESENT, layers)
 
 
 def _names(prefix: str, layers: int) -> list[str]:
@@ -62,7 +96,7 @@ def as_present(name: str) -> str:
 
 def cache_pairs(program: Program) -> dict[str, tuple[int, int]]:
     """Name of a cache input -> (its index, the index of the output that it comes from)."""
-    if not is_causal_lm(program):
+    if not has_cache(program):
         return {}
     outputs = {name: o for o, name in enumerate(program.signature.outputs) if is_present(name)}
     inputs = {declared.name: i for i, declared in enumerate(program.signature.inputs) if is_past(declared.name)}

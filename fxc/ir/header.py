@@ -9,7 +9,7 @@ from typing import Any
 from fxc.ir.program import Input
 from fxc.ir.tokens import DEEPEST, Bad
 
-_DEFAULT = re.compile(r"(?:ones|zeros):(.+)\Z", re.DOTALL)
+_DEFAULT = re.compile(r"(?:ones|zeros|empty):(.+)\Z", re.DOTALL)
 
 
 def check_header(header: dict[str, Any], inputs: list[Input], outputs: list[str]) -> None:
@@ -24,7 +24,7 @@ def check_header(header: dict[str, Any], inputs: list[Input], outputs: list[str]
     for declared in inputs:
         found = declared.default is None or _DEFAULT.match(declared.default)
         if not found or (declared.default is not None and found[1] not in names):
-            raise Bad(f"{declared.default!r} is not a default: ones: or zeros: and the name of an input")
+            raise Bad(f"{declared.default!r} is not a default: ones:, zeros: or empty: and the name of an input")
     if (
         not isinstance(call, dict)
         or call.keys() != {"args", "kwargs"}

@@ -32,7 +32,7 @@ def is_name(fqn: str) -> bool:
 @dataclass(frozen=True)
 class Input:
     """One input tensor. `default` says what to pass when the caller leaves it out: "ones:x" and "zeros:x" have the shape
-    of input x; None means that the caller must give it."""
+    of input x, "empty:x" is a cache [B, heads, 0, width] with as many rows as x; None means that the caller must give it."""
 
     name: str
     default: str | None = None

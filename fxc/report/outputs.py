@@ -14,15 +14,19 @@ from fxc.artifact.companions import has_vocabulary
 from fxc.compiled.model import CompiledModel
 from fxc.data.text import tokenizer_of
 from fxc.errors import InputRefused, UsageError
+from fxc.ir.cache import is_seq2seq
 
 _BEST = 5
 _FIRST = 8
 
 
 def generate(model: CompiledModel, folder: Path, prompt: str, new: int) -> dict[str, Any]:
-    """Greedy continuation of a prompt: its text, how many tokens it is, and the seconds it took."""
+    """What a model writes after a prompt, or for it if an encoder reads the prompt, always the likeliest token: its text, how
+    many tokens it is, and the seconds it took."""
     if not hasattr(model, "generate"):
         raise UsageError("this model does not generate text", where="--prompt", hint=_what_it_takes(model))
+    if model.main_input_name != "input_ids":
+        raise UsageError(f"this model reads {model.main_input_name} and no text", where="--prompt", hint=_what_it_takes(model))
     tokenizer = tokenizer_of(folder)
     made = tokenizer(prompt, return_tensors="pt", verbose=False)
     if made["input_ids"].shape[1] == 0:
@@ -35,7 +39,7 @@ def generate(model: CompiledModel, folder: Path, prompt: str, new: int) -> dict[
         do_sample=False,
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )[0, made["input_ids"].shape[1] :]
+    )[0, 1 if is_seq2seq(model.program) else made["input_ids"].shape[1] :]
     seconds = time.perf_counter() - before
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return {"prompt": prompt, "text": text, "tokens": len(ids), "seconds": round(seconds, 4)}
@@ -45,7 +49,7 @@ def read(model: CompiledModel, folder: Path, text: str | None, image: Path | Non
     """What an encoder makes of a text, a vision model of an image, or a model of both of the two: "kind" is "labels",
     with the most likely ones, or "embedding", with its size, norm and first values."""
     if hasattr(model, "generate"):
-        raise UsageError("this model continues a text", hint="--prompt TEXT")
+        raise UsageError("this model writes text", hint=_what_it_takes(model))
     names = {declared.name for declared in model.program.signature.inputs}
     made: dict[str, Tensor] = {}
     if text is not None:
@@ -127,7 +131,7 @@ def how_to_run(model: CompiledModel, folder: Path) -> str:
     call = model.program.signature.call
     names = [declared.name for declared in model.program.signature.inputs]
     if hasattr(model, "generate"):
-        arguments, method = "input_ids, max_new_tokens=64", ".generate"
+        arguments, method = f"{model.main_input_name}, max_new_tokens=64", ".generate"
     elif len(call["args"]) == len(names):
         arguments, method = ", ".join(names), ""
     else:
@@ -148,5 +152,5 @@ def _what_it_takes(model: CompiledModel) -> str:
     names = {declared.name for declared in model.program.signature.inputs}
     options = [o for name, o in (("input_ids", "--text TEXT"), ("pixel_values", "--image FILE")) if name in names]
     if hasattr(model, "generate"):
-        options = ["--prompt TEXT"]
+        options = ["--prompt TEXT"] if model.main_input_name == "input_ids" else []
     return " and ".join(options) or "call it from Python: fxc.load"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from command import fxc, fxc_json
+from tiny import save
 
 
 def test_run_continues_a_prompt(folder):
@@ -57,3 +58,14 @@ def test_run_refuses_a_damaged_artifact(folder, tmp_path):
     text = (tmp_path / "out" / "program.fxc").read_text()
     (tmp_path / "out" / "program.fxc").write_text(text[:-20])
     assert "program.fxc" in fxc("run", tmp_path / "out", "--text", "x", code=3).stderr
+
+
+def test_run_writes_what_an_encoder_reads(tmp_path):
+    save("t5", tmp_path / "t5", tokenizer=True)
+    done = fxc("compile", tmp_path / "t5", "-o", tmp_path / "out", "--no-measure")
+    assert "--prompt TEXT" in done.output and ".generate(input_ids" in done.output
+    made = fxc_json("run", tmp_path / "out", "--prompt", "def f", "--max-new-tokens", "5")
+    assert 0 < made["tokens"] <= 5 and made["prompt"] == "def f"
+    printed = fxc("run", tmp_path / "out", "--prompt", "def f", "--max-new-tokens", "5").stdout
+    assert not printed.startswith("def f") and made["text"].strip() in printed
+    assert "--prompt" in fxc("run", tmp_path / "out", "--text", "x", code=2).stderr
