@@ -20,6 +20,7 @@ from transformers import Cache
 from fxc.errors import FxcError, ResourceError, UsageError, first_line
 from fxc.ir.cache import cache_types
 from fxc.ir.program import Program
+from fxc.lower.inductor import CompiledGraph
 from fxc.lower.runnable import Running, runnable
 from fxc.runtime.decode_graph import decode_program
 from fxc.schemes import ops
@@ -27,6 +28,8 @@ from fxc.schemes.scheme import products_for
 
 # Slots of the smallest buffers.
 CAPACITY = 128
+# Where nothing is recorded a step reads so many slots of them, or a multiple.
+SLOTS_AT_ONCE = 64
 # Steps that no cache uses at the moment are kept for the next one, up to this many: recordings, and where nothing is recorded
 # buffers, which are made in no time and hold memory.
 IDLE_STEPS, IDLE_BUFFERS = 8, 1
@@ -176,12 +179,20 @@ class StaticDecoder:
                 hint="a smaller batch, or shorter sequences",
             ) from error
 
-    def run(self, step: Step) -> Tensor:
-        """Logits [B, 1, vocabulary] of the step's token, whose key and value are then in its slot."""
+    def _used(self, step: Step, used: int | None) -> tuple[Tensor, ...]:
+        if used is None or isinstance(self.module, CompiledGraph):  # it makes inputs contiguous, and would write to copies
+            return step.tensors
+        ids, mask, positions, slot, *buffers = step.tensors
+        slots = min(-(-used // SLOTS_AT_ONCE) * SLOTS_AT_ONCE, step.size[1])
+        return ids, mask[:, :slots], positions, slot, *(each[:, :, :slots] for each in buffers)
+
+    def run(self, step: Step, used: int | None = None) -> Tensor:
+        """Logits [B, 1, vocabulary] of the step's token, whose key and value are then in its slot. used: slots that are, with
+        this token; what is neither recorded nor compiled then leaves others out, but for some."""
         try:
             if self.record is run_directly:  # each thread on tensors of its own
                 with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False), Running():
-                    return self.module(*step.tensors)[0]
+                    return self.module(*self._used(step, used))[0]
             # Recordings share memory: until its result is copied, no other one may start.
             with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 if step.replay is None:
@@ -250,7 +261,7 @@ class SlotCache(Cache):
         mask[:, : self.length + 1].copy_(attention_mask)
         positions.copy_(position_ids)
         slot.fill_(self.length)
-        logits = self.decoder.run(step)
+        logits = self.decoder.run(step, self.length + 1)
         self.length += 1
         return logits
 

@@ -70,6 +70,15 @@ def test_one_sequence_is_decoded_over_buffers():
         assert all(torch.equal(each, expected) for each in pool.map(lambda _: model.generate(**given()), range(3)))
 
 
+@needs_attention
+def test_slots_far_beyond_the_sequence_are_not_read():
+    model, seen = fresh("qwen2", static_cache=False), []
+    expected = model.generate(**given(length=50))
+    model.use_static_cache()._decoder.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1].shape[1]))
+    assert torch.equal(model.generate(**given(length=50)), expected)
+    assert sorted(set(seen)) == [64, 128] and len(seen) == NEW - 1
+
+
 @pytest.mark.parametrize("options", [
     {"rows": 2}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"new": generate.WORTH_A_STEP - 1},
     {"use_cache": False}, {"prompt_lookup_num_tokens": 2},
