@@ -251,15 +251,15 @@ def load(
     device: str | torch.device | None = None,
     backend: str | None = None,
     *,
-    static_cache: bool = False,
+    static_cache: bool | None = None,
     keep_compressed: bool = False,
     keep_float: float | None = None,
     tensor_parallel: bool = False,
 ) -> CompiledModel:
     """The compiled model in the artifact `directory`, verified. Executes nothing that the files say.
 
-    static_cache: let a language model decode over buffers of a fixed size, on CUDA as a CUDA graph: see
-    `CompiledCausalLM.use_static_cache`.
+    static_cache: let a language model decode over buffers of a fixed size, on CUDA as a CUDA graph: True always, see
+    `CompiledCausalLM.use_static_cache`; False never; None where it gives the same bits, see `CompiledCausalLM`.
     keep_compressed: run layers compressed also where their float form was measured to be faster: less memory, and the same
     choice on every load.
     keep_float: on a CPU, of the bytes that compression saves, the share from 0 to 1 that layers may take again where floats are
@@ -302,10 +302,12 @@ def load(
     if static_cache and not hasattr(model, "use_static_cache"):
         what = "only a causal language model has a cache of fixed size"
         raise UsageError(what, where="static_cache", hint="leave static_cache out")
+    if static_cache is False and hasattr(model, "use_growing_cache"):
+        return model.use_growing_cache()
     return model.use_static_cache() if static_cache else model
 
 
-def _meet(device: str | torch.device | None, static_cache: bool) -> torch.device:
+def _meet(device: str | torch.device | None, static_cache: bool | None) -> torch.device:
     """Meet the other processes. Returns the device of this one."""
     if static_cache:
         raise UsageError(

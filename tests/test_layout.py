@@ -38,7 +38,7 @@ ALLOWED = {
     "fxc.lower": "errors mapped ir neutral schemes fxc_kernels",
     "fxc.options": "errors passes source data artifact lower",
     "fxc.pipeline": "errors ranks plugins ir data passes schemes verify compilation options",
-    "fxc.export": "errors safety ir schemes source data frontend passes verify artifact",
+    "fxc.export": "errors safety ir schemes source data frontend passes verify artifact lower fxc_kernels",
     "fxc.runtime": "errors ir schemes lower fxc_kernels",
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.parallel": "errors ranks ir schemes analysis passes fxc_kernels",

@@ -108,6 +108,7 @@ def prefill(variant: Variant, length: int, options: argparse.Namespace, clock: C
 def generate(variant: Variant, batch: int, options: argparse.Namespace, clock: Clock) -> dict:
     """One cell: Hugging Face's generate() over the static cache, prompt included, as a user calls it."""
     model = variant.model
+    model.static_cache = True
     model._decoder = variant.decoder(1 << (options.prompt + options.new - 1).bit_length(), options.modes[0])
     ids, mask, _ = variant.inputs(batch, options.prompt)
     given = {"max_new_tokens": options.new, "min_new_tokens": options.new, "do_sample": False, "pad_token_id": 0}

@@ -20,7 +20,7 @@ def bench_models(
     backend: str,
     device: str | None,
     dtype: str,
-    static_cache: bool = False,
+    static_cache: bool | None = None,
     keep_compressed: bool = False,
     keep_float: float | None = None,
 ) -> None:

@@ -36,8 +36,12 @@ def bench_model(
     device: Device = None,
     dtype: Dtype = None,
     static_cache: Annotated[
-        bool, typer.Option("--static-cache", help="Decode over a cache of fixed size, on CUDA as a CUDA graph.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--static-cache/--growing-cache",
+            help="Decode over a cache of fixed size, on CUDA as a CUDA graph; or never. Else where bits stay the same.",
+        ),
+    ] = None,
     keep_compressed: Annotated[
         bool, typer.Option("--keep-compressed", help="Also layers whose float form was measured to be faster.")
     ] = False,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,6 +21,10 @@ from fxc.lower.runnable import runnable
 from fxc.neutral import one_at_a_time
 from fxc.runtime.last_logits import last_logits
 from fxc.runtime.static_cache import CAPACITY, SlotCache, StaticDecoder, static_decoder
+
+# For fewer new tokens than this no decode step is made: that takes as long as some of them.
+WORTH_A_STEP = 16
+_ONE_SEQUENCE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 # What the generation loop hands to a model besides its inputs, and models leave alone.
 _PASSED_ON = frozenset({"cache_position", "token_type_ids", "tokenizer", "assistant_tokenizer"})
@@ -52,26 +57,39 @@ class Generating(CompiledModel, GenerationMixin):
     def get_experts_implementation(self) -> dict[str, str]:
         return {}
 
-    def new_cache(self) -> Any:
-        """An empty cache of the kind that `generate()` uses, for `past_key_values`."""
+    def new_cache(self, rows: int | None = None) -> Any:
+        """An empty cache, for `past_key_values`: of the kind that `generate()` uses for so many rows; without `rows` one that
+        can be cut and handed to any method."""
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> None:
+        self, generation_config: GenerationConfig, model_kwargs: dict, generation_mode: GenerationMode, batch_size: int,
+        *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise UsageError(
                 f"the cache implementation {generation_config.cache_implementation!r} is not supported",
                 hint="leave cache_implementation out",
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            positions = model_kwargs.get("position_ids")
+            new = generation_config.max_length - (0 if positions is None else positions.shape[-1])
+            may = (
+                generation_mode in _ONE_SEQUENCE and generation_config.num_return_sequences == 1
+                and not generation_config.return_dict_in_generate and new >= WORTH_A_STEP
+            )  # fmt: skip
+            model_kwargs["past_key_values"] = self.new_cache(batch_size if may else None)
 
 
 class CompiledCausalLM(Generating):
-    """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left."""
+    """A `CompiledModel` with `generate()`: greedy, sampling and beam search, batches padded on the left.
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    static_cache: whether `generate()` decodes over buffers of a fixed size: True always (`use_static_cache`), False never
+    (`use_growing_cache`), None by default, where that gives the same bits and is not slower: one sequence, on a CPU without
+    Inductor, whose cache is not handed out. why_growing: what was found to speak against it in this model, or None.
+    """
+
+    def __init__(self, *args: Any, static_cache: bool | None = None, capacity: int = CAPACITY, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if (positions := self.program.metadata.get("positions", "arange")) not in ("arange", "mask"):
             raise InputRefused(
@@ -79,6 +97,9 @@ class CompiledCausalLM(Generating):
                 hint="compile the model again",
             )
         self._decoder: StaticDecoder | None = None
+        self._capacity = capacity
+        self.static_cache = static_cache
+        self.why_growing: str | None = None
         # Not a submodule: it shares the weights of the lowered one.
         object.__setattr__(self, "_prompt", None)
 
@@ -91,7 +112,35 @@ class CompiledCausalLM(Generating):
         """
         self.check_is_whole()
         self._decoder = static_decoder(self.lowered, self.device, self.backend, capacity)
+        self.static_cache, self._capacity = True, capacity
         return self
+
+    def use_growing_cache(self) -> CompiledCausalLM:
+        """Let `generate()` decode over a cache that grows with each token, whatever the call. Returns the model."""
+        self.static_cache, self._decoder = False, None
+        return self
+
+    def _pickled_options(self) -> dict[str, Any]:
+        return {**super()._pickled_options(), "static_cache": self.static_cache, "capacity": self._capacity}
+
+    def _pays_over_buffers(self, rows: int) -> bool:
+        """Whether to decode over buffers where nobody has said so. Makes the step, once, or finds that it is not exact."""
+        if rows != 1 or self.device.type != "cpu" or self.backend != "eager" or self.division is not None:
+            return False
+        if self._decoder is None and self.why_growing is None:
+            self._make_exact_decoder()
+        return self._decoder is not None
+
+    @one_at_a_time
+    def _make_exact_decoder(self) -> None:
+        """Set `_decoder` or `why_growing`, if another thread has not done so meanwhile."""
+        if self._decoder is not None or self.why_growing is not None:
+            return
+        try:
+            with torch.no_grad(), _disable_current_modes():
+                self._decoder = static_decoder(self.lowered, self.device, self.backend, self._capacity, is_exact=True)
+        except UsageError as error:
+            self.why_growing = f"{error.what} ({error.why})" if error.why else error.what
 
     @one_at_a_time
     def _prompt_module(self) -> nn.Module:
@@ -107,11 +156,17 @@ class CompiledCausalLM(Generating):
         memo[id(self._prompt)] = self._prompt
         return super().__deepcopy__(memo)
 
-    def new_cache(self) -> Any:
-        """An empty cache of the kind that `generate()` uses, for `past_key_values`."""
+    def new_cache(self, rows: int | None = None) -> Any:
+        """An empty cache, for `past_key_values`: of the kind that `generate()` uses for so many rows; without `rows` one that
+        can be cut and handed to any method, unless `static_cache` is True."""
         from transformers import DynamicCache
 
-        return DynamicCache() if self._decoder is None else SlotCache(self._decoder)
+        over_buffers = self.static_cache
+        if over_buffers is None:
+            over_buffers = rows is not None and self._pays_over_buffers(rows)
+        elif over_buffers and self._decoder is None:
+            self.use_static_cache(self._capacity)
+        return SlotCache(self._decoder) if over_buffers else DynamicCache()
 
     def _supports_logits_to_keep(self) -> bool:
         return True

@@ -161,12 +161,15 @@ class CompiledModel(nn.Module):
         """Pickled as its program, constants and files: it is lowered again where it is unpickled."""
         self.check_is_whole()
         files = {name: f if isinstance(f, bytes) else Path(f).read_bytes() for name, f in self.files.items()}
-        options = {
+        program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
+        return _unpickled, (*program, self.record, self.config, files, self._pickled_options())
+
+    def _pickled_options(self) -> dict[str, Any]:
+        """The keywords of `compiled_model` that a pickle keeps."""
+        return {
             "device": str(self._device), "backend": self.backend, "keep_compressed": self.keep_compressed,
             "keep_float": self.keep_float,
         }  # fmt: skip
-        program = str(self.program), {name: t.cpu() for name, t in self.program.constants.items()}
-        return _unpickled, (*program, self.record, self.config, files, options)
 
     def run(
         self, tensors: list[Tensor], module: nn.Module | None = None, outputs: list[str] | None = None

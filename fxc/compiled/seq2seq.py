@@ -54,7 +54,7 @@ class CompiledSeq2SeqLM(Generating):
         memo[id(self._halves)] = self._halves
         return super().__deepcopy__(memo)
 
-    def new_cache(self) -> Any:
+    def new_cache(self, rows: int | None = None) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
         return EncoderDecoderCache(DynamicCache(), DynamicCache())

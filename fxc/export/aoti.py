@@ -3,8 +3,10 @@
     run = torch._inductor.aoti_load_package("OUT/model.pt2")      # or from C++: torch::inductor::AOTIModelPackageLoader
     outputs = run(*inputs)                                        # flat tensors, in the order of OUT/names.json
 
-The package is C++ compiled for this machine's kind of CPU, and the weights. Packed weights stay packed: each product is written
-by the definition that its format gives (`Scheme.dense`, `Product.rounded`), int8 as a product of integers.
+The package is C++ compiled for this machine's kind of CPU, and the weights. Packed weights stay packed. Linear layers in int8
+and int4 run in fxc's kernels, whose machine code is linked in (`fxc_kernels.cpu.packaged`). Where this machine has none for a
+layer, and in every other format, a product is written by the definition that its format gives (`Scheme.dense`,
+`Product.rounded`), int8 as a product of integers.
 """
 
 from __future__ import annotations
@@ -30,9 +32,14 @@ from fxc.frontend.check import tolerance
 from fxc.ir.call import Call
 from fxc.ir.names import layer_at, parts_of
 from fxc.ir.program import Program
+from fxc.lower.cpu import lower_to_kernels
+from fxc.lower.siblings import LayerChoice
+from fxc.safety import listed
 from fxc.schemes import int8
 from fxc.schemes.scheme import EMBEDDING, LINEAR, product_of, scheme_of
 from fxc.verify.compare import difference
+from fxc_kernels.cpu.native import NotBuilt
+from fxc_kernels.cpu.packaged import KERNELS, linked
 
 NAME = "model.pt2"
 NAMES = "names.json"
@@ -42,13 +49,14 @@ _NARROW = 0.05
 
 @dataclass(frozen=True)
 class Written:
-    """What `export` wrote. products: kind of packed product -> how many; error: relative, of the outputs; zeros: none, ever;
-    warnings: what is other there than here."""
+    """What `export` wrote. products: kind of packed product -> how many; kernels: layers that run in fxc's kernels; error:
+    relative, of the outputs; zeros: none, ever; warnings: what is other there than here."""
 
     folder: Path
     file: Path
     model_class: str
     products: dict[str, int]
+    kernels: int
     error: float
     zeros: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -57,6 +65,7 @@ class Written:
     def kind(self) -> str:
         """What it is, for people."""
         held = ", ".join(f"{count} {kind}" for kind, count in sorted(self.products.items())) or "float"
+        held += f" ({self.kernels} in fxc's kernels)" if self.kernels else ""
         return f"{self.model_class} as an AOTInductor package: {held}; relative error {self.error:.1e}"
 
 
@@ -79,29 +88,38 @@ def export(
     target = Target(Path(folder), "folder of an AOTInductor package", NAME, own, NAMES, companions, overwrite, sources)
     target.check()
     check_has_values(program, folder)
-    _check_compiler()
+    compiler = _compiler()
     products: dict[str, int] = {}
     for node in program.graph.nodes:
         if product := product_of(node.target):
             products[product.kind] = products.get(product.kind, 0) + 1
-    module = by_definition(program).module()
+    lowered, choices = lower_to_kernels(program)
+    without = [each for each in choices if each.op == "unchanged"]
+    module = by_definition(lowered).module()
     with target.staged(2 * program.nbytes()) as place:
-        _compile(module, program, place / NAME)
+        _compile(module, program, place / NAME, compiler)
         write(companions, place)
         names = {
             "inputs": [each.name for each in program.signature.inputs], "outputs": list(program.signature.outputs)
         }  # fmt: skip
         (place / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
-        error = _check_written(place / NAME, target.folder, program)
+        error = _check_written(place / NAME, target.folder, program, len(without) < len(choices))
     model_class = program.metadata.get("class") or "a program"
-    return Written(target.folder, target.folder / NAME, model_class, products, error)
+    warnings = [f"{listed(each.fqn for each in layers)} not in fxc's kernels: {why}" for why, layers in _by_reason(without)]
+    kernels = len(choices) - len(without)
+    return Written(target.folder, target.folder / NAME, model_class, products, kernels, error, warnings=warnings)
 
 
-def _check_compiler() -> None:
+def _by_reason(choices: Sequence[LayerChoice]) -> list[tuple[str, list[LayerChoice]]]:
+    reasons = dict.fromkeys(each.reason for each in choices)
+    return [(why, [each for each in choices if each.reason == why]) for why in reasons]
+
+
+def _compiler() -> str:
     from torch._inductor import cpp_builder, exc
 
     try:
-        cpp_builder.get_cpp_compiler()
+        return cpp_builder.get_cpp_compiler()
     except (exc.InvalidCxxCompiler, RuntimeError) as error:
         raise UsageError(
             "a package is compiled, and there is no C++ compiler", where="--format aoti", why=error,
@@ -195,11 +213,16 @@ def conv2d(
 # ---------------------------------------------------------------------------------------------------------------- compile
 
 
-def _compile(module: fx.GraphModule, program: Program, path: Path) -> None:
+def _compile(module: fx.GraphModule, program: Program, path: Path, compiler: str) -> None:
+    called = {node.target for node in module.graph.nodes} & set(KERNELS)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), linked(called, compiler) as settings:
             exported = torch.export.export(module, tuple(samples(program)[0]), dynamic_shapes=dynamic_shapes(program))
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
+    except NotBuilt as error:
+        raise UsageError(
+            "fxc's kernels were not built into the package", why=error, hint="FXC_CPU_LEVEL=none does without"
+        ) from error
     except Exception as error:  # Inductor wraps whatever its lowerings and the C++ compiler raise
         raise UsageError(
             "Inductor does not compile it into a package", where=program.metadata.get("class"), why=first_line(error),
@@ -207,10 +230,11 @@ def _compile(module: fx.GraphModule, program: Program, path: Path) -> None:
         ) from error  # fmt: skip
 
 
-def _check_written(path: Path, folder: Path, program: Program) -> float:
+def _check_written(path: Path, folder: Path, program: Program, in_kernels: bool) -> float:
     """Run the package beside the program; returns the largest relative error."""
     types = {node.meta["val"].dtype for node in program.results}
-    rounds = any((product := product_of(node.target)) and product.rounded for node in program.graph.nodes)
+    # Kernels of weight-only formats round activations too, by runs.
+    rounds = in_kernels or any((product := product_of(node.target)) and product.rounded for node in program.graph.nodes)
     allowed = rounded_apart(in_float32(program)) if rounds else tolerance(torch.float32)
     if types & set(TWO_BYTES):
         allowed = max(allowed, _NARROW)

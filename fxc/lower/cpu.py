@@ -15,7 +15,17 @@ from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
 from fxc.lower import choose, cpu_fusion, static
-from fxc.lower.candidates import FLOAT, Candidate, CpuPlace, candidates, float_weight, held_bytes
+from fxc.lower.candidates import (
+    FLOAT,
+    NATIVE_INT4,
+    NATIVE_INT8,
+    NATIVE_SPLIT,
+    Candidate,
+    CpuPlace,
+    candidates,
+    float_weight,
+    held_bytes,
+)
 from fxc.lower.choose import Choice
 from fxc.lower.fusion import activation_after, repeated_heads
 from fxc.lower.keep_float import Wish, within
@@ -79,6 +89,29 @@ def lower_cpu(
     edit.sweep(program)
     check(program, lowered=True)
     give_back()
+    return program, report
+
+
+def lower_to_kernels(program: Program) -> tuple[Program, list[LayerChoice]]:
+    """Linear layers with packed weights as calls of the kernels in C++ for this CPU, those that read one activation as one;
+    what has none here stays as it is. No form is timed: every machine of a level makes the same of a program.
+
+    Returns the program, the given one is not changed, and a LayerChoice for each layer of a format that has such a kernel: its
+    `op` is "unchanged" where the layer has none, and the reason says why. Raises `UsageError` for a program on meta.
+    """
+    if program.is_on_meta:
+        raise UsageError("a program without weights cannot run", where="lowering")
+    program, report = program.copy(), []
+    forms = {target: form for form in (NATIVE_INT8, NATIVE_SPLIT, NATIVE_INT4) for target in form.targets}
+    for group in find_siblings(program, forms):
+        form = forms[group.target]
+        why_not = "the weight is empty" if group.is_empty else form.why_not(group)
+        if why_not is None:
+            _write(program, group, Choice(form, None, form.name, "in C++"), "inductor")
+        report += group.choices("unchanged" if why_not else form.name, why_not or "in C++")
+    relax_views(program)
+    edit.sweep(program)
+    check(program, lowered=True)
     return program, report
 
 

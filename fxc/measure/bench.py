@@ -60,13 +60,16 @@ class Row:
         return statistics.median(theirs / ours for theirs, ours in pairs)
 
 
+_CACHES = {None: "", True: ", static cache", False: ", growing cache"}
+
+
 def entries_of(
     source: str,
     *,
     backend: str = "eager",
     device: str | None = None,
     dtype: str = "auto",
-    static_cache: bool = False,
+    static_cache: bool | None = None,
     keep_compressed: bool = False,
     keep_float: float | None = None,
 ) -> list[Entry]:
@@ -81,7 +84,7 @@ def entries_of(
             source, device=device, backend=backend, static_cache=static_cache, keep_compressed=keep_compressed,
             keep_float=keep_float,
         )  # fmt: skip
-        how = f"fxc {backend}" + ", static cache" * static_cache + ", kept compressed" * keep_compressed
+        how = f"fxc {backend}" + _CACHES[static_cache] + ", kept compressed" * keep_compressed
         how += "" if keep_float is None else f", keep_float={keep_float:g}"
         return [Entry(name, how, model, model.program, model.program.nbytes())]
     loaded = load_source(source, dtype=dtype, device=device)
@@ -191,7 +194,7 @@ def _decoder(entry: Entry, ids: Tensor, new: int) -> Callable[[], dict[str, floa
     mask = torch.ones(batch, length + new, dtype=torch.int64, device=ids.device)
 
     def prefill() -> Any:
-        cache = entry.model.new_cache() if hasattr(entry.model, "new_cache") else None
+        cache = entry.model.new_cache(len(ids)) if hasattr(entry.model, "new_cache") else None
         return entry.model(input_ids=ids, attention_mask=mask[:, :length], past_key_values=cache, use_cache=True)
 
     def once() -> dict[str, float]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from fxc.errors import UsageError
 from fxc.ir.program import Program
 from fxc.passes.base import Fact, Pass
 from fxc.passes.facts import DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 _AT_FIRST = (FLOAT_WEIGHTS, DENSE_WEIGHTS, UNSCALED, FULL_PRECISION)
 """What is true of every model that was not compressed before."""
@@ -36,6 +38,8 @@ def order(asked: Sequence[Pass], program: Program | None = None) -> Ordered:
     Raises `UsageError` when two passes each have to run before the other, when a pass is given twice, or when nothing can
     give what a pass needs; it names the passes and the fact.
     """
+    import networkx as nx  # here, so that loading a compiled model does not pay for it
+
     passes = _complete(list(asked), program)
     for_all = [p.name for p in passes if not p.limited_to() and not p.repeats]
     for name in for_all:

@@ -20,17 +20,23 @@ from transformers import Cache
 from fxc.errors import FxcError, ResourceError, UsageError, first_line
 from fxc.ir.cache import cache_types
 from fxc.ir.program import Program
-from fxc.lower.runnable import runnable
+from fxc.lower.inductor import CompiledGraph
+from fxc.lower.runnable import Running, runnable
 from fxc.runtime.decode_graph import decode_program
 from fxc.schemes import ops
 from fxc.schemes.scheme import products_for
 
 # Slots of the smallest buffers.
 CAPACITY = 128
-# Steps that no cache uses at the moment are kept for the next one, up to this many.
-IDLE_STEPS = 8
+# Where nothing is recorded a step reads so many slots of them, or a multiple.
+SLOTS_AT_ONCE = 64
+# Steps that no cache uses at the moment are kept for the next one, up to this many: recordings, and where nothing is recorded
+# buffers, which are made in no time and hold memory.
+IDLE_STEPS, IDLE_BUFFERS = 8, 1
 # How far the two paths may be apart in the check of a new decoder, relative to the largest logit: sums in another order and,
 # where activations are quantized, other roundings. What a mask lets through there is a hundred times too large.
+# (tokens before, slots) of the check that a decoder is exact: within one vector of keys, and beyond two.
+EXACT_SIZES = ((9, 16), (33, 64))
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 # Operators that wait for numbers from the device.
@@ -146,7 +152,8 @@ class StaticDecoder:
             step = next((s for s in self.steps if s.size == (batch, slots) and s.is_free()), None)
             if step is None:
                 idle = [s for s in self.steps if s.is_free()]
-                for old in idle[: max(0, len(idle) + 1 - IDLE_STEPS)]:
+                most = IDLE_BUFFERS if self.record is run_directly else IDLE_STEPS
+                for old in idle[: max(0, len(idle) + 1 - most)]:
                     self.steps.remove(old)
                     old.replay = None  # which holds the step: without the cycle its memory is free at once
                 step = self._allocate(batch, slots)
@@ -172,9 +179,20 @@ class StaticDecoder:
                 hint="a smaller batch, or shorter sequences",
             ) from error
 
-    def run(self, step: Step) -> Tensor:
-        """Logits [B, 1, vocabulary] of the step's token, whose key and value are then in its slot."""
+    def _used(self, step: Step, used: int | None) -> tuple[Tensor, ...]:
+        if used is None or isinstance(self.module, CompiledGraph):  # it makes inputs contiguous, and would write to copies
+            return step.tensors
+        ids, mask, positions, slot, *buffers = step.tensors
+        slots = min(-(-used // SLOTS_AT_ONCE) * SLOTS_AT_ONCE, step.size[1])
+        return ids, mask[:, :slots], positions, slot, *(each[:, :, :slots] for each in buffers)
+
+    def run(self, step: Step, used: int | None = None) -> Tensor:
+        """Logits [B, 1, vocabulary] of the step's token, whose key and value are then in its slot. used: slots that are, with
+        this token; what is neither recorded nor compiled then leaves others out, but for some."""
         try:
+            if self.record is run_directly:  # each thread on tensors of its own
+                with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False), Running():
+                    return self.module(*self._used(step, used))[0]
             # Recordings share memory: until its result is copied, no other one may start.
             with self._lock, torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 if step.replay is None:
@@ -243,7 +261,7 @@ class SlotCache(Cache):
         mask[:, : self.length + 1].copy_(attention_mask)
         positions.copy_(position_ids)
         slot.fill_(self.length)
-        logits = self.decoder.run(step)
+        logits = self.decoder.run(step, self.length + 1)
         self.length += 1
         return logits
 
@@ -281,11 +299,13 @@ class SlotCache(Cache):
 
 
 def static_decoder(
-    lowered: Program, device: torch.device, backend: str = "eager", capacity: int = CAPACITY, record: Record | None = None
-) -> StaticDecoder:
+    lowered: Program, device: torch.device, backend: str = "eager", capacity: int = CAPACITY, record: Record | None = None,
+    is_exact: bool = False,
+) -> StaticDecoder:  # fmt: skip
     """Decode steps that share the constants of `lowered`, a program lowered for `device` and `backend`.
 
-    Raises `UsageError` where the program cannot decode over buffers, or does not give the same logits there.
+    Raises `UsageError` where the program cannot decode over buffers, or does not give the same logits there: up to rounding, or
+    with `is_exact` to the bit.
     """
     program = decode_program(lowered)
     counted = [node for node in program.graph.nodes if node.target in _COUNTED_BY_THE_HOST]
@@ -296,7 +316,9 @@ def static_decoder(
             hint="load the model without static_cache",
         )
     step = runnable(program, device, "eager")
-    check_step(runnable(lowered, device, "eager"), step, lowered, device)
+    whole = runnable(lowered, device, "eager")
+    for past, slots in EXACT_SIZES if is_exact else EXACT_SIZES[:1]:
+        check_step(whole, step, lowered, device, past, slots, is_exact)
     if record is None:
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
     if backend == "inductor":
@@ -304,11 +326,14 @@ def static_decoder(
     return StaticDecoder(step, lowered, device, capacity, record)
 
 
-def check_step(whole: nn.Module, step: nn.Module, program: Program, device: torch.device) -> None:
-    """Run one token through the program and through the step, with a row padded on the left and unused slots full of large
-    numbers, and raise `UsageError` unless logits and cache are the same up to rounding."""
+def check_step(
+    whole: nn.Module, step: nn.Module, program: Program, device: torch.device, past: int = 9, slots: int = 16,
+    is_exact: bool = False,
+) -> None:  # fmt: skip
+    """Run one token after `past` others through the program and through the step, with a row padded on the left and unused
+    slots full of large numbers, and raise `UsageError` unless logits and cache are the same: up to rounding, or to the bit."""
     types = cache_types(program)
-    batch, past, slots = 3, 9, 16
+    batch = 3
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(batch, past + 1, dtype=torch.int64)
     mask[0, :4] = 0
@@ -327,9 +352,12 @@ def check_step(whole: nn.Module, step: nn.Module, program: Program, device: torc
     pairs += [(name, a, b[:, :, : past + 1]) for name, a, b in zip(program.signature.outputs[1:], present, buffers)]
     for name, a, b in pairs:
         apart = ((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item()
-        if not apart <= TOLERANCE[a.dtype]:
+        most = 0 if is_exact else TOLERANCE[a.dtype]
+        if not apart <= most:
             raise UsageError(
                 f"over a static cache this model's {name} differ by {apart:.1e} of the largest",
-                why=f"up to {TOLERANCE[a.dtype]:.0e} would be rounding in {a.dtype}".replace("torch.", ""),
+                why="the same bits are wanted" if is_exact else f"up to {most:.0e} would be rounding in {a.dtype}".replace(
+                    "torch.", ""
+                ),
                 hint="use it without static_cache",
             )

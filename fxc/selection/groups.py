@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import networkx as nx
 from torch import fx
 
 from fxc.ir.names import layer_at, layer_name, layer_read_by
@@ -64,6 +63,8 @@ def canonical(program: Program) -> Program:
 
 def groups_of(program: Program, skip: Sequence[str] = ()) -> list[Group]:
     """The groups of a canonical program, in the order in which they run."""
+    import networkx as nx  # here, so that loading a compiled model does not pay for it
+
     context = Context(skip=tuple(skip))
     joined = nx.utils.UnionFind()
     found: list[tuple[str, str, bool, object]] = []

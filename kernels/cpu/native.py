@@ -227,7 +227,7 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
     """The library, built unless it is in the cache folder. What is kept nowhere is gone afterwards."""
     source = _HERE / f"{kernel}.cpp"
     flags = [*FLAGS, *(f"-m{each}" for each in LEVELS[level][0].split())]
-    code = _hash(*(path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))), " ".join(flags).encode())
+    code = digest(*(path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))), " ".join(flags).encode())
     try:
         command = compiler()
     except NotBuilt:
@@ -238,7 +238,7 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
         yield whole
         return
     version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
-    name = f"{kernel}-{level}-{code}-{_hash(' '.join(command).encode(), version)}.so"
+    name = f"{kernel}-{level}-{code}-{digest(' '.join(command).encode(), version)}.so"
     if folder() is not None and _is_whole(folder() / name):
         yield folder() / name
         return
@@ -249,7 +249,7 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
         yield place / name
 
 
-def _hash(*parts: bytes) -> str:
+def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -62,3 +64,8 @@ def test_a_pass_that_was_added_and_cannot_run_says_how_to_leave_it_out():
 def test_a_fact_that_nobody_gives():
     with pytest.raises(UsageError, match="needs dead, which no pass gives"):
         order([make("Lonely", needs={DEAD})], fxc.capture(Mlp(), (torch.randn(2, 40),)) and None)
+
+
+def test_loading_a_model_imports_no_graph_library():
+    code = "import sys, fxc; fxc.load; fxc.optimize; sys.exit('networkx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
