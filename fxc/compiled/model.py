@@ -177,8 +177,10 @@ class CompiledModel(nn.Module):
         """The program on flat tensors, without gradients. The results are ordinary tensors: a trainable module may read
         them, and they may be edited. module: what was made of the lowered program, to run in its place; outputs: the names of
         what it gives, if they are others."""
+        if module is None:
+            # What a kernel of this machine's makes is no graph that torch.export can write down; a program's operators are.
+            module = self.program.module() if torch.compiler.is_exporting() else self.lower()
         # The program says in which types it computes; autocast would change them.
-        module = module or self.lower()
         gone = ranks.others_there(ConnectionError)
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running(), gone:
             results = module(*[t.to(self._device) for t in tensors])
