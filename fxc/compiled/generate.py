@@ -132,6 +132,13 @@ class CompiledCausalLM(Generating):
         return self._decoder is not None
 
     @one_at_a_time
+    def _make_decoder(self) -> None:
+        """Set `_decoder`, which a pickle does not hold, if another thread has not done so meanwhile."""
+        if self._decoder is None:
+            with torch.no_grad(), _disable_current_modes():
+                self.use_static_cache(self._capacity)
+
+    @one_at_a_time
     def _make_exact_decoder(self) -> None:
         """Set `_decoder` or `why_growing`, if another thread has not done so meanwhile."""
         if self._decoder is not None or self.why_growing is not None:
@@ -141,6 +148,8 @@ class CompiledCausalLM(Generating):
                 self._decoder = static_decoder(self.lowered, self.device, self.backend, self._capacity, is_exact=True)
         except UsageError as error:
             self.why_growing = f"{error.what} ({error.why})" if error.why else error.what
+        except (IndexError, RuntimeError) as error:  # as of a table of positions that is shorter than what is tried
+            self.why_growing = first_line(error)
 
     @one_at_a_time
     def _prompt_module(self) -> nn.Module:
@@ -164,8 +173,8 @@ class CompiledCausalLM(Generating):
         over_buffers = self.static_cache
         if over_buffers is None:
             over_buffers = rows is not None and self._pays_over_buffers(rows)
-        elif over_buffers and self._decoder is None:
-            self.use_static_cache(self._capacity)
+        elif over_buffers:
+            self._make_decoder()
         return SlotCache(self._decoder) if over_buffers else DynamicCache()
 
     def _supports_logits_to_keep(self) -> bool:

@@ -155,6 +155,9 @@ class CompiledSeq2SeqLM(Generating):
         if cache is not None:
             check_is_dynamic(cache.self_attention_cache)
             if tensors := tensors_of(cache.self_attention_cache):
+                if tensors[0].shape[0] != batch:
+                    what = f"the cache is of {tensors[0].shape[0]} rows, and the tokens of {batch}"
+                    raise UsageError(what, where="past_key_values", hint="pass what new_cache() gives, or nothing")
                 return tensors
         return empty_cache(self.program, batch, self.device)
 

@@ -221,7 +221,7 @@ def _compile(module: fx.GraphModule, program: Program, path: Path, compiler: str
             torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
     except NotBuilt as error:
         raise UsageError(
-            "fxc's kernels were not built into the package", why=error, hint="FXC_CPU_LEVEL=none does without"
+            "fxc's kernels were not built into the package", why=error, hint="with FXC_CPU_LEVEL set to none it does without"
         ) from error
     except Exception as error:  # Inductor wraps whatever its lowerings and the C++ compiler raise
         raise UsageError(

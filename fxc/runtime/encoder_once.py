@@ -40,7 +40,8 @@ def halves(lowered: Program) -> Halves:
     given = dict(zip(whole.placeholders, (declared.name for declared in whole.signature.inputs), strict=True))
     of_encoder = [node for node, name in given.items() if is_of_encoder(name)]
     of_decoder = [node for node in given if node not in of_encoder]
-    batches = {str(node.meta["val"].shape[0]) for node in given}
+    sizes = [node.meta["val"].shape[0] for node in given if node.meta["val"].ndim]
+    batches = {str(size) for size in sizes if not isinstance(size, int)}
     made = _made(whole, of_encoder, _symbols(of_encoder) | batches, batches)
 
     places = _places([*of_decoder, *of_encoder], batches)

@@ -33,10 +33,10 @@ SLOTS_AT_ONCE = 64
 # Steps that no cache uses at the moment are kept for the next one, up to this many: recordings, and where nothing is recorded
 # buffers, which are made in no time and hold memory.
 IDLE_STEPS, IDLE_BUFFERS = 8, 1
+# (rows, tokens before, slots) of the check that a decoder is exact: within one vector of keys, and beyond two.
+EXACT_SIZES = ((3, 9, 16), (1, 33, 64))
 # How far the two paths may be apart in the check of a new decoder, relative to the largest logit: sums in another order and,
 # where activations are quantized, other roundings. What a mask lets through there is a hundred times too large.
-# (tokens before, slots) of the check that a decoder is exact: within one vector of keys, and beyond two.
-EXACT_SIZES = ((9, 16), (33, 64))
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 0.02, torch.float16: 0.05, torch.bfloat16: 0.15}
 
 # Operators that wait for numbers from the device.
@@ -150,12 +150,12 @@ class StaticDecoder:
             slots *= 2
         with self._lock:
             step = next((s for s in self.steps if s.size == (batch, slots) and s.is_free()), None)
+            idle = [s for s in self.steps if s.is_free() and s is not step]
+            most = IDLE_BUFFERS if self.record is run_directly else IDLE_STEPS
+            for old in idle[: max(0, len(idle) + 1 - most)]:
+                self.steps.remove(old)
+                old.replay = None  # which holds the step: without the cycle its memory is free at once
             if step is None:
-                idle = [s for s in self.steps if s.is_free()]
-                most = IDLE_BUFFERS if self.record is run_directly else IDLE_STEPS
-                for old in idle[: max(0, len(idle) + 1 - most)]:
-                    self.steps.remove(old)
-                    old.replay = None  # which holds the step: without the cycle its memory is free at once
                 step = self._allocate(batch, slots)
                 self.steps.append(step)
             step.owner = weakref.ref(owner)
@@ -317,8 +317,8 @@ def static_decoder(
         )
     step = runnable(program, device, "eager")
     whole = runnable(lowered, device, "eager")
-    for past, slots in EXACT_SIZES if is_exact else EXACT_SIZES[:1]:
-        check_step(whole, step, lowered, device, past, slots, is_exact)
+    for rows, past, slots in EXACT_SIZES if is_exact else EXACT_SIZES[:1]:
+        check_step(whole, step, lowered, device, past, slots, is_exact, rows)
     if record is None:
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
     if backend == "inductor":
@@ -328,18 +328,20 @@ def static_decoder(
 
 def check_step(
     whole: nn.Module, step: nn.Module, program: Program, device: torch.device, past: int = 9, slots: int = 16,
-    is_exact: bool = False,
+    is_exact: bool = False, rows: int = 3,
 ) -> None:  # fmt: skip
     """Run one token after `past` others through the program and through the step, with a row padded on the left and unused
-    slots full of large numbers, and raise `UsageError` unless logits and cache are the same: up to rounding, or to the bit."""
+    slots full of large numbers, of longer buffers where it is to be exact, and raise `UsageError` unless logits and cache are
+    the same: up to rounding, or to the bit."""
     types = cache_types(program)
-    batch = 3
     generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(batch, past + 1, dtype=torch.int64)
+    mask = torch.ones(rows, past + 1, dtype=torch.int64)
     mask[0, :4] = 0
     positions = (mask.cumsum(-1) - 1)[:, -1:]
-    ids = torch.arange(1, batch + 1)[:, None]
-    values = [torch.randn(batch, t.shape[1], slots, t.shape[3], generator=generator).to(t.dtype) for t in types]
+    ids = torch.arange(1, rows + 1)[:, None]
+    length = slots * 2 if is_exact else slots
+    values = [torch.randn(rows, t.shape[1], length, t.shape[3], generator=generator).to(t.dtype) for t in types]
+    values = [each[:, :, :slots] for each in values]
     for value in values:
         value[:, :, past:] *= 100
     on_device = [t.to(device) for t in (ids, mask, positions, *values)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxc import ranks
 from fxc.memory import available
 
 # What does not fit is computed again each time.
@@ -19,11 +20,12 @@ SHARE = 0.25
 
 class Kept:
     """Of samples by name, a tree of tensors whose first dimension is that of samples. bytes: how much is kept; most: how much
-    may be, by default 2 GB and no more than a quarter of the memory that is left."""
+    may be, by default 2 GB and no more than a quarter of the memory that is left, of all processes together."""
 
     def __init__(self, most: int | None = None) -> None:
         left = available()
-        self.most = most if most is not None else min(MOST_BYTES, int(SHARE * left) if left is not None else MOST_BYTES)
+        share = MOST_BYTES if left is None else min(MOST_BYTES, int(SHARE * left))
+        self.most = most if most is not None else share // ranks.count()
         self.bytes = 0
         self._values: dict[Hashable, object] = {}
 

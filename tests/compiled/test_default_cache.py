@@ -134,3 +134,14 @@ def test_a_pickle_keeps_the_choice(choice):
     assert again.static_cache is choice
     assert torch.equal(again.generate(**given(rows=2)), model.generate(**given(rows=2)))
     assert [step.size for step in again._decoder.steps] == [(2, 32), (2, 64)] if choice else again._decoder is None
+
+
+def test_a_short_table_of_positions_is_no_obstacle():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=40, n_positions=24, bos_token_id=0, eos_token_id=None)
+    model = fxc.optimize(GPT2LMHeadModel(config).eval(), passes="", allow_noop=True)
+    ids = torch.arange(1, 6)[None]
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=18, do_sample=False)
+    assert made.shape == (1, 23) and model.why_growing

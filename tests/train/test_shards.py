@@ -69,7 +69,7 @@ def test_weights_are_not_divided_where_there_is_one_process():
         fxc.optimize(model, (data[0],), passes="int8,recover:shard=true:steps=2", calib=data)
 
 
-@pytest.mark.parametrize("other", ["lora=4", "sparsity=0.5", "precision=float16"])
+@pytest.mark.parametrize("other", ["lora=4", "sparsity=0.5", "layer_drop=0.1", "precision=float16"])
 def test_what_needs_the_whole_weight_goes_without(other):
     with pytest.raises(UsageError, match="shard goes without"):
         parse_passes(f"recover:shard=true:{other}")

@@ -32,6 +32,7 @@ from fxc.passes.recover.by_loss import EVERYTHING, penalty, train_by_loss
 from fxc.passes.recover.lesson import Lesson
 from fxc.passes.teacher import teacher_of
 from fxc.schemes.parameters import parameters_by_constant
+from fxc.train.latent import dense_of
 from fxc.train.losses import Loss, default_loss
 from fxc.train.plan import Plan
 from fxc.train.precision import chosen
@@ -131,9 +132,9 @@ class Recover(Pass):
         for name in ("sparsity", "layer_drop", "dropout", "quantize_after"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not from 0 up to 1", where="recover")
-        if self.shard and (self.lora or self.sparsity or self.l1 or self.precision == "float16"):
+        if self.shard and (self.lora or self.sparsity or self.l1 or self.layer_drop or self.precision == "float16"):
             hint = "leave it out, or train all weights in float32 or bfloat16"
-            raise UsageError("shard goes without lora, sparsity, l1 and float16", where="recover", hint=hint)
+            raise UsageError("shard goes without lora, sparsity, l1, layer_drop and float16", where="recover", hint=hint)
         if self.checkpointing and self.batch_statistics:
             why = "a block that is run again would count its batch twice"
             raise UsageError("checkpointing goes without batch_statistics", where="recover", why=why, hint="leave one out")
@@ -161,7 +162,7 @@ class Recover(Pass):
         ranks.join()
         training, held_out = _split(context)
         if self.shard and ranks.count() == 1:
-            hint = "torchrun --nproc-per-node=2 -m fxc ..., or leave it out"
+            hint = "start it with torchrun, or leave it out"
             raise UsageError("shard=true divides weights among processes, and there is one", where="recover", hint=hint)
         original = teacher_of(context, program)
         self._check_precision(program)
@@ -241,7 +242,15 @@ class Recover(Pass):
 
     @torch.no_grad()
     def _check(self, student: Trainable, program: Program, sample: list[Tensor]) -> None:
-        """Raises VerificationFailed unless the program, packed again, gives what was trained."""
+        """Raises VerificationFailed unless the program, packed again, has the weights that were trained and gives the same."""
+        hint = "this is a fault of fxc; report it with the model's configuration"
+        for name, parts in student.groups.items():
+            if parts:
+                trained, stored = student.latents[name](), {part: program.constants[fqn] for part, fqn in parts.items()}
+                packed = dense_of(student.latents[name].scheme, stored)
+                if not torch.allclose(trained, packed.view_as(trained).float(), rtol=1e-2, atol=1e-6):
+                    what = f"the pass {self}: a weight that was trained is not what was packed of it"
+                    raise VerificationFailed(what, where=student.layers[name], hint=hint)
         for name, mine, packed in zip(program.signature.outputs, student(*sample), program.module()(*sample), strict=True):
             if not mine.is_floating_point() or not mine.numel():
                 continue
@@ -249,7 +258,7 @@ class Recover(Pass):
             if not gap <= max(SAME.get(mine.dtype, 1e-3), SAME_ROUNDED if student.rounds_activations else 0):
                 raise VerificationFailed(
                     f"the pass {self}: what was trained and what was packed of it differ by {gap:.2g}", where=name,
-                    hint="this is a fault of fxc; report it with the model's configuration",
+                    hint=hint,
                 )  # fmt: skip
 
 
