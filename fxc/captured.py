@@ -73,6 +73,7 @@ def capture_source(
     elif isinstance(getattr(model, "program", None), Program):
         captured = _capture_compiled(model, options)
     elif isinstance(model, nn.Module):
+        _check_holds_none(model)
         captured = _capture_module(model, example_inputs, options)
     elif kind_of(str(model)) == "artifact":
         captured = _capture_artifact(Path(model), options)
@@ -210,6 +211,14 @@ def _capture_compiled(model: Any, options: Options) -> Captured:
         folder=model.source, passes=report.get("passes", []), borrowed=True, is_compiled=True,
         has_own_tokenizer=False,
     )  # fmt: skip
+
+
+def _check_holds_none(model: nn.Module) -> None:
+    """Raises UsageError where a part of the model was compiled: it runs in kernels that this machine chose for it."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "program", None), Program):
+            hint = "put the original in its place, and compile the whole"
+            raise UsageError("a part of this model was compiled by fxc already", where=name, hint=hint)
 
 
 def _check_keeps(options: Options) -> None:

@@ -178,8 +178,8 @@ class CompiledModel(nn.Module):
         them, and they may be edited. module: what was made of the lowered program, to run in its place; outputs: the names of
         what it gives, if they are others."""
         if module is None:
-            # What a kernel of this machine's makes is no graph that torch.export can write down; a program's operators are.
-            module = self.program.module() if torch.compiler.is_exporting() else self.lower()
+            # A kernel of this machine is no graph that torch.export can write down; a program's operators are.
+            module = self.program.module() if _are_exported(tensors) else self.lower()
         # The program says in which types it computes; autocast would change them.
         gone = ranks.others_there(ConnectionError)
         with torch.no_grad(), torch.autocast(self._device.type, enabled=False), Running(), gone:
@@ -379,6 +379,15 @@ def check_is_not_traced() -> None:
     """Raise `UsageError` inside of torch.jit.trace."""
     if torch.jit.is_tracing():
         raise UsageError(_TRACED, hint=_TRACE_ORIGINAL)
+
+
+def _are_exported(tensors: list[Tensor]) -> bool:
+    """Whether torch.export gives these. That it runs is said of all threads, and its tensors are its own."""
+    if not torch.compiler.is_exporting():
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return any(isinstance(each, FakeTensor) for each in tensors)
 
 
 @one_at_a_time
