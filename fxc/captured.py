@@ -70,7 +70,7 @@ def capture_source(
         like = teacher.program.metadata.get("class")
         loaded = fresh(model, like, as_dtype(options.dtype), options.seed, options.trust_remote_code)
         captured = _captured(loaded, example_inputs, options)
-    elif isinstance(getattr(model, "program", None), Program):
+    elif _is_compiled(model):
         captured = _capture_compiled(model, options)
     elif isinstance(model, nn.Module):
         _check_holds_none(model)
@@ -213,10 +213,14 @@ def _capture_compiled(model: Any, options: Options) -> Captured:
     )  # fmt: skip
 
 
+def _is_compiled(model: Any) -> bool:
+    return isinstance(getattr(model, "program", None), Program)
+
+
 def _check_holds_none(model: nn.Module) -> None:
     """Raises UsageError where a part of the model was compiled: it runs in kernels that this machine chose for it."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "program", None), Program):
+        if _is_compiled(module):
             hint = "put the original in its place, and compile the whole"
             raise UsageError("a part of this model was compiled by fxc already", where=name, hint=hint)
 

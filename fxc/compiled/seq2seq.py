@@ -93,12 +93,11 @@ class CompiledSeq2SeqLM(Generating):
         given = {_MASK: attention_mask, _IDS: decoder_input_ids} | inputs
         given = {name: value for name, value in given.items() if value is not None}
         if encoder_outputs is None:
-            output = self._whole(args, given, past_key_values)
+            present, output = self._whole(args, given, past_key_values)
         elif args:
             raise UsageError("what the encoder reads is given besides encoder_outputs", hint="leave one of them out")
         else:
-            output = self._step(given, encoder_outputs, past_key_values)
-        present, output = output
+            present, output = self._step(given, encoder_outputs, past_key_values)
         if use_cache is not False:
             cache = self.new_cache() if past_key_values is None else past_key_values
             write(cache.self_attention_cache, present)
