@@ -36,14 +36,17 @@ class _Divergence(torch.autograd.Function):
             torch.linalg.vecdot(p, theirs.sub_(ours).masked_fill_(p == 0, 0.0), out=made[part])
             if grad is not None:
                 grad[part] = ours.exp_().sub_(p).div_(temperature)
-        ctx.save_for_backward(grad)
+        ctx.grad = grad
         return made.view(mine.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, given: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = ctx.saved_tensors
-        return (grad.view(*given.shape, -1) * given[..., None].to(grad.dtype)), None, None
+        # Its own, read once: the largest tensor of a step is not written anew.
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:
+            raise RuntimeError("the gradient of a divergence is computed once")
+        return grad.view(*given.shape, -1).mul_(given[..., None].to(grad.dtype)), None, None
 
 
 def _logs(logits: Tensor, temperature: float) -> Tensor:

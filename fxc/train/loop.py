@@ -15,8 +15,9 @@ from fxc.calibrate.journal import Journal
 from fxc.errors import VerificationFailed
 from fxc.progress import Pace, Track, in_words, untracked
 from fxc.train.fit import Fit, Point
+from fxc.train.muon import Muon
 from fxc.train.plan import Kind, Plan
-from fxc.train.precision import scaler
+from fxc.train.precision import has_bfloat16, scaler
 
 # Training ends after so many steps in a row without a finite gradient. A loss scale has halved to nothing by then.
 HOPELESS = 25
@@ -48,6 +49,7 @@ def train(
     state: Sequence[Tensor] = (),
     buffers: nn.Module | None = None,
     apart: Collection[str] = (),
+    matrices: Collection[str] = (),
     journal: Journal | None = None,
     track: Track = untracked,
     what: str = "training",
@@ -59,15 +61,17 @@ def train(
     settled: from which share on what is trained is of the kind that is wanted: a state before counts as none, but for the
     first; state: what else changes with the parameters, and is kept with them; buffers: a module whose buffers change, without
     being kept (masks); apart: parameters of which each process has a part (`fxc.train.shards`), whose gradient is the sum
-    of all already; journal: where each look is saved with all that the rest depends on, and from where it goes on: to the
-    same bits, where the length is in steps.
+    of all already; matrices: what Muon is for, if the plan has it (`fxc.train.muon`); journal: where each look is saved with
+    all that the rest depends on, and from where it goes on: to the same bits, where the length is in steps.
 
     A step whose gradient is not finite is not taken, and does not count; in float16 the loss scale halves. Under torchrun every
     process calls this with the same parameters, but for those that are apart. Raises VerificationFailed where gradients are
     not finite many times in a row, and no state counts yet.
     """
     ranks.join()
-    loop = _Loop(parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers, apart)
+    loop = _Loop(
+        parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers, apart, matrices
+    )
     loop.go_on(journal)
     loop.run(journal, track, what)
     return loop.finish()
@@ -77,23 +81,32 @@ class _Loop:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], pieces: Pieces, plan: Plan, kinds: Mapping[str, Kind],
         rates: Mapping[str, float], before_step: Callable[[float], None] | None, settled: float, first_counts: bool,
-        state: Sequence[Tensor], buffers: nn.Module | None, apart: Collection[str],
+        state: Sequence[Tensor], buffers: nn.Module | None, apart: Collection[str], matrices: Collection[str],
     ) -> None:  # fmt: skip
         self.pieces, self.plan, self.settled, self.first_counts = pieces, plan, settled, first_counts
         self.before_step = before_step or (lambda done: None)
         self.parameters, self.state, self.buffers = list(parameters.values()), list(state), buffers
         self.apart = [parameters[name] for name in sorted(apart)]
         self.whole = [each for name, each in parameters.items() if name not in apart]
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             kind = kinds.get(name, "weight" if parameter.ndim > 1 else "vector")
             decay = plan.weight_decay if kind == "weight" else 0.0
             factor = plan.factor(kind) * rates.get(name, 1.0)
-            groups.setdefault((factor, decay), []).append(parameter.requires_grad_())
-        self.optimizer = torch.optim.AdamW(
-            [{"params": some, "factor": factor, "weight_decay": decay} for (factor, decay), some in groups.items()],
-            lr=plan.rate, betas=(0.9, 0.95), fused=True,
-        )  # fmt: skip
+            turns = bool(plan.muon) and name in matrices and name not in apart
+            key = (turns, factor * plan.muon if turns else factor, decay)
+            groups.setdefault(key, []).append(parameter.requires_grad_())
+        self.optimizers: list[torch.optim.Optimizer] = []
+        for turns in (False, True):
+            own = [
+                {"params": some, "factor": factor, "weight_decay": decay}
+                for (by_muon, factor, decay), some in groups.items()
+                if by_muon is turns
+            ]
+            if own and turns:
+                self.optimizers.append(Muon(own, plan.rate, dtype=torch.bfloat16 if has_bfloat16() else torch.float32))
+            elif own:
+                self.optimizers.append(torch.optim.AdamW(own, plan.rate, betas=(0.9, 0.95), fused=True))
         self.scaler = scaler(plan.precision)
         # So many looks there are; in few steps fewer.
         self.looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)
@@ -115,7 +128,8 @@ class _Loop:
         for name in COUNTERS:
             setattr(self, name, saved[name])
         _copy(self._every, saved["now"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, own in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
         self.scaler.load_state_dict(saved["scaler"])
         for name, tensor in saved["buffers"].items():
             owner, _, own = name.rpartition(".")
@@ -161,10 +175,11 @@ class _Loop:
         return math.ceil((self.looked + 1) * self.plan.steps / self.looks) - self.fit.steps
 
     def _step(self, done: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.plan.rate * group["factor"] * self.plan.rate_at(done)
         self.before_step(done)
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         total = 0.0
         with torch.enable_grad():
             for part in self.pieces.lost(self.batches):
@@ -173,11 +188,13 @@ class _Loop:
         ranks.add_gradients(self.whole)
         self.seen += self.pieces.counted(self.batches) if self.pieces.counted else 0
         self.batches += 1
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = self._norm()
         nn.utils.clip_grads_with_norm_(self.parameters, self.plan.max_norm, norm)
         if bool(norm.isfinite()):
-            self.scaler.step(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
             self.losses.append(ranks.added(total))
             self.fit.steps += 1
             self.in_row = 0
@@ -225,7 +242,7 @@ class _Loop:
         return {
             **{name: getattr(self, name) for name in COUNTERS}, "fit": asdict(self.fit), "buffers": buffers,
             "now": [each.detach() for each in self._every],
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "optimizers": [each.state_dict() for each in self.optimizers], "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
     def _told(self) -> Iterator[str]:

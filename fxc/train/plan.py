@@ -21,7 +21,8 @@ class Plan:
 
     steps: optimizer steps; minutes: if given, so long instead, and the schedule follows the time; batch: samples a step;
     accumulate: in so many parts their gradients are computed, one after another, and added up, which takes less memory;
-    rate: the largest learning rate of AdamW; vector_rate, scale_rate: of biases and gains, and of scales, as factors of it;
+    rate: the largest learning rate of AdamW; muon: that of matrices for which a loop is given Muon, as a factor of it, 0: AdamW
+    for these too; vector_rate, scale_rate: of biases and gains, and of scales, as factors of it;
     weight_decay: of weights, not of vectors and scales; schedule: cosine, linear or constant, after `warmup` (a share of all
     steps), down to a hundredth; max_norm: the largest norm of the gradient; precision: what products run in, by autocast, while
     master weights are float32; looks: so many times the held-out samples are looked at; patience: training ends after so many
@@ -43,13 +44,14 @@ class Plan:
     accumulate: int = 1
     vector_rate: float = 1.0
     scale_rate: float = 1.0
+    muon: float = 0.0
     patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "looks", "accumulate"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} is not at least 1", where=name)
-        for name in ("minutes", "patience", "weight_decay", "vector_rate", "scale_rate"):
+        for name in ("minutes", "patience", "weight_decay", "vector_rate", "scale_rate", "muon"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)} is not 0 or more", where=name)
         for name in ("rate", "max_norm"):

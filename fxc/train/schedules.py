@@ -30,7 +30,7 @@ class Sparser:
 
     def __init__(self, student: Trainable, sparsity: float, ramp: float = RAMP) -> None:
         self.sparsity, self.ramp = sparsity, ramp
-        self.latents = weights(student)
+        self.latents = list(weights(student).values())
         if not self.latents:
             what = "there is no float weight of a linear layer or convolution in it to prune"
             raise UsageError(what, where="recover:sparsity", hint="prune before quantizing: recover:sparsity=0.8,int8")
@@ -48,15 +48,15 @@ class Sparser:
                 latent.keep = keep_share(latent().abs(), share, by_row=False)
 
 
-def weights(student: Trainable) -> list[Float]:
-    """The latents of float weights that linear layers and convolutions read, and nothing else does."""
+def weights(student: Trainable) -> dict[str, Float]:
+    """The latents of float weights that linear layers and convolutions read, and nothing else does, by name."""
     program = student.program
-    return [
-        latent
+    return {
+        name: latent
         for name, latent in student.latents.items()
         if isinstance(latent, Float) and latent.weight.ndim > 1
         if all(user.target in PRODUCTS for user in users_of(program, name))
-    ]
+    }
 
 
 def norm_scales(student: Trainable) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxc import ranks
 from fxc.ir.cache import is_causal_lm
 from fxc.ir.program import Program
+from fxc.train.attention import faster
 from fxc.train.batches import Batches, stacked
 from fxc.train.features import Projection, is_alike, pairs, projection
 from fxc.train.kept import Kept
@@ -45,7 +46,7 @@ class Taught:
     ) -> None:
         self.student, self.loss, self.precision = student, loss, precision
         needed = teacher if loss.needs_teacher else None
-        self.teacher = needed.module() if needed is not None else None
+        self.teacher = faster(needed.module()) if needed is not None else None
         self.as_teacher, self.as_student = as_teacher, as_student
         self.seed, self.penalty = seed, penalty
         self.run: Callable[..., tuple[Tensor, ...]] = student

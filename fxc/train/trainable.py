@@ -19,6 +19,7 @@ from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
 from fxc.ir.thinned import thinned
 from fxc.schemes.scheme import product_of, scheme_of
+from fxc.train.attention import faster
 from fxc.train.batch_norm import BatchNorm
 from fxc.train.checkpoint import in_pieces
 from fxc.train.latent import Cast, Float, Latent, Rounded, packed, through
@@ -208,7 +209,7 @@ class Trainable(nn.Module):
         read = {node.target for node in self.program.graph.find_nodes(op="get_attr")}
         root |= {fixed[name]: self.program.constants[name].detach() for name in read}
         root |= {targets[name]: self.latents[name] for name in weights}
-        return fx.GraphModule(root | self._roundings, graph, class_name="Trainable")
+        return faster(fx.GraphModule(root | self._roundings, graph, class_name="Trainable"))
 
     def _latents_of(self, node: fx.Node) -> list[str]:
         """The latents whose weights a node of the program reads."""

@@ -38,7 +38,7 @@ SCRIPT = textwrap.dedent("""
     if ranks.is_first():
         torch.save({"constants": made.program.constants, "held": held[0], "steps": len(held)}, out)
 """)
-STEPS = "method=all:steps=5:batch=3:precision=float32"
+STEPS = "method=all:optimizer=adamw:steps=5:batch=3:precision=float32"
 PLAIN = f"prune:heads=0.5:ffn=0.5,recover:{STEPS}:rate=0.01"
 
 

@@ -12,6 +12,7 @@ from fxc.passes.recover.lesson import Lesson, said
 from fxc.train.batches import Batches
 from fxc.train.loop import train
 from fxc.train.lora import adapt, merge
+from fxc.train.muon import matrices
 from fxc.train.needs import needs_of
 from fxc.train.schedules import RAMP, Sparser, l1, norm_scales
 from fxc.train.shards import gather, parts_of, shard
@@ -63,7 +64,7 @@ def train_by_loss(lesson: Lesson, spent: float) -> None:
     with torch.random.fork_rng(devices=()):
         fit = train(
             parameters, pieces, plan, kinds=student.kinds, before_step=before_step, state=student.state, buffers=student,
-            apart=parts_of(student, sharded), first_counts=not (prepares or sparser),
+            apart=parts_of(student, sharded), matrices=matrices(student), first_counts=not (prepares or sparser),
             settled=1.0 if prepares else max(RAMP if sparser else 0.0, options.quantize_after),
             journal=journal, track=context.track, what="recovering",
         )  # fmt: skip

@@ -40,6 +40,8 @@ from fxc.train.taught import Taught
 from fxc.train.trainable import Trainable
 
 HELD_OUT = 8
+# The rate of matrices that Muon turns, in rates of AdamW.
+MUON = 4.0
 # The packed program gives what the trained one gave, to so much of it: what differs is the order of sums, in the program's
 # dtype. Where activations are rounded, one that lies between two levels may fall to the other.
 SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -60,7 +62,9 @@ class Recover(Pass):
     gives; pooled: the mean of that over tokens. By default outputs, or kl where it gives logits, and where much of it was
     removed 5*features besides, with which it is back in fewer steps.
     steps: optimizer steps of AdamW; minutes: if given, so long instead, of which blocks take half at most. batch: samples in a
-    step. rate: the learning rate, which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the
+    step. optimizer: muon: float matrices go by Muon (`fxc.train.muon`), at four times the rate, and everything else by
+    AdamW; adamw: everything; auto: muon where matrices are trained whole: without lora and shard.
+    rate: the learning rate of AdamW, which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the
     largest norm of a gradient.
     method: blocks: attention and feed-forward parts one after another, until each gives what the model's gave: the layer that
     it ends with is solved for by least squares, and then all of it is trained, `block_steps` steps at `block_rate`, a share of
@@ -94,6 +98,7 @@ class Recover(Pass):
     minutes: float = 0.0
     batch: int = 8
     rate: float = 5e-4
+    optimizer: Literal["auto", "muon", "adamw"] = "auto"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     max_norm: float = 1.0
@@ -138,6 +143,9 @@ class Recover(Pass):
         if self.checkpointing and self.batch_statistics:
             why = "a block that is run again would count its batch twice"
             raise UsageError("checkpointing goes without batch_statistics", where="recover", why=why, hint="leave one out")
+        if self.optimizer == "muon" and self._parts_of_matrices:
+            hint = "leave optimizer=muon out, or shard and lora"
+            raise UsageError("Muon turns whole matrices, and goes without shard and lora", where="recover", hint=hint)
         if self.l1 < 0:
             raise UsageError(f"l1={self.l1} is below 0", where="recover")
         if self.loss:
@@ -199,6 +207,10 @@ class Recover(Pass):
         return lesson.result
 
     @property
+    def _parts_of_matrices(self) -> bool:
+        return self.shard or self.lora > 0
+
+    @property
     def _schedules(self) -> bool:
         """Whether it makes something else of the model than it was."""
         return bool(self.sparsity or self.l1 or self.layer_drop or self.dropout or self.batch_statistics or self.quantize_after)
@@ -224,7 +236,7 @@ class Recover(Pass):
         return Plan(
             self.steps, self.minutes, self.batch, self.rate, schedule=self.schedule, warmup=self.warmup, max_norm=self.max_norm,
             precision=chosen(self.precision), accumulate=self.accumulate, patience=self.patience, scale_rate=self.scale_rate,
-            seed=seed,
+            muon=0.0 if self.optimizer == "adamw" or self._parts_of_matrices else MUON, seed=seed,
         )  # fmt: skip
 
     def _key(
