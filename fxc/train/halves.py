@@ -41,14 +41,18 @@ TRAINING = 7
 @dataclass
 class Halves:
     """What became of the segments. fits: of those that were trained, by their first layer; unlike: where student and teacher
-    cannot be compared, in words; late: those whose turn came after the time was over."""
+    cannot be compared, in words; late: those whose turn came after the time was over; solved: after that of their training, so
+    that nothing but their last layer was solved for."""
 
     fits: dict[str, Fit] = field(default_factory=dict)
     unlike: list[str] = field(default_factory=list)
     late: int = 0
+    solved: int = 0
 
     def __str__(self) -> str:
         late = [f"the last {self.late} were not begun, their time was over"] if self.late else []
+        if self.solved:
+            late.insert(0, f"the last layer of {self.solved} was solved for and no more, the time of their training was over")
         if not self.fits:
             return "; ".join([*late, *self.unlike]) or "there is nothing that blocks have lost"
         shares = [(sum(each) / len(self.fits)) ** 0.5 for each in zip(*((fit.before, fit.after) for fit in self.fits.values()))]
@@ -70,14 +74,15 @@ def recover_halves(
     rate: float = 0.02,
     seed: int = 0,
     seconds: float = 0.0,
+    training_seconds: float = 0.0,
     within: Callable[[], AbstractContextManager] = nullcontext,
     track: Track = untracked,
 ) -> Halves:
     """Train what `student` lets be trained, in place, segment by segment; teacher: a canonical program.
 
     steps: for each segment, 0: nothing but its last layer is changed; rate: the largest step of a number, as a share of the
-    mean size of those of its weight; seconds: if given, no segment is begun after so many. Raises ResourceError, before it
-    begins, where there is not enough memory.
+    mean size of those of its weight; seconds: if given, no segment is begun after so many; training_seconds: if given, after
+    so many no steps are made. Raises ResourceError, before it begins, where there is not enough memory.
     """
     plain = Plain(student)
     every = [*samples, *held_out]
@@ -89,9 +94,11 @@ def recover_halves(
     _needs(plain.program, found, mine, theirs, batch).check("recover:method=blocks")
     began = time.monotonic()
     for number, (segment, after) in enumerate(pairwise(found), 1):
-        if seconds and ranks.agreed(time.monotonic() - began) > seconds:
+        spent = ranks.agreed(time.monotonic() - began)
+        if seconds and spent > seconds:
             made.late = len(found) - number
             break
+        is_late = bool(training_seconds) and spent > training_seconds
         passage = _passage(plain.program, segment, mine, theirs)
         own = [name for name in plain.gives if name in passage.own]
         ends = ends_of(segment.gives[0], segment.aims[0], set(segment.mine), own)
@@ -102,11 +109,12 @@ def recover_halves(
             what = f"recovering {segment.layers[0]} ({number} of {len(found) - 1})"
             fit = reconstruct(
                 passage, {name: plain.gives[name] for name in own if parameters[name]}, _optimizer(student, own, rate),
-                first=_solver(ends, plain, mine, aims), schedule=cosine, steps=steps, batch=batch, seed=seed,
+                first=_solver(ends, plain, mine, aims), schedule=cosine, steps=0 if is_late else steps, batch=batch, seed=seed,
                 held_out=range(len(samples), len(every)), within=within, least=NOTHING, track=track, what=what,
             )  # fmt: skip
             if fit.before > NOTHING:
                 made.fits[segment.layers[0]] = fit
+                made.solved += is_late
                 plain.update(own)
         mine.flow(after.mine[0], theirs)
     return made

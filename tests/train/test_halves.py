@@ -145,6 +145,18 @@ def test_what_there_is_no_time_for_is_said():
     assert not made.fits and made.late == 3 and "the last 3 were not begun" in str(made)
 
 
+def test_what_there_is_no_time_to_train_is_solved_for():
+    made, without = (
+        (student := Trainable(program_of(damaged(Blocks()))),
+         recover_halves(student, program_of(Blocks()), inputs(), inputs(3), **options))
+        for options in ({"steps": 50, "training_seconds": 1e-9}, {"steps": 0})
+    )  # fmt: skip
+    assert made[1].solved == len(made[1].fits) == 2 and "the last layer of 2 was solved for" in str(made[1])
+    assert without[1].solved == 0 and any(fit.after < fit.before for fit in made[1].fits.values())
+    for one, other in zip(made[0].parameters(), without[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_frozen_parts_stay():
     program = program_of(damaged(Blocks()))
     student = Trainable(program)

@@ -13,13 +13,14 @@ from fxc.train.precision import autocast, chosen
 
 # Blocks are trained on so many samples at most, and judged by an eighth of that, whose hidden states are kept.
 SAMPLES, JUDGED = 256, 32
-# Of the minutes that are given, where the loss trains too, which needs the rest.
-SHARE = 0.5
+# Of the minutes that are given, where the loss trains too, which needs the rest; and where it trains the same weights again,
+# which in little time come further by it than by steps of half-blocks before, once last layers are solved for.
+SHARE, SHARE_OF_STEPS = 0.5, 0.1
 
 
-def train_by_blocks(lesson: Lesson) -> float:
+def train_by_blocks(lesson: Lesson, again: bool) -> float:
     """Train half-blocks, and say so in the lesson's result; nothing is changed where the loss on held-out samples is no lower.
-    How many seconds it took."""
+    again: whether the loss trains the same weights after. How many seconds it took."""
     options, student, held_out, context = lesson.options, lesson.student, lesson.held_out, lesson.context
     journal = lesson.journal("half-blocks")
     # The first of several processes has the journal, and the others have to do what it does.
@@ -33,12 +34,13 @@ def train_by_blocks(lesson: Lesson) -> float:
     teacher = lesson.original.program.copy()
     Canonicalize().run(teacher, Context())
     # Shares of energy are too small for float16 without scaling.
-    share = 1 if options.method == "blocks" else SHARE
+    limit, share = 60 * options.minutes, 1 if options.method == "blocks" else SHARE
     precision = "float32" if options.precision == "float16" else chosen(options.precision)
     halves = recover_halves(
         student, teacher, lesson.training[:: -(-len(lesson.training) // SAMPLES)], held_out[:JUDGED],
         as_teacher=lesson.original.inputs, steps=options.block_steps, rate=options.block_rate, seed=context.seed,
-        seconds=60 * options.minutes * share, within=lambda: autocast(precision), track=context.track,
+        seconds=limit * share, training_seconds=limit * SHARE_OF_STEPS if again else 0.0, within=lambda: autocast(precision),
+        track=context.track,
     )  # fmt: skip
     if ranks.count() > 1:  # on another kind of machine they come out a little different
         put(student, [ranks.agreed_tensor(each.detach()) for each in student.parameters()])

@@ -61,7 +61,8 @@ class Recover(Pass):
     again; task: the next token, or labels; features, features_cosine: what blocks end with; outputs, cosine: what the model
     gives; pooled: the mean of that over tokens. By default outputs, or kl where it gives logits, and where much of it was
     removed 5*features besides, with which it is back in fewer steps.
-    steps: optimizer steps of AdamW; minutes: if given, so long instead, of which blocks take half at most. batch: samples in a
+    steps: optimizer steps; minutes: if given, so long instead, of which blocks take half at most, and a tenth
+    for their steps where the loss trains all weights after. batch: samples in a
     step. optimizer: muon: float matrices go by Muon (`fxc.train.muon`), at four times the rate, and everything else by
     AdamW; adamw: everything; auto: muon where matrices are trained whole: without lora and shard.
     rate: the learning rate of AdamW, which rises over `warmup`, a share of the steps, and falls by `schedule`. max_norm: the
@@ -197,7 +198,7 @@ class Recover(Pass):
         lesson = Lesson(self, original, student, taught, training, held_out, context, key)
         if self.method == "blocks" or (self.method == "auto" and not self._schedules and not original.is_other):
             student.train_only(EVERYTHING)
-            spent = train_by_blocks(lesson)
+            spent = train_by_blocks(lesson, again=self.method != "blocks" and kinds is EVERYTHING)
             student.train_only(kinds)
         if self.method != "blocks":
             train_by_loss(lesson, spent)
