@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from fxc.kernel_bench.files import write_texts
@@ -22,6 +23,19 @@ def write(path: Path, report: dict, **texts: str) -> None:
     named |= {path.with_suffix(f".{suffix}").name: text for suffix, text in texts.items()}
     write_texts(path.parent, named)
     note(f"wrote {path}" + "".join(f" and {name}" for name in [*named][1:]))
+
+
+def earlier(path: Path, report: dict, parts: Iterable[str]) -> dict:
+    """The report at `path`, {} where there is none. Raises RuntimeError where one of these parts is not what it is in `report`,
+    as on another machine or with other versions: its rows and new ones would stand side by side as if they could be
+    compared."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for part in parts:
+        if found[part] != report[part]:
+            raise RuntimeError(f"rows cannot be added to {path}: its {part} are {found[part]}, here {report[part]}")
+    return found
 
 
 def quiet() -> None:

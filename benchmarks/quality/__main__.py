@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import table
 from benchmarks.algorithms import CALIBRATION, EVALUATED, WINDOW, tokens
-from benchmarks.output import RESULTS, note, quiet, write
+from benchmarks.output import RESULTS, earlier, note, quiet, write
 from benchmarks.quality.contenders import CONTENDERS, Contender
 from benchmarks.quality.environment import peers_python
 from benchmarks.quality.report import markdown
@@ -98,18 +98,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def earlier(path: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The formats of the report at `path`, {} where there is none. Raises RuntimeError where it was made on another machine,
-    with other versions or by another protocol than `report`."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    for part in ("hardware", "versions", "protocol"):
-        if found[part] != report[part]:
-            raise RuntimeError(f"rows cannot be added to {path}: its {part} are {found[part]}, here {report[part]}")
-    return found["formats"]
-
-
 def in_order(formats: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Formats and their rows as `CONTENDERS` has them; rows of others are dropped."""
     found: dict[str, dict[str, Any]] = {}
@@ -136,7 +124,7 @@ def main() -> int:
     folder = options.out or (RESULTS if whole or options.add else None)
     path = folder / f"quality-{slug(report['hardware']['cpu'])}.json" if folder else None
     if path and options.add:
-        report["formats"] = earlier(path, report)
+        report["formats"] = earlier(path, report, ("hardware", "versions", "protocol")).get("formats", {})
     with tempfile.TemporaryDirectory(prefix="fxc-benchmark-") as name:
         scratch = Path(name)
         drawn, text = tokens(calibration)

@@ -11,7 +11,6 @@ printed, unless --add puts its rows into those files, in the place of rows of th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks import table
-from benchmarks.output import RESULTS, quiet, write
+from benchmarks.output import RESULTS, earlier, quiet, write
 from benchmarks.recovery import language, pictures, sentences
 from benchmarks.recovery.row import Row
 from fxc.kernel_bench.files import slug, versions_text
@@ -45,16 +44,17 @@ def markdown(report: dict) -> str:
     lines = [
         f"# Trained after compression, {machine['cpu']}",
         "",
-        f"{machine['cores']} cores, threads: {report['threads']}, load before: {report['load_before']}, "
-        f"{report['precision']}; perplexity over {language.WINDOWS} held-out windows. Seconds are of compressing and training "
-        f"together. {versions_text(report['versions'])}.",
+        f"{machine['cores']} cores, threads: {report['threads']}, {report['precision']}; perplexity over {language.WINDOWS} "
+        "held-out windows. Seconds are of compressing and training together; load: of the machine before. "
+        f"{versions_text(report['versions'])}.",
         "",
-        "| work | the model | compressed | trained | seconds | bar | how |",
-        "|---|---|---|---|---|---|---|",
+        "| work | the model | compressed | trained | seconds | load | bar | how |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         cells = [_measured(row["before"], row[name]) for name in ("without", "after")]
-        cells = [row["work"], f"{row['before']:.4g}", *cells, f"{row['seconds']:.0f}", row["bar"], f"`{row['how']}`"]
+        cells = [row["work"], f"{row['before']:.4g}", *cells, f"{row['seconds']:.0f}"]
+        cells += [str(row.get("load_before", "not noted")), row["bar"], f"`{row['how']}`"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -76,16 +76,16 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     quiet()
     load = round(os.getloadavg()[0], 2)
-    made = [asdict(row) for row in measure(set(given.only), given.share, given.precision)]
     report = {
-        "hardware": table.hardware(), "versions": table.versions(), "threads": given.threads, "load_before": load,
-        "precision": given.precision, "rows": made,
+        "hardware": table.hardware(), "versions": table.versions(), "threads": given.threads, "precision": given.precision,
+        "rows": [],
     }  # fmt: skip
     path = RESULTS / f"recovery-{slug(report['hardware']['cpu'])}.json"
     is_whole = not given.only and given.share == 1
-    if given.add and path.exists():
-        fresh = {row["work"] for row in made}
-        report["rows"] = [row for row in json.loads(path.read_text())["rows"] if row["work"] not in fresh] + made
+    before = earlier(path, report, ("hardware", "versions", "threads", "precision")) if given.add else {}
+    made = [asdict(row) | {"load_before": load} for row in measure(set(given.only), given.share, given.precision)]
+    fresh = {row["work"] for row in made}
+    report["rows"] = [row for row in before.get("rows", []) if row["work"] not in fresh] + made
     if is_whole or given.add:
         write(path, report, md=markdown(report))
     print(markdown(report))

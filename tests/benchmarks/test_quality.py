@@ -10,6 +10,7 @@ from repo import REPO
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.output import earlier
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality.contenders import CONTENDERS, FXC, Contender
 from benchmarks.quality.environment import _torch
@@ -75,14 +76,15 @@ def test_a_failure_is_a_row_that_can_be_read(tmp_path, pylm_dir):
 def test_rows_are_added_in_order_to_a_run_under_the_same_conditions(tmp_path):
     report = {"hardware": {"cpu": "a"}, "versions": {}, "protocol": {"threads": 1}, "formats": {}}
     path = tmp_path / "quality-a.json"
-    assert quality.earlier(path, report) == {}
+    parts = ("hardware", "versions", "protocol")
+    assert earlier(path, report, parts) == {}
     first, second, *_ = [each for each in CONTENDERS if each.format == "2:4 sparse"]
     rows = {"2:4 sparse": {second.name: {"load": 2}, first.name: {"load": 1}, "gone": {}}, "no format": {}}
     path.write_text(json.dumps({**report, "formats": rows}), encoding="utf-8")
-    ordered = quality.in_order(quality.earlier(path, report))
+    ordered = quality.in_order(earlier(path, report, parts)["formats"])
     assert [(name, list(entries)) for name, entries in ordered.items()] == [("2:4 sparse", [first.name, second.name])]
     with pytest.raises(RuntimeError, match="its protocol are"):
-        quality.earlier(path, {**report, "protocol": {"threads": 2}})
+        earlier(path, {**report, "protocol": {"threads": 2}}, parts)
 
 
 def test_the_peers_get_the_torch_of_the_project():
