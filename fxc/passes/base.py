@@ -145,6 +145,7 @@ class Context:
     seed: int = 0
     later: tuple[Pass, ...] = ()
     on_layer: Judge | None = None
+    is_short: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     skipped: dict[str, list[str]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxc.errors import VerificationFailed
 from fxc.ir.names import layer_at, parts_of
 from fxc.ir.program import Program
+from fxc.mapped import LARGE, passed
 from fxc.passes.base import Pass
 from fxc.schemes.scheme import AT_ONCE, LINEAR, product_of, scheme_of
 
@@ -84,6 +85,9 @@ def _outputs(program: Program, node: fx.Node, rows: Tensor) -> Iterator[Tensor]:
         with torch.no_grad():
             outputs = node.target(*args, **kwargs)
         yield outputs  # outside: who takes turns with another one would leave gradients off
+        for tensor in constants.values():
+            if tensor.nbytes > LARGE:
+                passed(tensor[start : start + some])
 
 
 def _weights(program: Program, weight: Tensor, made: fx.Node) -> Iterator[tuple[Tensor, Tensor]]:
