@@ -15,7 +15,7 @@ from repo import REPO
 ALLOWED = {
     "fxc_kernels": "",
     "fxc.errors": "",
-    "fxc.safety": "errors",
+    "fxc.safety": "errors mapped",
     "fxc.neutral": "",
     "fxc.progress": "",
     "fxc.units": "",
