@@ -125,8 +125,8 @@ class Context:
     before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
     passes have packed, as they were just before, by name; seed: of all that passes draw at random; on_layer: of a program
     that is larger than memory, what judges a layer as soon as it is packed: it is given the program, the layer as it was, its
-    float weight, and what stands in its place; rewrites: numbers what passes change, and says which of it is too much; is_short:
-    whether memory is, so that gates take little.
+    float weight, and what stands in its place; rewrites: numbers what passes change, and says which of it is too much;
+    is_short: whether memory is, so that gates take little.
     """
 
     skip: tuple[str, ...] = ()

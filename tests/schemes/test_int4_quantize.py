@@ -26,7 +26,8 @@ def defined(monkeypatch, *arguments):
 
 
 def weight(columns=256):
-    """Rows of every kind: zeros, of one sign, equal, tiny, huge, with the largest number twice and of both signs, and halfway between levels."""
+    """Rows of every kind: zeros, of one sign, equal, tiny, huge, with the largest number twice and of both signs, halfway
+    between levels."""
     torch.manual_seed(0)
     made = torch.randn(40, columns) * torch.randn(40, 1).exp()
     made[3], made[4], made[5] = 0, made[4].abs(), -made[5].abs()
