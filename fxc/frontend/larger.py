@@ -41,8 +41,7 @@ def capture_larger(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, c
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the collector of circles, which goes again and again through all that a trace of many layers holds: a sixth of its
-    time."""
+    """Without the collector of circles, which goes again and again through all that a trace of many layers holds."""
     is_on = gc.isenabled()
     gc.disable()
     try:
@@ -72,8 +71,10 @@ def shortened(model: nn.Module) -> Iterator[None]:
     try:
         for name in counts:
             setattr(config, name, min([counts[name], *(len(module) for module in whole)]))
+        first: dict[int, nn.Parameter] = {}  # of weights that are tied, one
         for table, (words, _, parameters) in tables.items():
-            table._parameters.update({name: nn.Parameter(each[:WORDS], False) for name, each in parameters.items()})
+            for name, each in parameters.items():
+                table._parameters[name] = first.setdefault(id(each), nn.Parameter(each[:WORDS], False))
             setattr(table, words, WORDS)
         if tables:
             config.get_text_config().vocab_size = WORDS
