@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import mmap
 import re
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,21 +15,40 @@ from torch import Tensor
 
 _HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 _DONT_NEED = 4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 Ranges = list[tuple[int, int]]
 # So much may be in memory beside what is made of it.
 READ_BYTES = 1 << 27
+# What is larger is let go piece by piece while it is read.
+LARGE = 2 * READ_BYTES
+# Of what is freed so much is kept.
+KEPT_BYTES = 1 << 29
 # To ask the system what is mapped takes up to a tenth of a second, for which less than this is not worth it.
 LEAST_BYTES = 1 << 24
 
 
 class Reading:
     """Tensors that are read one after another, and let go whenever they are READ_BYTES together. Used in a `with`, whose end
-    lets go of the last ones. clean: what `unwritten` says, where it stays as it is."""
+    lets go of the last ones. among: those that may be mapped, if nobody writes to them as long as this is there."""
 
-    def __init__(self, clean: Ranges | None = None) -> None:
+    def __init__(self, among: Iterable[Tensor] | None = None) -> None:
         self._read: list[Tensor] = []
         self._bytes = 0
-        self.clean = clean
+        # Held, so that nothing else comes to be at their addresses.
+        self._mapped: list[Tensor] = []
+        self.clean: Ranges | None = None
+        if among is not None:
+            among, self.clean = list(among), []
+            found = unwritten() if sum(each.nbytes for each in among) >= LEAST_BYTES else []
+            for each in among:
+                if _is_within(each, found):
+                    self.knows(each)
+            _OPEN.add(self)
+
+    def knows(self, tensor: Tensor) -> None:
+        """`tensor` is mapped from a file, and nobody writes to it."""
+        self._mapped.append(tensor)
+        self.clean.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
 
     def __enter__(self) -> Reading:
         return self
@@ -58,6 +78,14 @@ class Reading:
         self._bytes = 0
 
 
+_OPEN: weakref.WeakSet[Reading] = weakref.WeakSet()
+
+
+def passed(piece: Tensor) -> None:
+    """`piece` of a large tensor was read, and may go where a `Reading` knows that it is mapped."""
+    any(let_go([piece], each.clean) for each in list(_OPEN))
+
+
 def let_go(tensors: Iterable[Tensor], clean: Ranges | None = None) -> int:
     """Let the pages of those `tensors` go that lie in the mapping of a file and are as the file is. Returns their bytes: 0
     where nothing is mapped, where a mapping was written to, where all are less than LEAST_BYTES, and where there is no /proc
@@ -82,14 +110,29 @@ def let_go(tensors: Iterable[Tensor], clean: Ranges | None = None) -> int:
 def in_memory(tensors: Iterable[Tensor]) -> int:
     """Bytes of those of `tensors` that lie in no mapping of a file that is as the file is; 0 where nobody knows."""
     clean = unwritten()
-    ends = [(each.data_ptr(), each.data_ptr() + each.nbytes, each.nbytes) for each in tensors if each.device.type == "cpu"]
-    return sum(n for begin, end, n in ends if not any(a <= begin and end <= b for a, b in clean)) if clean else 0
+    return sum(each.nbytes for each in tensors if each.device.type == "cpu" and not _is_within(each, clean)) if clean else 0
+
+
+def _is_within(tensor: Tensor, clean: Ranges) -> bool:
+    if tensor.device.type != "cpu" or tensor.is_mkldnn or not tensor.is_contiguous():
+        return False
+    begin = tensor.data_ptr()
+    return any(a <= begin and begin + tensor.nbytes <= b for a, b in clean)
 
 
 def give_back() -> None:
     """Give the system what is free of this process's heap, of which the C library keeps what lies below something in use."""
     with contextlib.suppress(AttributeError, OSError):  # a C library that is not GNU's
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed() -> None:
+    """Have the C library keep what is freed for what is asked for next, up to KEPT_BYTES: pages that are new to a process can
+    take longer than what is computed in them."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library that is not GNU's
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def unwritten() -> Ranges:

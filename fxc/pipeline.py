@@ -135,7 +135,7 @@ def rehearse(small: Program, options: Options) -> None:
     ordered = order(options.passes, small).passes
     last = max((at for at, step in enumerate(ordered, 1) if not step.is_policy), default=0)
     chosen = replace(options, passes=ordered[:last], dump_dir=None, allow_noop=True)
-    run_passes(small, Context(skip=options.skip, seed=options.seed), chosen, is_small=True)
+    run_passes(small, Context(skip=options.skip, seed=options.seed, is_short=True), chosen, is_small=True)
 
 
 def _dump(program: Program, path: Path) -> None:

@@ -19,7 +19,7 @@ from fxc.captured import Captured
 from fxc.errors import FxcError, InputRefused, ResourceError, UsageError
 from fxc.ir.program import Program
 from fxc.ir.store import PART_BYTES, Constants
-from fxc.mapped import READ_BYTES, in_memory, let_go
+from fxc.mapped import READ_BYTES, in_memory, keep_freed, let_go
 from fxc.memory import BESIDES, TIMES, available
 from fxc.options import Options
 from fxc.passes.base import Context
@@ -37,6 +37,7 @@ def constants_of(captured: Captured, options: Options) -> Constants:
     folder = Path(options.resume) if options.resume is not None else Path(tempfile.mkdtemp(prefix="fxc-"))
     spill = Spill(folder, key_of(captured, options))
     let_go(captured.program.constants.values())
+    keep_freed()
     constants = Constants(captured.program.constants, spill)
     if options.resume is None:
         weakref.finalize(spill, shutil.rmtree, folder, ignore_errors=True)

@@ -81,6 +81,19 @@ def test_what_is_read_one_after_another_is_let_go_when_it_is_much(tensor, monkey
         assert resident(tensor) < MIB
 
 
+def test_a_piece_goes_where_somebody_knows_that_it_is_mapped(tensor):
+    own = torch.ones(2 * MIB)
+    reading = mapped.Reading([tensor, own])
+    tensor.sum()
+    mapped.passed(own[MIB:])
+    mapped.passed(tensor[:MIB])
+    assert resident(tensor) < 5 * MIB and own.sum() == 2 * MIB
+    del reading
+    tensor.sum()
+    mapped.passed(tensor)
+    assert resident(tensor) >= 7 * MIB
+
+
 def test_what_is_larger_than_may_be_read_is_let_go_when_the_next_is(tmp_path, monkeypatch):
     """As the weights of a large model are: whoever asks for one reads it afterwards."""
     monkeypatch.setattr(mapped, "READ_BYTES", MIB)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -57,11 +57,12 @@ def encode(content: Mapping[str, Any]) -> bytes:
     return (json.dumps({**plain, "sha256": digest}, indent=1, sort_keys=True) + "\n").encode()
 
 
-def describe(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative name -> {sha256, size} of every file in `folder`."""
+def describe(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Relative name -> {sha256, size} of every file in `folder`. known: the SHA-256 that some of them have to have."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    digests = _digests(list(files.values()))
-    return {name: {"sha256": d, "size": p.stat().st_size} for (name, p), d in zip(files.items(), digests, strict=True)}
+    others = [name for name in files if name not in (known or {})]
+    digests = {**(known or {}), **dict(zip(others, _digests([files[name] for name in others]), strict=True))}
+    return {name: {"sha256": digests[name], "size": path.stat().st_size} for name, path in files.items()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -96,9 +97,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
+def check_listed(path: Path, files: dict[str, dict[str, Any]], known: Collection[str] = ()) -> None:
     """Each file is there, in the folder, with the size and the hash that the manifest says, and there is no other one
-    that a loader would read, but for a tokenizer that was put there afterwards."""
+    that a loader would read, but for a tokenizer that was put there afterwards. known: those whose hashes were looked at."""
     check_files(path)
     for name, entry in files.items():
         _check_size(path, name, entry)
@@ -111,7 +112,8 @@ def check_listed(path: Path, files: dict[str, dict[str, Any]]) -> None:
             why=listed(others),
             hint="move them away: a loader would read them as if they were the model's",
         )
-    for name, digest in zip(files, _digests([path / name for name in files]), strict=True):
+    others = [name for name in files if name not in known]
+    for name, digest in zip(others, _digests([path / name for name in others]), strict=True):
         _check_digest(path / name, digest, files[name])
 
 

@@ -3,8 +3,9 @@
     folder/  <key>/  part-00000.safetensors   tensors, in the order in which they were made
                      journal.jsonl            the key, then for each part its names in order and its hash
 
-A part is written under another name, synced, renamed, and then named in the journal. The key is all that the tensors depend on:
-two recipes never meet. The parts become the shards of the artifact (`fxc.artifact.store`), so that nothing is written twice.
+A part is written under another name, synced, read again from the disk, renamed, and then named in the journal. The key is all
+that the tensors depend on: two recipes never meet. The parts become the shards of the artifact (`fxc.artifact.store`), so that
+nothing is written twice.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from fxc.artifact.shard import write_shard
 from fxc.artifact.staging import digest_of_file, on_disk, sync
-from fxc.errors import ResourceError
 
 JOURNAL = "journal.jsonl"
 _PART = "part-{:05}.safetensors"
@@ -29,12 +29,13 @@ _PART = "part-{:05}.safetensors"
 
 class Spill:
     """Where the constants of one run go, in a folder that no other process uses at the same time. parts: file -> its names, of
-    this run. Raises `ResourceError` where the disk does not take them."""
+    this run; digests: file -> its SHA-256, as the disk was found to have it. Raises `ResourceError` where it takes nothing."""
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         text = json.dumps(key, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.parts: dict[Path, list[str]] = {}
+        self.digests: dict[Path, str] = {}
         self._saved: list[tuple[Path, str, Tensor]] = []
         with on_disk(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ class Spill:
             self._rewrite()
             for line in lines:
                 path = self.folder / line["file"]
+                self.digests[path] = line["sha256"]
                 self._saved += [(path, name, tensor) for name, tensor in _mapped(path, line["names"]).items()]
 
     def saved(self, accept: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -70,19 +72,13 @@ class Spill:
         path = self.folder / _PART.format(len(self.parts))
         with on_disk(self.folder):
             scratch = path.with_suffix(".tmp")
-            try:
-                save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, scratch)
-            except SafetensorError as error:  # in which the library wraps what the operating system said
-                raise ResourceError("a part of the result could not be written", where=self.folder, why=error,
-                                    hint="check the free space of the disk; --resume goes on from here") from error  # fmt: skip
-            digest = digest_of_file(scratch)
-            sync(scratch)
+            digest = write_shard(scratch, tensors)
             scratch.rename(path)
             sync(self.folder)
             self._journal = self._journal[: 1 + len(self.parts)]
             self._journal.append({"file": path.name, "names": list(tensors), "sha256": digest})
             self._rewrite()
-            self.parts[path] = list(tensors)
+            self.parts[path], self.digests[path] = list(tensors), digest
             return _mapped(path, list(tensors))
 
     def _rewrite(self) -> None:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
@@ -45,6 +44,7 @@ from fxc.artifact.manifest import (
     read_manifest,
     replaceable,
 )
+from fxc.artifact.shard import write_shard
 from fxc.artifact.staging import resource_error, staged
 from fxc.errors import InputRefused, ResourceError, UsageError, VerificationFailed
 from fxc.ir.check import check
@@ -122,14 +122,14 @@ def save(
     ) as folder:
         (folder / TEXT).write_text(text, encoding="ascii")
         stored, codes = _coded(program.constants) if program.is_stored_coded else (program.constants, {})
-        _write_constants(stored, folder, max_shard_bytes, out, {} if codes else _parts(program))
+        digests = _write_constants(stored, folder, max_shard_bytes, {} if codes else _parts(program))
         companions.write(extra_files, folder)
         content |= {"coded": codes, "format_version": CODED_FORMAT} if codes else {}
-        content |= {"files": describe(folder)}
+        content |= {"files": describe(folder, digests)}
         (folder / MANIFEST).write_bytes(encode(content))
         if page is not None:
             (folder / PAGE).write_bytes(page(content))
-        _check_written(folder, out, program)
+        _check_written(folder, out, program, digests, codes)
 
 
 def _coded(constants: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,25 +148,27 @@ def _check_extra(extra_files: Mapping[str, Path | bytes]) -> None:
             raise UsageError(f"{name!r} cannot be an extra file", where="extra_files", hint="use another name")
 
 
-def _parts(program: Program) -> dict[Path, list[str]]:
-    """Files that hold constants of a program that is larger than memory, and nothing else, and which."""
+def _parts(program: Program) -> dict[Path, tuple[str, list[str]]]:
+    """Files that hold constants of a program that is larger than memory, and nothing else: their SHA-256, and which."""
     if not program.is_streamed:
         return {}
-    parts = program.constants.spill.parts
+    spill = program.constants.spill
+    parts = spill.parts
     newest = {name: path for path, names in parts.items() for name in names}
     return {
-        path: names for path, names in parts.items()
+        path: (spill.digests[path], names) for path, names in parts.items()
         if all(newest[name] == path and name in program.constants for name in names)
         and safetensors_header(path)[0].keys() == set(names)
     }  # fmt: skip
 
 
 def _write_constants(
-    constants: Mapping[str, Tensor], folder: Path, max_shard_bytes: int, out: Path, parts: Mapping[Path, list[str]]
-) -> None:
+    constants: Mapping[str, Tensor], folder: Path, max_shard_bytes: int, parts: Mapping[Path, tuple[str, list[str]]]
+) -> dict[str, str]:
     """Shards of at most `max_shard_bytes`, or of one tensor, and their index; nothing where there are no constants. parts:
-    files that are shards already, and the names of what is in them."""
-    there = {name for names in parts.values() for name in names}
+    files that are shards already, their SHA-256, and the names of what is in them. Returns the SHA-256 of each shard, as the
+    disk was found to have it."""
+    there = {name for _, names in parts.values() for name in names}
     shards: list[list[str]] = []
     size = 0
     for fqn in sorted(constants.keys() - there):
@@ -176,65 +178,50 @@ def _write_constants(
             size = 0
         shards[-1].append(fqn)
         size += nbytes
-    count, weight_map = len(shards) + len(parts), {}
+    count, weight_map, digests = len(shards) + len(parts), {}, {}
     for number, shard in enumerate(shards, 1):
         name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(shard, name)
-        try:
-            save_file(_storable({fqn: constants[fqn] for fqn in shard}), folder / name)
-        except SafetensorError as error:  # in which the library wraps what the operating system said
-            raise ResourceError(
-                "the weights could not be written",
-                where=out,
-                why=error,
-                hint="check the free space of the disk and your permissions; what was there before is unchanged",
-            ) from error
-    for number, (path, names) in enumerate(parts.items(), len(shards) + 1):
+        digests[name] = write_shard(folder / name, {fqn: _storable(fqn, constants[fqn]) for fqn in shard})
+    for number, (path, (digest, names)) in enumerate(parts.items(), len(shards) + 1):
         name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(names, name)
-        _linked(path, folder / name)
+        if _linked(path, folder / name):
+            digests[name] = digest
     if weight_map:
         total = sum(map(_nbytes, constants.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / SAFE_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="ascii")
+    return digests
 
 
-def _linked(path: Path, to: Path) -> None:
-    """The same file under another name, or a copy where the file system has no two names for one."""
+def _linked(path: Path, to: Path) -> bool:
+    """The same file under another name, or a copy where the file system has no two names for one: then False."""
     try:
         os.link(path, to)
     except OSError:
         shutil.copyfile(path, to)
+        return False
+    return True
 
 
-def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two of them over one storage: the library asks for that."""
-    stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for fqn, tensor in tensors.items():
-        if tensor.dtype == torch.complex128:
-            raise VerificationFailed("safetensors has no complex128", where=fqn, hint="use complex64")
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        stored[fqn] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    return stored
+def _storable(fqn: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.complex128:
+        raise VerificationFailed("safetensors has no complex128", where=fqn, hint="use complex64")
+    return tensor.detach().cpu()
 
 
-def _check_written(folder: Path, out: Path, program: Program) -> None:
+def _check_written(folder: Path, out: Path, program: Program, known: Collection[str], coded: Collection[str]) -> None:
+    """known: files that were read again when they were written; coded: the constants in them that are stored in another way."""
     try:
-        again = read(folder).program
+        again = read(folder, known).program
     except InputRefused as error:
         raise VerificationFailed(
             f"what was written does not read back: {error.what}", where=out, why=f"{error.where}: {error.why}"
         ) from error
-    there = {name for names in _parts(program).values() for name in names}
-    with mapped.Reading() as reading:
-        for fqn in program.constants.keys() - there:
-            pair = again.constants[fqn], program.constants[fqn]
-            if not torch.equal(*map(_bytes, pair)):
-                raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
-            reading.done(pair)
+    for fqn in coded:
+        if not torch.equal(*(_bytes(each.constants[fqn]) for each in (again, program))):
+            raise VerificationFailed("what was written does not read back: the values are others", where=fqn)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -248,9 +235,11 @@ def _nbytes(tensor: Tensor) -> int:
 # ----------------------------------------------------------------------------------------------------------------- read
 
 
-def read(path: str | Path) -> Artifact:
+def read(path: str | Path, known: Collection[str] = ()) -> Artifact:
     """The artifact in the folder `path`, all of it verified: every file against its hash, the text against the rules of
     the IR and what its operators compute, the constants against the text, and that weights and scales are numbers.
+
+    known: files of which hashes and numbers are known to be right.
 
     Raises `InputRefused`, with the file and what is wrong with it, and `ResourceError` where a file cannot be read.
     """
@@ -258,14 +247,15 @@ def read(path: str | Path) -> Artifact:
     try:
         manifest = read_manifest(path)
         files = manifest["files"]
-        check_listed(path, files)
+        check_listed(path, files, known)
         if TEXT not in files:
             raise InputRefused(f"the artifact has no {TEXT}", where=path, hint=DAMAGED)
-        constants = _read_constants(path, files)
+        constants, sure = _read_constants(path, files, known)
         constants |= _expanded(path, manifest.get("coded", {}), constants)
         program = _read_text(path / TEXT, constants, manifest.get("report"))
-        _check_values(program)
-        mapped.let_go(program.constants.values())
+        with mapped.Reading(constants.values()) as reading:
+            _check_values(program, sure)
+            reading.done(constants.values())
     except OSError as error:
         where, what = error.filename or path, error.strerror or error
         raise ResourceError(f"could not be read: {what}", where=where, hint="check its permissions") from error
@@ -291,12 +281,12 @@ def read_outline(path: str | Path) -> Artifact:
     return Artifact(program, manifest, path)
 
 
-def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
-    """FQN -> tensor, mapped from the files and not copied."""
+def _read_constants(path: Path, files: dict[str, Any], known: Collection[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """FQN -> tensor, mapped from the files and not copied; and which of them are in files that are `known`."""
     # In a folder of their own are the weights of what comes after the model: see fxc.artifact.companions.
     shards = sorted(name for name in files if name.endswith(".safetensors") and "/" not in name)
     if not shards and SAFE_INDEX not in files:
-        return {}
+        return {}, set()
     indexed = index_files(path, SAFE_INDEX) if SAFE_INDEX in files else []
     if indexed != shards:
         raise InputRefused(
@@ -310,6 +300,7 @@ def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
     for fqn, name in weight_map.items():
         promised[name].add(fqn)
     constants: dict[str, Tensor] = {}
+    sure: set[str] = set()
     for name in shards:
         file = path / name
         header, _ = safetensors_header(file)
@@ -320,7 +311,8 @@ def _read_constants(path: Path, files: dict[str, Any]) -> dict[str, Tensor]:
         except (SafetensorError, ValueError, KeyError, AttributeError, RuntimeError, TypeError) as error:
             # Whatever safetensors and torch object to (a dtype of another version, say), the file is at fault.
             raise InputRefused("the weights cannot be read", where=file, why=error, hint=DAMAGED) from None
-    return constants
+        sure |= header.keys() if name in known else set()
+    return constants, sure
 
 
 def _expanded(path: Path, codes: object, constants: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -368,9 +360,9 @@ def _read_text(file: Path, constants: dict[str, Tensor] | None, report: Any) -> 
     return program
 
 
-def _check_values(program: Program) -> None:
+def _check_values(program: Program, sure: Collection[str] = ()) -> None:
     """No constant holds NaN; weights, biases and scales are finite; the scales of fxc's operators are positive, or
-    not zero in formats whose scales may be negative."""
+    not zero in formats whose scales may be negative. sure: those of which that is known."""
     roles: defaultdict[str, set[str]] = defaultdict(set)
     scales: dict[str, bool] = {}
     for node in program.graph.nodes:
@@ -383,10 +375,13 @@ def _check_values(program: Program) -> None:
                 if node.target.namespace == "fxc" and name.endswith("scale"):
                     scheme = scheme_of(node.target)
                     scales[argument.target] = scheme is not None and scheme.has_signed_scales
-    strict = {n for n in program.constants if ({n.rpartition(".")[2]} | roles[n]) & _FINITE} | scales.keys()
-    check_finite((n, t) for n, t in program.constants.items() if n in strict)
-    check_finite(((n, t) for n, t in program.constants.items() if n not in strict), inf_allowed=True)
+    names = [name for name in program.constants if name not in sure]
+    strict = {n for n in names if ({n.rpartition(".")[2]} | roles[n]) & _FINITE} | scales.keys()
+    check_finite((n, program.constants[n]) for n in names if n in strict)
+    check_finite(((n, program.constants[n]) for n in names if n not in strict), inf_allowed=True)
     for fqn, may_be_negative in scales.items():
+        if fqn in sure:
+            continue
         tensor = program.constants[fqn]
         if may_be_negative and not tensor.all():
             raise InputRefused("a scale is zero", where=fqn, hint=DAMAGED)

@@ -1,11 +1,12 @@
 """Capturing a model that is larger than memory: its weights are mapped from files, and most of them are not read.
 
 That a capture computes what the model does, and how the model counts positions, is tried on the same model with its first
-layers alone.
+layers and the first words of a large vocabulary alone.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from fxc.ir.program import Program
 # More layers are not left, and one of layers that are larger.
 LAYERS = 2
 LARGE = 1 << 28
+# So many words are left of a vocabulary whose tables are larger.
+WORDS = 4096
 # What is seen on the small model and holds for the whole.
 _SEEN = ("positions", "examples")
 
@@ -26,18 +29,32 @@ def capture_larger(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, c
     """The program of `model`, whose constants are the model's own tensors, and if `check` that of its first layers, which was
     compared with them; of a model without a list of layers it is of all of it. Raises `CaptureFailed` as `capture` does."""
     small = None
-    if check:
-        with shortened(model):
-            small = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=False, reads=False)
+    with _uncollected():
+        if check:
+            with shortened(model):
+                small = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=False, reads=False)
     if small is not None:
         program.metadata |= {key: small.metadata[key] for key in _SEEN if key in small.metadata}
     return program, small
 
 
 @contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of circles, which goes again and again through all that a trace of many layers holds."""
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
+
+
+@contextmanager
 def shortened(model: nn.Module) -> Iterator[None]:
-    """While open, each list of many layers of one class in `model` has only its first ones; lists within layers are whole."""
+    """While open, each list of many layers of one class in `model` has only its first ones; lists within layers are whole. Of a
+    decoder's large vocabulary there are its first words."""
     whole: dict[nn.ModuleList, dict[str, nn.Module | None]] = {}
     within: list[str] = []
     for name, module in model.named_modules():
@@ -50,12 +67,39 @@ def shortened(model: nn.Module) -> Iterator[None]:
         module._modules = dict(list(layers.items())[: 1 if nbytes > LARGE else LAYERS])
     config = getattr(model, "config", None)
     counts = {name: getattr(config, name) for name in ("num_hidden_layers",) if config is not None and hasattr(config, name)}
+    tables = _large_tables(model)
     try:
         for name in counts:
             setattr(config, name, min([counts[name], *(len(module) for module in whole)]))
+        first: dict[int, nn.Parameter] = {}  # of weights that are tied, one
+        for table, (words, _, parameters) in tables.items():
+            for name, each in parameters.items():
+                table._parameters[name] = first.setdefault(id(each), nn.Parameter(each[:WORDS], False))
+            setattr(table, words, WORDS)
+        if tables:
+            config.get_text_config().vocab_size = WORDS
         yield
     finally:
+        for table, (words, count, parameters) in tables.items():
+            table._parameters.update(parameters)
+            setattr(table, words, count)
+            config.get_text_config().vocab_size = count
         for module, modules in whole.items():
             module._modules = modules
         for name, value in counts.items():
             setattr(config, name, value)
+
+
+def _large_tables(model: nn.Module) -> dict[nn.Module, tuple[str, int, dict[str, nn.Parameter]]]:
+    """The embedding of a decoder and its head, if they are plain and one of them is large: of each what its number of words is
+    called, the number, and its parameters."""
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "config")):
+        return {}
+    tables, count = (model.get_input_embeddings(), model.get_output_embeddings()), model.config.get_text_config().vocab_size
+    kinds = {nn.Embedding: "num_embeddings", nn.Linear: "out_features"}
+    if not all(type(each) in kinds and len(each.weight) == count for each in tables):
+        return {}
+    is_large = max(each.weight.numel() * each.weight.element_size() for each in tables) > LARGE
+    if not is_large or (tables[0].padding_idx or 0) >= WORDS:
+        return {}
+    return {each: (kinds[type(each)], count, {n: p for n, p in each._parameters.items() if p is not None}) for each in tables}

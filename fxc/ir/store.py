@@ -1,20 +1,22 @@
 """The constants of a program that is larger than memory: all of them are in files that are mapped.
 
 What is asked for is read, and let go when others were; what a pass puts in is written, and read from there. To passes it is a
-dict. Whoever writes into a tensor that it holds would lose that: passes make new ones.
+dict. Whoever writes into a tensor that it holds would lose that: passes make new ones. A thread writes while the next ones are
+made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Mapping, ValuesView
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fxc.mapped import Reading, give_back, unwritten
+from fxc.mapped import Reading
 
-# So much that was put in may wait in memory to be written together.
+# So much that was put in may wait in memory to be written together, and as much be written meanwhile.
 PART_BYTES = 1 << 28
 
 
@@ -40,13 +42,16 @@ class Constants(dict[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], spill: Spill):
         super().__init__(tensors)
         self.spill = spill
-        self._reading = Reading(unwritten())
+        self._reading = Reading(super().values())
         self._waiting: dict[str, Tensor] = {}
+        self._written: dict[str, Tensor] = {}
+        self._writing: Future[dict[str, Tensor]] | None = None
         self._again: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = super().__getitem__(name)
-        self._reading.begins(tensor)
+        if name not in self._waiting and name not in self._written:
+            self._reading.begins(tensor)
         return tensor
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -65,7 +70,7 @@ class Constants(dict[str, Tensor]):
         if name in self._waiting:
             # Who goes on after a kill is given each in its turn, and not the last in the place of the first.
             self.settle()
-        others = [other for other, each in super().items() if each is tensor]
+        others = [other for other, each in super().items() if each is tensor and other not in self._written]
         if (others and others[0] not in self._waiting) or any(each is tensor for each in self._again):
             super().__setitem__(name, tensor)
             return
@@ -77,7 +82,7 @@ class Constants(dict[str, Tensor]):
             self.spill.forget()
         last = next(reversed(self._waiting), name)
         if sum(each.nbytes for each in self._waiting.values()) >= PART_BYTES and _module(last) != _module(name):
-            self.settle()
+            self._begin()
         super().__setitem__(name, tensor)
         self._waiting[name] = tensor
 
@@ -116,13 +121,32 @@ class Constants(dict[str, Tensor]):
             super().__setitem__(name, torch.ones((), dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape))
 
     def settle(self) -> None:
-        """Write what waits."""
-        if self._waiting:
-            for name, tensor in self.spill.write(self._waiting).items():
+        """Write what waits, and wait for it."""
+        self._begin()
+        self._end()
+
+    def _begin(self) -> None:
+        """Begin to write what waits, when what was begun is written."""
+        self._end()
+        if not self._waiting:
+            return
+        # What an earlier process wrote from here on is something else.
+        self.spill.forget()
+        self._written, self._waiting = self._waiting, {}
+        pool = ThreadPoolExecutor(1, "fxc-write")
+        self._writing = pool.submit(self.spill.write, self._written)
+        pool.shutdown(wait=False)
+
+    def _end(self) -> None:
+        """Wait for what is being written. From here on it is in its file, and not in memory."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        written, self._written = self._written, {}
+        for name, tensor in writing.result().items():
+            if super().get(name) is written[name]:
                 super().__setitem__(name, tensor)
-            self._waiting = {}
-            self._reading.clean = unwritten()
-            give_back()
+                self._reading.knows(tensor)
 
 
 def saved(constants: Mapping[str, Tensor], accept: Callable[[str], bool]) -> dict[str, Tensor]:

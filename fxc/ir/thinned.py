@@ -9,7 +9,7 @@ from torch import Tensor
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
-from fxc.mapped import Reading
+from fxc.mapped import LARGE, READ_BYTES, Reading, passed
 
 LEAST = 0.25
 """From this share of zeros on a float weight counts as one that was thinned out."""
@@ -19,7 +19,7 @@ _KEY = "thinned"
 def remember_thinned(program: Program, packed: Mapping[str, Tensor]) -> None:
     """Write down which of the weights `packed`, by name, as they were before, are thinned out."""
     found = set()
-    with Reading() as reading:
+    with Reading(each for each in packed.values() if not each.is_meta) as reading:
         for name, each in packed.items():
             if not each.is_meta and _zeros(each) >= LEAST:
                 found.add(layer_name(name))
@@ -30,7 +30,12 @@ def remember_thinned(program: Program, packed: Mapping[str, Tensor]) -> None:
 
 def _zeros(tensor: Tensor) -> float:
     """The share of zeros."""
-    return 1 - int(tensor.count_nonzero()) / max(tensor.numel(), 1)
+    others = 0
+    for piece in tensor.split(max(len(tensor) * READ_BYTES // max(tensor.nbytes, 1), 1)):
+        others += int(piece.count_nonzero())
+        if tensor.nbytes > LARGE:
+            passed(piece)
+    return 1 - others / max(tensor.numel(), 1)
 
 
 def thinned(program: Program) -> frozenset[str]:

@@ -125,7 +125,8 @@ class Context:
     before the first pass; teacher: another one to be taught by, in its place, and is_other as of Original; floats: weights that
     passes have packed, as they were just before, by name; seed: of all that passes draw at random; on_layer: of a program
     that is larger than memory, what judges a layer as soon as it is packed: it is given the program, the layer as it was, its
-    float weight, and what stands in its place; rewrites: numbers what passes change, and says which of it is too much.
+    float weight, and what stands in its place; rewrites: numbers what passes change, and says which of it is too much;
+    is_short: whether memory is, so that gates take little.
     """
 
     skip: tuple[str, ...] = ()
@@ -145,6 +146,7 @@ class Context:
     seed: int = 0
     later: tuple[Pass, ...] = ()
     on_layer: Judge | None = None
+    is_short: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     skipped: dict[str, list[str]] = field(default_factory=dict)

@@ -15,15 +15,16 @@ _PROMOTED = {
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 SINGLE = dict.fromkeys((torch.bfloat16, torch.float16), torch.float32)
-_LIMIT = 1 << 31  # bytes of a program's wide copy
+LIMIT = 1 << 31  # bytes of a program's wide copy
+LITTLE = 1 << 27  # and where memory is short
 
 
-def in_float64(program: Program, *, typed: bool = False) -> Program | None:
-    """A copy that computes everything in float64, its casts promoted too; None when it would be too large or when one of
-    its operators has no such form. typed: infer its types anew, so that passes can run on it."""
+def in_float64(program: Program, *, typed: bool = False, most: int = LIMIT) -> Program | None:
+    """A copy that computes everything in float64, its casts promoted too; None when it would have more than `most` bytes or
+    when one of its operators has no such form. typed: infer its types anew, so that passes can run on it."""
     if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
-    if 8 * program.numel() > _LIMIT:
+    if 8 * program.numel() > most:
         return None
     promoted = computed_in(program, _PROMOTED)
     if typed:
@@ -38,7 +39,7 @@ def in_float32(program: Program) -> Program | None:
     when it would be too large or when weights are quantized."""
     if any((scheme := scheme_of(node.target)) and scheme.is_quantized for node in program.graph.nodes):
         return None
-    return computed_in(program, SINGLE) if 4 * program.numel() <= _LIMIT else None
+    return computed_in(program, SINGLE) if 4 * program.numel() <= LIMIT else None
 
 
 def computed_in(program: Program, kinds: dict[torch.dtype, torch.dtype]) -> Program:

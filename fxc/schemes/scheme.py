@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxc.ir import names
+from fxc.mapped import LARGE, passed
 
 LINEAR = torch.ops.aten.linear.default
 EMBEDDING = torch.ops.aten.embedding.default
@@ -111,6 +112,8 @@ class Scheme:
                 some = self._quantized(matrix[start : start + rows], options) if start else first
                 for part, tensor in some.items():
                     whole[part][start : start + rows] = tensor
+                if matrix.nbytes > LARGE:
+                    passed(matrix[start : start + rows])
         return {part: tensor.unflatten(0, weight.shape[:-1]) for part, tensor in whole.items()}
 
     def planned(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from fxc.ir.program import Program
 from fxc.ir.text import excerpt
 from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
-from fxc.passes.float64 import in_float64, widened
+from fxc.passes.float64 import LIMIT, LITTLE, in_float64, widened
 from fxc.passes.interface import Interface
+from fxc.safety import are_finite
 from fxc.schemes.scheme import scheme_of
 from fxc.verify.compare import Difference, difference, layer_errors, saturation
 
@@ -142,10 +143,9 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
         tensor = after.constants[fqn]
         if tensor.is_meta or not tensor.dtype.is_floating_point:
             continue
-        # Not every operator of torch takes numbers of a byte.
-        finite = (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
-        if not finite.all():
-            raise _fail(step, "finite", f"{int((~finite).sum())} values are NaN or infinite", fqn, program=after)
+        if not are_finite(tensor):
+            wrong = ~(tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+            raise _fail(step, "finite", f"{int(wrong.sum())} values are NaN or infinite", fqn, program=after)
         if fqn in scales and not ((tensor != 0) if scales[fqn] else (tensor > 0)).all():
             wrong = "zero" if scales[fqn] else "not positive"
             raise _fail(step, "finite", f"a scale is {wrong}", fqn, program=after)
@@ -255,7 +255,8 @@ def _unchanged(
         _must_agree(step, seen.total, *own, exact=False)
         how = "its own dtype (not in float64: read piece by piece)"
         return f"ok: outputs differ by {_noise(seen.total.error)} in {how}, {seen}"
-    wide = in_float64(before), in_float64(after)
+    most = LITTLE if context.is_short else LIMIT
+    wide = in_float64(before, most=most), in_float64(after, most=most)
     why_not = "one of its operators has no such form, or it is too large" if None in wide else None
     doubled = [[widened(t) for t in inputs] for inputs in samples]
     if why_not is None:

@@ -12,10 +12,13 @@ from torch import Tensor, fx
 from fxc.errors import VerificationFailed
 from fxc.ir.names import layer_at, parts_of
 from fxc.ir.program import Program
+from fxc.mapped import LARGE, passed
 from fxc.passes.base import Pass
-from fxc.schemes.scheme import AT_ONCE, LINEAR, product_of, scheme_of
+from fxc.schemes.scheme import LINEAR, product_of, scheme_of
 
 ROWS = 8
+# So many numbers of a weight are looked at together: what that makes of them stays in the cache.
+_AT_ONCE = 1 << 20
 
 
 @dataclass
@@ -77,13 +80,16 @@ def _outputs(program: Program, node: fx.Node, rows: Tensor) -> Iterator[Tensor]:
     constants has an output for each of its first indices."""
     constants = {each: program.constants[each.target] for each in node.all_input_nodes if each.op == "get_attr"}
     count = max(len(each) for each in constants.values())
-    some = max(AT_ONCE // rows.shape[-1], 1)
+    some = max(_AT_ONCE // rows.shape[-1], 1)
     for start in range(0, count, some):
         known = {each: tensor[start : start + some] for each, tensor in constants.items()} | {node.args[0]: rows}
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
         with torch.no_grad():
             outputs = node.target(*args, **kwargs)
         yield outputs  # outside: who takes turns with another one would leave gradients off
+        for tensor in constants.values():
+            if tensor.nbytes > LARGE:
+                passed(tensor[start : start + some])
 
 
 def _weights(program: Program, weight: Tensor, made: fx.Node) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 // Rounds groups of numbers to 16, 8 or 4 levels, each with the best of some scales: fxc/schemes/int4.py says what is computed,
 // in the same order and to the same bits.
 #include "vectors.h"
+#include <cmath>
 
 constexpr int MOST = 128;    // numbers in a group
 constexpr int STRIDE = 16;   // so many sums of squares are kept apart
@@ -15,16 +16,24 @@ INLINE float as_bfloat16(float x) {
   return x;
 }
 
+// A product with 1 / s is this near to a quotient by s that is below 500: between, both are rounded to the same whole number.
+constexpr float NEARLY_HALF = 0.4999f;
+
 // Levels q of v, and the sum of squared errors.
 INLINE float levels_of(const float* v, int64_t group, float scale, float zero, float top, uint8_t* q) {
   constexpr int PARTS = STRIDE / LANES;
-  const Floats s = all(scale), z = all(zero), least = all(0.0f), most = all(top);
+  // Of larger scales it has too few bits, and of no number all is divided.
+  const float inverse_scale = scale < 1e37f && scale > -1e37f ? 1.0f / scale : NAN;
+  const Floats s = all(scale), inverse = all(inverse_scale), z = all(zero), least = all(0.0f), most = all(top);
   Floats sums[PARTS];
   for (int p = 0; p < PARTS; p++) sums[p] = all(0.0f);
   for (int64_t i = 0; i < group; i += STRIDE) {
     for (int p = 0; p < PARTS; p++) {
       const Floats x = load_floats(v + i + p * LANES);
-      const Floats level = smaller(larger(add(whole(divide(x, s)), z), least), most);
+      const Floats product = multiply(x, inverse);
+      Floats nearest = whole(product);
+      if (any_from(magnitude(subtract(product, nearest)), NEARLY_HALF)) nearest = whole(divide(x, s));
+      const Floats level = smaller(larger(add(nearest, z), least), most);
       store_bytes(q + i + p * LANES, rounded(level));
       const Floats off = subtract(multiply(subtract(level, z), s), x);
       sums[p] = add(sums[p], multiply(off, off));
@@ -48,23 +57,23 @@ extern "C" int int4_quantize(
   for (int64_t g = 0; g < groups; g++) {
     alignas(64) float v[MOST];
     alignas(64) uint8_t made[2][MOST];
+    Floats above, below;
+    bool finite = true;
     for (int64_t i = 0; i < group; i += LANES) {
       const Floats x = is_bfloat16 ? from_bfloat16((const uint16_t*)weight + g * group + i)
                                    : load_floats((const float*)weight + g * group + i);
       store_floats(v + i, x);
-    }
-    float lowest = v[0], highest = v[0], largest = v[0];
-    uint32_t finite = 1;
-    for (int64_t i = 0; i < group; i++) {
-      uint32_t number;
-      memcpy(&number, v + i, 4);
-      finite &= (number & 0x7f800000u) != 0x7f800000u;
-      lowest = v[i] < lowest ? v[i] : lowest;
-      highest = v[i] > highest ? v[i] : highest;
+      finite &= !any_from(magnitude(x), INFINITY);
+      above = i ? larger(above, x) : x;
+      below = i ? smaller(below, x) : x;
     }
     if (!finite) { are_finite = 0; continue; }
+    const float highest = largest_of(above), lowest = -largest_of(subtract(all(0.0f), below));
     const float size = highest > -lowest ? highest : -lowest;
-    for (int64_t i = group - 1; i >= 0; i--) largest = (v[i] == size || v[i] == -size) ? v[i] : largest;
+    int64_t first = 0;
+    while (!any_from(magnitude(load_floats(v + first)), size)) first += LANES;
+    while (v[first] != size && v[first] != -size) first++;
+    const float largest = v[first];
     const float lo = lowest < 0 ? lowest : 0.0f;
     const float span = symmetric ? size : (highest > 0 ? highest : 0.0f) - lo;
     float best_scale = 0, best_zero = 0, least = 0;

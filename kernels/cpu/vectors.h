@@ -56,6 +56,8 @@ INLINE Floats from_bfloat16(const uint16_t* p) {
 INLINE Floats zero_below(Floats value, Floats x, float least) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, all(least), _CMP_NLT_UQ), value);
 }
+// Whether a lane is not below the bound; one that is no number is not.
+INLINE bool any_from(Floats v, float bound) { return _mm512_cmp_ps_mask(v, all(bound), _CMP_NLT_UQ) != 0; }
 INLINE Ints shift_left(Ints v, int bits) { return _mm512_slli_epi32(v, bits); }
 INLINE Ints shift_right(Ints v, int bits) { return _mm512_srli_epi32(v, bits); }
 INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
@@ -114,6 +116,7 @@ INLINE Floats from_bfloat16(const uint16_t* p) {
 INLINE Floats zero_below(Floats value, Floats x, float least) {
   return _mm256_and_ps(_mm256_cmp_ps(x, all(least), _CMP_NLT_UQ), value);
 }
+INLINE bool any_from(Floats v, float bound) { return _mm256_movemask_ps(_mm256_cmp_ps(v, all(bound), _CMP_NLT_UQ)) != 0; }
 INLINE Ints shift_left(Ints v, int bits) { return _mm256_slli_epi32(v, bits); }
 INLINE Ints shift_right(Ints v, int bits) { return _mm256_srli_epi32(v, bits); }
 INLINE Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }

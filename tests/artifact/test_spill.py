@@ -1,5 +1,6 @@
 """What passes write of a model that is read piece by piece: found by the same run, by no other, and only if it is whole."""
 
+import errno
 import json
 
 import pytest
@@ -82,13 +83,11 @@ def test_half_written_files_go(tmp_path):
 
 @pytest.mark.fault(26)
 def test_a_disk_that_takes_nothing_is_said(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
     def full(*_):
-        raise SafetensorError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     spill = Spill(tmp_path, KEY)
-    monkeypatch.setattr("fxc.artifact.spill.save_file", full)
-    with pytest.raises(ResourceError, match="could not be written"):
+    monkeypatch.setattr("fxc.artifact.spill.write_shard", full)
+    with pytest.raises(ResourceError, match="could not be written: No space"):
         spill.write({"a": torch.ones(1)})
     assert json.loads((spill.folder / JOURNAL).read_text().splitlines()[0])["key"]

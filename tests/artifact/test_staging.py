@@ -63,7 +63,7 @@ def test_the_output_cannot_touch_the_source(saved, tmp_path, monkeypatch):
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "no"),
                                    KeyboardInterrupt(), MemoryError()])  # fmt: skip
-@pytest.mark.parametrize("where", ["store.save_file", "store.describe", "store.read", "staging.sync",
+@pytest.mark.parametrize("where", ["store.write_shard", "store.describe", "store.read", "staging.sync",
                                    "staging._put_in_place"])  # fmt: skip
 def test_whatever_fails_leaves_the_old_output_as_it_was(error, where, saved, tmp_path, monkeypatch):
     before = bytes_of(saved)
@@ -118,7 +118,7 @@ def test_a_real_limit_on_file_size(saved, tmp_path):
 @pytest.mark.fault(26)
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    monkeypatch.setattr(store, "save_file", None)
+    monkeypatch.setattr(store, "write_shard", None)
     with pytest.raises(ResourceError, match="not enough space"):
         store.save(net(), tmp_path / "out", manifest={})
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from fxc.errors import ResourceError
 
 # What a save asks of the operating system, by the Python function that asks.
 CALLS = [
-    (store, "save_file"), (Path, "write_bytes"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (Path, "touch"),
+    (store, "write_shard"), (Path, "write_bytes"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (Path, "touch"),
     (Path, "chmod"), (os, "fsync"), (os, "open"), (os, "replace"), (shutil, "copyfile"),
 ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_at_any_write(code, saved, tmp_path):
             files = {"config.json": b'{"a": 1}\n'}
             store.save(net(), saved, manifest={"report": {"passes": ["int8"]}}, extra_files=files, overwrite=True)
         assert [p.name for p in tmp_path.iterdir()] == ["out"], said
-    assert number > 10 and {"save_file", "fsync", "rename", "mkdir", "open"} <= names
+    assert number > 10 and {"write_shard", "fsync", "rename", "mkdir", "open"} <= names
 
 
 def child(work) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fxc.frontend import larger
 from fxc.frontend.capture import capture
 from fxc.frontend.larger import LAYERS, capture_larger, shortened
 
@@ -28,6 +29,21 @@ def test_the_program_is_that_of_an_ordinary_capture(model):
     assert str(program) == str(whole)
     assert all(tensor is not None and torch.equal(tensor, whole.constants[n]) for n, tensor in program.constants.items())
     assert layers_of(small) == {str(at) for at in range(LAYERS)} and layers_of(program) == set("0123")
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_of_a_large_vocabulary_the_first_words_are_tried(is_tied, monkeypatch):
+    config = transformers.Qwen2Config(**_DECODER | {"num_hidden_layers": 3, "tie_word_embeddings": is_tied})
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    count, whole = config.vocab_size, capture(model)
+    monkeypatch.setattr(larger, "LARGE", 1000)
+    monkeypatch.setattr(larger, "WORDS", 16)
+    program, small = capture_larger(model, None, None, True)
+    assert str(program) == str(whole) and program.metadata == whole.metadata
+    tables = {name: len(each) for name, each in small.constants.items() if "embed_tokens" in name or "lm_head" in name}
+    assert set(tables.values()) == {16} and len(tables) == 2 - is_tied
+    assert model.lm_head.out_features == len(model.lm_head.weight) == config.vocab_size == count
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
 
 
 class Computed(TorchDispatchMode):

@@ -1,7 +1,9 @@
 """Constants that are in files: a dict to passes, written in parts, with what a killed process wrote taken up again."""
 
+import threading
 from collections import deque
 
+import pytest
 import torch
 
 from fxc.ir import store
@@ -49,6 +51,41 @@ def test_more_than_a_part_is_written_between_modules(monkeypatch):
     for name in ("b.q", "b.scale", "c.q", "c.scale", "d.q"):
         made[name] = torch.zeros(4)
     assert made.spill.written == [["b.q", "b.scale"], ["c.q", "c.scale"]]
+
+
+class Slow(Files):
+    """Writes when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.may = threading.Event()
+
+    def write(self, tensors):
+        assert self.may.wait(60)
+        return super().write(tensors)
+
+
+def test_the_next_ones_are_made_while_a_part_is_written(monkeypatch):
+    monkeypatch.setattr(store, "PART_BYTES", 16)
+    made = Constants({}, Slow())
+    b, c, again = torch.zeros(4), torch.ones(1), torch.full((4,), 2.0)
+    made["b.q"], made["c.q"] = b, c
+    assert made["b.q"] is b and made.spill.written == [], "it is read from memory as long as it is in no file"
+    made["b.q"] = again
+    made.spill.may.set()
+    made.settle()
+    assert made.spill.written == [["b.q"], ["c.q", "b.q"]]
+    assert torch.equal(made["b.q"], again) and made["b.q"] is not again and made["c.q"] is not c
+
+
+def test_what_goes_wrong_in_writing_is_raised(monkeypatch):
+    monkeypatch.setattr(store, "PART_BYTES", 16)
+    made = constants()
+    made.spill.write = lambda tensors: 1 / 0
+    made["b.q"] = torch.zeros(4)
+    made["c.q"] = torch.zeros(4)
+    with pytest.raises(ZeroDivisionError):
+        made.settle()
 
 
 def test_a_copy_is_written_first_and_independent():

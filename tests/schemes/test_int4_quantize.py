@@ -26,13 +26,18 @@ def defined(monkeypatch, *arguments):
 
 
 def weight(columns=256):
-    """Rows of every kind: zeros, of one sign, equal, tiny, huge, with the largest number twice and of both signs."""
+    """Rows of every kind: zeros, of one sign, equal, tiny, huge, with the largest number twice and of both signs, halfway
+    between levels."""
     torch.manual_seed(0)
     made = torch.randn(40, columns) * torch.randn(40, 1).exp()
     made[3], made[4], made[5] = 0, made[4].abs(), -made[5].abs()
     made[6] *= 1e-35
     made[7, : columns // 2], made[8] = 0.5, made[8] * 1e30
     made[9, 5], made[9, 9] = -made[9].abs().max() - 1, made[9].abs().max() + 1
+    made[10] = made[10].clamp(-1, 1) * 3.3e38
+    made[11] = (torch.arange(columns).remainder(16) - 7.5) / 8
+    made[11, ::16] = -1
+    made[12] = made[11].nextafter(made.new_tensor(9.0))
     return made
 
 
