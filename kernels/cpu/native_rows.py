@@ -1,0 +1,242 @@
+"""Many layers of an encoder in one call, by int8_rows.cpp: int8 products, norms with their sums, and attention within each
+sequence. Nothing between them goes through the memory, threads rarely wait for each other, and Python is asked once.
+
+Steps work on registers, matrices of as many rows as the inputs have: those first, then what the steps make, in order. Of each
+step eleven numbers say what it does:
+
+    LINEAR     from, activation, outputs; constants: weight, scale, sums, bias of `native_int8.pack`
+    NORM       from, other or -1, is_rms, with_sum; constants: weight, bias; number: eps. Makes the norm, then the sum if asked
+    ATTENTION  from, heads, heads of k and v, depth, columns where q, k and v begin, mask or -1, is_causal; number: the scale
+"""
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxc_kernels.cpu import native
+from fxc_kernels.cpu.native import pointer
+from fxc_kernels.cpu.native_attention import native_attention
+from fxc_kernels.cpu.native_between import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fxc_kernels.cpu.native_int8 import ACTIVATIONS, native_int8_linear
+
+LINEAR, NORM, ATTENTION = range(3)
+WIDTH = 11
+CONSTANTS = {LINEAR: 4, NORM: 2, ATTENTION: 0}
+# Every thread reads all weights: with fewer rows for each, the layers one by one are faster, which divide the outputs. Weights of
+# more bytes than SMALL stay in no cache.
+LEAST_ROWS, SMALL = 12, 1 << 24
+# Threads take whole sequences unless one would have so many times its share.
+UNEVEN = 1.15
+_GIVEN, _KEPT, _SHORT = range(3)
+_STEP = struct.Struct("=24qd")
+_REGISTER = struct.Struct("=4q")
+
+
+class Step(NamedTuple):
+    """One step, by the numbers above: `numbers` behind its kind, those that its kind does not have are 0."""
+
+    kind: int
+    numbers: tuple[int, ...]
+
+    @property
+    def reads(self) -> list[int]:
+        return [each for each in (self.numbers[:2] if self.kind == NORM else self.numbers[:1]) if each >= 0]
+
+    @property
+    def count(self) -> int:
+        """How many registers it makes."""
+        return 1 + (self.kind == NORM and self.numbers[3])
+
+
+def encoded(steps: list[Step]) -> list[int]:
+    return [number for step in steps for number in (step.kind, *step.numbers, *[0] * (WIDTH - 1 - len(step.numbers)))]
+
+
+def _decoded(numbers: tuple[int, ...]) -> list[Step]:
+    return [Step(numbers[at], numbers[at + 1 : at + WIDTH]) for at in range(0, len(numbers), WIDTH)]
+
+
+@functools.cache
+def _functions(level: str) -> tuple[Callable, Callable]:
+    library = native.library("int8_rows", level)
+    scratch, run = library.int8_rows_scratch, library.int8_rows
+    scratch.restype, scratch.argtypes = ctypes.c_int64, (ctypes.c_void_p,)
+    run.restype, run.argtypes = None, (ctypes.c_void_p,)
+    return scratch, run
+
+
+def why_not() -> str | None:
+    """Why this machine cannot run it, or None."""
+    return native.refusal(_functions)
+
+
+def native_rows(
+    inputs: list[Tensor], masks: list[Tensor], constants: list[Tensor | None], numbers: list[float], steps: list[int],
+    results: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """inputs: [B, S, K] of several K, all float32 or all bfloat16; masks: of attention, bool or of their dtype, to be expanded to
+    [B, heads, S, S]; constants, numbers: of the steps, in their order; results: the registers that are given back, [B, S, N]."""
+    batch, length = inputs[0].shape[:2]
+    threads = native.threads()
+    by_sequence = -(-batch // threads) * threads <= UNEVEN * batch
+    plan = _plan(tuple(steps), tuple([each.shape[2] for each in inputs]), tuple(results), by_sequence)
+    least = LEAST_ROWS * threads * (1 if plan.weights <= SMALL else 4)
+    if not batch * length or (threads > 1 and batch * length < least):
+        return one_by_one(inputs, masks, constants, numbers, steps, results)
+    inputs = [each.contiguous() for each in inputs]
+    made = [inputs[0].new_empty(batch, length, plan.columns[each]) for each in results]
+    given = {**dict(enumerate(inputs)), **dict(zip(results, made, strict=True))}
+    masks = [each.expand(batch, -1, length, length) for each in masks]
+    packed_steps = b"".join(plan.packed(masks, constants, numbers))
+    registers = b"".join(
+        _REGISTER.pack(where, given[number].data_ptr() if where == _GIVEN else 0, at, columns)
+        for number, (where, at, columns) in enumerate(zip(plan.where, plan.at, plan.columns, strict=True))
+    )
+    table, places = ctypes.create_string_buffer(packed_steps), ctypes.create_string_buffer(registers)
+    whole = (ctypes.c_int64 * 12)(
+        ctypes.addressof(table), len(plan.steps), ctypes.addressof(places), len(plan.where), batch * length, length,
+        inputs[0].dtype == torch.bfloat16, by_sequence, plan.kept, plan.short, threads, 0,
+    )  # fmt: skip
+    scratch, run = _functions(native.level())
+    space = torch.empty(scratch(ctypes.addressof(whole)), dtype=torch.uint8)
+    whole[11] = space.data_ptr()
+    run(ctypes.addressof(whole))
+    return made
+
+
+def one_by_one(
+    inputs: list[Tensor], masks: list[Tensor], constants: list[Tensor | None], numbers: list[float], steps: list[int],
+    results: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """The same, a call for each step."""
+    registers, constants, numbers = list(inputs), iter(constants), iter(numbers)
+    for kind, given in _decoded(tuple(steps)):
+        x = registers[given[0]]
+        if kind == LINEAR:
+            weights = [next(constants) for _ in range(CONSTANTS[LINEAR])]
+            registers.append(native_int8_linear(x, *weights, given[2], False, ACTIVATIONS[given[1]]))
+        elif kind == NORM:
+            weight, bias, eps = next(constants), next(constants), next(numbers)
+            other, is_rms, with_sum = None if given[1] < 0 else registers[given[1]], *given[2:4]
+            if with_sum:
+                registers += add_rms_norm(x, other, weight, eps) if is_rms else add_layer_norm(x, other, weight, bias, eps)
+            else:
+                registers.append(rms_norm(x, weight, eps) if is_rms else layer_norm(x, other, weight, bias, eps))
+        else:
+            heads, kv_heads, depth, *starts, mask, is_causal = given[1:9]
+            parts = [
+                x.narrow(-1, start, count * depth).unflatten(-1, (count, depth)).transpose(1, 2)
+                for start, count in zip(starts, (heads, kv_heads, kv_heads), strict=True)
+            ]
+            y = native_attention(
+                *parts, None if mask < 0 else masks[mask], 0.0, bool(is_causal), scale=next(numbers), enable_gqa=heads != kv_heads
+            )
+            registers.append(y.transpose(1, 2).flatten(2))
+    return [registers[each] for each in results]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """where, at, columns: of each register; kept, short: the columns of what a thread keeps, and has for the rows at hand;
+    weights: bytes of all weights."""
+
+    steps: list[Step]
+    where: list[int]
+    at: list[int]
+    columns: list[int]
+    kept: int
+    short: int
+    weights: int
+
+    def packed(self, masks: list[Tensor], constants: list[Tensor | None], numbers: list[float]) -> Iterator[bytes]:
+        """What `Step` of int8_rows.cpp is, of each."""
+        constant, number, to = 0, 0, len(self.where) - sum(step.count for step in self.steps)
+        for kind, given in self.steps:
+            source, total, value = given[0], -1, 0.0
+            pointers = [pointer(each) or 0 for each in constants[constant : constant + CONSTANTS[kind]]]
+            constant += CONSTANTS[kind]
+            other, outputs, how, weight, scale, sums, bias, mask, rest = -1, self.columns[to], 0, 0, 0, 0, 0, 0, (0,) * 11
+            if kind == LINEAR:
+                how, (weight, scale, sums, bias) = given[1], pointers
+            else:
+                value, number = numbers[number], number + 1
+            if kind == NORM:
+                other, how, (weight, bias), total = given[1], given[2], pointers, to + 1 if given[3] else -1
+            elif kind == ATTENTION:
+                how, strides, mask_kind = given[8], (0, 0, 0, 0), 0
+                if given[7] >= 0:
+                    tensor = masks[given[7]]
+                    mask, mask_kind = tensor.data_ptr(), 1 if tensor.dtype == torch.bool else 2
+                    strides = tuple(0 if tensor.shape[d] == 1 else step for d, step in enumerate(tensor.stride()))
+                rest = (*given[1:7], mask_kind, *strides)
+            yield _STEP.pack(
+                kind, source, other, to, total, self.columns[source], outputs, how, weight, scale, sums, bias, mask, *rest, value
+            )
+            to += 1 if total < 0 else 2
+
+
+def widths(inputs: list[Tensor], steps: list[int], results: list[int]) -> list[int]:
+    """The columns of what `native_rows` gives."""
+    found = [each.shape[2] for each in inputs]
+    for step in _decoded(tuple(steps)):
+        found += [_width(step, found)] * step.count
+    return [found[each] for each in results]
+
+
+def _width(step: Step, columns: list[int]) -> int:
+    """The columns of what a step makes. columns: of all registers before."""
+    given = step.numbers
+    return {LINEAR: given[2], NORM: columns[given[0]], ATTENTION: given[1] * given[3]}[step.kind]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(steps: tuple[int, ...], widths: tuple[int, ...], results: tuple[int, ...], by_sequence: bool) -> _Plan:
+    """Where the registers are. What is made and read between two attentions lies with the rows at hand; the rest is kept."""
+    decoded, columns = _decoded(steps), list(widths)
+    born, last = [0.0] * len(widths), [0.0] * len(widths)
+    time = 0.0  # how many attentions were before; in one, half as much again
+    for step in decoded:
+        time += 0.5 * (step.kind == ATTENTION)
+        for each in step.reads:
+            last[each] = time
+        time += 0.5 * (step.kind == ATTENTION)
+        columns += [_width(step, columns)] * step.count
+        born += [time - 0.5 * (step.kind == ATTENTION)] * step.count
+        last += [time] * step.count
+    where, at, sizes = [], [0] * len(columns), {_KEPT: 0, _SHORT: 0}
+    free: list[tuple[int, int]] = []
+    for each, width in enumerate(columns):
+        is_given = each < len(widths) or each in results
+        where.append(_GIVEN if is_given else _SHORT if born[each] == last[each] else _KEPT)
+    step_of = [number for number, step in enumerate(decoded) for _ in range(step.count)]
+    for kind in (_KEPT, _SHORT):
+        held: list[int] = []
+        for each in range(len(widths), len(columns)):
+            if where[each] != kind:
+                continue
+            begun = step_of[each - len(widths)]
+            for other in list(held):
+                read = [number for number, step in enumerate(decoded) if other in step.reads]
+                # Not where another thread may still be at work, which has not come to the last attention yet.
+                waits = kind == _KEPT and not by_sequence and born[each] - last[other] < 1
+                if max(read, default=step_of[other - len(widths)]) < begun and not waits:
+                    held.remove(other)
+                    free.append((columns[other], at[other]))
+            fitting = sorted(place for place in free if place[0] >= columns[each])
+            if fitting:
+                free.remove(fitting[0])
+                at[each] = fitting[0][1]
+                if fitting[0][0] > columns[each]:
+                    free.append((fitting[0][0] - columns[each], at[each] + columns[each]))
+            else:
+                at[each], sizes[kind] = sizes[kind], sizes[kind] + columns[each]
+            held.append(each)
+        free.clear()
+    weights = sum(columns[step.numbers[0]] * step.numbers[2] for step in decoded if step.kind == LINEAR)
+    return _Plan(decoded, where, at, columns, sizes[_KEPT], sizes[_SHORT], weights)
