@@ -85,7 +85,7 @@ def lower_cpu(
         cpu_fusion.fuse(program)
     relax_views(program)
     if backend == "eager":
-        cpu_rows.fuse(program)
+        cpu_rows.fuse(program, bf16)
     if backend == "inductor":
         gelu_for_inductor(program)
     edit.sweep(program)

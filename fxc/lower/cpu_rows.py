@@ -29,11 +29,12 @@ _NORMS = {
 """Operator -> whether it is an RMS norm, and whether it gives the sum too."""
 
 
-def fuse(program: Program) -> None:
-    """Nothing on a machine that has no such kernel, and where no attention is among the steps: rows alone are few in a decoder."""
+def fuse(program: Program, bf16: bool) -> None:
+    """Nothing on a machine that has no such kernel, and where no attention is among the steps: rows alone are few in a decoder.
+    bf16: attention, which reads int8 products, may multiply in bfloat16."""
     if native_rows.why_not():
         return
-    attentions = {found.result: found for found in _attentions(program)}
+    attentions = {found.result: found for found in _attentions(program, bf16)}
     seen: set[fx.Node] = set()
     while attentions and (chain := _next_chain(program, attentions, seen)) is not None:
         seen |= chain.nodes
@@ -55,7 +56,7 @@ class _Attention:
     scale: float
 
 
-def _attentions(program: Program) -> Iterator[_Attention]:
+def _attentions(program: Program, bf16: bool) -> Iterator[_Attention]:
     for node in program.graph.find_nodes(op="call_function", target=ops.ATTENTION):
         call = Call(node)
         parts = [_heads(call[name]) for name in ("query", "key", "value")]
@@ -72,7 +73,7 @@ def _attentions(program: Program) -> Iterator[_Attention]:
             numbers = (heads, key[2], depth, q_at, key[1], value[1])
             around = [*(each for part in parts for each in part[0]), node, back]
             scale = depth**-0.5 if call["scale"] is None else call["scale"]
-            yield _Attention(node, source, result, around, mask, (*numbers, int(call["is_causal"])), scale)
+            yield _Attention(node, source, result, around, mask, (*numbers, int(call["is_causal"]), int(bf16)), scale)
 
 
 def _heads(node: fx.Node) -> tuple[list[fx.Node], fx.Node, int, int, int, tuple[str, ...]] | None:
@@ -186,7 +187,7 @@ def _add(chain: _Chain, node: fx.Node, attentions: dict[fx.Node, _Attention]) ->
         if found.mask is not None:
             chain.masks += [] if found.mask in chain.masks else [found.mask]
             mask = chain.masks.index(found.mask)
-        numbers = (found.source, *found.numbers[:6], mask, found.numbers[6])
+        numbers = (found.source, *found.numbers[:6], mask, *found.numbers[6:])
         chain.add(Step(ATTENTION, numbers), (found.source,), [[node]], [node, *found.around])
         chain.numbers.append(found.scale)
         for each in found.around:

@@ -84,15 +84,15 @@ extern "C" {
 
 // Bytes of scratch.
 int64_t attention_scratch(const int64_t* sizes, int threads) {
-  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19]};
+  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19], sizes[20]};
   return floats_of(p) * threads * 4;
 }
 
 // sizes: batch, heads, heads of k and v, queries, keys, depth (a multiple of 16), then the strides of q, k, v and of the
-// mask, then whether there are few queries.
+// mask, then whether there are few queries, and whether products may be of bfloat16.
 void attention(const void* q, const void* k, const void* v, const void* mask, int is_bfloat16, int mask_kind, int is_causal,
                float scale, const int64_t* sizes, void* y, float* scratch, int threads) {
-  Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19], q, k, v, mask};
+  Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[19], sizes[20], q, k, v, mask};
   for (int i = 0; i < 3; i++) {
     p.q_strides[i] = sizes[6 + i];
     p.k_strides[i] = sizes[9 + i];

@@ -30,7 +30,7 @@ struct Step {
   int64_t how;  // the activation; whether a norm is an RMS norm; whether attention is causal
   const void *weight, *scale, *sums, *bias, *mask;
   int64_t heads, kv_heads, depth, q_at, k_at, v_at;  // q_at: the column of `from` where the first query is
-  int64_t mask_kind, mask_strides[4];
+  int64_t mask_kind, mask_strides[4], is_rough;
   double number;  // eps; what scores are multiplied by
 };
 
@@ -70,6 +70,7 @@ attend::Problem problem_of(const Plan& p, const Step& s) {
   for (int i = 0; i < 4; i++) made.mask_strides[i] = s.mask_strides[i];
   made.mask_kind = (int)s.mask_kind;
   made.is_causal = (int)s.how;
+  made.is_rough = s.is_rough;
   made.scale = (float)s.number;
   return made;
 }

@@ -6,7 +6,8 @@ step eleven numbers say what it does:
 
     LINEAR     from, activation, outputs; constants: weight, scale, sums, bias of `native_int8.pack`
     NORM       from, other or -1, is_rms, with_sum; constants: weight, bias; number: eps. Makes the norm, then the sum if asked
-    ATTENTION  from, heads, heads of k and v, depth, columns where q, k and v begin, mask or -1, is_causal; number: the scale
+    ATTENTION  from, heads, heads of k and v, depth, columns where q, k and v begin, mask or -1, is_causal, is_rough: whether its
+               products may be of bfloat16; number: the scale
 """
 
 import ctypes
@@ -34,7 +35,7 @@ LEAST_ROWS, SMALL = 12, 1 << 24
 # Threads take whole sequences unless one would have so many times its share.
 UNEVEN = 1.15
 _GIVEN, _KEPT, _SHORT = range(3)
-_STEP = struct.Struct("=24qd")
+_STEP = struct.Struct("=25qd")
 _REGISTER = struct.Struct("=4q")
 
 
@@ -161,7 +162,7 @@ class _Plan:
             source, total, value = given[0], -1, 0.0
             pointers = [pointer(each) or 0 for each in constants[constant : constant + CONSTANTS[kind]]]
             constant += CONSTANTS[kind]
-            other, outputs, how, weight, scale, sums, bias, mask, rest = -1, self.columns[to], 0, 0, 0, 0, 0, 0, (0,) * 11
+            other, outputs, how, weight, scale, sums, bias, mask, rest = -1, self.columns[to], 0, 0, 0, 0, 0, 0, (0,) * 12
             if kind == LINEAR:
                 how, (weight, scale, sums, bias) = given[1], pointers
             else:
@@ -174,7 +175,7 @@ class _Plan:
                     tensor = masks[given[7]]
                     mask, mask_kind = tensor.data_ptr(), 1 if tensor.dtype == torch.bool else 2
                     strides = tuple(0 if tensor.shape[d] == 1 else step for d, step in enumerate(tensor.stride()))
-                rest = (*given[1:7], mask_kind, *strides)
+                rest = (*given[1:7], mask_kind, *strides, given[9])
             yield _STEP.pack(
                 kind, source, other, to, total, self.columns[source], outputs, how, weight, scale, sums, bias, mask, *rest, value
             )
