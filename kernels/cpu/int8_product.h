@@ -17,6 +17,7 @@ constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr int OUTPUTS = VECTORS * LANES;
 constexpr int64_t BLOCK = 384;   // rows that are quantized before they are multiplied: an even number
 constexpr int64_t DEPTH = 4096;  // columns at a time: so much of a panel stays in the L2
+constexpr int64_t SOON = 2048;   // bytes ahead that weights are fetched which are read once
 constexpr float SPLIT = 254;
 enum Activation { NONE, RELU, GELU, GELU_TANH, SILU };
 
@@ -58,14 +59,15 @@ INLINE Floats activated(Floats x, Activation activation) {
   }
 }
 
-// Adds columns [from, to) of rows [M] by V vectors to `total`.
+// Adds columns [from, to) of rows [M] by V vectors to `total`. ahead: bytes from weights that are read to those that are fetched.
 template <int M, int V>
-INLINE void add_products(const int8_t* const* w, const uint8_t* x, int64_t stride, int64_t from, int64_t to, Ints (&total)[M][V]) {
+INLINE void add_products(const int8_t* const* w, const uint8_t* x, int64_t stride, int64_t from, int64_t to, int64_t ahead,
+                         Ints (&total)[M][V]) {
   for (int64_t k = from; k < to; k += 4) {
     Ints weight[V];
     UNROLL for (int v = 0; v < V; v++) {
       weight[v] = load_ints(w[v] + k * PANEL);
-      if (v % PARTS == 0) _mm_prefetch((const char*)w[v] + k * PANEL + 2048, _MM_HINT_T0);
+      if (v % PARTS == 0) _mm_prefetch((const char*)w[v] + k * PANEL + ahead, _MM_HINT_T0);
     }
     UNROLL for (int m = 0; m < M; m++) {
       const Ints four = all_four(x + m * stride + k);
@@ -80,7 +82,7 @@ INLINE void tile(const int8_t* const* w, const uint8_t* x, int64_t stride, int64
   Ints total[M][V];
   UNROLL for (int m = 0; m < M; m++)
     UNROLL for (int v = 0; v < V; v++) total[m][v] = is_first ? all(0) : load_ints(sums + m * OUTPUTS + v * LANES);
-  add_products<M, V>(w, x, stride, from, to, total);
+  add_products<M, V>(w, x, stride, from, to, SOON, total);
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) store_ints(sums + m * OUTPUTS + v * LANES, total[m][v]);
 }
 
@@ -109,11 +111,11 @@ INLINE void activate(const float* values, Activation activation, Number* y) {
 
 // All columns of rows [first, first + M) of x by V vectors of outputs that all are there, from output n on, and what follows.
 template <int M, int V, typename Number>
-INLINE void whole_tile(const Weight& w, const int8_t* const* q, const Quantized& x, int64_t first, int64_t n, const float* bias,
-                       Activation activation, Number* y) {
+INLINE void whole_tile(const Weight& w, const int8_t* const* q, int64_t ahead, const Quantized& x, int64_t first, int64_t n,
+                       const float* bias, Activation activation, Number* y) {
   Ints total[M][V];
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) total[m][v] = all(0);
-  add_products<M, V>(q, x.q + first * x.stride, x.stride, 0, w.columns, total);
+  add_products<M, V>(q, x.q + first * x.stride, x.stride, 0, w.columns, ahead, total);
   if (activation == NONE) {
     UNROLL for (int m = 0; m < M; m++)
       UNROLL for (int v = 0; v < V; v++)
@@ -156,15 +158,17 @@ void outputs_of(const Weight& w, const Quantized& x, bool is_split, int64_t firs
   const int times = 1 + is_split;
   const int64_t units = (last - first) / times, passes = (units * times + ROWS - 1) / ROWS;
   if (!is_split && w.columns <= DEPTH && n + V * LANES <= w.outputs) {
+    // The weights at hand are in the L1 after the first pass: what can be fetched then are the next ones.
+    const int64_t ahead = passes > 1 ? w.columns * V * LANES : SOON;
     for (int64_t pass = 0; pass < passes; pass++) {
       const int64_t row = first + units * pass / passes, next = first + units * (pass + 1) / passes;
       switch (next - row) {
-        case 6: whole_tile<6, V>(w, q, x, row, n, bias, activation, y); break;
-        case 5: whole_tile<5, V>(w, q, x, row, n, bias, activation, y); break;
-        case 4: whole_tile<4, V>(w, q, x, row, n, bias, activation, y); break;
-        case 3: whole_tile<3, V>(w, q, x, row, n, bias, activation, y); break;
-        case 2: whole_tile<2, V>(w, q, x, row, n, bias, activation, y); break;
-        case 1: whole_tile<1, V>(w, q, x, row, n, bias, activation, y); break;
+        case 6: whole_tile<6, V>(w, q, ahead, x, row, n, bias, activation, y); break;
+        case 5: whole_tile<5, V>(w, q, ahead, x, row, n, bias, activation, y); break;
+        case 4: whole_tile<4, V>(w, q, ahead, x, row, n, bias, activation, y); break;
+        case 3: whole_tile<3, V>(w, q, ahead, x, row, n, bias, activation, y); break;
+        case 2: whole_tile<2, V>(w, q, ahead, x, row, n, bias, activation, y); break;
+        case 1: whole_tile<1, V>(w, q, ahead, x, row, n, bias, activation, y); break;
       }
     }
     return;

@@ -13,7 +13,7 @@ step eleven numbers say what it does:
 import ctypes
 import functools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,8 +35,9 @@ LEAST_ROWS, SMALL = 12, 1 << 24
 # Threads take whole sequences unless one would have so many times its share.
 UNEVEN = 1.15
 _GIVEN, _KEPT, _SHORT = range(3)
-_STEP = struct.Struct("=25qd")
-_REGISTER = struct.Struct("=4q")
+# `Step` and `Register` of int8_rows.cpp, and what is filled in with each call: where the mask is, its kind and strides.
+_STEP, _REGISTER, _POINTER, _STRIDES = (struct.Struct(f"={form}") for form in ("25qd", "4q", "q", "5q"))
+_MASK_AT, _STRIDES_AT, _DATA_AT = 12 * 8, 19 * 8, 8
 
 
 class Step(NamedTuple):
@@ -94,14 +95,17 @@ def native_rows(
     made = [inputs[0].new_empty(batch, length, plan.columns[each]) for each in results]
     given = {**dict(enumerate(inputs)), **dict(zip(results, made, strict=True))}
     masks = [each.expand(batch, -1, length, length) for each in masks]
-    packed_steps = b"".join(plan.packed(masks, constants, numbers))
-    registers = b"".join(
-        _REGISTER.pack(where, given[number].data_ptr() if where == _GIVEN else 0, at, columns)
-        for number, (where, at, columns) in enumerate(zip(plan.where, plan.at, plan.columns, strict=True))
-    )
-    table, places = ctypes.create_string_buffer(packed_steps), ctypes.create_string_buffer(registers)
+    table = bytearray(plan.packed(tuple([pointer(each) or 0 for each in constants]), tuple(numbers)))
+    for at, mask in plan.masked:
+        strides = [0 if size == 1 else step for size, step in zip(masks[mask].shape, masks[mask].stride(), strict=True)]
+        _POINTER.pack_into(table, at + _MASK_AT, masks[mask].data_ptr())
+        _STRIDES.pack_into(table, at + _STRIDES_AT, 1 if masks[mask].dtype == torch.bool else 2, *strides)
+    registers = bytearray(plan.registers)
+    for number, tensor in given.items():
+        _POINTER.pack_into(registers, number * _REGISTER.size + _DATA_AT, tensor.data_ptr())
+    buffers = [(ctypes.c_char * len(each)).from_buffer(each) for each in (table, registers)]
     whole = (ctypes.c_int64 * 12)(
-        ctypes.addressof(table), len(plan.steps), ctypes.addressof(places), len(plan.where), batch * length, length,
+        ctypes.addressof(buffers[0]), len(plan.steps), ctypes.addressof(buffers[1]), len(plan.where), batch * length, length,
         inputs[0].dtype == torch.bfloat16, by_sequence, plan.kept, plan.short, threads, 0,
     )  # fmt: skip
     scratch, run = _functions(native.level())
@@ -142,7 +146,7 @@ def one_by_one(
     return [registers[each] for each in results]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Plan:
     """where, at, columns: of each register; kept, short: the columns of what a thread keeps, and has for the rows at hand;
     weights: bytes of all weights."""
@@ -155,31 +159,38 @@ class _Plan:
     short: int
     weights: int
 
-    def packed(self, masks: list[Tensor], constants: list[Tensor | None], numbers: list[float]) -> Iterator[bytes]:
-        """What `Step` of int8_rows.cpp is, of each."""
-        constant, number, to = 0, 0, len(self.where) - sum(step.count for step in self.steps)
-        for kind, given in self.steps:
-            source, total, value = given[0], -1, 0.0
-            pointers = [pointer(each) or 0 for each in constants[constant : constant + CONSTANTS[kind]]]
-            constant += CONSTANTS[kind]
-            other, outputs, how, weight, scale, sums, bias, mask, rest = -1, self.columns[to], 0, 0, 0, 0, 0, 0, (0,) * 12
+    @functools.cached_property
+    def masked(self) -> list[tuple[int, int]]:
+        """(where the step is in `packed`, its mask) for each that has one."""
+        found = [(number * _STEP.size, step.numbers[7]) for number, step in enumerate(self.steps) if step.kind == ATTENTION]
+        return [(at, mask) for at, mask in found if mask >= 0]
+
+    @functools.cached_property
+    def registers(self) -> bytes:
+        """`Register` of each, but for where the given ones are."""
+        places = zip(self.where, self.at, self.columns, strict=True)
+        return b"".join(_REGISTER.pack(where, 0, at, columns) for where, at, columns in places)
+
+    @functools.lru_cache(maxsize=16)
+    def packed(self, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> bytes:
+        """`Step` of each, but for masks. pointers: of the constants."""
+        packed, constants, values = [], iter(pointers), iter(numbers)
+        to = len(self.where) - sum(step.count for step in self.steps)
+        for step in self.steps:
+            kind, given = step
+            total = to + 1 if step.count == 2 else -1
+            weight, scale, sums, bias, rest = 0, 0, 0, 0, (0,) * 12
             if kind == LINEAR:
-                how, (weight, scale, sums, bias) = given[1], pointers
+                other, how = -1, given[1]
+                weight, scale, sums, bias = (next(constants) for _ in range(CONSTANTS[kind]))
+            elif kind == NORM:
+                other, how, weight, bias = given[1], given[2], next(constants), next(constants)
             else:
-                value, number = numbers[number], number + 1
-            if kind == NORM:
-                other, how, (weight, bias), total = given[1], given[2], pointers, to + 1 if given[3] else -1
-            elif kind == ATTENTION:
-                how, strides, mask_kind = given[8], (0, 0, 0, 0), 0
-                if given[7] >= 0:
-                    tensor = masks[given[7]]
-                    mask, mask_kind = tensor.data_ptr(), 1 if tensor.dtype == torch.bool else 2
-                    strides = tuple(0 if tensor.shape[d] == 1 else step for d, step in enumerate(tensor.stride()))
-                rest = (*given[1:7], mask_kind, *strides, given[9])
-            yield _STEP.pack(
-                kind, source, other, to, total, self.columns[source], outputs, how, weight, scale, sums, bias, mask, *rest, value
-            )
-            to += 1 if total < 0 else 2
+                other, how, rest = -1, given[8], (*given[1:7], *(0,) * 5, given[9])
+            ends = (weight, scale, sums, bias, 0, *rest, 0.0 if kind == LINEAR else next(values))
+            packed.append(_STEP.pack(kind, given[0], other, to, total, self.columns[given[0]], self.columns[to], how, *ends))
+            to += step.count
+        return b"".join(packed)
 
 
 def widths(inputs: list[Tensor], steps: list[int], results: list[int]) -> list[int]:
