@@ -1,5 +1,5 @@
-"""The layers of an encoder as one call on a CPU, where programs run node by node: int8 products, norms and the attention between
-them, `fxc_kernels.cpu.native_rows`. What is not such a step stays, before the call or behind it."""
+"""The layers of an encoder as one call on a CPU, where programs run node by node: int8 products, norms and the attention
+between them, `fxc_kernels.cpu.native_rows`. What is not such a step stays, before the call or behind it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _RESHAPE = torch.ops.aten.reshape.default
 _TRANSPOSE = torch.ops.aten.transpose.int
 _SIZE = torch.ops.aten.sym_size.int
 _NORMS = {
-    ops.LAYER_NORM: (False, False), ops.ADD_LAYER_NORM: (False, True), ops.RMS_NORM: (True, False), ops.ADD_RMS_NORM: (True, True),
+    ops.LAYER_NORM: (False, False), ops.ADD_LAYER_NORM: (False, True),
+    ops.RMS_NORM: (True, False), ops.ADD_RMS_NORM: (True, True),
 }  # fmt: skip
 """Operator -> whether it is an RMS norm, and whether it gives the sum too."""
 
@@ -77,11 +78,11 @@ def _attentions(program: Program, bf16: bool) -> Iterator[_Attention]:
 
 
 def _heads(node: fx.Node) -> tuple[list[fx.Node], fx.Node, int, int, int, tuple[str, ...]] | None:
-    """(the reshapes, x, the first column, heads, their width, the shape of x) where `node` [B, H, S, D] is columns of x
-    [B, S, K] that nothing else reads."""
+    """(the reshapes that nothing else reads, x, the first column, heads, their width, the shape of x) where `node` [B, H, S, D]
+    is columns of x [B, S, K]."""
     reshaped = node.args[0] if node.target is _TRANSPOSE and tuple(node.args[1:]) == (1, 2) else None
     narrowed = reshaped.args[0] if reshaped is not None and reshaped.target is _RESHAPE else None
-    if narrowed is None or narrowed.target is not _NARROW or any(len(each.users) != 1 for each in (node, reshaped, narrowed)):
+    if narrowed is None or narrowed.target is not _NARROW or len(node.users) != 1 or len(reshaped.users) != 1:
         return None
     x, dim, start, size = narrowed.args
     heads, depth = reshaped.meta["val"].shape[2:] if reshaped.meta["val"].dim() == 4 else (None, None)
@@ -89,7 +90,7 @@ def _heads(node: fx.Node) -> tuple[list[fx.Node], fx.Node, int, int, int, tuple[
     fits = len(shape) == 3 and dim in (-1, 2) and all(isinstance(each, int) for each in (start, size, heads, depth))
     if not fits or _shape(reshaped)[:2] != shape[:2] or heads * depth != size:
         return None
-    return [node, reshaped, narrowed], x, start, heads, depth, shape
+    return [node, reshaped, *([narrowed] if len(narrowed.users) == 1 else [])], x, start, heads, depth, shape
 
 
 def _only_user(node: fx.Node, target: object) -> fx.Node | None:
@@ -164,10 +165,11 @@ def _add(chain: _Chain, node: fx.Node, attentions: dict[fx.Node, _Attention]) ->
     """Whether `node` is a step of the chain, which it is then in. Registers are nodes in the steps until all are known."""
     if node.target is ops.NATIVE_INT8_LINEAR:
         call = Call(node)
-        x, weights = call["x"], [call[name] for name in ("weight", "scale", "sums", "bias")]
-        if call["split"] or call["dense"] is not None or not chain.takes(x, node):
+        x, weights = call["x"], [call[name] for name in ("weight", "scale", "sums", "bias", "dense")]
+        if call["split"] or not chain.takes(x, node):
             return False
-        chain.add(Step(LINEAR, (x, ACTIVATIONS.index(call["activation"]), call["outputs"])), (x,), [[node]], [node])
+        numbers = (x, ACTIVATIONS.index(call["activation"]), call["outputs"], call["limit"])
+        chain.add(Step(LINEAR, numbers), (x,), [[node]], [node])
         chain.constants += weights
     elif node.target in _NORMS:
         is_rms, with_sum = _NORMS[node.target]
@@ -176,7 +178,8 @@ def _add(chain: _Chain, node: fx.Node, attentions: dict[fx.Node, _Attention]) ->
         if not chain.takes(x, other) or (with_sum and any(user.target is not operator.getitem for user in node.users)):
             return False
         parts = [[user for user in node.users if user.args[1] == at] for at in (0, 1)] if with_sum else [[node]]
-        chain.add(Step(NORM, (x, other, int(is_rms), int(with_sum))), (x, other), parts, [node, *sum(parts, []) * with_sum])
+        nodes = [node, *(each for part in parts for each in part if each is not node)]
+        chain.add(Step(NORM, (x, other, int(is_rms), int(with_sum))), (x, other), parts, nodes)
         chain.constants += [call["weight"], bias]
         chain.numbers.append(call["eps"])
     elif found := attentions.get(node):
@@ -204,9 +207,9 @@ def _write(program: Program, chain: _Chain) -> None:
     made = {node for nodes in chain.made for node in nodes}
     read = [node for node in made if any(user not in chain.nodes for user in node.users)]
     results = sorted({number[node] for node in read})
-    names = ", ".join(dict.fromkeys(fqn for node in program.graph.nodes if node in chain.nodes and (fqn := node.meta.get("fqn"))))
-    early = [each for each in itertools.takewhile(lambda each: each is not chain.last, program.graph.nodes) if each in chain.behind]
-    place = {"before": chain.last.next, "by": "lower", "fqn": names}
+    before = list(itertools.takewhile(lambda node: node is not chain.last, program.graph.nodes))
+    names = dict.fromkeys(node.meta.get("fqn", "") for node in [*before, chain.last] if node in chain.nodes)
+    place = {"before": chain.last.next, "by": "lower", "fqn": ", ".join(filter(None, names))}
     args = (chain.inputs, chain.masks, chain.constants, chain.numbers, native_rows.encoded(steps), results)
     whole = last = edit.insert(program, ops.ROWS, args, **place)
     taken = {}
@@ -214,9 +217,10 @@ def _write(program: Program, chain: _Chain) -> None:
         taken[each] = last = edit.insert(program, operator.getitem, (whole, at), **place)
     for node in read:
         edit.replace(node, taken[number[node]])
-    for node in early:
-        last.append(node)
-        last = node
+    for node in before:
+        if node in chain.behind:
+            last.append(node)
+            last = node
 
 
 def _numbered(given: object, number: dict[fx.Node, int]) -> int:

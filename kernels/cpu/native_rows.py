@@ -4,10 +4,11 @@ sequence. Nothing between them goes through the memory, threads rarely wait for 
 Steps work on registers, matrices of as many rows as the inputs have: those first, then what the steps make, in order. Of each
 step eleven numbers say what it does:
 
-    LINEAR     from, activation, outputs; constants: weight, scale, sums, bias of `native_int8.pack`
+    LINEAR     from, activation, outputs, limit; constants: weight, scale, sums, bias of `native_int8.pack`, and dense or None
+               as `native_int8_linear` takes it, for up to `limit` rows
     NORM       from, other or -1, is_rms, with_sum; constants: weight, bias; number: eps. Makes the norm, then the sum if asked
-    ATTENTION  from, heads, heads of k and v, depth, columns where q, k and v begin, mask or -1, is_causal, is_rough: whether its
-               products may be of bfloat16; number: the scale
+    ATTENTION  from, heads, heads of k and v, depth, columns where q, k and v begin, mask or -1, is_causal, is_rough (whether
+               its products may be of bfloat16); number: the scale
 """
 
 import ctypes
@@ -21,16 +22,15 @@ import torch
 from torch import Tensor
 
 from fxc_kernels.cpu import native
-from fxc_kernels.cpu.native import pointer
 from fxc_kernels.cpu.native_attention import native_attention
 from fxc_kernels.cpu.native_between import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fxc_kernels.cpu.native_int8 import ACTIVATIONS, native_int8_linear
 
 LINEAR, NORM, ATTENTION = range(3)
 WIDTH = 11
-CONSTANTS = {LINEAR: 4, NORM: 2, ATTENTION: 0}
-# Every thread reads all weights: with fewer rows for each, the layers one by one are faster, which divide the outputs. Weights of
-# more bytes than SMALL stay in no cache.
+CONSTANTS = {LINEAR: 5, NORM: 2, ATTENTION: 0}
+# Every thread reads all weights: with fewer rows for each, the layers one by one are faster, which divide the outputs. With
+# weights of more than SMALL bytes, which stay in no cache, it takes four times as many.
 LEAST_ROWS, SMALL = 12, 1 << 24
 # Threads take whole sequences unless one would have so many times its share.
 UNEVEN = 1.15
@@ -82,20 +82,22 @@ def native_rows(
     inputs: list[Tensor], masks: list[Tensor], constants: list[Tensor | None], numbers: list[float], steps: list[int],
     results: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """inputs: [B, S, K] of several K, all float32 or all bfloat16; masks: of attention, bool or of their dtype, to be expanded to
-    [B, heads, S, S]; constants, numbers: of the steps, in their order; results: the registers that are given back, [B, S, N]."""
+    """inputs: [B, S, K] of several K, all float32 or all bfloat16; masks: of attention, bool or of their dtype, to be expanded
+    to [B, heads, S, S]; constants, numbers: of the steps, in their order; results: the registers that are given back,
+    [B, S, N]."""
     batch, length = inputs[0].shape[:2]
     threads = native.threads()
     by_sequence = -(-batch // threads) * threads <= UNEVEN * batch
     plan = _plan(tuple(steps), tuple([each.shape[2] for each in inputs]), tuple(results), by_sequence)
     least = LEAST_ROWS * threads * (1 if plan.weights <= SMALL else 4)
-    if not batch * length or (threads > 1 and batch * length < least):
+    if batch * length <= plan.limit or (threads > 1 and batch * length < least):
         return one_by_one(inputs, masks, constants, numbers, steps, results)
     inputs = [each.contiguous() for each in inputs]
     made = [inputs[0].new_empty(batch, length, plan.columns[each]) for each in results]
     given = {**dict(enumerate(inputs)), **dict(zip(results, made, strict=True))}
     masks = [each.expand(batch, -1, length, length) for each in masks]
-    table = bytearray(plan.packed(tuple([pointer(each) or 0 for each in constants]), tuple(numbers)))
+    pointers = tuple([0 if each is None or each.is_mkldnn else each.data_ptr() for each in constants])
+    table = bytearray(plan.packed(pointers, tuple(numbers)))
     for at, mask in plan.masked:
         strides = [0 if size == 1 else step for size, step in zip(masks[mask].shape, masks[mask].stride(), strict=True)]
         _POINTER.pack_into(table, at + _MASK_AT, masks[mask].data_ptr())
@@ -124,8 +126,8 @@ def one_by_one(
     for kind, given in _decoded(tuple(steps)):
         x = registers[given[0]]
         if kind == LINEAR:
-            weights = [next(constants) for _ in range(CONSTANTS[LINEAR])]
-            registers.append(native_int8_linear(x, *weights, given[2], False, ACTIVATIONS[given[1]]))
+            *weights, dense = (next(constants) for _ in range(CONSTANTS[LINEAR]))
+            registers.append(native_int8_linear(x, *weights, given[2], False, ACTIVATIONS[given[1]], dense, given[3]))
         elif kind == NORM:
             weight, bias, eps = next(constants), next(constants), next(numbers)
             other, is_rms, with_sum = None if given[1] < 0 else registers[given[1]], *given[2:4]
@@ -139,9 +141,8 @@ def one_by_one(
                 x.narrow(-1, start, count * depth).unflatten(-1, (count, depth)).transpose(1, 2)
                 for start, count in zip(starts, (heads, kv_heads, kv_heads), strict=True)
             ]
-            y = native_attention(
-                *parts, None if mask < 0 else masks[mask], 0.0, bool(is_causal), scale=next(numbers), enable_gqa=heads != kv_heads
-            )
+            seen, is_shared = None if mask < 0 else masks[mask], heads != kv_heads
+            y = native_attention(*parts, seen, 0.0, bool(is_causal), scale=next(numbers), enable_gqa=is_shared)
             registers.append(y.transpose(1, 2).flatten(2))
     return [registers[each] for each in results]
 
@@ -149,7 +150,7 @@ def one_by_one(
 @dataclass(eq=False)
 class _Plan:
     """where, at, columns: of each register; kept, short: the columns of what a thread keeps, and has for the rows at hand;
-    weights: bytes of all weights."""
+    weights: bytes of all weights; limit: up to how many rows a layer is dense, 0 if none is."""
 
     steps: list[Step]
     where: list[int]
@@ -158,6 +159,8 @@ class _Plan:
     kept: int
     short: int
     weights: int
+    limit: int
+    made: tuple[tuple, bytes] | None = None
 
     @functools.cached_property
     def masked(self) -> list[tuple[int, int]]:
@@ -171,9 +174,14 @@ class _Plan:
         places = zip(self.where, self.at, self.columns, strict=True)
         return b"".join(_REGISTER.pack(where, 0, at, columns) for where, at, columns in places)
 
-    @functools.lru_cache(maxsize=16)
     def packed(self, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> bytes:
-        """`Step` of each, but for masks. pointers: of the constants."""
+        """`Step` of each, but for masks. pointers: of the constants. The same as last time is not made again."""
+        last = self.made
+        if last is None or last[0] != (pointers, numbers):
+            self.made = last = (pointers, numbers), self._pack(pointers, numbers)
+        return last[1]
+
+    def _pack(self, pointers: tuple[int, ...], numbers: tuple[float, ...]) -> bytes:
         packed, constants, values = [], iter(pointers), iter(numbers)
         to = len(self.where) - sum(step.count for step in self.steps)
         for step in self.steps:
@@ -182,7 +190,7 @@ class _Plan:
             weight, scale, sums, bias, rest = 0, 0, 0, 0, (0,) * 12
             if kind == LINEAR:
                 other, how = -1, given[1]
-                weight, scale, sums, bias = (next(constants) for _ in range(CONSTANTS[kind]))
+                weight, scale, sums, bias, _ = (next(constants) for _ in range(CONSTANTS[kind]))
             elif kind == NORM:
                 other, how, weight, bias = given[1], given[2], next(constants), next(constants)
             else:
@@ -223,7 +231,7 @@ def _plan(steps: tuple[int, ...], widths: tuple[int, ...], results: tuple[int, .
         last += [time] * step.count
     where, at, sizes = [], [0] * len(columns), {_KEPT: 0, _SHORT: 0}
     free: list[tuple[int, int]] = []
-    for each, width in enumerate(columns):
+    for each in range(len(columns)):
         is_given = each < len(widths) or each in results
         where.append(_GIVEN if is_given else _SHORT if born[each] == last[each] else _KEPT)
     step_of = [number for number, step in enumerate(decoded) for _ in range(step.count)]
@@ -250,5 +258,7 @@ def _plan(steps: tuple[int, ...], widths: tuple[int, ...], results: tuple[int, .
                 at[each], sizes[kind] = sizes[kind], sizes[kind] + columns[each]
             held.append(each)
         free.clear()
-    weights = sum(columns[step.numbers[0]] * step.numbers[2] for step in decoded if step.kind == LINEAR)
-    return _Plan(decoded, where, at, columns, sizes[_KEPT], sizes[_SHORT], weights)
+    linears = [step.numbers for step in decoded if step.kind == LINEAR]
+    weights = sum(columns[source] * outputs for source, _, outputs, *_ in linears)
+    limit = max((each[3] for each in linears), default=0)
+    return _Plan(decoded, where, at, columns, sizes[_KEPT], sizes[_SHORT], weights, limit)
