@@ -59,10 +59,14 @@ INLINE Floats activated(Floats x, Activation activation) {
   }
 }
 
-// Adds columns [from, to) of rows [M] by V vectors to `total`. ahead: bytes from weights that are read to those that are fetched.
+// Columns [from, to) of rows [M] by V vectors, added to sums [M][OUTPUTS], or put there where they are the first. ahead: bytes from
+// weights that are read to those that are fetched.
 template <int M, int V>
-INLINE void add_products(const int8_t* const* w, const uint8_t* x, int64_t stride, int64_t from, int64_t to, int64_t ahead,
-                         Ints (&total)[M][V]) {
+INLINE void tile(const int8_t* const* w, const uint8_t* x, int64_t stride, int64_t from, int64_t to, int64_t ahead, bool is_first,
+                 int32_t* sums) {
+  Ints total[M][V];
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int v = 0; v < V; v++) total[m][v] = is_first ? all(0) : load_ints(sums + m * OUTPUTS + v * LANES);
   for (int64_t k = from; k < to; k += 4) {
     Ints weight[V];
     UNROLL for (int v = 0; v < V; v++) {
@@ -74,59 +78,7 @@ INLINE void add_products(const int8_t* const* w, const uint8_t* x, int64_t strid
       UNROLL for (int v = 0; v < V; v++) total[m][v] = dot(total[m][v], four, weight[v]);
     }
   }
-}
-
-// Columns [from, to) of rows [M] by V vectors, added to sums [M][OUTPUTS], or put there where they are the first.
-template <int M, int V>
-INLINE void tile(const int8_t* const* w, const uint8_t* x, int64_t stride, int64_t from, int64_t to, bool is_first, int32_t* sums) {
-  Ints total[M][V];
-  UNROLL for (int m = 0; m < M; m++)
-    UNROLL for (int v = 0; v < V; v++) total[m][v] = is_first ? all(0) : load_ints(sums + m * OUTPUTS + v * LANES);
-  add_products<M, V>(w, x, stride, from, to, SOON, total);
   UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) store_ints(sums + m * OUTPUTS + v * LANES, total[m][v]);
-}
-
-// The numbers that the integers of a row stand for, a vector of outputs at n.
-INLINE Floats without_zero(const Weight& w, const Quantized& x, int64_t row, int64_t n, Ints sum) {
-  return to_floats(subtract(sum, multiply(load_ints(w.sum + n), all(x.zero[row]))));
-}
-INLINE Floats scaled(const Weight& w, const Quantized& x, int64_t row, int64_t n, Floats value, const float* bias) {
-  const Floats added = bias ? load_floats(bias + n) : all(0.0f);
-  return add(multiply(multiply(value, load_floats(w.scale + n)), all(x.scale[row])), added);
-}
-INLINE Floats finished(const Weight& w, const Quantized& x, int64_t row, int64_t n, Ints sum, const float* bias) {
-  return scaled(w, x, row, n, without_zero(w, x, row, n, sum), bias);
-}
-
-// V vectors after an activation that is one.
-template <int V, typename Number>
-INLINE void activate(const float* values, Activation activation, Number* y) {
-  switch (activation) {
-    case RELU: UNROLL for (int v = 0; v < V; v++) store_as(y + v * LANES, activated(load_floats(values + v * LANES), RELU)); break;
-    case GELU: UNROLL for (int v = 0; v < V; v++) store_as(y + v * LANES, activated(load_floats(values + v * LANES), GELU)); break;
-    case GELU_TANH: UNROLL for (int v = 0; v < V; v++) store_as(y + v * LANES, activated(load_floats(values + v * LANES), GELU_TANH)); break;
-    default: UNROLL for (int v = 0; v < V; v++) store_as(y + v * LANES, activated(load_floats(values + v * LANES), SILU)); break;
-  }
-}
-
-// All columns of rows [first, first + M) of x by V vectors of outputs that all are there, from output n on, and what follows.
-template <int M, int V, typename Number>
-INLINE void whole_tile(const Weight& w, const int8_t* const* q, int64_t ahead, const Quantized& x, int64_t first, int64_t n,
-                       const float* bias, Activation activation, Number* y) {
-  Ints total[M][V];
-  UNROLL for (int m = 0; m < M; m++) UNROLL for (int v = 0; v < V; v++) total[m][v] = all(0);
-  add_products<M, V>(q, x.q + first * x.stride, x.stride, 0, w.columns, ahead, total);
-  if (activation == NONE) {
-    UNROLL for (int m = 0; m < M; m++)
-      UNROLL for (int v = 0; v < V; v++)
-        store_as(y + (first + m) * w.outputs + n + v * LANES, finished(w, x, first + m, n + v * LANES, total[m][v], bias));
-    return;
-  }
-  float values[M * V * LANES];  // there are no registers left for an activation
-  UNROLL for (int m = 0; m < M; m++)
-    UNROLL for (int v = 0; v < V; v++)
-      store_floats(values + (m * V + v) * LANES, finished(w, x, first + m, n + v * LANES, total[m][v], bias));
-  for (int m = 0; m < M; m++) activate<V>(values + m * V * LANES, activation, y + (first + m) * w.outputs + n);
 }
 
 // What follows the integers: rows [first, last) of x, a vector of outputs at n.
@@ -134,14 +86,18 @@ template <typename Number>
 INLINE void finish(const Weight& w, const Quantized& x, bool is_split, int64_t first, int64_t last, int64_t n, const int32_t* sums,
                    const float* bias, Activation activation, Number* y) {
   if (n >= w.outputs) return;  // the second half of a panel that the weight does not fill
+  const Ints column_sum = load_ints(w.sum + n);
+  const Floats scale = load_floats(w.scale + n), added = bias ? load_floats(bias + n) : all(0.0f);
   for (int64_t row = first; row < last; row += 1 + is_split) {
-    Floats value = without_zero(w, x, row, n, load_ints(sums + (row - first) * OUTPUTS));
+    const Ints less = multiply(column_sum, all(x.zero[row]));
+    Floats value = to_floats(subtract(load_ints(sums + (row - first) * OUTPUTS), less));
     if (is_split) {
-      const Floats rest = without_zero(w, x, row, n, load_ints(sums + (row + 1 - first) * OUTPUTS));
+      const Floats rest = to_floats(subtract(load_ints(sums + (row + 1 - first) * OUTPUTS), less));
       value = multiply_add(rest, all(1 / SPLIT), value);
     }
+    value = activated(add(multiply(multiply(value, scale), all(x.scale[row])), added), activation);
     Number* out = y + (is_split ? row / 2 : row) * w.outputs + n;
-    store_some(out, activated(scaled(w, x, row, n, value, bias), activation), w.outputs - n);
+    store_some(out, value, w.outputs - n);
   }
 }
 
@@ -157,24 +113,10 @@ void outputs_of(const Weight& w, const Quantized& x, bool is_split, int64_t firs
   // As few passes over the weight as there can be, alike in rows; both halves of a row are in one.
   const int times = 1 + is_split;
   const int64_t units = (last - first) / times, passes = (units * times + ROWS - 1) / ROWS;
-  if (!is_split && w.columns <= DEPTH && n + V * LANES <= w.outputs) {
-    // The weights at hand are in the L1 after the first pass: what can be fetched then are the next ones.
-    const int64_t ahead = passes > 1 ? w.columns * V * LANES : SOON;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const int64_t row = first + units * pass / passes, next = first + units * (pass + 1) / passes;
-      switch (next - row) {
-        case 6: whole_tile<6, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-        case 5: whole_tile<5, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-        case 4: whole_tile<4, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-        case 3: whole_tile<3, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-        case 2: whole_tile<2, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-        case 1: whole_tile<1, V>(w, q, ahead, x, row, n, bias, activation, y); break;
-      }
-    }
-    return;
-  }
   // A weight that fits into the L2 is gone through once, and what comes out is finished while it is in the L1.
   const bool is_whole = w.columns <= DEPTH;
+  // Its weights are in the L1 after the first pass: what can be fetched then are the next ones.
+  const int64_t ahead = is_whole && passes > 1 ? w.columns * V * LANES : SOON;
   for (int64_t from = 0; from < w.columns; from += DEPTH) {
     const int64_t to = w.columns - from < DEPTH ? w.columns : from + DEPTH;
     for (int64_t pass = 0; pass < passes; pass++) {
@@ -182,12 +124,12 @@ void outputs_of(const Weight& w, const Quantized& x, bool is_split, int64_t firs
       const uint8_t* at = x.q + (first + row) * x.stride;
       int32_t* into = is_whole ? sums : sums + row * OUTPUTS;
       switch (next - row) {
-        case 6: tile<6, V>(q, at, x.stride, from, to, !from, into); break;
-        case 5: tile<5, V>(q, at, x.stride, from, to, !from, into); break;
-        case 4: tile<4, V>(q, at, x.stride, from, to, !from, into); break;
-        case 3: tile<3, V>(q, at, x.stride, from, to, !from, into); break;
-        case 2: tile<2, V>(q, at, x.stride, from, to, !from, into); break;
-        case 1: tile<1, V>(q, at, x.stride, from, to, !from, into); break;
+        case 6: tile<6, V>(q, at, x.stride, from, to, ahead, !from, into); break;
+        case 5: tile<5, V>(q, at, x.stride, from, to, ahead, !from, into); break;
+        case 4: tile<4, V>(q, at, x.stride, from, to, ahead, !from, into); break;
+        case 3: tile<3, V>(q, at, x.stride, from, to, ahead, !from, into); break;
+        case 2: tile<2, V>(q, at, x.stride, from, to, ahead, !from, into); break;
+        case 1: tile<1, V>(q, at, x.stride, from, to, ahead, !from, into); break;
       }
       if (to == w.columns)
         for (int v = 0; v < V; v++)
