@@ -14,7 +14,7 @@ from fxc.ir.call import Call
 from fxc.ir.check import check
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
-from fxc.lower import choose, cpu_fusion, static
+from fxc.lower import choose, cpu_fusion, cpu_rows, static
 from fxc.lower.candidates import (
     FLOAT,
     NATIVE_INT4,
@@ -84,6 +84,8 @@ def lower_cpu(
     if backend == "eager":
         cpu_fusion.fuse(program)
     relax_views(program)
+    if backend == "eager":
+        cpu_rows.fuse(program, bf16)
     if backend == "inductor":
         gelu_for_inductor(program)
     edit.sweep(program)
@@ -240,7 +242,7 @@ def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> N
     packed = backend == "eager"
     name = module_name(program, group.names[0])
     activation = "none"
-    if (packed or choice.form.is_one_call) and group.dtype == torch.float32 and len(group.nodes) == 1:
+    if (choice.form.is_one_call or (packed and group.dtype == torch.float32)) and len(group.nodes) == 1:
         activation, last = activation_after(group.nodes[0], choice.form.absorbs)
     place = CpuPlace(program, group.nodes[0], name, packed, activation)
     dense = None if choice.limit is None else float_weight(group, packed)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxc.ir.cache import is_past
 from fxc.ir.program import Program
 from fxc.schemes.scheme import EMBEDDING, product_of, scheme_of
-from fxc_kernels.cpu.ops import NATIVE_INT4_LINEAR
+from fxc_kernels.cpu.ops import NATIVE_INT4_LINEAR, ROWS
 
 COPIES, VECTORS = "float copies", "scales, norms and biases"
 _PACKED = {torch.int8: "int8 packed", torch.uint8: "int4 packed", torch.float8_e4m3fn: "fp8 packed"}
@@ -46,6 +46,8 @@ def _read(node: fx.Node) -> list[tuple[str, fx.Node]]:
     found = [*zip(names, node.args, strict=False), *node.kwargs.items()]
     named = [(name, each) for name, each in found if isinstance(each, fx.Node) and each.op == "get_attr"]
     rest = {each for each in node.all_input_nodes if each.op == "get_attr"} - {each for _, each in named}
+    if node.target is ROWS:  # of lists only the constants' own names say what they are
+        return [(each.target.rpartition(".")[2], each) for each in rest]
     return [*named, *(("", each) for each in rest)]
 
 

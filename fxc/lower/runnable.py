@@ -29,6 +29,8 @@ def runnable(program: Program, device: torch.device | str, backend: str) -> nn.M
             node.target = FUNCTIONS[node.target][is_compiled]
         module.recompile()
     if not is_compiled:
+        # Found without `nn.Module.__getattr__`, which takes as long as a small operator.
+        module.__dict__.update(module._buffers)
         return module
     return CompiledGraph(module, dynamic_dims(module.graph), freezing=device.type == "cpu")
 

@@ -27,6 +27,7 @@ from fxc_kernels.cpu import (
     native_int4_quantize,
     native_int8,
     native_int8_quantize,
+    native_rows,
 )
 
 PACKAGES = (
@@ -43,7 +44,7 @@ PACKAGES = (
 )
 _KERNELS = {
     "int8 layers": native_int8, "int4 layers": native_int4, "attention": native_attention, "norms": native_between,
-    "rounding to int4": native_int4_quantize, "rounding to int8": native_int8_quantize,
+    "encoders": native_rows, "rounding to int4": native_int4_quantize, "rounding to int8": native_int8_quantize,
 }  # fmt: skip
 _OPTIONAL = {"pillow": "only for --image", "triton": "only for CUDA"}
 

@@ -1,7 +1,7 @@
 // What goes row by row between products: RMS and layer norms with the residual sum in front of them, rotary embedding, gates.
 // Numbers are float32 or bfloat16, computed in float32; where aten rounds between its steps, this rounds at the end, but for what
 // it returns and for RMS norms, which models round before their gain.
-#include "vectors.h"
+#include "norms.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -12,73 +12,20 @@ namespace {
 
 constexpr int64_t FEW = 1 << 15;  // numbers, below which a second thread costs more than it does
 
-INLINE Floats as_stored(float, Floats v) { return v; }
-INLINE Floats as_stored(uint16_t, Floats v) {
-  uint16_t some[LANES];
-  store_as(some, v);
-  return load_as_floats(some);
-}
-
-// A row of x + other, rounded as it is stored, into sum where there is one; returns it in floats in `row`.
 template <typename Number>
-INLINE void added(const Number* x, const Number* other, int64_t columns, Number* sum, float* row) {
-  for (int64_t i = 0; i < columns; i += LANES) {
-    Floats value = load_some(x + i, columns - i);
-    if (other) value = as_stored(Number(), add(value, load_some(other + i, columns - i)));
-    if (sum) store_some(sum + i, value, columns - i);
-    store_floats(row + i, value);
-  }
-}
-
-template <typename Number>
-void rms_norm(const Number* x, const Number* other, const Number* weight, float eps, int64_t rows, int64_t columns, Number* y,
-              Number* sum, float* space, int threads) {
+void norm_rows(const Number* x, const Number* other, const Number* weight, const Number* bias, bool is_rms, float eps, int64_t rows,
+               int64_t columns, Number* y, Number* sum, float* space, int threads) {
   const int64_t width = (columns + LANES - 1) / LANES * LANES;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > FEW) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     float* row = space + omp_get_thread_num() * width;
     const int64_t at = r * columns;
-    added(x + at, other ? other + at : nullptr, columns, sum ? sum + at : nullptr, row);
-    Floats squares = all(0.0f);
-    for (int64_t i = 0; i < columns; i += LANES) squares = multiply_add(load_floats(row + i), load_floats(row + i), squares);
-    const Floats inverse = all(1 / __builtin_sqrtf(sum_of(squares) / columns + eps));
-    for (int64_t i = 0; i < columns; i += LANES) {
-      const Floats normed = as_stored(Number(), multiply(load_floats(row + i), inverse));
-      store_some(y + at + i, multiply(load_some(weight + i, columns - i), normed), columns - i);
-    }
-  }
-}
-
-template <typename Number>
-void layer_norm(const Number* x, const Number* other, const Number* weight, const Number* bias, float eps, int64_t rows,
-                int64_t columns, Number* y, Number* sum, float* space, int threads) {
-  const int64_t width = (columns + LANES - 1) / LANES * LANES;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * columns > FEW) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    float* row = space + omp_get_thread_num() * width;
-    const int64_t at = r * columns;
-    added(x + at, other ? other + at : nullptr, columns, sum ? sum + at : nullptr, row);
-    Floats total = all(0.0f), squares = all(0.0f);
-    for (int64_t i = 0; i < columns; i += LANES) total = add(total, load_floats(row + i));
-    const float mean = sum_of(total) / columns;
-    for (int64_t i = 0; i < columns; i += LANES) {
-      Floats value = subtract(load_floats(row + i), all(mean));
-      store_floats(row + i, value);
-      if (columns - i < LANES) {
-        float some[LANES] = {};
-        memcpy(some, row + i, (columns - i) * sizeof(float));
-        value = load_floats(some);
-      }
-      squares = multiply_add(value, value, squares);
-    }
-    const Floats inverse = all(1 / __builtin_sqrtf(sum_of(squares) / columns + eps));
-    for (int64_t i = 0; i < columns; i += LANES) {
-      const int64_t left = columns - i;
-      Floats value = multiply(load_floats(row + i), inverse);
-      if (weight) value = multiply(value, load_some(weight + i, left));
-      if (bias) value = add(value, load_some(bias + i, left));
-      store_some(y + at + i, value, left);
-    }
+    const Number* more = other ? other + at : nullptr;
+    Number* total = sum ? sum + at : nullptr;
+    if (is_rms)
+      norms::rms_norm(x + at, more, weight, eps, columns, y + at, total, row);
+    else
+      norms::layer_norm(x + at, more, weight, bias, eps, columns, y + at, total, row);
   }
 }
 
@@ -123,17 +70,12 @@ extern "C" {
 // space: floats, threads * (columns, rounded up to 16).
 void norm(const void* x, const void* other, const void* weight, const void* bias, int is_bfloat16, int is_rms, float eps, int64_t rows,
           int64_t columns, void* y, void* sum, float* space, int threads) {
-  if (is_rms && is_bfloat16)
-    rms_norm((const uint16_t*)x, (const uint16_t*)other, (const uint16_t*)weight, eps, rows, columns, (uint16_t*)y, (uint16_t*)sum,
-             space, threads);
-  else if (is_rms)
-    rms_norm((const float*)x, (const float*)other, (const float*)weight, eps, rows, columns, (float*)y, (float*)sum, space, threads);
-  else if (is_bfloat16)
-    layer_norm((const uint16_t*)x, (const uint16_t*)other, (const uint16_t*)weight, (const uint16_t*)bias, eps, rows, columns,
-               (uint16_t*)y, (uint16_t*)sum, space, threads);
+  if (is_bfloat16)
+    norm_rows((const uint16_t*)x, (const uint16_t*)other, (const uint16_t*)weight, (const uint16_t*)bias, is_rms, eps, rows, columns,
+              (uint16_t*)y, (uint16_t*)sum, space, threads);
   else
-    layer_norm((const float*)x, (const float*)other, (const float*)weight, (const float*)bias, eps, rows, columns, (float*)y,
-               (float*)sum, space, threads);
+    norm_rows((const float*)x, (const float*)other, (const float*)weight, (const float*)bias, is_rms, eps, rows, columns, (float*)y,
+              (float*)sum, space, threads);
 }
 
 void rotate(const void* x, const void* cos, const void* sin, int is_bfloat16, const int64_t* sizes, const int64_t* strides, void* y,

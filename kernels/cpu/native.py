@@ -38,7 +38,7 @@ LEVELS = {
 that is used, "none" for no kernel in C++ at all."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-trapping-math", "-ffp-contract=off", "-w")
 SECONDS = 300
-UNFIT = {("int8_linear", "avx2"): "int8 products saturate on this CPU, which has no VNNI"}
+UNFIT = {(kernel, "avx2"): "int8 products saturate on this CPU, which has no VNNI" for kernel in ("int8_linear", "int8_rows")}
 """(kernel, level) -> why it is not built for that one."""
 
 _HERE = Path(__file__).parent

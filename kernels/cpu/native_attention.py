@@ -57,15 +57,21 @@ def native_attention(
         strides = mask.stride()
     sizes = (batch, heads, key.shape[1], queries, key.shape[2], depth)
     steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
-    numbers = (ctypes.c_int64 * 20)(*sizes, *steps, queries < FEW_QUERIES)
+    is_bfloat16 = query.dtype == torch.bfloat16
+    numbers = (ctypes.c_int64 * 21)(*sizes, *steps, queries < FEW_QUERIES, is_bfloat16 and _multiplies_bfloat16())
     threads = native.threads()
     scratch, attention = _functions(native.level())
     space = torch.empty(scratch(ctypes.addressof(numbers), threads), dtype=torch.uint8, device=query.device)
     attention(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(mask), query.dtype == torch.bfloat16, kind, is_causal,
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), pointer(mask), is_bfloat16, kind, is_causal,
         depth**-0.5 if scale is None else scale, ctypes.addressof(numbers), y.data_ptr(), space.data_ptr(), threads,
     )  # fmt: skip
     return y.transpose(1, 2)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def _pays(query: Tensor, key: Tensor, value: Tensor) -> bool:

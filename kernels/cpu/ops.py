@@ -23,6 +23,7 @@ from fxc_kernels.cpu.native_attention import native_attention
 from fxc_kernels.cpu.native_between import add_layer_norm, add_rms_norm, layer_norm, rms_norm, rope, silu_mul
 from fxc_kernels.cpu.native_int4 import native_int4_linear
 from fxc_kernels.cpu.native_int8 import native_int8_linear
+from fxc_kernels.cpu.native_rows import native_rows, widths
 from fxc_kernels.cpu.packed_linear import dense_linear
 from fxc_kernels.cpu.split_linear import split_linear, split_linear_compiled
 
@@ -129,6 +130,17 @@ ADD_LAYER_NORM = _define(
 )  # fmt: skip
 ROPE = _define("fxc_cpu::rope", "(Tensor x, Tensor cos, Tensor sin) -> Tensor", rope, None, _fake_same)
 SILU_MUL = _define("fxc_cpu::silu_mul", "(Tensor gate, Tensor up) -> Tensor", silu_mul, None, _fake_same)
+
+ROWS = _define(
+    "fxc_cpu::rows",
+    "(Tensor[] inputs, Tensor[] masks, Tensor?[] constants, float[] numbers, int[] steps, int[] results) -> Tensor[]",
+    native_rows,
+    None,
+    lambda inputs, masks, constants, numbers, steps, results: [
+        inputs[0].new_empty(*inputs[0].shape[:2], width) for width in widths(inputs, steps, results)
+    ],
+)
+"""Layers of an encoder, see `native_rows`."""
 
 _LEVELS = "ScalarType dtype, str activation='none', float? y_scale=None, int y_zero=0"
 

@@ -63,6 +63,39 @@ INLINE Ints shift_right(Ints v, int bits) { return _mm512_srli_epi32(v, bits); }
 INLINE Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 INLINE void store_shorts(uint16_t* p, Ints v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(v)); }
 
+// Pairs of bfloat16. The instructions are written out because not every CPU of this level has them: who calls these has asked.
+INLINE Floats dot_pairs(Floats sum, Ints a, Ints b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+// All of `low`, then all of `high`.
+INLINE Ints to_bfloat16(Floats low, Floats high) {
+  Ints both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  return both;
+}
+INLINE void transpose(Ints (&r)[16]) {
+  Ints t[16];
+  UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  UNROLL for (int i = 0; i < 16; i += 4)
+    UNROLL for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  UNROLL for (int i = 0; i < 4; i++)
+    UNROLL for (int j = 0; j < 2; j++) {
+      t[8 * j + i] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + i + 4], 0x88);
+      t[8 * j + i + 4] = _mm512_shuffle_i32x4(r[8 * j + i], r[8 * j + i + 4], 0xdd);
+    }
+  UNROLL for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
 #else
 
 using Ints = __m256i;
@@ -167,11 +200,13 @@ INLINE float sum_of(Floats v) {
 #endif
 }
 INLINE float largest_of(Floats v) {
-  float each[LANES];
-  store_floats(each, v);
-  float most = each[0];
-  for (int i = 1; i < LANES; i++) most = each[i] > most ? each[i] : most;
-  return most;
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_max_ps(v);
+#else
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
 }
 INLINE int32_t sum_of(Ints v) {
   int32_t each[LANES], sum = 0;
@@ -195,6 +230,16 @@ INLINE Floats exponential(Floats x) {
   const Floats r = multiply_add(n, all(2.12194440e-4f), multiply_add(n, all(-0.693359375f), x));
   const Floats y = multiply_add(multiply(polynomial(EXP, r), r), r, add(r, all(1.0f)));
   return multiply(y, as_floats(shift_left(add(rounded(n), all(127)), 23)));
+}
+
+// a / b, to the last bit or two; b is neither zero nor so small or large that its reciprocal is none.
+INLINE Floats quotient(Floats a, Floats b) {
+#if defined(__AVX512VNNI__)
+  const Floats near = _mm512_rcp14_ps(b);
+  return multiply(a, _mm512_fmadd_ps(near, _mm512_fnmadd_ps(b, near, all(1.0f)), near));
+#else
+  return divide(a, b);
+#endif
 }
 
 INLINE Floats sigmoid(Floats x) { return divide(all(1.0f), add(all(1.0f), exponential(subtract(all(0.0f), x)))); }

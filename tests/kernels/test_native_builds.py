@@ -25,7 +25,7 @@ done
 [ "$(basename "$source")" = "$FAILS.cpp" ] && { echo "x.cpp:1: error: of the test" >&2; exit 1; }
 cp "$MADE" "$out"
 """
-NAMES = ["attention", "between", "int4_linear", "int4_quantize", "int8_linear", "int8_quantize"]
+NAMES = ["attention", "between", "int4_linear", "int4_quantize", "int8_linear", "int8_quantize", "int8_rows"]
 SEVENS = str([7] * len(NAMES))
 SAID = "from fxc_kernels.cpu import native, native_int4; print(native_int4.why_not())"
 SEVEN = "from fxc_kernels.cpu import native; print([native.library(k, 'avx_vnni').seven() for k in native.kernels('avx_vnni')])"
