@@ -1,6 +1,6 @@
 """One model, one format: compile, export, load with the other tool, compare. Each export does the last two itself and writes
-nothing where they fail, so that what is written agrees (an artifact is compared here); a GGUF is run by llama.cpp besides, where
-that is installed."""
+nothing where they fail, so that what is written agrees (an artifact is compared here). llama.cpp, where it is installed, runs a
+GGUF besides."""
 
 from __future__ import annotations
 
