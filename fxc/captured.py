@@ -147,8 +147,8 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model` in `dtype`, but for the frequencies of rotary positions, which transformers computes and does not store: they keep
-    their type, as in `from_pretrained(dtype=...)`."""
+    """`model` in `dtype`, but for the frequencies of rotary positions, which transformers computes and does not store: they
+    keep their type, as in `from_pretrained(dtype=...)`."""
     kept = [(module, name, module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set
             if name.endswith("inv_freq")]  # fmt: skip
     model = model.to(dtype)
