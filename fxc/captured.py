@@ -133,7 +133,7 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
     given, nbytes = model, _nbytes(model)
     wanted = as_dtype(options.dtype)
     if wanted is not None and any(p.dtype != wanted for p in model.parameters() if p.is_floating_point()):
-        model = copy.deepcopy(model).to(wanted)
+        model = _cast(copy.deepcopy(model), wanted)
         example_inputs = tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, example_inputs)
     borrowed = model is given
     model, part = part_of(model, options.part)
@@ -144,6 +144,17 @@ def _capture_module(model: nn.Module, example_inputs: Any, options: Options) -> 
     source = {"kind": "module", "class": type(model).__name__} | ({"part": part} if part else {})
     files = files_of_module(model)
     return Captured(program, config, files, source, nbytes, borrowed=borrowed, module=model)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in `dtype`, but for the frequencies of rotary positions, which transformers computes and does not store: they
+    keep their type, as in `from_pretrained(dtype=...)`."""
+    kept = [(module, name, module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set
+            if name.endswith("inv_freq")]  # fmt: skip
+    model = model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    return model
 
 
 def _capture_loaded(source: str, example_inputs: Any, options: Options) -> Captured:

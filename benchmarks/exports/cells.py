@@ -1,5 +1,6 @@
 """One model, one format: compile, export, load with the other tool, compare. Each export does the last two itself and writes
-nothing where they fail, so that what is written agrees; a GGUF is run by llama.cpp besides, where that is installed."""
+nothing where they fail, so that what is written agrees (an artifact is compared here). llama.cpp, where it is installed, runs a
+GGUF besides."""
 
 from __future__ import annotations
 
@@ -13,35 +14,76 @@ from typing import Any
 import torch
 
 import fxc
-from benchmarks.exports.sources import Source
+from benchmarks.exports.sources import SOURCES, Source
+from benchmarks.output import quiet
+from fxc.data.samples import samples
 from fxc.errors import FxcError, VerificationFailed, first_line
 from fxc.ir.cache import is_causal_lm
+from fxc.verify.compare import difference
 
 
 @dataclass(frozen=True)
 class Format:
-    """name: of the column; passes: what the model is compiled with; write: the export."""
+    """name: of the column; passes: what the model is compiled with; write: the export; needs: packages that it uses besides."""
 
     name: str
     passes: str
     write: Callable[..., Any]
+    needs: tuple[str, ...] = ()
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("fxc", "torch", "transformers", *self.needs)
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    """What is known of an artifact that fxc has loaded back."""
+
+    error: float
+    warnings: tuple[str, ...] = ()
+
+
+def _artifact(compiled: fxc.CompiledModel, out: Path) -> _Artifact:
+    """Save, load, and compare what both give, to the bit."""
+    compiled.save(out)
+    loaded = fxc.load(out)
+    worst = max(difference(loaded.run(inputs), compiled.run(inputs)).error for inputs in samples(compiled.program))
+    if worst:
+        raise VerificationFailed(f"what is loaded gives other outputs: relative error {worst:.1e}", where=out)
+    return _Artifact(worst)
+
+
+_GGUF = ("gguf", "llama-cpp-python")
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 FORMATS = (
+    Format("artifact, int8", "int8", _artifact),
+    Format("artifact, int4", "int4:group=32", _artifact),
     Format("hf", "canonicalize", fxc.CompiledModel.save_pretrained),
-    Format("compressed-tensors, int8", "int8", fxc.CompiledModel.export_compressed_tensors),
-    Format("compressed-tensors, int4", "int4:group=32", fxc.CompiledModel.export_compressed_tensors),
-    Format("gguf, float", "canonicalize", fxc.CompiledModel.export_gguf),
-    Format("gguf, int4", "int4:group=32", fxc.CompiledModel.export_gguf),
-    Format("onnx, float", "canonicalize", fxc.CompiledModel.export_onnx),
-    Format("onnx, int8", "int8", fxc.CompiledModel.export_onnx),
-    Format("onnx, int8 static", "int8:mode=static", fxc.CompiledModel.export_onnx),
-    Format("onnx, int4", "int4:group=32", fxc.CompiledModel.export_onnx),
+    Format("fxc, int8", "int8", fxc.CompiledModel.export_fxc),
+    Format("fxc, int4", "int4:group=32", fxc.CompiledModel.export_fxc),
+    Format("compressed-tensors, int8", "int8", fxc.CompiledModel.export_compressed_tensors, ("compressed-tensors",)),
+    Format("compressed-tensors, int4", "int4:group=32", fxc.CompiledModel.export_compressed_tensors, ("compressed-tensors",)),
+    Format("gguf, float", "canonicalize", fxc.CompiledModel.export_gguf, _GGUF),
+    Format("gguf, int4", "int4:group=32", fxc.CompiledModel.export_gguf, _GGUF),
+    Format("onnx, float", "canonicalize", fxc.CompiledModel.export_onnx, _ONNX),
+    Format("onnx, int8", "int8", fxc.CompiledModel.export_onnx, _ONNX),
+    Format("onnx, int8 static", "int8:mode=static", fxc.CompiledModel.export_onnx, _ONNX),
+    Format("onnx, int4", "int4:group=32", fxc.CompiledModel.export_onnx, _ONNX),
     Format("aoti, float", "canonicalize", fxc.CompiledModel.export_aoti),
     Format("aoti, int8", "int8", fxc.CompiledModel.export_aoti),
     Format("aoti, int4", "int4:group=32", fxc.CompiledModel.export_aoti),
 )
 PROMPT, NEW = [5, 17, 40, 9, 81, 3, 22], 16
+
+
+def run(source: str, kind: str, scratch: Path) -> dict[str, Any]:
+    """`cell` by the names of row and column, in this process, which one thread serves."""
+    quiet()
+    torch.set_num_threads(1)
+    (row,), (column,) = [each for each in SOURCES if each.name == source], [each for each in FORMATS if each.name == kind]
+    return cell(row, column, scratch)
 
 
 def cell(source: Source, kind: Format, scratch: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ writes this page.
 
 | `fxc export --format` | what it writes | who loads it | install |
 |---|---|---|---|
+| none: `fxc compile`, "artifact" | program, weights and report | `fxc.load`, `fxc run` | |
+| `fxc` | a Hugging Face folder of packed weights | `AutoModel.from_pretrained` after `import fxc` | |
 | `hf` | a plain folder of float weights | `AutoModel.from_pretrained` | |
 | `compressed-tensors` | the same with packed weights | transformers, vLLM | `fxc[compressed-tensors]` |
 | `gguf` | `model.gguf`, tokenizer inside | llama.cpp and what is built on it | `fxc[gguf]` |
@@ -24,7 +26,8 @@ writes this page.
 | `aoti` | `model.pt2`, compiled for this machine's kind of CPU | torch alone, or C++ | a C++ compiler, for writing |
 
 A number is the relative error of the outputs in the other tool. "yes": written, loaded and equal within the format's tolerance
-(rounding, and 2 % where activations are rounded as the model runs). A letter is a reason, below.
+(rounding, and 2 % where activations are rounded as the model runs); an artifact gives the same bits. A letter is a reason,
+below; an asterisk says that other versions than those below gave it.
 vLLM was not run: the only wheel that pip finds (0.33.0) is built for CUDA 13 and wants torch 2.14 and an older transformers.
 """
 
@@ -33,9 +36,10 @@ def table(report: dict[str, Any]) -> str:
     """The table alone, with the reasons."""
     reasons: dict[str, str] = {}
     shown = [column.name for column in FORMATS if any(column.name in row for row in report["cells"].values())]
+    known = report.get("versions", {})
     lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for source, row in report["cells"].items():
-        cells = [_cell(row[name], reasons) if name in row else "not run" for name in shown]
+        cells = [_cell(row[name], reasons, known) if name in row else "not run" for name in shown]
         lines.append(f"| {source} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- **{letter}** {_escaped(reason)}" for reason, letter in reasons.items())]
     if llama := _by_llama(report):
@@ -51,12 +55,13 @@ def page(report: dict[str, Any]) -> str:
     return f"{_HEAD}\n{table(report)}"
 
 
-def _cell(found: dict[str, Any], reasons: dict[str, str]) -> str:
+def _cell(found: dict[str, Any], reasons: dict[str, str], known: dict[str, Any]) -> str:
+    mark = "" if found.get("versions", {}).items() <= known.items() else "\\*"
     if found["status"] == "agrees":
-        return f"{found['error']:.0e}" if "error" in found else "yes"
+        return (f"{found['error']:.0e}" if found.get("error") else "yes") + mark
     reason = f"{found['status']}: {found['why']}" if "why" in found else found["status"]
     letter = reasons.setdefault(reason, _letter(len(reasons)))
-    return letter if found["status"] == "refused" else f"{found['status']} ({letter})"
+    return (letter if found["status"] == "refused" else f"{found['status']} ({letter})") + mark
 
 
 def _by_llama(report: dict[str, Any]) -> dict[str, dict[str, str]]:

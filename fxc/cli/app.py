@@ -182,10 +182,10 @@ def export(
 
 @app.command()
 def push(
-    artifact: Annotated[Path, typer.Argument(help="An artifact.")],
+    artifact: Annotated[Path, typer.Argument(help="An artifact, or a folder that fxc export wrote.")],
     repo: Annotated[str, typer.Argument(help="The repository, USER/NAME; made where there is none.", metavar="USER/NAME")],
     kind: Annotated[
-        str, typer.Option("--format", help="artifact, or an export of it: fxc, hf, compressed-tensors or gguf.")
+        str, typer.Option("--format", help="artifact, or an export of it: fxc, hf, compressed-tensors, gguf, onnx or aoti.")
     ] = "artifact",
     private: Annotated[bool | None, typer.Option(help="Of a repository that is made; else as your account has it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the model card, and upload nothing.")] = False,

@@ -283,7 +283,13 @@ def generation_config_of(config: Any, files: dict[str, Any]) -> GenerationConfig
         content = files["generation_config.json"]
         text = content if isinstance(content, bytes) else Path(content).read_bytes()
         try:
-            return GenerationConfig.from_dict(json.loads(text))
+            said = json.loads(text)
+            made = GenerationConfig.from_dict(said)
+            # As a model's own languages, which are left out of one that began as a model's configuration.
+            for name, value in said.items():
+                if not hasattr(made, name):
+                    setattr(made, name, value)
+            return made
         except Exception as error:  # whatever transformers objects to
             what = f"transformers cannot read it: {first_line(error)}"
             raise InputRefused(what, where="generation_config.json", hint="mend it, or leave it out") from None

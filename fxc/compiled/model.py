@@ -405,7 +405,7 @@ def compiled_model(program: Program, record: Compilation | dict[str, Any], **opt
 
         return CompiledCausalLM(program, record, **options)
     if is_seq2seq(program):
-        from fxc.compiled.seq2seq import CompiledSeq2SeqLM
+        from fxc.compiled.own_loop import class_for
 
-        return CompiledSeq2SeqLM(program, record, **options)
+        return class_for(program)(program, record, **options)
     return CompiledModel(program, record, **options)

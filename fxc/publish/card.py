@@ -40,9 +40,24 @@ from llama_cpp import Llama
 
 model = Llama.from_pretrained("{repo}", "model.gguf")
 """,
+    "onnx": """\
+import onnxruntime
+from huggingface_hub import snapshot_download
+
+session = onnxruntime.InferenceSession(snapshot_download("{repo}") + "/model.onnx")
+print([(each.name, each.type, each.shape) for each in session.get_inputs()])
+""",
+    "aoti": """\
+import torch
+from huggingface_hub import snapshot_download
+
+run = torch._inductor.aoti_load_package(snapshot_download("{repo}") + "/model.pt2")  # its inputs: names.json
+""",
 }
 """Format -> how what is in the repository is loaded."""
-_LIBRARIES = {"artifact": "fxc", "gguf": "gguf"}
+_LIBRARIES = {"artifact": "fxc", "gguf": "gguf", "onnx": "onnx", "aoti": "pytorch"}
+_MINDED = {"aoti": "The package is machine code for one kind of CPU and one version of torch: those that it was made with."}
+"""Format -> what who loads it has to know."""
 
 
 def card(manifest: Mapping[str, Any], metadata: Mapping[str, Any], repo: str, kind: str, nbytes: int) -> str:
@@ -68,7 +83,10 @@ def card(manifest: Mapping[str, Any], metadata: Mapping[str, Any], repo: str, ki
     plugins = {told.text(told.mapping(p.get("plugin")).get("module")) for p in told.mappings(report.get("passes"))} - {""}
     if plugins:
         lines += ["", f"Passes from outside of fxc had a part in it: {', '.join(map(_plain, sorted(plugins)))}."]
-    auto = "AutoModelForCausalLM" if is_decoder else "AutoModel"
+    # By its own class: AutoModel would leave the head of a classifier out.
+    named = told.text(metadata.get("class"))
+    auto = "AutoModelForCausalLM" if is_decoder else named if re.fullmatch(r"[A-Z]\w+", named) else "AutoModel"
+    lines += ["", _MINDED[kind]] if kind in _MINDED else []
     lines += ["", "```python", LOADING[kind].format(repo=repo, auto=auto).rstrip("\n"), "```", ""]
     named = ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in versions.items() if isinstance(version, str))
     if named:

@@ -17,6 +17,8 @@ from fxc.ir.targets import resolve
 from fxc.ir.text import DTYPE_NAMES, DTYPES, tensor_type
 from fxc.schemes.scheme import LINEAR, product_of
 
+_TWO_BYTES = (torch.bfloat16, torch.float16)
+
 
 class PackedLinear(nn.Module):
     """What stands in the place of a `nn.Linear`: its parts are buffers, in the dtypes that they are stored in, and its product
@@ -48,7 +50,7 @@ class PackedLinear(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         if self.by_definition:
             names = [argument.name for argument in self.operator._schema.arguments]
-            values = self.arguments | {part: getattr(self, part) for part in self.parts} | {"x": x, "bias": self.bias}
+            values = self.arguments | self._parts_for(x.dtype) | {"x": x, "bias": self.bias}
             return self.operator(*map(values.get, names))
         key = x.device, x.dtype
         program = self._programs.get(key)
@@ -58,10 +60,17 @@ class PackedLinear(nn.Module):
         (y,) = program.run([x.reshape(-1, self.in_features)])
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _parts_for(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The parts, for activations of `dtype`: operators take scales of that or of float32, and a model whose scales are
+        stored in two bytes may be loaded in another type."""
+        parts = {part: getattr(self, part) for part in self.parts}
+        wide = {part: t.float() for part, t in parts.items() if t.dtype in _TWO_BYTES and t.dtype != dtype}
+        return parts | wide
+
     def _compiled(self, device: torch.device, dtype: torch.dtype) -> CompiledModel:
         """The layer as a program, whose weights are the buffers."""
         names = [argument.name for argument in self.operator._schema.arguments]
-        constants = {f"{self.name}.{part}": getattr(self, part).detach() for part in self.parts}
+        constants = {f"{self.name}.{part}": tensor.detach() for part, tensor in self._parts_for(dtype).items()}
         if self.bias is not None:
             constants[f"{self.name}.bias"] = self.bias.detach().to(dtype)
         written = {name: f"@{self.name}.{name}" if f"{self.name}.{name}" in constants else None for name in names}

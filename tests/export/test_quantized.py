@@ -61,6 +61,18 @@ def test_it_generates_in_bfloat16_and_saves_itself(qwen, tmp_path):
     assert torch.equal(again.generate(IDS, **options), first)
 
 
+def test_scales_of_two_bytes_are_taken_in_whatever_the_model_is_loaded_in(qwen, tmp_path):
+    compiled = fxc.optimize(qwen, passes="int4:group=32", dtype="bfloat16", **LOOSE)
+    compiled.export_fxc(tmp_path / "out")
+    expected = compiled(IDS).logits.float()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+        assert loaded.model.layers[0].mlp.up_proj.scale.dtype == torch.bfloat16
+        with torch.no_grad():
+            found = loaded(IDS).logits
+        assert found.dtype == dtype and (found.float() - expected).norm() < 0.05 * expected.norm()
+
+
 def test_an_encoder_and_a_mixture_of_formats(tmp_path, minilm_dir):
     compiled = fxc.optimize(minilm_dir, passes="int4:only='re:intermediate':group=32,int8")
     compiled.export_fxc(tmp_path / "out", max_shard_bytes=8_000_000)

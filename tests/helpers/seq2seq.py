@@ -54,5 +54,6 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 def greedy(model: nn.Module, name: str, **options: object) -> Tensor:
-    """What the original writes, by the loop that all models have."""
-    return transformers.GenerationMixin.generate(model, **inputs_of(name), max_new_tokens=12, do_sample=False, **options)
+    """What a model writes, the original or a compiled one, by the loop that all models have."""
+    options = {"max_new_tokens": 12, "do_sample": False} | options
+    return transformers.GenerationMixin.generate(model, **inputs_of(name), **options)

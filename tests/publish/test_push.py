@@ -90,6 +90,37 @@ def test_an_export_goes_up_in_its_format(artifact, hub):
     assert hub.deleted is None
 
 
+@pytest.mark.parametrize(
+    ("kind", "file", "says"),
+    [
+        ("onnx", "model.onnx", 'snapshot_download("someone/small") + "/model.onnx"'),
+        ("gguf", "model.gguf", 'Llama.from_pretrained("someone/small", "model.gguf")'),
+        ("fxc", "model.safetensors", 'AutoModelForCausalLM.from_pretrained("someone/small")'),
+    ],
+)
+def test_a_folder_that_an_export_wrote_goes_up_as_it_is(artifact, hub, tmp_path, kind, file, says):
+    out = tmp_path / "export"
+    fxc_json("export", artifact, "-o", out, "--format", kind)
+    (out / "key").write_text("secret")
+    told = fxc_json("push", out, "someone/small")
+    assert told["format"] == kind and says in told["card"]
+    assert hub.uploaded[file] == (out / file).read_bytes() and "key" not in hub.uploaded
+    assert f"this is an export in the format {kind}" in command("push", out, "a/b", "--format", "hf", code=2).output
+
+
+def test_a_package_goes_up_with_the_names_of_its_inputs(hub, tmp_path):
+    for name in ("model.pt2", "names.json", "tokenizer.json", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    told = fxc_json("push", tmp_path, "someone/small")
+    assert told["format"] == "aoti" and set(hub.uploaded) == {"model.pt2", "names.json", "tokenizer.json", CARD}
+    assert 'library_name: "pytorch"' in told["card"] and "aoti_load_package" in told["card"] and "kind of CPU" in told["card"]
+
+
+def test_a_classifier_is_loaded_with_its_head():
+    name = "BertForSequenceClassification"
+    assert f"{name}.from_pretrained" in card({}, {"class": name}, "a/b", "hf", 1)
+
+
 def test_a_card_that_is_there_stays(artifact, hub):
     hub.there.add(CARD)
     assert "stays as it is" in command("push", artifact, "someone/small").stdout
