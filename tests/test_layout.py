@@ -30,7 +30,7 @@ ALLOWED = {
     "fxc.frontend": "errors ir schemes neutral data",
     "fxc.analysis": "errors ir schemes",
     "fxc.calibrate": "errors ranks progress memory ir schemes artifact",
-    "fxc.train": "errors progress memory ranks ir schemes data calibrate",
+    "fxc.train": "errors progress memory mapped ranks ir schemes data calibrate",
     "fxc.passes": "errors progress memory ranks plugins ir data analysis schemes calibrate train",
     "fxc.verify": "errors safety mapped ir passes schemes",
     "fxc.compilation": "passes train",

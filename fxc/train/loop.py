@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxc import ranks
 from fxc.calibrate.journal import Journal
 from fxc.errors import VerificationFailed
+from fxc.mapped import keep_freed
 from fxc.progress import Pace, Track, in_words, untracked
 from fxc.train.fit import Fit, Point
 from fxc.train.muon import Muon
@@ -69,6 +70,7 @@ def train(
     not finite many times in a row, and no state counts yet.
     """
     ranks.join()
+    keep_freed()
     loop = _Loop(
         parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers, apart, matrices
     )

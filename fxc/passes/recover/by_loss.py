@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxc.mapped import keep_freed
 from fxc.passes.recover.lesson import Lesson, said
 from fxc.train.batches import Batches
 from fxc.train.loop import train
@@ -45,7 +44,6 @@ def train_by_loss(lesson: Lesson, spent: float) -> None:
     needs = needs_of(student.program, own, training, together, in_blocks=options.checkpointing)
     context.say(f"{options} trains {count:,} numbers on {len(training)} samples, judged on {len(held_out)}, with {needs}")
     needs.check(str(options))
-    keep_freed()
     sparser = Sparser(student, options.sparsity) if options.sparsity else None
 
     def before_step(done: float) -> None:
