@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fxc.cli.app import app
 from fxc.passes.base import Pass, options_of
 
 REPO = Path(__file__).resolve().parent.parent
+MADE_OF = {"README.md": "index.md", "CHANGELOG.md": "changes.md"}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)")
 
 
@@ -28,12 +30,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """A link to a file of the repository that is no page becomes its text."""
+    """A link to a file of the repository that a page is made of leads there, one to any other becomes its text."""
 
     def linked(found: re.Match) -> str:
         mark, text, target = found.groups()
-        path = target.partition("#")[0]
-        place = Path(page.file.src_uri).parent / path
+        path, sign, anchor = target.partition("#")
+        here = Path(page.file.src_uri).parent
+        place = here / path
+        made = MADE_OF.get(_normal(Path("docs") / place)) or MADE_OF.get(_normal(place))
+        if made is not None:
+            return f"{mark}[{text}]({os.path.relpath(made, here)}{sign}{anchor})"
         known = files.get_file_from_path(_normal(place)) is not None
         return found[0] if known else (f"{text} (`{path.removeprefix('../')}`)" if not mark else text)
 

@@ -26,8 +26,8 @@ writes this page.
 | `aoti` | `model.pt2`, compiled for this machine's kind of CPU | torch alone, or C++ | a C++ compiler, for writing |
 
 A number is the relative error of the outputs in the other tool. "yes": written, loaded and equal within the format's tolerance
-(rounding, and 2 % where activations are rounded as the model runs); an artifact gives the same bits. A letter is a reason,
-below; an asterisk says that other versions than those below gave it.
+(rounding, and 2 % where activations are rounded as the model runs); an artifact's program is the same to the bit. A letter is a
+reason, below; an asterisk says that other versions than those below gave it.
 vLLM was not run: the only wheel that pip finds (0.33.0) is built for CUDA 13 and wants torch 2.14 and an older transformers.
 """
 
