@@ -103,7 +103,8 @@ def _by_definition(model: nn.Module) -> None:
 def _tensors(program: Program, each: Packed) -> dict[str, Tensor]:
     """Argument -> the constant that it is, of all but the bias. Raises `UsageError` where it is no linear layer."""
     if any(product_of(node.target).layer is not LINEAR for node in each.readers):
-        why = "it is read by other layers than linear ones"
+        what = {3: "the experts of a mixture", 4: "a convolution"}.get(each.parts[each.scheme.numbers].ndim, "a packed table")
+        why = f"it is {what}, read by other layers than linear ones, and those alone are put into a model of transformers"
         raise refused(each, TOOL, why, "leave it out with --skip, or compile without embeddings=; fxc.load reads it as it is")
     if len({(node.target, *node.args[1:]) for node in each.readers}) > 1:
         raise refused(each, TOOL, "several layers read it in different ways", "leave it out with --skip")
