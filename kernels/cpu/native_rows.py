@@ -84,8 +84,10 @@ def native_rows(
 ) -> list[Tensor]:  # fmt: skip
     """inputs: [B, S, K] of several K, all float32 or all bfloat16; masks: of attention, bool or of their dtype, to be expanded
     to [B, heads, S, S]; constants, numbers: of the steps, in their order; results: the registers that are given back,
-    [B, S, N]."""
+    [B, S, N]. Raises `RuntimeError` without rows."""
     batch, length = inputs[0].shape[:2]
+    if not batch * length:  # as models say themselves, which ask torch how wide a head of them is
+        raise RuntimeError("attention of no rows: their heads have any size")
     threads = native.threads()
     by_sequence = -(-batch // threads) * threads <= UNEVEN * batch
     plan = _plan(tuple(steps), tuple([each.shape[2] for each in inputs]), tuple(results), by_sequence)

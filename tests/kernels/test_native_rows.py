@@ -138,11 +138,11 @@ def test_what_is_not_finite_stays_in_its_sequence():
 
 
 def test_few_rows_are_left_to_single_calls(monkeypatch):
-    """Those for which a layer is dense, and fewer than threads share; without rows there is nothing to do."""
+    """Those for which a layer is dense, and fewer than threads share; none are refused."""
     called = []
     monkeypatch.setattr(native_rows, "one_by_one", lambda *given: called.append(1) or one_by_one(*given))
     made, results = layers(torch.float32, 2, limit=16)
-    for rows, threads, are_single in ((9, 1, 1), (16, 1, 1), (17, 1, 0), (23, 2, 1), (24, 2, 0), (0, 1, 1)):
+    for rows, threads, are_single in ((9, 1, 1), (16, 1, 1), (17, 1, 0), (23, 2, 1), (24, 2, 0)):
         torch.set_num_threads(threads)
         called.clear()
         given = made.given(torch.randn(1, rows, HIDDEN), [], results)
@@ -151,6 +151,8 @@ def test_few_rows_are_left_to_single_calls(monkeypatch):
         assert all(y.shape[:2] == (1, rows) for y in found)
         if rows > 16:
             assert all(torch.equal(y, z) for y, z in zip(found, one_by_one(*given), strict=True))
+    with pytest.raises(RuntimeError, match="no rows"):
+        native_rows.native_rows(*made.given(torch.randn(1, 0, HIDDEN), [], results))
 
 
 def test_another_set_of_constants_is_not_taken_for_the_last():
