@@ -82,9 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     }  # fmt: skip
     path = RESULTS / f"recovery-{slug(report['hardware']['cpu'])}.json"
     is_whole = not given.only and given.share == 1
-    before = earlier(path, report, ("hardware", "versions", "threads", "precision")) if given.add else {}
+    same = ("hardware", "versions", "threads", "precision") if given.add else None
+    if same:  # refused before it begins, and read when it ends: another run may have added rows meanwhile
+        earlier(path, report, same)
     made = [asdict(row) | {"load_before": load} for row in measure(set(given.only), given.share, given.precision)]
     fresh = {row["work"] for row in made}
+    before = earlier(path, report, same) if same else {}
     report["rows"] = [row for row in before.get("rows", []) if row["work"] not in fresh] + made
     if is_whole or given.add:
         write(path, report, md=markdown(report))
