@@ -35,7 +35,7 @@ class CompiledWhisper(CompiledSeq2SeqLM, WhisperGenerationMixin):
         if return_token_timestamps:
             raise UsageError(
                 "timestamps of tokens and words are read from the decoder's attention, which a program does not give",
-                where="return_token_timestamps", hint="return_timestamps=True gives those of segments",
+                where="return_token_timestamps", hint="ask for return_timestamps, which are those of segments",
             )  # fmt: skip
         return super().generate(*args, **kwargs)
 

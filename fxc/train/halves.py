@@ -114,7 +114,7 @@ def recover_halves(
             )  # fmt: skip
             if fit.before > NOTHING:
                 made.fits[segment.layers[0]] = fit
-                made.solved += is_late
+                made.solved += is_late and ends is not None
                 plain.update(own)
         mine.flow(after.mine[0], theirs)
     return made

@@ -37,11 +37,11 @@ def why_not() -> str | None:
 
 def native_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False, is_rough: bool = False,
 ) -> Tensor:  # fmt: skip
     """query [B, H, Q, D], key and value [B, H, K, D], with enable_gqa of fewer heads, all float32 or all bfloat16; attn_mask
     bool or of their dtype, to be expanded to [B, H, Q, K]; -> [B, H, Q, D], laid out as [B, Q, H, D]. A query that sees no key
-    gets zeros, as in torch. dropout_p is 0."""
+    gets zeros, as in torch. dropout_p is 0. is_rough: products of float32 may be of bfloat16, where the CPU multiplies it."""
     if not _pays(query, key, value):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -58,7 +58,7 @@ def native_attention(
     sizes = (batch, heads, key.shape[1], queries, key.shape[2], depth)
     steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *strides)
     is_bfloat16 = query.dtype == torch.bfloat16
-    numbers = (ctypes.c_int64 * 21)(*sizes, *steps, queries < FEW_QUERIES, is_bfloat16 and _multiplies_bfloat16())
+    numbers = (ctypes.c_int64 * 21)(*sizes, *steps, queries < FEW_QUERIES, (is_bfloat16 or is_rough) and _multiplies_bfloat16())
     threads = native.threads()
     scratch, attention = _functions(native.level())
     space = torch.empty(scratch(ctypes.addressof(numbers), threads), dtype=torch.uint8, device=query.device)

@@ -138,13 +138,14 @@ def one_by_one(
             else:
                 registers.append(rms_norm(x, weight, eps) if is_rms else layer_norm(x, other, weight, bias, eps))
         else:
-            heads, kv_heads, depth, *starts, mask, is_causal = given[1:9]
+            heads, kv_heads, depth, *starts, mask, is_causal, is_rough = given[1:10]
             parts = [
                 x.narrow(-1, start, count * depth).unflatten(-1, (count, depth)).transpose(1, 2)
                 for start, count in zip(starts, (heads, kv_heads, kv_heads), strict=True)
             ]
             seen, is_shared = None if mask < 0 else masks[mask], heads != kv_heads
-            y = native_attention(*parts, seen, 0.0, bool(is_causal), scale=next(numbers), enable_gqa=is_shared)
+            own = {"scale": next(numbers), "enable_gqa": is_shared, "is_rough": bool(is_rough)}
+            y = native_attention(*parts, seen, 0.0, bool(is_causal), **own)
             registers.append(y.transpose(1, 2).flatten(2))
     return [registers[each] for each in results]
 
@@ -245,8 +246,9 @@ def _plan(steps: tuple[int, ...], widths: tuple[int, ...], results: tuple[int, .
             begun = step_of[each - len(widths)]
             for other in list(held):
                 read = [number for number, step in enumerate(decoded) if other in step.reads]
-                # Not where another thread may still be at work, which has not come to the last attention yet.
-                waits = kind == _KEPT and not by_sequence and born[each] - last[other] < 1
+                # Not where later rows of the same steps are still to be read, nor where another thread may be at work, which has
+                # not come to the last attention yet.
+                waits = kind == _KEPT and born[each] - last[other] < (0.5 if by_sequence else 1)
                 if max(read, default=step_of[other - len(widths)]) < begun and not waits:
                     held.remove(other)
                     free.append((columns[other], at[other]))

@@ -46,8 +46,8 @@ class Layers:
         self.constants += [*native_int8.pack(qweight, scale, torch.randn(outputs) / 8), dense]
         return self.add(LINEAR, x, native_int8.ACTIVATIONS.index(activation), outputs, limit)
 
-    def norm(self, x, other, is_rms=False, with_sum=False):
-        self.constants += [torch.rand(HIDDEN).to(self.dtype) + 0.5, None if is_rms else torch.randn(HIDDEN).to(self.dtype) / 8]
+    def norm(self, x, other, is_rms=False, with_sum=False, columns=HIDDEN):
+        self.constants += [torch.rand(columns).to(self.dtype) + 0.5, None if is_rms else torch.randn(columns).to(self.dtype) / 8]
         self.numbers.append(1e-5)
         return self.add(NORM, x, other, int(is_rms), int(with_sum))
 
@@ -82,13 +82,44 @@ def layers(dtype, count=3, **options):
     [(1, 8, 1), (1, 37, 1), (1, 37, 2), (2, 130, 1), (2, 130, 2), (3, 65, 2), (5, 16, 3), (1, 260, 3), (9, 9, 1)],
 )
 def test_the_same_bits_as_one_by_one(batch, length, threads, dtype):
-    made, results = layers(dtype, is_rough=dtype == torch.bfloat16)  # as attention of bfloat16 is by itself
+    made, results = layers(dtype, is_rough=True)
     x = torch.randn(batch, length, HIDDEN).to(dtype)
     torch.set_num_threads(threads)
     for _ in range(3):  # threads meet in another order each time
         given = made.given(x, [], results)
         for y, expected in zip(native_rows.native_rows(*given), one_by_one(*given), strict=True):
             assert y.dtype == dtype and y.isfinite().all() and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_of_all_widths_in_any_order(seed):
+    """Registers get the places of others that nothing reads any more, and parts of these; rows go through 96 at a time."""
+    torch.manual_seed(seed)
+    made, widths = Layers(torch.float32), [HIDDEN]
+
+    def one_of(some):
+        return some[int(torch.randint(len(some), ()))]
+
+    for _ in range(14):
+        x = one_of(range(len(widths)))
+        alike = [each for each, width in enumerate(widths) if width == widths[x]]
+        kind = one_of(["linear", "linear", "norm", "attention"])
+        if kind == "linear":
+            outputs = one_of([24, 40, HIDDEN, INNER, (HEADS + 2 * SHARED) * DEPTH])
+            made.linear(x, outputs, widths[x])
+            widths.append(outputs)
+        elif kind == "norm":
+            with_sum = bool(torch.rand(()) < 0.5)
+            made.norm(x, one_of(alike), with_sum=with_sum, columns=widths[x])
+            widths += [widths[x]] * (1 + with_sum)
+        elif wide := [each for each, width in enumerate(widths) if each and width == (HEADS + 2 * SHARED) * DEPTH]:
+            made.attention(one_of(wide), is_rough=True)
+            widths.append(HEADS * DEPTH)
+    given = made.given(torch.randn(2, 130, HIDDEN), [], sorted({len(widths) - 1, one_of(range(1, len(widths)))}))
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for y, expected in zip(native_rows.native_rows(*given), one_by_one(*given), strict=True):
+            assert torch.equal(y, expected)
 
 
 @DTYPES
