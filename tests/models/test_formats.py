@@ -99,4 +99,4 @@ def test_minilm_is_saved_and_reloaded(minilm, tmp_path, spec):
     inputs = samples(model.program)[0]
     with torch.no_grad():
         for found, expected in zip(fxc.load(tmp_path / "out").run(inputs), model.program.module()(*inputs), strict=True):
-            assert (found - expected).norm() < 0.06 * expected.norm()
+            assert (found - expected).norm() < 0.08 * expected.norm()
