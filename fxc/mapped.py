@@ -127,12 +127,22 @@ def give_back() -> None:
 
 
 def keep_freed() -> None:
-    """Have the C library keep what is freed for what is asked for next, up to KEPT_BYTES: pages that are new to a process can
-    take longer than what is computed in them."""
+    """Have the C library keep what is freed for what is asked for next, at the top of its heap up to KEPT_BYTES: pages that are
+    new to a process can take longer than what is computed in them. Until `keep_no_more`."""
+    _thresholds(1 << 30, KEPT_BYTES)
+
+
+def keep_no_more() -> None:
+    """Give back what `keep_freed` kept, and let the C library do as it does by itself at most."""
+    _thresholds(1 << 25, 1 << 26)
+    give_back()
+
+
+def _thresholds(mapped: int, trimmed: int) -> None:
     with contextlib.suppress(AttributeError, OSError):  # a C library that is not GNU's
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(_MMAP_THRESHOLD, mapped)
+        mallopt(_TRIM_THRESHOLD, trimmed)
 
 
 def unwritten() -> Ranges:

@@ -19,7 +19,7 @@ from fxc.captured import Captured
 from fxc.errors import FxcError, InputRefused, ResourceError, UsageError
 from fxc.ir.program import Program
 from fxc.ir.store import PART_BYTES, Constants
-from fxc.mapped import READ_BYTES, in_memory, keep_freed, let_go
+from fxc.mapped import READ_BYTES, in_memory, keep_freed, keep_no_more, let_go
 from fxc.memory import BESIDES, TIMES, available
 from fxc.options import Options
 from fxc.passes.base import Context
@@ -39,6 +39,7 @@ def constants_of(captured: Captured, options: Options) -> Constants:
     let_go(captured.program.constants.values())
     keep_freed()
     constants = Constants(captured.program.constants, spill)
+    weakref.finalize(spill, keep_no_more)
     if options.resume is None:
         weakref.finalize(spill, shutil.rmtree, folder, ignore_errors=True)
     return constants

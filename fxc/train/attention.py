@@ -34,31 +34,49 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """aten.scaled_dot_product_attention of [B, H, N, D]. Only in bfloat16 this is another one: scores are rounded to it, and an
-    error is about twice that of torch's."""
+    """aten.scaled_dot_product_attention of [B, H, N, D]. It is another only in bfloat16, where scores are rounded to it, and an
+    error is about twice that of torch's; of masks in numbers only such that bfloat16 has."""
     given = (query, key, value)
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         given = [each.to(torch.get_autocast_dtype("cpu")) for each in given]
-    is_ours = all(each.dtype == torch.bfloat16 and each.device.type == "cpu" and each.ndim == 4 for each in given)
-    if not is_ours or dropout_p or (attn_mask is not None and attn_mask.requires_grad) or _hides_all(attn_mask):
+    if dropout_p or not _takes(*given, enable_gqa) or not _is_plain(attn_mask):
         return SDPA(*given, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     query, key, value = given
     if enable_gqa:
         key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
-    bias = None if attn_mask is None else attn_mask.to(query.dtype)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-    if bias is not None:
-        bias = bias.expand(*query.shape[:2], *bias.shape[-2:])
+    bias = None
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype == torch.bool
+        bias = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, -torch.inf) if is_bool else _numbers(attn_mask)
+        bias = bias.to(query.dtype).expand(*query.shape[:2], *bias.shape[-2:])
     with torch.autocast("cpu", enabled=False):
         return _Attention.apply(query * (query.shape[-1] ** -0.5 if scale is None else scale), key, value, bias)
 
 
-def _hides_all(mask: Tensor | None) -> bool:
-    """Whether a query sees nothing: what it gives is agreed on nowhere."""
-    return mask is not None and not bool((mask if mask.dtype == torch.bool else mask > -1e4).any(-1).all())
+def _takes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    given = (query, key, value)
+    if not all(each.dtype == torch.bfloat16 and each.device.type == "cpu" and each.ndim == 4 for each in given):
+        return False
+    heads = key.shape[1] * (query.shape[1] // max(key.shape[1], 1)) if enable_gqa else key.shape[1]
+    shapes = {tuple(query.shape[:2]), (key.shape[0], heads), (value.shape[0], heads)}
+    return len(shapes) == 1 and query.numel() > 0 and key.numel() > 0
+
+
+def _is_plain(mask: Tensor | None) -> bool:
+    """Whether a mask is one by which every query sees something, and that bfloat16 has, so that torch agrees."""
+    if mask is None:
+        return True
+    if mask.dtype == torch.bool:
+        return bool(mask.any(-1).all())
+    seen = _numbers(mask).float()
+    return not mask.requires_grad and bool((seen > -torch.inf).any(-1).all()) and torch.equal(seen.bfloat16().float(), seen)
+
+
+def _numbers(mask: Tensor) -> Tensor:
+    """What is added to scores; the least number of a wider type, which stands for what is hidden, is -inf."""
+    return mask.masked_fill(mask <= torch.finfo(torch.bfloat16).min, -torch.inf)
 
 
 class _Attention(torch.autograd.Function):

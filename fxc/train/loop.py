@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxc import ranks
 from fxc.calibrate.journal import Journal
 from fxc.errors import VerificationFailed
-from fxc.mapped import keep_freed
+from fxc.mapped import keep_freed, keep_no_more
 from fxc.progress import Pace, Track, in_words, untracked
 from fxc.train.fit import Fit, Point
 from fxc.train.muon import Muon
@@ -70,12 +70,15 @@ def train(
     not finite many times in a row, and no state counts yet.
     """
     ranks.join()
-    keep_freed()
     loop = _Loop(
         parameters, pieces, plan, kinds or {}, rates or {}, before_step, settled, first_counts, state, buffers, apart, matrices
     )
     loop.go_on(journal)
-    loop.run(journal, track, what)
+    keep_freed()
+    try:
+        loop.run(journal, track, what)
+    finally:
+        keep_no_more()
     return loop.finish()
 
 

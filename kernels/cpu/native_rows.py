@@ -246,7 +246,7 @@ def _plan(steps: tuple[int, ...], widths: tuple[int, ...], results: tuple[int, .
             begun = step_of[each - len(widths)]
             for other in list(held):
                 read = [number for number, step in enumerate(decoded) if other in step.reads]
-                # Not where later rows of the same steps are still to be read, nor where another thread may be at work, which has
+                # Not where later rows of the same steps are still to be read, nor where another thread may be at work that has
                 # not come to the last attention yet.
                 waits = kind == _KEPT and born[each] - last[other] < (0.5 if by_sequence else 1)
                 if max(read, default=step_of[other - len(widths)]) < begun and not waits:

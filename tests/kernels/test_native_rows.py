@@ -47,7 +47,8 @@ class Layers:
         return self.add(LINEAR, x, native_int8.ACTIVATIONS.index(activation), outputs, limit)
 
     def norm(self, x, other, is_rms=False, with_sum=False, columns=HIDDEN):
-        self.constants += [torch.rand(columns).to(self.dtype) + 0.5, None if is_rms else torch.randn(columns).to(self.dtype) / 8]
+        bias = None if is_rms else torch.randn(columns).to(self.dtype) / 8
+        self.constants += [torch.rand(columns).to(self.dtype) + 0.5, bias]
         self.numbers.append(1e-5)
         return self.add(NORM, x, other, int(is_rms), int(with_sum))
 

@@ -17,7 +17,8 @@ MASK = torch.ones(N, M, dtype=torch.bool).tril(M - N)[None, None]
 MASKS = {
     "none": {},
     "bool": {"attn_mask": MASK.expand(B, 1, N, M)},
-    "float": {"attn_mask": normal(B, H, N, M, seed=9)},
+    "float": {"attn_mask": normal(B, H, N, M, seed=9).bfloat16().float()},
+    "least": {"attn_mask": torch.zeros(B, 1, N, M).masked_fill(~MASK, torch.finfo(torch.float32).min)},
     "of one sample": {"attn_mask": MASK},
     "causal": {"is_causal": True},
     "scaled": {"scale": 0.2},
@@ -56,6 +57,23 @@ def test_heads_may_share_keys():
 def test_in_other_types_it_is_torch_s_own(dtype):
     for mine, aim in zip(results(attention, given(dtype)), results(SDPA, given(dtype)), strict=True):
         assert torch.equal(mine, aim)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((1, H, N, D), (B, H, M, D), (B, H, M, D)), {}),
+        (((B, H, N, D), (1, H, M, D), (1, H, M, D)), {}),
+        (((B, H, 0, D), (B, H, M, D), (B, H, M, D)), {}),
+        (((0, H, N, D), (0, H, M, D), (0, H, M, D)), {}),
+        (((B, H, N, D), (B, H, M, D), (B, H, M, D)), {"attn_mask": 100 * normal(B, 1, N, M, seed=7)}),
+    ],
+)
+def test_what_is_left_to_torch(shapes, options):
+    tensors = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    with torch.autocast("cpu", torch.bfloat16):
+        made, aim = (function(*tensors, **options) for function in (attention, SDPA))
+    assert made.shape == aim.shape and torch.equal(made, aim)
 
 
 def test_a_query_that_sees_nothing_gives_what_torch_gives():
