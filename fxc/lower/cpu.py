@@ -57,9 +57,9 @@ def lower_cpu(
 
     measure: (forms, N, K, dtype) -> Timing, instead of timing the forms of a layer on this machine; `choose.compressed` for
     the compressed form whatever its time.
-    bf16: with inductor, allow bfloat16 where int8 activations already cost more precision than it does: attention whose
-    query and key come from int8 layers. It never changes a dtype of the program, and nothing happens where the CPU has
-    no bfloat16 instructions.
+    bf16: allow bfloat16 where int8 activations already cost more precision than it does: in the products of attention whose
+    query and key come from int8 layers, with inductor in all of it. Values between nodes keep their dtype, and nothing happens
+    where the CPU has no bfloat16 instructions.
     keep_float: of the bytes that the smallest forms of all packed layers save, the share that floats may take again; more than
     1 is more than the original had.
     Raises UsageError for an unknown backend or a program on meta.
