@@ -49,7 +49,7 @@ def test_the_error_is_that_of_the_layer_on_drawn_rows():
 
 def test_parts_of_a_layer_add_up_to_it(monkeypatch):
     whole = judged("int8")
-    monkeypatch.setattr(layer_gate, "AT_ONCE", 64 * 7)
+    monkeypatch.setattr(layer_gate, "_AT_ONCE", 64 * 7)
     assert judged("int8").errors == {name: pytest.approx(error, rel=1e-5) for name, error in whole.errors.items()}
 
 
