@@ -44,7 +44,7 @@ ALLOWED = {
     "fxc.parallel": "errors ranks ir schemes analysis passes fxc_kernels",
     "fxc.compiled": "errors safety neutral ranks ir frontend compilation artifact lower export runtime page",
     "fxc.quantizer": "errors ir schemes compiled",
-    "fxc.publish": "errors safety units ir artifact page",
+    "fxc.publish": "errors safety units ir artifact export page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",
     "fxc.streaming": "errors ranks mapped memory ir schemes artifact passes options pipeline captured",

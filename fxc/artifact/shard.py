@@ -22,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxc.errors import VerificationFailed
 from fxc.mapped import passed
 
-# Numbers of the largest dtypes come first, which keeps all of them aligned; this is the library's order.
+# Numbers of the largest dtypes come first, which keeps all of them aligned; this is the library's order of
+# those that it gives back as tensors.
 _ORDER = {
-    torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
+    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
+    torch.int16: "I16", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _RANKS = {dtype: rank for rank, dtype in enumerate(_ORDER)}
 # What goes past the page cache has to begin and end at whole blocks of the disk, in files and in memory.
@@ -42,7 +45,13 @@ _LEAST = 1 << 24
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a file with `tensors`, on the CPU and of any strides, have it on the disk, read it again from there, and return the
-    SHA-256 of its bytes. Raises OSError, also where the disk has other bytes."""
+    SHA-256 of its bytes. Raises `VerificationFailed` for a dtype that the format has not, and OSError, also where the disk has
+    other bytes."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _ORDER:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            hint = "use complex64" if tensor.is_complex() else "store it in another dtype"
+            raise VerificationFailed(f"safetensors has no {kind}", where=name, hint=hint)
     ordered = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
     header: dict[str, Any] = {}
     end = 0
@@ -86,7 +95,7 @@ def digest_on_disk(path: Path) -> str:
 def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """The bytes of tensors one after the other, uint8 [n]."""
     for tensor in tensors:
-        for piece in tensor.detach().contiguous().flatten().view(torch.uint8).split(_PIECE):
+        for piece in tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).split(_PIECE):
             yield piece
             passed(piece)
 

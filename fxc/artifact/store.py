@@ -182,7 +182,7 @@ def _write_constants(
     for number, shard in enumerate(shards, 1):
         name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(shard, name)
-        digests[name] = write_shard(folder / name, {fqn: _storable(fqn, constants[fqn]) for fqn in shard})
+        digests[name] = write_shard(folder / name, {fqn: constants[fqn].detach().cpu() for fqn in shard})
     for number, (path, (digest, names)) in enumerate(parts.items(), len(shards) + 1):
         name = _SHARD.format(number, count)
         weight_map |= dict.fromkeys(names, name)
@@ -203,12 +203,6 @@ def _linked(path: Path, to: Path) -> bool:
         shutil.copyfile(path, to)
         return False
     return True
-
-
-def _storable(fqn: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.complex128:
-        raise VerificationFailed("safetensors has no complex128", where=fqn, hint="use complex64")
-    return tensor.detach().cpu()
 
 
 def _check_written(folder: Path, out: Path, program: Program, known: Collection[str], coded: Collection[str]) -> None:

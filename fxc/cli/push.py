@@ -30,7 +30,7 @@ def push_model(output: Output, artifact: Path, repo: str, kind: str, private: bo
                 f"this is an export in the format {written}", where=artifact, why=f"--format is {kind}",
                 hint="leave --format out, or give the artifact that it was made of",
             )  # fmt: skip
-        files, metadata = exports.files_of(artifact), exports.metadata_of(artifact)
+        files, metadata = exports.files_of(artifact, written), exports.metadata_of(artifact)
         _upload(output, artifact, files, repo, written, {}, metadata, private, dry_run)
         return
     with output.doing(f"reading {artifact}"):

@@ -87,7 +87,9 @@ def export(
     """
     companions = {name: file for name, file in files.items() if name != "config.json"}
     own = frozenset({NAMES})
-    target = Target(Path(folder), "folder of an AOTInductor package", NAME, own, NAMES, companions, overwrite, sources)
+    target = Target(
+        Path(folder), "aoti", "folder of an AOTInductor package", NAME, own, NAMES, companions, overwrite, sources
+    )  # fmt: skip
     target.check()
     check_has_values(program, folder)
     compiler = _compiler()

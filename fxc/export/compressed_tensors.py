@@ -96,7 +96,7 @@ def export(
     where the format has no place for it, and where no configuration says what the model is; `VerificationFailed` where the
     folder does not load or gives other outputs.
     """
-    target = hugging_face_target(folder, files, overwrite, sources)
+    target = hugging_face_target("compressed-tensors", folder, files, overwrite, sources)
     target.check()
     if importlib.util.find_spec("compressed_tensors") is None:
         raise UsageError(

@@ -94,7 +94,7 @@ def export(
     Raises `UsageError` where gguf is not installed, and with the reason where llama.cpp has no graph for the model;
     `VerificationFailed` where the weights by their names are not all that the program does.
     """
-    target = Target(Path(folder), "folder of a GGUF export", NAME, overwrite=overwrite, sources=sources)
+    target = Target(Path(folder), "gguf", "folder of a GGUF export", NAME, overwrite=overwrite, sources=sources)
     target.check()
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(

@@ -80,7 +80,7 @@ def export(
     Raises `UsageError` with the reason where no configuration says what the program is or its weights are quantized,
     `VerificationFailed` where the folder does not load or gives other outputs.
     """
-    target = hugging_face_target(folder, files, overwrite, sources)
+    target = hugging_face_target("hf", folder, files, overwrite, sources)
     target.check()
     if quantized := FLOAT_WEIGHTS.check(program) or DENSE_WEIGHTS.check(program):
         formats = sorted({scheme.label for node in program.graph.nodes if (scheme := scheme_of(node.target))})
@@ -105,12 +105,12 @@ def export(
 
 
 def hugging_face_target(
-    folder: str | Path, files: Mapping[str, Path | bytes], overwrite: bool, sources: Sequence[Path]
+    format: str, folder: str | Path, files: Mapping[str, Path | bytes], overwrite: bool, sources: Sequence[Path]
 ) -> Target:
     """A folder with config.json and safetensors, and of `files` all but the configuration that the model came with."""
     companions = {name: file for name, file in files.items() if name != "config.json"}
     kind = "Hugging Face folder with safetensors"
-    return Target(Path(folder), kind, _WEIGHTS, _OWN, "config.json", companions, overwrite, sources)
+    return Target(Path(folder), format, kind, _WEIGHTS, _OWN, "config.json", companions, overwrite, sources)
 
 
 def _filled(fit: Fit, program: Program, dtype: torch.dtype) -> nn.Module:

@@ -86,7 +86,9 @@ def export(
     """
     companions = {name: file for name, file in files.items() if name != "config.json"}
     own = frozenset({"config.json"})
-    target = Target(Path(folder), "folder of an ONNX export", f"{NAME}*", own, NAME, companions, overwrite, sources)
+    target = Target(
+        Path(folder), "onnx", "folder of an ONNX export", f"{NAME}*", own, NAME, companions, overwrite, sources
+    )  # fmt: skip
     target.check()
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise UsageError(

@@ -60,7 +60,7 @@ def export(
     Raises `UsageError` where nothing is packed, with the layer and the reason where a packed weight is no linear layer's, and
     where no configuration says what the model is; `VerificationFailed` where the folder does not load or gives other outputs.
     """
-    target = hugging_face_target(folder, files, overwrite, sources)
+    target = hugging_face_target("fxc", folder, files, overwrite, sources)
     target.check()
     check_has_values(program, folder)
     packed = packed_weights(program)

@@ -77,7 +77,7 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, 
             why = error.what
         for call in _calls_without_cache(model, dynamic_shapes):
             yield replace(call, loses_cache=why)
-    elif not _takes_cache(model):
+    elif not takes_cache(model):
         yield from _calls_without_cache(model, dynamic_shapes)
     elif dynamic_shapes is not None:
         raise UsageError(
@@ -88,7 +88,8 @@ def calls_of(model: nn.Module, example_inputs: Any, dynamic_shapes: Any = None, 
         yield _call_with_cache(model, reads)
 
 
-def _takes_cache(model: nn.Module) -> bool:
+def takes_cache(model: nn.Module) -> bool:
+    """Whether it is captured as a decoder with a cache, whose inputs are tokens of any number alone."""
     return (
         hasattr(model, "generate")
         and model.can_generate()
@@ -109,7 +110,7 @@ def _takes_cross_cache(model: nn.Module) -> bool:
 
 def _generates_without_cache(model: nn.Module) -> bool:
     writes = hasattr(model, "generate") and model.can_generate() and not model.config.is_encoder_decoder
-    return writes and model.main_input_name == "input_ids" and not _takes_cache(model)
+    return writes and model.main_input_name == "input_ids" and not takes_cache(model)
 
 
 class _Flat(nn.Module):

@@ -7,12 +7,13 @@ layers and the first words of a large vocabulary alone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from fxc.frontend.calls import takes_cache
 from fxc.frontend.capture import capture
 from fxc.ir.program import Program
 
@@ -31,7 +32,8 @@ def capture_larger(model: nn.Module, example_inputs: Any, dynamic_shapes: Any, c
     small = None
     with _uncollected():
         if check:
-            with shortened(model):
+            # The caller's own inputs may hold any word.
+            with shortened(model, words=example_inputs is None):
                 small = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
         program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, check=False, reads=False)
     if small is not None:
@@ -52,9 +54,9 @@ def _uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def shortened(model: nn.Module) -> Iterator[None]:
+def shortened(model: nn.Module, words: bool = True) -> Iterator[None]:
     """While open, each list of many layers of one class in `model` has only its first ones; lists within layers are whole. Of a
-    decoder's large vocabulary there are its first words."""
+    large vocabulary there are its first words, if `words` and where no others are drawn."""
     whole: dict[nn.ModuleList, dict[str, nn.Module | None]] = {}
     within: list[str] = []
     for name, module in model.named_modules():
@@ -67,7 +69,7 @@ def shortened(model: nn.Module) -> Iterator[None]:
         module._modules = dict(list(layers.items())[: 1 if nbytes > LARGE else LAYERS])
     config = getattr(model, "config", None)
     counts = {name: getattr(config, name) for name in ("num_hidden_layers",) if config is not None and hasattr(config, name)}
-    tables = _large_tables(model)
+    tables = _large_tables(model) if words else {}
     try:
         for name in counts:
             setattr(config, name, min([counts[name], *(len(module) for module in whole)]))
@@ -102,4 +104,17 @@ def _large_tables(model: nn.Module) -> dict[nn.Module, tuple[str, int, dict[str,
     is_large = max(each.weight.numel() * each.weight.element_size() for each in tables) > LARGE
     if not is_large or (tables[0].padding_idx or 0) >= WORDS:
         return {}
+    # What goes into a decoder with a cache is drawn below `vocab_size`. Others are given words that their configuration names:
+    # an end to pool at, the start of what is written.
+    if not takes_cache(model) and max(_words_named(model.config.to_dict()), default=0) >= WORDS:
+        return {}
     return {each: (kinds[type(each)], count, {n: p for n, p in each._parameters.items() if p is not None}) for each in tables}
+
+
+def _words_named(config: Mapping[str, Any]) -> Iterator[int]:
+    """The ids of words that a configuration names, and those within it."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _words_named(value)
+        elif name.endswith(("token_id", "token_ids", "token_index")):
+            yield from (each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, int))

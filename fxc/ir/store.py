@@ -70,7 +70,13 @@ class Constants(dict[str, Tensor]):
         if name in self._waiting:
             # Who goes on after a kill is given each in its turn, and not the last in the place of the first.
             self.settle()
-        others = [other for other, each in super().items() if each is tensor and other not in self._written]
+        if (written := next((other for other, each in self._written.items() if each is tensor), None)) is not None:
+            # It is in a file soon, and once is enough.
+            tensor = self._end()[written]
+            self._reading.knows(tensor)
+            super().__setitem__(name, tensor)
+            return
+        others = [other for other, each in super().items() if each is tensor]
         if (others and others[0] not in self._waiting) or any(each is tensor for each in self._again):
             super().__setitem__(name, tensor)
             return
@@ -137,16 +143,18 @@ class Constants(dict[str, Tensor]):
         self._writing = pool.submit(self.spill.write, self._written)
         pool.shutdown(wait=False)
 
-    def _end(self) -> None:
-        """Wait for what is being written. From here on it is in its file, and not in memory."""
+    def _end(self) -> dict[str, Tensor]:
+        """Wait for what is being written, and return it. From here on it is in its file, and not in memory."""
         if self._writing is None:
-            return
+            return {}
         writing, self._writing = self._writing, None
         written, self._written = self._written, {}
-        for name, tensor in writing.result().items():
+        mapped = writing.result()
+        for name, tensor in mapped.items():
             if super().get(name) is written[name]:
                 super().__setitem__(name, tensor)
                 self._reading.knows(tensor)
+        return mapped
 
 
 def saved(constants: Mapping[str, Tensor], accept: Callable[[str], bool]) -> dict[str, Tensor]:

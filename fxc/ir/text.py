@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from fxc.errors import UsageError
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
 from fxc.ir.targets import name_of
@@ -101,7 +102,7 @@ class Printer:
             *(f"symbol {new} = {self._hint(old)}" for old, new in self.symbols.items() if str(new).startswith("s")),
         ]
         constants = [
-            *((fqn, f"constant {_at(fqn)}: {_constant_type(t)}") for fqn, t in sorted(program.constants.items())),
+            *((fqn, f"constant {_at(fqn)}: {_constant_type(fqn, t)}") for fqn, t in sorted(program.constants.items())),
             *((alias, f"alias {_at(alias)} = {_at(fqn)}") for alias, fqn in sorted(program.aliases.items())),
         ]
         end = program.graph.output_node(), f"return {results}"
@@ -175,7 +176,7 @@ class Printer:
             case list() | tuple():
                 return f"[{', '.join(self.value(a) for a in argument)}]"
             case torch.dtype():
-                return DTYPE_NAMES[argument]
+                return _dtype_name(argument)
             case torch.device():
                 return f"device({json.dumps(str(argument))})"
             case torch.layout():
@@ -185,14 +186,22 @@ class Printer:
         raise TypeError(f"an argument of type {type(argument).__name__} has no place in a program")
 
 
-def tensor_type(dtype: torch.dtype, shape: Any) -> str:
-    return f"{DTYPE_NAMES[dtype]}[{', '.join(str(s) for s in shape)}]"
+def tensor_type(dtype: torch.dtype, shape: Any, where: str | None = None) -> str:
+    """Raises `UsageError` for a dtype that no text names. where: whose it is."""
+    return f"{_dtype_name(dtype, where)}[{', '.join(str(s) for s in shape)}]"
 
 
-def _constant_type(tensor: Tensor) -> str:
+def _dtype_name(dtype: torch.dtype, where: str | None = None) -> str:
+    if dtype not in DTYPE_NAMES:
+        kind, known = str(dtype).removeprefix("torch."), ", ".join(str(each).removeprefix("torch.") for each in DTYPES.values())
+        raise UsageError(f"the text of a program has no {kind}", where=where, hint=f"one of {known}")
+    return DTYPE_NAMES[dtype]
+
+
+def _constant_type(fqn: str, tensor: Tensor) -> str:
     """Of a lowered program, oneDNN may have packed a constant as it likes. No text with such a one is read again."""
     packed = " packed by oneDNN" if tensor.is_mkldnn else ""
-    return f"{tensor_type(tensor.dtype, tensor.shape)}{packed}"
+    return f"{tensor_type(tensor.dtype, tensor.shape, fqn)}{packed}"
 
 
 def _at(fqn: str) -> str:

@@ -17,7 +17,7 @@ MARK = "fxc.json"
 """Of a repository that an artifact was pushed to."""
 REPLACED = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "program.fxc", "fxc.json", "report.html", "plan.json",
-    "model.onnx", "model.onnx.data", "model.pt2", "names.json",
+    "model.onnx", "model.onnx.data", "model.pt2", "names.json", "fxc_export.json",
 )  # fmt: skip
 """What an earlier push has left, and goes where this one has no such file; what others put there stays."""
 

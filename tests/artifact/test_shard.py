@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from fxc.artifact import shard
 from fxc.artifact.shard import digest_on_disk, write_shard
+from fxc.errors import VerificationFailed
 from fxc.ir.text import DTYPES
 
 
@@ -19,10 +20,14 @@ def of_dtype(dtype):
     return numbers.to(dtype) if dtype.is_floating_point or dtype.is_complex else numbers.remainder(2).to(dtype)
 
 
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 SETS = {
     "dtypes": {f"{name}.é": of_dtype(dtype) for name, dtype in DTYPES.items() if name != "c128"},
     "shapes": {"b": torch.zeros(()), "a.x": torch.zeros(0, 3), "a": torch.arange(8.0).view(2, 4).t()},
     "shared": {"b": (same := torch.arange(6)), "a": same, "c": same[2:]},
+    "unsigned": {str(dtype): torch.arange(15).reshape(3, 5).to(dtype) for dtype in UNSIGNED},
+    "float8": {str(dtype): torch.arange(15.0).to(dtype) for dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)},
+    "conjugate": {"a": (number := torch.tensor([1 + 2j, 3 - 4j])).conj(), "b": number.conj().imag},
     "nothing": {},
     "pieces": {"b": torch.arange(5000).short(), "a": torch.arange(9000, dtype=torch.int32)},
     "whole pieces": {"a": torch.zeros(2 * 4096 - 64, dtype=torch.uint8)},
@@ -38,9 +43,16 @@ def test_it_writes_what_the_library_writes(name, least, tmp_path, monkeypatch):
     path.write_bytes(b"longer than what comes" * 9999)
     digest = write_shard(path, SETS[name])
     # The library asks for contiguous tensors that share nothing.
-    expected = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in SETS[name].items()})
+    plain = {name: tensor.resolve_conj().resolve_neg() for name, tensor in SETS[name].items()}
+    expected = save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in plain.items()})
     assert path.read_bytes() == expected
     assert digest == digest_on_disk(path) == hashlib.sha256(expected).hexdigest()
+
+
+def test_a_dtype_that_the_format_has_not_is_named(tmp_path):
+    with pytest.raises(VerificationFailed, match="b: safetensors has no complex128"):
+        write_shard(tmp_path / "file", {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.complex128)})
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_file_system_without_such_writes_is_written_through_the_cache(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from command import fxc_json
 import fxc
 from fxc.errors import UsageError
 from fxc.export import ggml
+from fxc.export.folder import MARK
 from fxc.export.packed import packed_weights
 from fxc.schemes.int4 import SCHEMES, unpack
 
@@ -102,7 +103,7 @@ def test_fewer_bits_have_the_same_middle(bits):
 def test_the_command_writes_one_and_replaces_only_its_like(int4, tmp_path):
     int4.save(tmp_path / "artifact")
     done = fxc_json("export", tmp_path / "artifact", "-o", tmp_path / "out", "--format", "gguf")
-    assert done["format"] == "gguf" and [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert done["format"] == "gguf" and {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", MARK}
     assert "exists" in command("export", tmp_path / "artifact", "-o", tmp_path / "out", "--format", "gguf", code=2).stderr
     command("export", tmp_path / "artifact", "-o", tmp_path / "out", "--format", "gguf", "--overwrite")
     (tmp_path / "out" / "mine.txt").write_text("mine")

@@ -14,6 +14,7 @@ from examples import digits
 from fxc.errors import UsageError, VerificationFailed
 from fxc.export import onnx as onnx_export
 from fxc.export import onnx_products
+from fxc.export.folder import MARK
 from fxc.export.packed import packed_weights
 from fxc.ir.cache import empty_cache
 from fxc.ir.observe import run
@@ -124,7 +125,7 @@ def test_an_encoder_takes_any_batch_and_length_and_its_weights_lie_beside(tmp_pa
     monkeypatch.setattr(onnx_export, "_BESIDE", 0)  # as of a model that one file of protobuf does not hold
     model = compiled("bert", "int8:mode=weight_only")
     model.export_onnx(tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.onnx", "model.onnx.data"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.onnx", "model.onnx.data", MARK}
     ready = session(tmp_path / "out")
     assert ready.get_inputs()[0].shape == ["batch", "sequence"]
     said, _ = attributes(tmp_path / "out", "MatMulNBits")
@@ -183,7 +184,7 @@ def test_the_command_replaces_only_its_like(tmp_path):
     artifact, out = tmp_path / "artifact", tmp_path / "out"
     compiled("mlp", "int8").save(artifact)
     done = fxc_json("export", artifact, "-o", out, "--format", "onnx")
-    assert done["format"] == "onnx" and [path.name for path in out.iterdir()] == ["model.onnx"]
+    assert done["format"] == "onnx" and {path.name for path in out.iterdir()} == {"model.onnx", MARK}
     assert "exists" in command("export", artifact, "-o", out, "--format", "onnx", code=2).stderr
     (out / "mine.txt").write_text("mine")
     assert "mine.txt" in command("export", artifact, "-o", out, "--format", "onnx", "--overwrite", code=2).stderr

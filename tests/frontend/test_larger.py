@@ -46,6 +46,35 @@ def test_of_a_large_vocabulary_the_first_words_are_tried(is_tied, monkeypatch):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
 
 
+def words_kept(model, example_inputs, monkeypatch):
+    """Words in the tables of the small model that is tried, of a model with a vocabulary of 6000."""
+    monkeypatch.setattr(larger, "LARGE", 1)
+    whole = capture(model, example_inputs)
+    program, small = capture_larger(model, example_inputs, None, True)
+    assert str(program) == str(whole)
+    return max(len(each) for name, each in small.constants.items() if name.endswith("weight"))
+
+
+_LARGE = {"vocab_size": 6000, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+
+
+def test_the_callers_own_words_are_there(monkeypatch):
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER | _LARGE | {"pad_token_id": None})).eval()
+    assert words_kept(model, {"input_ids": torch.tensor([[5, 5999, 7]])}, monkeypatch) == 6000
+
+
+def test_a_decoder_is_given_no_words_that_its_configuration_names(monkeypatch):
+    ends = {"bos_token_id": 5997, "eos_token_id": [5998, 5999], "pad_token_id": None}
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER | _LARGE | ends)).eval()
+    assert words_kept(model, None, monkeypatch) == larger.WORDS
+
+
+@pytest.mark.parametrize(("end", "words"), [(5999, 6000), (2, larger.WORDS)])
+def test_an_encoder_is_given_the_end_that_its_configuration_names(end, words, monkeypatch):
+    config = transformers.BertConfig(**_LARGE | {"num_attention_heads": 2, "eos_token_id": end, "max_position_embeddings": 64})
+    assert words_kept(transformers.BertForMaskedLM(config).eval(), None, monkeypatch) == words
+
+
 class Computed(TorchDispatchMode):
     """The operators that compute with a weight. Where torch is in its fake mode they see its shape alone."""
 

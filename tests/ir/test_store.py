@@ -78,6 +78,20 @@ def test_the_next_ones_are_made_while_a_part_is_written(monkeypatch):
     assert torch.equal(made["b.q"], again) and made["b.q"] is not again and made["c.q"] is not c
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_another_name_for_what_is_being_written_writes_nothing(is_renamed, monkeypatch):
+    monkeypatch.setattr(store, "PART_BYTES", 16)
+    made = constants()
+    shared = torch.zeros(4)
+    made["b.q"], made["c.q"] = shared, torch.ones(1)
+    if is_renamed:
+        del made["b.q"]
+    made["d.q"] = shared
+    assert made["d.q"] is not shared and (is_renamed or made["d.q"] is made["b.q"])
+    made.settle()
+    assert made.spill.written == [["b.q"], ["c.q"]] and torch.equal(made["d.q"], shared)
+
+
 def test_what_goes_wrong_in_writing_is_raised(monkeypatch):
     monkeypatch.setattr(store, "PART_BYTES", 16)
     made = constants()

@@ -7,7 +7,7 @@ import torch
 from families import Mlp
 
 import fxc
-from fxc.errors import CaptureFailed, InputRefused
+from fxc.errors import CaptureFailed, InputRefused, UsageError
 from fxc.ir import parse_program, print_program
 
 EXPECTED = """\
@@ -38,6 +38,14 @@ def program():
 
 def test_the_text_is_this(program):
     assert print_program(program) == EXPECTED
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fnuz])
+def test_a_dtype_that_a_text_does_not_name_is_named(program, dtype):
+    other = program.copy()
+    other.constants["head.bias"] = torch.zeros(10).to(dtype)
+    with pytest.raises(UsageError, match=f"head.bias: the text of a program has no {str(dtype).removeprefix('torch.')}"):
+        print_program(other)
 
 
 def test_parsing_needs_no_weights():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 import fxc
 from fxc.errors import InputRefused, ResourceError, UsageError
+from fxc.export.folder import MARK
 from fxc.publish.card import LOADING, card
 from fxc.publish.push import CARD, push
 
@@ -101,19 +103,38 @@ def test_an_export_goes_up_in_its_format(artifact, hub):
 def test_a_folder_that_an_export_wrote_goes_up_as_it_is(artifact, hub, tmp_path, kind, file, says):
     out = tmp_path / "export"
     fxc_json("export", artifact, "-o", out, "--format", kind)
-    (out / "key").write_text("secret")
+    assert json.loads((out / MARK).read_text()) == {"format": kind, "version": metadata.version("fxc")}
+    others = {"key", "model.gguf", "model.onnx", "model.safetensors"} - {file}
+    for name in others:
+        (out / name).write_text("secret")
     told = fxc_json("push", out, "someone/small")
     assert told["format"] == kind and says in told["card"]
-    assert hub.uploaded[file] == (out / file).read_bytes() and "key" not in hub.uploaded
+    assert hub.uploaded[file] == (out / file).read_bytes() and not others & hub.uploaded.keys() and MARK in hub.uploaded
     assert f"this is an export in the format {kind}" in command("push", out, "a/b", "--format", "hf", code=2).output
 
 
 def test_a_package_goes_up_with_the_names_of_its_inputs(hub, tmp_path):
     for name in ("model.pt2", "names.json", "tokenizer.json", "notes.txt"):
         (tmp_path / name).write_text("{}")
+    (tmp_path / MARK).write_text('{"format": "aoti"}')
     told = fxc_json("push", tmp_path, "someone/small")
-    assert told["format"] == "aoti" and set(hub.uploaded) == {"model.pt2", "names.json", "tokenizer.json", CARD}
+    assert told["format"] == "aoti" and set(hub.uploaded) == {"model.pt2", "names.json", "tokenizer.json", MARK, CARD}
     assert 'library_name: "pytorch"' in told["card"] and "aoti_load_package" in told["card"] and "kind of CPU" in told["card"]
+
+
+@pytest.mark.parametrize("mark", [None, "{}", '{"format": "gguf"}', '{"format": ["hf"]}', '{"format": "artifact"}'])
+def test_a_model_that_fxc_did_not_write_is_no_export(hub, tmp_path, mark):
+    build("qwen2")[0].save_pretrained(tmp_path / "base")
+    if mark is not None:
+        (tmp_path / "base" / MARK).write_text(mark)
+    assert "not an fxc artifact" in command("push", tmp_path / "base", "a/b", code=3).output
+    assert hub.asked == [] and hub.uploaded == {}
+
+
+def test_what_transformers_saved_of_a_model_in_fxcs_layers_is_an_export(artifact, hub, tmp_path):
+    fxc_json("export", artifact, "-o", tmp_path / "export", "--format", "fxc")
+    (tmp_path / "export" / MARK).unlink()
+    assert fxc_json("push", tmp_path / "export", "someone/small")["format"] == "fxc"
 
 
 def test_a_classifier_is_loaded_with_its_head():
