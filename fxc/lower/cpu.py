@@ -181,7 +181,8 @@ def lower_layers(
     report = []
     with Reading() as reading:
         groups = find_siblings(program, products_for(LINEAR))
-        wishes = [_wish(program, group, measure) for group in groups if not group.is_empty]
+        in_rows = backend == "eager" and cpu_rows.is_likely(program)
+        wishes = [_wish(program, group, measure, in_rows) for group in groups if not group.is_empty]
         # Where nothing is compressed nothing bounds what the program may hold.
         wished = [_wish_for_copy(program, node) for node in copies if wishes]
         found = within(wishes + wished, keep_float)
@@ -214,8 +215,8 @@ def _wish_for_copy(program: Program, node: fx.Node) -> Wish:
     return Wish(choices, [nbytes, 0], 0)
 
 
-def _wish(program: Program, group: Siblings, measure: Measure) -> Wish:
-    """The forms that the group's layers may have, and why."""
+def _wish(program: Program, group: Siblings, measure: Measure, in_rows: bool) -> Wish:
+    """The forms that the group's layers may have, and why. in_rows: whether those in int8 will be one call with others."""
     forms = candidates(group)
     refused = {each: each.why_not(group) for each in forms}
     able = tuple(each for each in forms if refused[each] is None)
@@ -229,12 +230,22 @@ def _wish(program: Program, group: Siblings, measure: Measure) -> Wish:
     except choose.Busy as why:
         found = [choose.by_memory(able, why)]
     else:
-        found = choose.alternatives(able, timing, rows * columns <= choose.SMALL_LAYER)
+        found = _alternatives(able, timing, rows * columns <= choose.SMALL_LAYER, in_rows)
     found = [dataclasses.replace(each, reason=each.reason + each.form.note(group)) for each in found]
     group.kept.clear()  # what was made of the weights of all layers would be in memory at once
     nbytes = [held_bytes(each.form, group, each.limit is not None) for each in found]
     stays = sum(arguments[1].nbytes for arguments in group.arguments) if _is_read_elsewhere(program, group.nodes) else 0
     return Wish(found, nbytes, held_bytes(FLOAT, group) - stays)
+
+
+def _alternatives(able: tuple[Candidate, ...], timing: Timing, is_small: bool, in_rows: bool) -> list[Choice]:
+    if not in_rows or NATIVE_INT8 not in able:
+        return choose.alternatives(able, timing, is_small)
+    judged = cpu_rows.as_in_rows(timing, able.index(NATIVE_INT8))
+    was, told = (choose.describe(able, each) for each in (judged, timing))
+    told += f"; int8 counts {cpu_rows.IN_ROWS:g} of that, in one call with other layers"
+    found = choose.alternatives(able, judged, is_small)
+    return [dataclasses.replace(each, reason=each.reason.replace(was, told)) for each in found]
 
 
 def _write(program: Program, group: Siblings, choice: Choice, backend: str) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from fxc.data.samples import samples
 from fxc.frontend.capture import capture
 from fxc.lower import choose, cpu_rows
+from fxc.lower.candidates import NATIVE_INT8
 from fxc.lower.cpu import lower_cpu
 from fxc.lower.held import held
 from fxc.lower.runnable import runnable
@@ -145,3 +146,18 @@ def test_attention_may_be_in_bfloat16_where_lowering_may(monkeypatch):
         (call,) = lower_cpu(program, measure=choose.compressed)[0].graph.find_nodes(op="call_function", target=ops.ROWS)
         (attention,) = [step for step in native_rows._decoded(tuple(call.args[4])) if step.kind == native_rows.ATTENTION]
         assert attention.numbers[9] == is_there
+
+
+@pytest.mark.parametrize(("price", "in_one_call", "alone"), [(1.2, True, True), (0.9, True, False), (0.5, False, False)])
+def test_int8_that_is_one_call_with_others_counts_less(price, in_one_call, alone, monkeypatch):
+    """Float that is a little faster alone is not taken for it in an encoder. price: of float, in times of int8."""
+
+    def measure(forms, *layer):
+        return {count: tuple(1e-6 if form is NATIVE_INT8 else price * 1e-6 for form in forms) for count in NATIVE_INT8.rows}
+
+    program = int8(build("bert")[0])
+    made, report = lower_cpu(program, measure=measure)
+    assert bool(count(made)) == in_one_call
+    assert not in_one_call or any("int8 1 us" in each.reason and "counts 0.8 of that" in each.reason for each in report)
+    monkeypatch.setattr(native_rows, "why_not", lambda: "of the test")
+    assert bool(count(lower_cpu(program, measure=measure)[0], ops.NATIVE_INT8_LINEAR)) == alone
