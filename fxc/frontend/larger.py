@@ -116,5 +116,5 @@ def _words_named(config: Mapping[str, Any]) -> Iterator[int]:
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _words_named(value)
-        elif name.endswith(("token_id", "token_ids", "token_index")):
+        elif str(name).endswith(("token_id", "token_ids", "token_index")):
             yield from (each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, int))
