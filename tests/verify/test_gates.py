@@ -343,7 +343,9 @@ def drifting(after: float):
     return edit
 
 
-def test_policies_are_judged_on_data_that_they_have_not_seen():
+def test_policies_are_judged_on_data_that_they_have_not_seen(monkeypatch):
+    monkeypatch.setattr(Pass, "registry", dict(Pass.registry))
+
     @dataclass(frozen=True)
     class Drift(Edit):
         name: ClassVar[str] = "edit"
