@@ -65,7 +65,8 @@ def rows(share: float, precision: str) -> list[Row]:
         return float((embedded(other, tokenizer, judged) * expected).sum(-1).mean())
 
     note(f"MiniLM, half of heads and FFN, {20 * share:.1f} minutes")
-    spec = f"{PASSES},recover:minutes={20 * share}:loss=5*pooled+outputs:batch=32:optimizer=adamw:rate=0.0005:precision={precision}"
+    how = "loss=5*pooled+outputs:batch=32:optimizer=adamw:rate=0.0005"
+    spec = f"{PASSES},recover:minutes={20 * share}:{how}:precision={precision}"
     without = cosine(fxc.optimize(folder, passes=PASSES, calib=texts[:64]))
     made, seconds = timed(
         lambda: fxc.optimize(folder, passes=spec, calib=texts[:64], train=texts, train_samples=len(texts), dtype="float32")
