@@ -219,10 +219,14 @@ def walk(value: Any) -> Iterator[tuple[str, str, Any]]:
 _AT_ONCE = 1 << 24
 
 
+def as_comparable(numbers: Tensor) -> Tensor:
+    """Numbers of a byte as float32: not every operator of torch takes them."""
+    return numbers.float() if numbers.element_size() == 1 else numbers
+
+
 def are_finite(numbers: Tensor) -> bool:
     """Whether none of some numbers is NaN or infinite."""
-    # Not every operator of torch takes numbers of a byte.
-    numbers = numbers.float() if numbers.element_size() == 1 else numbers
+    numbers = as_comparable(numbers)
     if numbers.is_complex() or not numbers.numel():
         return bool(torch.isfinite(numbers).all())
     # Some tens of times as fast as to ask each number: NaN is the least and the most of all.
@@ -249,7 +253,7 @@ def check_finite(named: Iterable[tuple[str, Tensor]], *, inf_allowed: bool = Fal
             continue
         if _are_finite_by_pieces(tensor):
             continue
-        tensor = tensor.float() if tensor.element_size() == 1 else tensor
+        tensor = as_comparable(tensor)
         nan = int(tensor.isnan().sum())
         inf = 0 if inf_allowed else int(tensor.isinf().sum())
         if nan or inf:

@@ -39,7 +39,6 @@ class CompiledWhisper(CompiledSeq2SeqLM, WhisperGenerationMixin):
             )  # fmt: skip
         return super().generate(*args, **kwargs)
 
-
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As of every `CompiledSeq2SeqLM`. attention_mask: which frames are of audio; the loop reads it, the model does not."""
         return super().forward(*args, **kwargs)

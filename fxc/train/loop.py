@@ -101,17 +101,14 @@ class _Loop:
             turns = bool(plan.muon) and name in matrices and name not in apart
             key = (turns, factor * plan.muon if turns else factor, decay)
             groups.setdefault(key, []).append(parameter.requires_grad_())
+        by_adamw, by_muon = [], []
+        for (turns, factor, decay), some in groups.items():
+            (by_muon if turns else by_adamw).append({"params": some, "factor": factor, "weight_decay": decay})
         self.optimizers: list[torch.optim.Optimizer] = []
-        for turns in (False, True):
-            own = [
-                {"params": some, "factor": factor, "weight_decay": decay}
-                for (by_muon, factor, decay), some in groups.items()
-                if by_muon is turns
-            ]
-            if own and turns:
-                self.optimizers.append(Muon(own, plan.rate, dtype=torch.bfloat16 if has_bfloat16() else torch.float32))
-            elif own:
-                self.optimizers.append(torch.optim.AdamW(own, plan.rate, betas=(0.9, 0.95), fused=True))
+        if by_adamw:
+            self.optimizers.append(torch.optim.AdamW(by_adamw, plan.rate, betas=(0.9, 0.95), fused=True))
+        if by_muon:
+            self.optimizers.append(Muon(by_muon, plan.rate, dtype=torch.bfloat16 if has_bfloat16() else torch.float32))
         self.scaler = scaler(plan.precision)
         # So many looks there are; in few steps fewer.
         self.looks = plan.looks if plan.minutes else min(plan.looks, plan.steps)

@@ -17,7 +17,7 @@ from fxc.passes.base import Context, Fact, Pass, Result
 from fxc.passes.facts import arguments, packed_weight
 from fxc.passes.float64 import LIMIT, LITTLE, in_float64, widened
 from fxc.passes.interface import Interface
-from fxc.safety import are_finite
+from fxc.safety import are_finite, as_comparable
 from fxc.schemes.scheme import scheme_of
 from fxc.verify.compare import Difference, difference, layer_errors, saturation
 
@@ -144,7 +144,7 @@ def _finite(step: Pass, before: Program, after: Program) -> str:
         if tensor.is_meta or not tensor.dtype.is_floating_point:
             continue
         if not are_finite(tensor):
-            wrong = ~(tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+            wrong = ~as_comparable(tensor).isfinite()
             raise _fail(step, "finite", f"{int(wrong.sum())} values are NaN or infinite", fqn, program=after)
         if fqn in scales and not ((tensor != 0) if scales[fqn] else (tensor > 0)).all():
             wrong = "zero" if scales[fqn] else "not positive"
