@@ -12,7 +12,7 @@ void linear(const Weight& w, const Number* x, int64_t rows, int64_t columns, boo
   const int times = 1 + is_split;
   const int64_t most = rows * times < BLOCK ? rows * times : BLOCK;
   Quantized q{nullptr, (float*)scratch, (int32_t*)scratch + most, stride_of(columns)};
-  q.q = (uint8_t*)(q.zero + most);
+  q.q = (Quantum*)(q.zero + most);
   const int64_t padded = (w.outputs + PANEL - 1) / PANEL * PANEL, wide = padded / OUTPUTS;
 #pragma omp parallel num_threads(threads)
   for (int64_t first = 0; first < rows * times; first += BLOCK) {
@@ -21,7 +21,7 @@ void linear(const Weight& w, const Number* x, int64_t rows, int64_t columns, boo
     Number* to = y + first / times * w.outputs;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count; i += times) {
-      uint8_t* at = q.q + i * q.stride;
+      Quantum* at = q.q + i * q.stride;
       if (is_split)
         quantize_split(from + i / 2 * columns, columns, at, at + q.stride, q.scale + i, q.zero + i);
       else
@@ -52,7 +52,7 @@ extern "C" {
 // Bytes of scratch for so many rows.
 int64_t int8_linear_scratch(int64_t rows, int64_t columns, int is_split) {
   const int64_t all = rows * (1 + is_split), most = all < BLOCK ? all : BLOCK;
-  return most * (stride_of(columns) + 8);
+  return most * (stride_of(columns) * sizeof(Quantum) + 8);
 }
 
 // x [rows][columns], y [rows][outputs]: float32, or bfloat16 where x_is_bfloat16. bias: as long as scale, or null.

@@ -80,7 +80,7 @@ Sizes sizes_of(const Plan& p) {
   const int64_t number = p.is_bfloat16 ? 2 : 4;
   for (int64_t i = 0; i < p.count; i++) {
     const Step& s = p.steps[i];
-    const int64_t quantized = ROWS_AT_ONCE * (product::stride_of(s.columns) + 8), row = (s.columns + LANES) * 4;
+    const int64_t quantized = ROWS_AT_ONCE * (product::stride_of(s.columns) * (int64_t)sizeof(product::Quantum) + 8), row = (s.columns + LANES) * 4;
     if (s.kind == LINEAR && quantized > sizes.quantized) sizes.quantized = quantized;
     if (s.kind == NORM && row > sizes.row) sizes.row = aligned(row);
     if (s.kind == ATTENTION) {
@@ -123,7 +123,7 @@ struct Worker {
     uint8_t* own = p.scratch + thread * (sizes.own() + (p.is_by_sequence ? sizes.kept : 0));
     quantized.scale = (float*)own;
     quantized.zero = (int32_t*)own + ROWS_AT_ONCE;
-    quantized.q = own + ROWS_AT_ONCE * 8;
+    quantized.q = (product::Quantum*)(own + ROWS_AT_ONCE * 8);
     row = (float*)(own + sizes.quantized);
     attention = (float*)((uint8_t*)row + sizes.row);
     shorts = (Number*)((uint8_t*)attention + sizes.attention);

@@ -38,10 +38,9 @@ LEVELS = {
 that is used, "none" for no kernel in C++ at all."""
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-trapping-math", "-ffp-contract=off", "-w")
 SECONDS = 300
-UNFIT = {(kernel, "avx2"): "int8 products saturate on this CPU, which has no VNNI" for kernel in ("int8_linear", "int8_rows")}
-"""(kernel, level) -> why it is not built for that one."""
 
 _HERE = Path(__file__).parent
+KERNELS = sorted(source.stem for source in _HERE.glob("*.cpp"))
 
 
 class NotBuilt(Exception):
@@ -113,11 +112,6 @@ def threads() -> int:
     return max(torch.get_num_threads() // max(_running, 1), 1)
 
 
-def kernels(level: str) -> list[str]:
-    """The kernels that are built for a level."""
-    return sorted(source.stem for source in _HERE.glob("*.cpp") if (source.stem, level) not in UNFIT)
-
-
 def start() -> None:
     """Begin to build what this machine can run of the kernels, and do not wait. Nothing happens where it can run none."""
     with contextlib.suppress(NotBuilt):
@@ -126,8 +120,6 @@ def start() -> None:
 
 def library(kernel: str, level: str) -> ctypes.CDLL:
     """The file `kernel`.cpp as a library, when it is built; all others are built meanwhile. Raises NotBuilt."""
-    if why := UNFIT.get((kernel, level)):
-        raise NotBuilt(why)
     found = _begun(level)[kernel].result()
     if isinstance(found, str):
         raise NotBuilt(found)
@@ -168,9 +160,9 @@ def build_all() -> dict[str, dict[str, Path]]:
     compiler()
     made: dict[str, dict[str, Path]] = {}
     for each in LEVELS:
-        names = kernels(each)
-        with ThreadPoolExecutor(len(names)) as pool:
-            made[each] = dict(zip(names, pool.map(lambda kernel, level=each: _kept(kernel, level, place), names), strict=True))
+        with ThreadPoolExecutor(len(KERNELS)) as pool:
+            paths = pool.map(lambda kernel, level=each: _kept(kernel, level, place), KERNELS)
+            made[each] = dict(zip(KERNELS, paths, strict=True))
     return made
 
 
@@ -190,9 +182,8 @@ def _begun(level: str) -> dict[str, Future]:
     once does not cost the next layer seconds."""
     with _LOCK:
         if level not in _BEGUN:
-            names = kernels(level)
-            pool = ThreadPoolExecutor(len(names), "fxc-build")
-            _BEGUN[level] = {kernel: pool.submit(_load, kernel, level) for kernel in names}
+            pool = ThreadPoolExecutor(len(KERNELS), "fxc-build")
+            _BEGUN[level] = {kernel: pool.submit(_load, kernel, level) for kernel in KERNELS}
             pool.shutdown(wait=False)
         return _BEGUN[level]
 

@@ -6,7 +6,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fxc.schemes import int4
 from fxc_kernels.cpu import native, native_attention, native_int4, native_int8
-from fxc_kernels.cpu.native import NotBuilt
 from fxc_kernels.cpu.rows import activated
 from fxc_kernels.int8_linear import int8_linear_reference, int8_weight_only_linear_reference
 
@@ -30,15 +29,9 @@ def packed_int4(qweight, scale, zero=None, bits=4):
     return native_int4.pack(lambda rows: int4.unpack(qweight[rows], bits), bits, scale, zero)
 
 
-def needs_vnni(level):
-    if level == "avx2":
-        pytest.skip("int8 products saturate at this level")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("outputs", "columns"), [(96, 256), (50, 37), (17, 128), (3, 5), (64, 9000)])
 def test_int8_is_what_the_operators_say(level, outputs, columns, dtype):
-    needs_vnni(level)
     torch.manual_seed(0)
     qweight = torch.randint(-127, 128, (outputs, columns), dtype=torch.int8)
     scale, bias = torch.rand(outputs) / 1000, torch.randn(outputs)
@@ -57,7 +50,6 @@ def test_int8_is_what_the_operators_say(level, outputs, columns, dtype):
 
 def test_rows_are_rounded_to_the_same_integers(level):
     """Where weights pick one column each, a result is that integer: none may differ by a step."""
-    needs_vnni(level)
     torch.manual_seed(0)
     x = torch.randn(64, 48) * 10 ** torch.linspace(-20, 20, 64)[:, None]
     x[3], x[4, 0] = 0, 1e30
@@ -113,10 +105,9 @@ def test_what_is_not_finite_stays_in_its_row(level, value):
     x[2, 5] = value
     qweight, scale, _ = int4.quantize_weight(torch.randn(32, 64), 32, True)
     made = [native_int4.native_int4_linear(x, *packed_int4(qweight, scale), None, 32, 32)]
-    if level != "avx2":
-        int8 = native_int8.pack(torch.randint(-127, 128, (32, 64), dtype=torch.int8), torch.ones(32), None)
-        for each in (x, x.bfloat16()):
-            made += [native_int8.native_int8_linear(each, *int8, 32, split) for split in (False, True)]
+    int8 = native_int8.pack(torch.randint(-127, 128, (32, 64), dtype=torch.int8), torch.ones(32), None)
+    for each in (x, x.bfloat16()):
+        made += [native_int8.native_int8_linear(each, *int8, 32, split) for split in (False, True)]
     for y in made:
         assert not y[2].isfinite().any() and y[torch.arange(7) != 2].isfinite().all()
 
@@ -133,7 +124,6 @@ def test_shapes_that_have_no_rows_and_tensors_that_are_not_contiguous(level):
 
 
 def test_threads_change_nothing(level):
-    needs_vnni(level)
     torch.manual_seed(0)
     packed = native_int8.pack(torch.randint(-127, 128, (70, 96), dtype=torch.int8), torch.rand(70), torch.randn(70))
     x = torch.randn(333, 96)
@@ -197,8 +187,3 @@ def test_attention_that_does_not_pay_is_left_to_torch(monkeypatch):
         q, k, v, _ = attention_inputs("none", torch.float32, *sizes)
         expected = scaled_dot_product_attention(q, k, v)
         assert torch.equal(native_attention.native_attention(q, k, v), expected)
-
-
-def test_saturating_products_are_refused(monkeypatch):
-    with pytest.raises(NotBuilt, match="no VNNI"):
-        native_int8._functions("avx2")

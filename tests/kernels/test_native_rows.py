@@ -6,10 +6,7 @@ import torch
 from fxc_kernels.cpu import native, native_attention, native_int8, native_rows
 from fxc_kernels.cpu.native_rows import ATTENTION, LINEAR, NORM, Step, encoded, one_by_one
 
-HERE = [
-    name for name, (_, needs) in native.LEVELS.items()
-    if set(needs.split()) <= native._abilities() and ("int8_rows", name) not in native.UNFIT
-]  # fmt: skip
+HERE = [name for name, (_, needs) in native.LEVELS.items() if set(needs.split()) <= native._abilities()]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 HIDDEN, INNER, HEADS, SHARED, DEPTH = 96, 200, 6, 2, 32
 
