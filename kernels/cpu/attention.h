@@ -5,7 +5,7 @@
 namespace attend {
 namespace {
 
-constexpr int ROWS = LANES == 16 ? 6 : 3;
+constexpr int ROWS = LANES == 16 ? 6 : 4;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr float NONE = -3.0e38f;  // below every score, and finite, so that it can be subtracted
 
@@ -314,8 +314,12 @@ void some_rows(const Problem& p, int64_t b, int64_t group, int64_t from, int64_t
   const Number* key = (const Number*)p.k + b * p.k_strides[0] + group * p.k_strides[1];
   const Number* value = (const Number*)p.v + b * p.v_strides[0] + group * p.v_strides[1];
   for (int64_t j = 0; j < width; j += LANES)
-    for (int64_t d = 0; d < p.depth; d++)
-      for (int64_t l = 0; l < LANES; l++) kt[d * width + j + l] = j + l < p.keys ? as_float(key[(j + l) * p.k_strides[2] + d]) : 0;
+    for (int64_t d = 0; d < p.depth; d += LANES) {
+      Ints r[LANES];
+      for (int i = 0; i < LANES; i++) r[i] = j + i < p.keys ? as_ints(load_as_floats(key + (j + i) * p.k_strides[2] + d)) : all(0);
+      transpose(r);
+      for (int i = 0; i < LANES; i++) store_ints(kt + (d + i) * width + j, r[i]);
+    }
   for (int64_t j = 0; j < p.keys; j++)
     for (int64_t d = 0; d < p.depth; d += LANES) store_floats(v + j * p.depth + d, load_as_floats(value + j * p.v_strides[2] + d));
   for (int64_t h = group * times; h < (group + 1) * times; h++) {
