@@ -8,19 +8,18 @@ import torch
 from rich.table import Table
 
 from benchmarks.timing import Timing
-from fxc.kernel_bench.cpu_platform import FLAGS
+from fxc.kernel_bench.cpu_platform import FLAGS, kind_of_cpu
 from fxc.kernel_bench.files import markdown_table, versions_text
 from fxc.kernel_bench.files import versions as versions_of
-from fxc.lower.remembered import cpu_name
 
 PACKAGES = ["fxc", "torch", "transformers", "onnxruntime", "onnxscript", "openvino", "nncf", "torchao"]
 
 
 def hardware() -> dict:
-    """The CPU's model, physical cores, and which of the instructions are there that fast kernels need."""
+    """The kind of CPU, physical cores, and which of the instructions are there that fast kernels need."""
     able = torch.cpu.get_capabilities()
     return {
-        "cpu": cpu_name(),
+        "cpu": kind_of_cpu(),
         "cores": able.get("num_physical_cores", os.cpu_count()),
         "flags": [flag for flag in FLAGS if able.get(flag)],
         "system": f"{platform.system()} {platform.machine()}",

@@ -25,8 +25,8 @@ from benchmarks.decode.model import MODELS, Variant, captured, config_of, with_w
 from benchmarks.decode.report import DENSE, markdown, write
 from benchmarks.output import RESULTS, note
 from fxc.errors import first_line
+from fxc.kernel_bench.cpu_platform import kind_of_cpu
 from fxc.kernel_bench.files import versions
-from fxc.lower.remembered import cpu_name
 from fxc.options import Options
 from fxc.passes.base import Context
 from fxc.pipeline import run_passes
@@ -99,7 +99,7 @@ def measure_variant(report, program, computed, config, passes, backend, options,
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else kind_of_cpu()
 
 
 def title(options: argparse.Namespace, config: Any) -> str:

@@ -81,7 +81,7 @@ class CpuPlatform:
         if 2 * self.l3 > COPIES_BYTES or not self.l3:
             weights = f"there is one copy of each weight, which may stay in the L3 of {cache}"
         return {
-            "name": cpu_name(),
+            "name": kind_of_cpu(),
             "chip": self.name,
             "cores": self.cores,
             "threads": self.threads,
@@ -93,6 +93,14 @@ class CpuPlatform:
             "load_before": round(os.getloadavg()[0], 2),
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         }
+
+
+def kind_of_cpu() -> str:
+    """The CPU's name, and what its vectors are where that is not AVX-512: a virtual machine may give CPUs of many generations
+    one name."""
+    able = torch.cpu.get_capabilities()
+    vectors = next((flag for flag in ("avx512_f", "avx_vnni", "avx2") if able.get(flag)), "no vectors")
+    return cpu_name() if vectors == "avx512_f" else f"{cpu_name()} ({vectors})"
 
 
 def cache_bytes(level: int) -> int:

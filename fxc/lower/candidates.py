@@ -32,6 +32,8 @@ from fxc_kernels.int8_linear import INT32_COLUMNS, quantize_rows
 INT4_AS_INT8 = 0.02
 _INT4 = {scheme.products[0].operator: bits for bits, scheme in int4.SCHEMES.items()}
 
+SATURATE = "oneDNN's int8 products saturate on this CPU, which has no VNNI"
+
 Trial = Callable[[Tensor, bool], Callable[[], object]]
 """(x [M, K], whether what surrounds the product counts too) -> the call to be timed."""
 
@@ -105,9 +107,16 @@ def rounded_to_int8(weight: Tensor, int4_scale: Tensor) -> tuple[Tensor, Tensor,
 # Int8 products
 
 
+def why_no_onednn_int8() -> str | None:
+    """Why oneDNN's int8 products cannot be used on this machine, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "there is no oneDNN in torch"
+    return None if int8_product.int8_is_exact() else "oneDNN's int8 products are not exact on this CPU"
+
+
 def _why_no_int8(group: Siblings) -> str | None:
-    if not int8_product.int8_is_exact():
-        return "int8 products saturate on this CPU, which has no VNNI"
+    if why := why_no_onednn_int8():
+        return why
     if group.dtype not in (torch.float32, torch.bfloat16):
         return f"no int8 product takes {group.dtype} to {group.dtype} on a CPU"
     if group.target in _INT4 and _stays_int4(group):
@@ -115,6 +124,10 @@ def _why_no_int8(group: Siblings) -> str | None:
     if group.target in _INT4 and not (more := _int8_weight(group)[2]) <= INT4_AS_INT8:
         return f"as int8 the error of {scheme_of(group.target).label} would be {more:.1%} larger, by steps"
     return None
+
+
+def _why_no_static(group: Siblings) -> str | None:
+    return SATURATE if int8_product.products_saturate() else _why_no_int8(group)
 
 
 def _stays_int4(group: Siblings) -> bool:
@@ -345,7 +358,7 @@ STATIC = Candidate(
     targets=(int8.STATIC,),
     rows=(1, 16, 128, 256),
     wins_for="many",
-    why_not=_why_no_int8,
+    why_not=_why_no_static,
     note=_rounding,
     trial=_static_trial,
     make=_make_static,

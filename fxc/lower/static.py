@@ -17,6 +17,7 @@ from fxc.ir import edit
 from fxc.ir.call import Call
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
+from fxc.lower.candidates import SATURATE
 from fxc.lower.fusion import activation_after
 from fxc.lower.siblings import LayerChoice, module_name
 from fxc.schemes import int8
@@ -74,7 +75,7 @@ def lower_convolutions(program: Program, packed: bool) -> list[LayerChoice]:
 
 def _why_not(node: fx.Node) -> str | None:
     if not int8_static.conv2d_is_exact():
-        return "int8 products saturate on this CPU, which has no VNNI"
+        return SATURATE
     dtype = node.meta["val"].dtype
     return None if dtype in _DTYPES else f"no int8 convolution takes {dtype} to {dtype} on a CPU"
 

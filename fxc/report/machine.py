@@ -19,7 +19,6 @@ from fxc.lower.inductor import require_compiler
 from fxc.lower.remembered import cpu_name
 from fxc.schemes.scheme import SCHEMES
 from fxc_kernels.cpu import (
-    int8_product,
     native,
     native_attention,
     native_between,
@@ -108,7 +107,7 @@ def _processor() -> list[Finding]:
         *(Finding("cpu", name, "yes" if there else "no", there) for name, there in features.items()),
         Finding("cpu", "onednn", "yes" if onednn else "no", onednn, "" if onednn else "this build of torch has no oneDNN"),
     ]
-    return [*found, _int8_path(onednn), _native()]
+    return [*found, _int8_path(), _native()]
 
 
 def _native() -> Finding:
@@ -120,23 +119,18 @@ def _native() -> Finding:
     return Finding("cpu", "kernels in C++", f"{built}, for {native.level()}", True, why)
 
 
-def _int8_path(onednn: bool) -> Finding:
-    if not onednn:
-        return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, "there is no oneDNN in torch")
-    if not int8_product.int8_is_exact():
-        why = "tried: its int8 products saturate, because it has no VNNI; files are smaller, speed is that of the float model"
+def _int8_path() -> Finding:
+    native_why, onednn_why = native_int8.why_not(), candidates.why_no_onednn_int8()
+    if native_why and onednn_why:
+        why = f"{native_why}; {onednn_why}; files are smaller, speed is that of the float model"
         return Finding("cpu", "int8 layers", "dequantized once, when a model is loaded", False, why)
-    int8, bf16 = _product_seconds()
-    value = f"exact u8 x s8 products, {bf16 / int8:.1f} times as fast as bfloat16 ones (tried on 1024 x 1024, 64 rows)"
+    form = candidates.INT8 if native_why else candidates.NATIVE_INT8
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    ((int8, dense),) = choose.compare((form, candidates.FLOAT), 1024, 1024, dtype, True, (64,))[0].values()
+    name = str(dtype).removeprefix("torch.")
+    value = f"exact products, layers {dense / int8:.1f} times as fast as in {name} (tried on 1024 x 1024, 64 rows)"
     note = "each layer is measured when a model is loaded, and runs in float where that is faster"
     return Finding("cpu", "int8 layers", value, True, note)
-
-
-def _product_seconds() -> tuple[float, float]:
-    """Seconds of an int8 and of a bfloat16 product on this machine."""
-    forms = candidates.INT8, candidates.FLOAT
-    ((int8, bf16),) = choose.compare(forms, 1024, 1024, torch.bfloat16, False, (64,))[0].values()
-    return int8, bf16
 
 
 def _cuda() -> list[Finding]:

@@ -47,16 +47,20 @@ def int8_product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -
     """((q - 128) @ weight^T) * scale [N], accumulated in int32, returned as float32 [M, N].
 
     q: uint8 [M, K], an int8 row moved up by UINT8_ZERO: u8 x s8 is what AVX512-VNNI multiplies, and s8 x s8 runs oneDNN's
-    reference code on every CPU without AMX. zero_point: the weight's, zeros [N].
+    reference code on every CPU without AMX. zero_point: the weight's, zeros [N]. Where such products saturate it is the sum of
+    two, of the upper seven bits of q and of the last one, whose pairs fit into 16 bits.
     """
     if q.shape[0] == 1 and single_rows_are_slow():
-        return _product(torch.cat([q, q]), packed, scale, zero_point)[:1]
+        return int8_product(torch.cat([q, q]), packed, scale, zero_point)[:1]
+    if products_saturate():
+        upper = _product(q >> 1, packed, scale, zero_point, UINT8_ZERO // 2)
+        return 2 * upper + _product(q & 1, packed, scale, zero_point, 0)
     return _product(q, packed, scale, zero_point)
 
 
-def _product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def _product(q: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, zero: int = UINT8_ZERO) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, UINT8_ZERO, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+        q, 1.0, zero, packed, scale, zero_point, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -81,18 +85,26 @@ def single_rows_are_slow() -> bool:
 
 
 @functools.cache
-def int8_is_exact() -> bool:
-    """Whether `int8_product` is exact in this process: without VNNI oneDNN's saturates (see `fxc_kernels.int8_exact`)."""
-    if not torch.backends.mkldnn.is_available():
-        return False
+def products_saturate() -> bool:
+    """Whether oneDNN's products of all eight bits are wrong in this process, as they are without VNNI (see
+    `fxc_kernels.int8_exact`). False where torch has no oneDNN."""
+    return torch.backends.mkldnn.is_available() and not is_exact(_tried(_product))
 
+
+@functools.cache
+def int8_is_exact() -> bool:
+    """Whether there is an `int8_product` in this process, and it is exact."""
+    return torch.backends.mkldnn.is_available() and is_exact(_tried(int8_product))
+
+
+def _tried(product: Callable[..., Tensor]) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
     def product_of(weight: Tensor) -> Callable[[Tensor], Tensor]:
         packed, outputs = pack_int8(weight), weight.shape[0]
         scale = torch.ones(outputs, device="cpu")
         zero_point = torch.zeros(outputs, dtype=torch.int64, device="cpu")
-        return lambda q: int8_product(to_uint8(q), packed, scale, zero_point)
+        return lambda q: product(to_uint8(q), packed, scale, zero_point)
 
-    return is_exact(product_of)
+    return product_of
 
 
 def to_uint8(q: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_eager_float32_matches_the_program(x, shape):
     lowered, _ = on_cpu(program, "eager", measure=int8_wins, bf16=False)
     x = torch.randn(*shape, WIDTH)
     # Wide enough for a few activations so near to a half that the last bit decides how they round.
-    close(lowered(x), program.module()(x), 1e-4)
+    close(lowered(x), program.module()(x), 2e-4)
 
 
 def biased(x):
@@ -166,11 +166,11 @@ def test_a_layer_slower_for_few_rows_only_chooses_by_rows(x):
     close(lowered(one), dense(one), 1e-6)
 
 
-def test_where_products_saturate_everything_is_dequantized(x, monkeypatch):
+def test_where_products_are_wrong_everything_is_dequantized(x, monkeypatch):
     monkeypatch.setattr(int8_product, "int8_is_exact", lambda: False)
     for measure in (None, int8_wins, choose.compressed):
         _, report = on_cpu(program_of(Block(), x), "eager", measure=measure)
-        assert {c.op for c in report} == {"dequantized"} and "saturate" in report[0].reason
+        assert {c.op for c in report} == {"dequantized"} and "not exact" in report[0].reason
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (3, 40), (0, 3)], ids=str)
@@ -290,7 +290,7 @@ def test_inductor_follows_the_program_over_changing_shapes(x):
     lowered, _ = on_cpu(program, "inductor", measure=int8_wins, bf16=False)
     for shape in [(2, 9), (9, 9), (3, 40), (1, 1)]:
         x = torch.randn(*shape, WIDTH)
-        close(lowered(x), program.module()(x), 1e-4)
+        close(lowered(x), program.module()(x), 2e-4)
     assert sum(map(len, lowered._known.values())) == 2
 
 
