@@ -96,6 +96,9 @@ def compile_(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Make ready what this backend runs: for aoti code, kept for all models of its shape.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     budget: Annotated[
@@ -143,7 +146,7 @@ def compile_(
         "passes": passes, "skip": skip, "calib": calib, "calib_samples": calib_samples,
         "calib_length": calib_length, "train": train, "train_samples": train_samples, "train_length": train_length,
         "teacher": teacher,
-        "calib_disk": calib_disk, "dtype": dtype, "device": device, "revision": revision,
+        "calib_disk": calib_disk, "dtype": dtype, "device": device, "backend": backend, "revision": revision,
         "trust_remote_code": trust_remote_code, "budget": budget, "layer_budget": layer_budget, "allow_noop": allow_noop,
         "dump_dir": dump_dir, "seed": seed, "limit": limit, "verify": verify, "part": part,
         "dynamic_shapes": dynamic_shapes_of(dynamic or []), "stream": stream,

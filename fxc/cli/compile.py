@@ -21,7 +21,7 @@ from fxc.cli.bisect import bisect_line
 from fxc.cli.sources import read_text
 from fxc.cli.stages import Stages
 from fxc.compilation import Step
-from fxc.compiler import compile_captured, readers_of
+from fxc.compiler import compile_captured, load, readers_of
 from fxc.data.text import encode, tokenizer_of
 from fxc.errors import UsageError, VerificationFailed
 from fxc.ir.cache import is_causal_lm
@@ -140,6 +140,9 @@ def compile_model(request: CompileRequest, output: Output) -> None:
         model.save(out, overwrite=request.overwrite, source=source)
     if options.resume:
         remove(options.resume)
+    if options.backend is not None:
+        with output.doing(f"preparing it for the backend {options.backend}", elsewhere=False):
+            load(out, device=options.device, backend=options.backend).prepare()
 
     before, after = captured.program, model.program
     was = sizes.on_disk(source) if source and kind_of(request.model) == "artifact" else captured.nbytes

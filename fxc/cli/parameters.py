@@ -19,7 +19,7 @@ Resume = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else, of an error too.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1.")]
-Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager or inductor.")]
+Backend = Annotated[str, typer.Option(help="What runs a compiled model: eager, inductor or aoti (compiled once, then kept).")]
 KeepFloat = Annotated[
     float | None,
     typer.Option(help="Of the bytes saved, the share that faster floats may take again on a CPU: 0 to 1, 1 by default."),

@@ -70,7 +70,7 @@ class Request:
                 hint = "leave it out, or compile the strategy alone"
                 raise UsageError(f"a comparison takes no {name}", where=name, hint=hint)
         check_target(self.options.device, self.options.backend)
-        if self.backend == "inductor":
+        if self.backend in ("inductor", "aoti"):
             require_compiler()
         if min(self.new, self.rounds) < 1:
             raise UsageError(f"{self.rounds} rounds of {self.new} tokens", where="rounds, new", hint="at least 1")

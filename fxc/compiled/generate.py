@@ -161,6 +161,10 @@ class CompiledCausalLM(Generating):
             object.__setattr__(self, "_prompt", made)
         return self._prompt
 
+    def prepare(self) -> None:
+        super().prepare()
+        self._prompt_module()
+
     def __deepcopy__(self, memo: dict) -> CompiledCausalLM:
         memo[id(self._prompt)] = self._prompt
         return super().__deepcopy__(memo)

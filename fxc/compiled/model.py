@@ -139,6 +139,10 @@ class CompiledModel(nn.Module):
             self._lower()
         return self._lowered
 
+    def prepare(self) -> None:
+        """Make all that later calls would make first: with `backend="aoti"` what another process then finds compiled."""
+        self.lower()
+
     @property
     def lowered(self) -> Program:
         """What runs on the device: the program with operators of the device, over weights packed for it."""

@@ -12,14 +12,13 @@ layer, and in every other format, a product is written by the definition that it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from fxc.artifact.companions import write
 from fxc.data.samples import samples
@@ -29,17 +28,16 @@ from fxc.export.hugging_face import in_float32
 from fxc.export.packed import packed_weights, refused
 from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
 from fxc.frontend.check import tolerance
-from fxc.ir.call import Call
-from fxc.ir.names import layer_at, parts_of
 from fxc.ir.program import Program
+from fxc.lower.aoti import compile_package
 from fxc.lower.cpu import lower_to_kernels
+from fxc.lower.definitions import by_definition, definition
+from fxc.lower.inductor import compiler
 from fxc.lower.siblings import LayerChoice
 from fxc.safety import listed
-from fxc.schemes import int8
-from fxc.schemes.scheme import EMBEDDING, LINEAR, product_of, scheme_of
+from fxc.schemes.scheme import product_of
 from fxc.verify.compare import difference
 from fxc_kernels.cpu.native import NotBuilt
-from fxc_kernels.cpu.packaged import KERNELS, linked
 
 NAME = "model.pt2"
 NAMES = "names.json"
@@ -92,16 +90,20 @@ def export(
     )  # fmt: skip
     target.check()
     check_has_values(program, folder)
-    compiler = _compiler()
+    command = _compiler()
     products: dict[str, int] = {}
     for node in program.graph.nodes:
         if product := product_of(node.target):
             products[product.kind] = products.get(product.kind, 0) + 1
     lowered, choices = lower_to_kernels(program)
     without = [each for each in choices if each.op == "unchanged"]
+    for each in packed_weights(lowered).values():
+        if any(definition(node) is None for node in each.readers):
+            why = "products over rows sorted by expert have no operator that a package holds"
+            raise refused(each, "AOTInductor", why, "leave the experts out with --skip")
     module = by_definition(lowered).module()
     with target.staged(2 * program.nbytes()) as place:
-        _compile(module, program, place / NAME, compiler)
+        _compile(module, program, place / NAME, command)
         write(companions, place)
         names = {
             "inputs": [each.name for each in program.signature.inputs], "outputs": list(program.signature.outputs)
@@ -120,109 +122,21 @@ def _by_reason(choices: Sequence[LayerChoice]) -> list[tuple[str, list[LayerChoi
 
 
 def _compiler() -> str:
-    from torch._inductor import cpp_builder, exc
-
     try:
-        return cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        return compiler()
+    except RuntimeError as error:
         raise UsageError(
             "a package is compiled, and there is no C++ compiler", where="--format aoti", why=error,
             hint="install g++, or set CXX",
         ) from error  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------- definitions
-
-
-def by_definition(program: Program) -> Program:
-    """The program with functions of plain torch in the place of packed products. Its graph holds Python functions, and is to be
-    traced. Raises `UsageError` for a product that has none."""
-    for each in packed_weights(program).values():
-        for node in each.readers:
-            if _function(node) is None:
-                why = "products over rows sorted by expert have no operator that a package holds"
-                raise refused(each, "AOTInductor", why, "leave the experts out with --skip")
-    program = program.copy()
-    for node in list(program.graph.nodes):
-        if product_of(node.target) is not None:
-            _replace(program, node)
-        elif getattr(node.target, "namespace", None) == "fxc":
-            raise UsageError(
-                f"a package holds no {node.target}", where=layer_at(program, node),
-                why="operators of fxc are there where fxc is, and the package is for where it is not",
-                hint="fxc.load reads the artifact as it is",
-            )  # fmt: skip
-    return program
-
-
-def _function(node: fx.Node) -> Callable[..., Tensor] | None:
-    product = product_of(node.target)
-    if node.target is int8.LINEAR:
-        return times_int8
-    return {LINEAR: linear, EMBEDDING: lookup, int8.CONV2D: conv2d}.get(product.layer)
-
-
-def _replace(program: Program, node: fx.Node) -> None:
-    call, function = Call(node), _function(node)
-    scheme, product = scheme_of(node.target), product_of(node.target)
-    parts = {part: call.get(part) for part in parts_of(node)}
-    names = [argument.name for argument in node.target._schema.arguments]
-    more = {name: call.get(name) for name in names if name not in parts and name not in scheme.parts and name != "group"}
-
-    def written(*tensors: Tensor, **others: Any) -> Tensor:
-        return function(scheme, product, dict(zip(parts, tensors, strict=True)), **others)
-
-    written.__name__ = function.__name__
-    with program.graph.inserting_before(node):
-        made = program.graph.call_function(written, tuple(parts.values()), more)
-    node.replace_all_uses_with(made)
-    program.graph.erase_node(node)
-
-
-def linear(scheme: Any, product: Any, parts: dict[str, Tensor], x: Tensor, bias: Tensor | None, **learned: Any) -> Tensor:
-    """x @ w^T + bias in float32, with x as the product rounds it."""
-    read = x.float() if product.rounded is None else product.rounded(x, **learned)
-    return functional.linear(read, scheme.dense(parts).float(), None if bias is None else bias.float()).to(x.dtype)
-
-
-def times_int8(scheme: Any, product: Any, parts: dict[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    """`fxc::int8_linear` as a product of integers (fxc_kernels.int8_linear)."""
-    rows = x.reshape(-1, x.shape[-1])
-    q, step, zero = int8.quantize_rows(rows)
-    weight = parts["qweight"]
-    total = torch._int_mm(q, weight.t()) - zero * weight.sum(dim=1, dtype=torch.int32)
-    out = total.float() * parts["scale"] * step
-    return (out if bias is None else out + bias.float()).to(x.dtype).reshape(*x.shape[:-1], len(weight))
-
-
-def lookup(scheme: Any, product: Any, parts: dict[str, Tensor], indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a packed table."""
-    flat = indices.flatten()
-    rows = scheme.dense({part: tensor.index_select(0, flat) for part, tensor in parts.items()})
-    return rows.to(dtype).reshape(*indices.shape, rows.shape[-1])
-
-
-def conv2d(
-    scheme: Any, product: Any, parts: dict[str, Tensor], x: Tensor, bias: Tensor | None, stride: list[int],
-    padding: list[int], dilation: list[int], groups: int, **learned: Any,
-) -> Tensor:  # fmt: skip
-    """A convolution in float32, with x as the product rounds it."""
-    numbers = parts[scheme.numbers]
-    weight = scheme.dense({**parts, scheme.numbers: numbers.flatten(1)}).view(numbers.shape)
-    read = x.float() if product.rounded is None else product.rounded(x, **learned)
-    wide = None if bias is None else bias.float()
-    return functional.conv2d(read, weight, wide, stride, padding, dilation, groups).to(x.dtype)
-
-
 # ---------------------------------------------------------------------------------------------------------------- compile
 
 
-def _compile(module: fx.GraphModule, program: Program, path: Path, compiler: str) -> None:
-    called = {node.target for node in module.graph.nodes} & set(KERNELS)
+def _compile(module: fx.GraphModule, program: Program, path: Path, command: str) -> None:
     try:
-        with torch.no_grad(), linked(called, compiler) as settings:
-            exported = torch.export.export(module, tuple(samples(program)[0]), dynamic_shapes=dynamic_shapes(program))
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
+        compile_package(module, samples(program)[0], dynamic_shapes(program), path, command, {})
     except NotBuilt as error:
         raise UsageError(
             "fxc's kernels were not built into the package", why=error, hint="with FXC_CPU_LEVEL set to none it does without"

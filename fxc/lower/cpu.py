@@ -94,23 +94,34 @@ def lower_cpu(
     return program, report
 
 
-def lower_to_kernels(program: Program) -> tuple[Program, list[LayerChoice]]:
+def lower_to_kernels(program: Program, in_floats: bool = False) -> tuple[Program, list[LayerChoice]]:
     """Linear layers with packed weights as calls of the kernels in C++ for this CPU, those that read one activation as one;
-    what has none here stays as it is. No form is timed: every machine of a level makes the same of a program.
+    what has none here stays as it is, or with `in_floats` has its weights as numbers. No form is timed: every machine of a
+    level makes the same of a program.
 
-    Returns the program, the given one is not changed, and a LayerChoice for each layer of a format that has such a kernel: its
-    `op` is "unchanged" where the layer has none, and the reason says why. Raises `UsageError` for a program on meta.
+    Returns the program, the given one is not changed, and a LayerChoice for each layer of a format that has such a kernel, or
+    with `in_floats` of any: its `op` is "unchanged" or "dequantized" where the layer has none, and the reason says why. Raises
+    `UsageError` for a program on meta.
     """
     if program.is_on_meta:
         raise UsageError("a program without weights cannot run", where="lowering")
     program, report = program.copy(), []
     forms = {target: form for form in (NATIVE_INT8, NATIVE_SPLIT, NATIVE_INT4) for target in form.targets}
-    for group in find_siblings(program, forms):
-        form = forms[group.target]
-        why_not = "the weight is empty" if group.is_empty else form.why_not(group)
-        if why_not is None:
-            _write(program, group, Choice(form, None, form.name, "in C++"), "inductor")
-        report += group.choices("unchanged" if why_not else form.name, why_not or "in C++")
+    if in_floats:
+        sparse_int8_as_dense(program)
+        sparse_int4_as_dense(program)
+    for group in find_siblings(program, products_for(LINEAR) if in_floats else forms):
+        form, why_not = forms.get(group.target), "the weight is empty" if group.is_empty else None
+        if form is None:
+            why_not = f"no kernel in C++ for {scheme_of(group.target).label}"
+        elif why_not is None:
+            why_not = form.why_not(group)
+        if why_not and (group.is_empty or not in_floats):
+            report += group.choices("unchanged", why_not)
+            continue
+        chosen = FLOAT if why_not else form
+        _write(program, group, Choice(chosen, None, chosen.name, why_not or "in C++"), "inductor")
+        report += group.choices(chosen.name, why_not or "in C++")
     relax_views(program)
     edit.sweep(program)
     check(program, lowered=True)

@@ -22,13 +22,21 @@ from fxc.neutral import one_at_a_time
 MAX_SPECIALIZATIONS = 32
 
 
-def require_compiler() -> None:
-    """Raise UsageError when this machine has no C++ compiler that Inductor can call."""
+def compiler() -> str:
+    """The C++ compiler that Inductor calls. Raises RuntimeError where there is none."""
     from torch._inductor import cpp_builder, exc
 
     try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError) as error:
+        return cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise RuntimeError(first_line(error)) from error
+
+
+def require_compiler() -> None:
+    """Raise UsageError when this machine has no C++ compiler that Inductor can call."""
+    try:
+        compiler()
+    except RuntimeError as error:
         raise UsageError(
             "the inductor backend needs a C++ compiler",
             where="backend=inductor",

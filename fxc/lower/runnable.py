@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from fxc.ir.program import Program
+from fxc.lower.aoti import Package
 from fxc.lower.inductor import CompiledGraph
 from fxc_kernels.cpu import native
 from fxc_kernels.cpu.ops import FUNCTIONS
@@ -16,11 +17,14 @@ Running = native.Running
 
 def runnable(program: Program, device: torch.device | str, backend: str) -> nn.Module:
     """A module (flat input tensors positionally to a flat tuple of tensors) that runs the lowered `program` on `device`, with
-    Inductor for `backend` "inductor". It shares the program's constants where they are on the device already.
+    Inductor for `backend` "inductor", compiled ahead of time by it for "aoti". It shares the program's constants where they are
+    on the device already.
 
-    Raises `UsageError` for inductor without a C++ compiler.
+    Raises `UsageError` without a C++ compiler for inductor, and for aoti where the cache folder does not have the code either.
     """
     device = torch.device(device)
+    if backend == "aoti":
+        return Package(program)
     module = program.module(device)
     is_compiled = backend == "inductor"
     # On CUDA there are none, and the code that the module was made with stands.

@@ -9,11 +9,11 @@ import torch
 from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower import choose
-from fxc.lower.cpu import lower_cpu
+from fxc.lower.cpu import lower_cpu, lower_to_kernels
 from fxc.lower.siblings import LayerChoice
 from fxc_kernels.cpu import native
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "aoti")
 NEWEST = 90
 """The compute capability that a preview for CUDA is made for: 9.0, of an H100 or H200."""
 
@@ -32,6 +32,8 @@ def check_target(device: torch.device | str | None, backend: str | None, needs_g
         ) from None
     if found.type not in ("cpu", "cuda"):
         raise UsageError(f"fxc does not run on {found.type}", hint="use device=cpu or device=cuda")
+    if backend == "aoti" and found.type != "cpu":
+        raise UsageError("the backend aoti is for a CPU", hint="use backend=inductor, or device=cpu")
     if found.type == "cpu":
         if found.index:
             raise UsageError(f"there is no device {device!r}", hint="use device=cpu")
@@ -83,6 +85,8 @@ def lower(
     """
     check_target(device, backend)
     check_keep_float(device, keep_float)
+    if backend == "aoti":
+        return lower_to_kernels(program, in_floats=True)
     if device.type == "cpu":
         measure = choose.compressed if keep_compressed else choose.measured(backend, timings)
         return lower_cpu(program, backend, measure=measure, keep_float=1.0 if keep_float is None else keep_float)

@@ -20,6 +20,7 @@ from transformers import Cache
 from fxc.errors import FxcError, ResourceError, UsageError, first_line
 from fxc.ir.cache import cache_types
 from fxc.ir.program import Program
+from fxc.lower.aoti import Package
 from fxc.lower.inductor import CompiledGraph
 from fxc.lower.runnable import Running, runnable
 from fxc.runtime.decode_graph import decode_program
@@ -180,7 +181,8 @@ class StaticDecoder:
             ) from error
 
     def _used(self, step: Step, used: int | None) -> tuple[Tensor, ...]:
-        if used is None or isinstance(self.module, CompiledGraph):  # it makes inputs contiguous, and would write to copies
+        # What is compiled makes its inputs contiguous, and would write to copies.
+        if used is None or isinstance(self.module, CompiledGraph | Package):
             return step.tensors
         ids, mask, positions, slot, *buffers = step.tensors
         slots = min(-(-used // SLOTS_AT_ONCE) * SLOTS_AT_ONCE, step.size[1])
@@ -321,7 +323,7 @@ def static_decoder(
         check_step(whole, step, lowered, device, past, slots, is_exact, rows)
     if record is None:
         record = CudaGraphs(device) if device.type == "cuda" else run_directly
-    if backend == "inductor":
+    if backend != "eager":
         step = runnable(program, device, backend)
     return StaticDecoder(step, lowered, device, capacity, record)
 

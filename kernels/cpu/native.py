@@ -218,7 +218,7 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
     """The library, built unless it is in the cache folder. What is kept nowhere is gone afterwards."""
     source = _HERE / f"{kernel}.cpp"
     flags = [*FLAGS, *(f"-m{each}" for each in LEVELS[level][0].split())]
-    code = digest(*(path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))), " ".join(flags).encode())
+    code = digest(*(path.read_bytes() for path in (source, *_headers())), " ".join(flags).encode())
     try:
         command = compiler()
     except NotBuilt:
@@ -230,14 +230,36 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
         return
     version = subprocess.run([command[0], "--version"], capture_output=True, timeout=SECONDS, check=True).stdout
     name = f"{kernel}-{level}-{code}-{digest(' '.join(command).encode(), version)}.so"
+    with kept(name, f"{kernel}-{level}.lock", functools.partial(_build, [*command, *flags, str(source)])) as built:
+        yield built
+
+
+@contextlib.contextmanager
+def kept(name: str, lock: str, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A file of the cache folder, which `make` writes unless it is there as it was written. Where nothing can be kept it is
+    gone afterwards."""
     if folder() is not None and _is_whole(folder() / name):
         yield folder() / name
         return
     with _place() as place:
-        with _alone(place / f"{kernel}-{level}.lock"):
+        with _alone(place / lock):
             if not _is_whole(place / name):
-                _build([*command, *flags, str(source)], place / name)
+                with tempfile.TemporaryDirectory(dir=place) as scratch:
+                    made, digest = Path(scratch) / name, Path(scratch) / "digest"
+                    make(made)
+                    digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+                    os.replace(made, place / name)
+                    os.replace(digest, _digest_of(place / name))
         yield place / name
+
+
+def sources() -> str:
+    """A hash of the code of all kernels."""
+    return digest(*(path.read_bytes() for path in (*sorted(_HERE.rglob("*.cpp")), *_headers())))
+
+
+def _headers() -> list[Path]:
+    return sorted(_HERE.rglob("*.h"))
 
 
 def digest(*parts: bytes) -> str:
@@ -281,13 +303,7 @@ def _digest_of(built: Path) -> Path:
     return built.with_suffix(".sha256")
 
 
-def _build(command: list[str], built: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
-        made = Path(scratch) / built.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            raise NotBuilt(next((line for line in done.stderr.splitlines() if "error" in line), f"{command[0]} failed").strip())
-        digest = Path(scratch) / "digest"
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
-        os.replace(made, built)
-        os.replace(digest, _digest_of(built))
+def _build(command: list[str], made: Path) -> None:
+    done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise NotBuilt(next((line for line in done.stderr.splitlines() if "error" in line), f"{command[0]} failed").strip())

@@ -15,11 +15,10 @@ from command import fxc as command
 import fxc
 from fxc.errors import UsageError
 from fxc.export import aoti
-from fxc.export.aoti import by_definition
 from fxc.export.runs import runs
 from fxc.ir.observe import run
 from fxc.lower.cpu import lower_to_kernels
-from fxc.schemes.scheme import product_of
+from fxc.lower.definitions import by_definition
 from fxc.verify.compare import relative_error
 from fxc_kernels.cpu import native_int4, native_int8
 from fxc_kernels.cpu.packaged import KERNELS
@@ -85,28 +84,6 @@ def test_layers_go_into_kernels_or_it_says_why_not(monkeypatch):
     lowered, choices = lower_to_kernels(model.program)
     assert {(each.op, each.reason.partition(";")[0]) for each in choices} == {("unchanged", "FXC_CPU_LEVEL=none")}
     assert not [node for node in lowered.graph.nodes if node.target in KERNELS]
-
-
-# Passes -> how far what is traced may be from the operators: rounding, or another integer now and then.
-DEFINED = {
-    ("qwen2", "int8:embeddings=int8"): 1e-5,
-    ("qwen2", "int8:mode=weight_only"): 1e-5,
-    ("qwen2", "int4:group=32:symmetric=false:embeddings=int4"): 1e-5,
-    ("qwen2", "int4:group=32:bits=3"): 1e-5,
-    ("qwen2", "fp8"): 1e-5,
-    ("qwen2", "sparse24,int8"): 1e-5,
-    ("cnn", "canonicalize"): 1e-6,
-}
-
-
-@pytest.mark.parametrize(("name", "passes"), DEFINED)
-def test_products_are_written_by_their_definitions(name, passes):
-    program = compiled(name, passes).program
-    written = by_definition(program)
-    assert not any(product_of(node.target) for node in written.graph.nodes)
-    assert set(written.constants) == set(program.constants)
-    for inputs, expected in runs(program):
-        assert relative_error(written.module()(*inputs), expected) <= DEFINED[name, passes]
 
 
 def test_experts_are_refused(tmp_path):
