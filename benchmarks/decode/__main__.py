@@ -2,6 +2,8 @@
 
     python -m benchmarks.decode --model qwen2.5-7b --passes int4,int8,fp8 --device cuda --batch 1,16
     python -m benchmarks.decode --model tiny --device cpu --dtype float32 --batch 1,2 --prompt 8 --new 8 --prefill 32
+    python -m benchmarks.decode --model qwen2.5-0.5b --device cpu --threads 2 --backend eager,aoti --batch 1 --prefill 512 --peers \
+        --passes int8:embeddings=int8,int4:group=32:embeddings=int4
 
 The model is built from its configuration with random weights on the device, which change nothing of the time, and compiled
 there without verification. The dense model is measured in the same run, in the same ways. Each round decodes the same tokens
@@ -20,10 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks import table
+from benchmarks.decode import peer
 from benchmarks.decode.cells import Clock, cells_of, decode, generate, prefill, same_tokens
 from benchmarks.decode.model import MODELS, Variant, captured, config_of, with_weights
 from benchmarks.decode.report import DENSE, markdown, write
 from benchmarks.output import RESULTS, note
+from fxc.compiled.generate import CompiledCausalLM
 from fxc.errors import first_line
 from fxc.kernel_bench.cpu_platform import kind_of_cpu
 from fxc.kernel_bench.files import versions
@@ -34,6 +38,8 @@ from fxc.pipeline import run_passes
 
 def run(options: argparse.Namespace) -> dict:
     device = torch.device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     config = config_of(options.model, options.layers)
     clock = Clock(device, options.seconds)
     began = time.monotonic()
@@ -53,7 +59,24 @@ def run(options: argparse.Namespace) -> dict:
         for passes in [DENSE, *options.passes]:
             measure_variant(report, program, computed, config, passes, backend, options, clock)
             write(report, options.out)
+    if options.peers:
+        measure_peer(report, program, computed, config, options, clock)
     return report
+
+
+def measure_peer(report, program, computed, config, options, clock) -> None:
+    """Rows of llama.cpp."""
+    for form, passes in peer.FORMS.items():
+        if why := peer.absent():
+            report["not_measured"].append({"what": f"{peer.LLAMA} {form}", "why": why})
+            continue
+        made = with_weights(program, computed, clock.device)
+        made, _ = run_passes(made, Context(), Options(passes, verify=False))
+        found = peer.rows(CompiledCausalLM(made, {}, config=config), form, options, clock)
+        report["rows"] += found
+        for row in found:
+            note(f"{form}, {peer.LLAMA}, {row['what']}: {row['tokens_per_s']:.1f} tokens/s")
+        write(report, options.out)
 
 
 def measure_variant(report, program, computed, config, passes, backend, options, clock) -> None:
@@ -117,12 +140,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--passes", type=words, default=["int4", "int8", "fp8"], help="variants; a+b for both in one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--backend", type=words, default=["eager"], help="eager, inductor or both")
+    parser.add_argument("--backend", type=words, default=["eager"], help="eager, inductor, aoti")
     parser.add_argument("--batch", type=lambda text: [int(n) for n in words(text)], default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--prefill", type=int, default=2048, help="0: none")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="for torch and for peers; by default as many as torch takes")
+    parser.add_argument("--peers", action="store_true", help="llama.cpp too, on a CPU, one sequence")
     parser.add_argument("--seconds", type=float, help="begin no cell after so many seconds, and name those left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)

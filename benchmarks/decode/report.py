@@ -18,10 +18,11 @@ def baseline(report: dict, row: dict) -> dict | None:
 
 def markdown(report: dict) -> str:
     options, packages = report["options"], report["versions"]
+    threads = f"{options['threads']} threads. " if options.get("threads") else ""
     lines = [
         f"# {report['title']}, on {report['device']}",
         "",
-        f"Prompt {options['prompt']}, {options['new']} new tokens a sequence; prefill: one prompt of {options['prefill']} "
+        f"{threads}Prompt {options['prompt']}, {options['new']} new tokens a sequence; prefill: one prompt of {options['prefill']} "
         f"tokens, logits of all of them. Tokens a second: median of {options['rounds']} rounds (lowest-highest); x: of the "
         "dense model in the same cell. graph: each step replays a CUDA graph; launched: the same step, its kernels launched "
         "one by one; generate: Hugging Face's loop, prompt included. GB/s: weights read a second. "
