@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode --model qwen2.5-7b --passes int4,int8,fp8 --device cuda --batch 1,16
     python -m benchmarks.decode --model tiny --device cpu --dtype float32 --batch 1,2 --prompt 8 --new 8 --prefill 32
-    python -m benchmarks.decode --model qwen2.5-0.5b --device cpu --threads 2 --backend eager,aoti --batch 1 --prefill 512 --peers \
-        --passes int8:embeddings=int8,int4:group=32:embeddings=int4
+    python -m benchmarks.decode --model qwen2.5-0.5b --device cpu --threads 2 --backend eager,aoti --batch 1 --prefill 512 \
+        --passes int8:embeddings=int8,int4:group=32:embeddings=int4 --peers
 
 The model is built from its configuration with random weights on the device, which change nothing of the time, and compiled
 there without verification. The dense model is measured in the same run, in the same ways. Each round decodes the same tokens

@@ -55,5 +55,6 @@ def rows(model: CompiledCausalLM, form: str, options: argparse.Namespace, clock:
     found = [("decode", cell([after_the_prompt() for _ in range(options.rounds)], options.new))]
     if options.prefill:
         found.append(("prefill", cell(clock.rounds(prompt, options.rounds), options.prefill)))
-    about = {"passes": form, "backend": LLAMA, "mode": "", "batch": 1, "weights_gb": round(size, 3), "forms": {}, "peak_gb": None}
+    about = {"passes": form, "backend": LLAMA, "mode": "", "batch": 1, "weights_gb": round(size, 3)}
+    about |= {"forms": {}, "peak_gb": None}
     return [about | {"what": what} | numbers for what, numbers in found]

@@ -22,7 +22,8 @@ def markdown(report: dict) -> str:
     lines = [
         f"# {report['title']}, on {report['device']}",
         "",
-        f"{threads}Prompt {options['prompt']}, {options['new']} new tokens a sequence; prefill: one prompt of {options['prefill']} "
+        f"{threads}Prompt {options['prompt']}, {options['new']} new tokens a sequence; prefill: one prompt of "
+        f"{options['prefill']} "
         f"tokens, logits of all of them. Tokens a second: median of {options['rounds']} rounds (lowest-highest); x: of the "
         "dense model in the same cell. graph: each step replays a CUDA graph; launched: the same step, its kernels launched "
         "one by one; generate: Hugging Face's loop, prompt included. GB/s: weights read a second. "
