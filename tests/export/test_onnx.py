@@ -31,7 +31,8 @@ def compiled(name: str, passes: str, **options) -> fxc.CompiledModel:
 
 
 def session(folder):
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    path = folder / "model.onnx"
+    return onnx_export._session(path, "MatMulInteger" in onnx_export._operators(path))
 
 
 def run_onnx(ready, inputs):
