@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,11 +12,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxc.errors import InputRefused
+from fxc.export.quantized import layer_kind
+from fxc.quantizer.layers import Packed, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear, PackedRows
+from fxc.schemes.ops import GROUPED_LINEAR
+
+_PACKED = {kind.stands_for: kind for kind in (PackedLinear, PackedEmbedding, PackedConv2d)}
 
 
 @register_quantization_config("fxc")
 class FxcConfig(QuantizationConfigMixin):
-    """`quantization_config` of a config.json. layers: name of a linear layer -> what stands in its place, as
+    """`quantization_config` of a config.json. layers: name of a layer -> what stands in its place, as
     `fxc.export.quantized` writes it; version: of the fxc that wrote it."""
 
     def __init__(self, layers: Mapping[str, Any] | None = None, version: str | None = None, **others: Any):
@@ -32,22 +38,38 @@ class FxcConfig(QuantizationConfigMixin):
 
 @register_quantizer("fxc")
 class FxcQuantizer(HfQuantizer):
-    """Puts layers with packed weights in the place of linear ones, which then run in fxc's kernels."""
+    """Puts layers with packed weights in the place of float ones, which then run in fxc's kernels."""
 
     requires_calibration = True
     quantization_config: FxcConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from fxc.quantizer.layers import PackedLinear
-
-        modules = dict(model.named_modules())
-        for name, record in self.quantization_config.layers.items():
-            layer = modules.get(name)
-            if not isinstance(layer, nn.Linear):
-                found = f"a {type(layer).__name__} stands there" if layer is not None else f"{type(model).__name__} has no such"
-                raise InputRefused("the model has no linear layer of this name", where=name, why=found,
+        records = self.quantization_config.layers
+        kinds = {name: layer_kind(model, name) for name in records}
+        made: dict[str, Packed] = {}
+        # Those whose parts are another's last.
+        for name, record in sorted(records.items(), key=lambda item: _owner_of(item[1]) is not None):
+            if kinds[name] is None:
+                module = dict(model.named_modules()).get(name)
+                found = f"{type(model).__name__} has no such" if module is None else f"a {type(module).__name__} stands there"
+                raise InputRefused("the model has no layer of this name that can be packed", where=name, why=found,
                                    hint="load the folder by the class that its config.json names")  # fmt: skip
-            model.set_submodule(name, PackedLinear(name, record, layer))
+            owner = _owner_of(record)
+            if owner is not None and owner not in made:
+                raise InputRefused("its parts are those of a layer that is not there", where=name, why=owner,
+                                   hint="load the folder by the class that its config.json names")  # fmt: skip
+            if kinds[name] is GROUPED_LINEAR:
+                path, _, weight = name.rpartition(".")
+                experts = model.get_submodule(path)
+                made[name] = PackedRows(name, record, getattr(experts, weight), made.get(owner))
+                if not isinstance(experts, PackedExperts):
+                    experts = PackedExperts(experts)
+                    model.set_submodule(path, experts)
+                experts.pack(weight, made[name])
+            else:
+                made[name] = _PACKED[kinds[name]](name, record, model.get_submodule(name), made.get(owner))
+                model.set_submodule(name, made[name])
+        _untie(model, made)
 
     def is_serializable(self) -> bool:
         return True
@@ -55,3 +77,21 @@ class FxcQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _owner_of(record: Any) -> str | None:
+    return record.get("parts_of") if isinstance(record, Mapping) else None
+
+
+def _untie(model: nn.Module, packed: Collection[str]) -> None:
+    """Let transformers tie no packed weight: what reads another layer's parts knows that layer."""
+    gone = {f"{name}.weight" for name in packed}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        names = {name.removeprefix(f"{prefix}.") for name in gone}
+        if tied := getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {k: v for k, v in tied.items() if names.isdisjoint((k, v))}
+        # What it asks to tie again: names, or regular expressions of them.
+        if asked := getattr(module, "_tied_weights_keys", None):
+            module._tied_weights_keys = {
+                k: v for k, v in asked.items() if not any(re.match(pattern, name) for pattern in (k, v) for name in names)
+            }

@@ -82,6 +82,15 @@ def test_records_that_say_something_else_are_refused(wrong):
         PackedLinear("up", wrong, nn.Linear(64, 32))
 
 
+def test_a_layer_has_no_parts_of_one_that_has_others(layer):
+    for other in (record(), record(parts={"qweight": ["i8", 32, 64], "scale": ["f32", 31]}), record(parts={"zero": ["u8", 3]})):
+        if other == record():
+            assert PackedLinear("head", other, nn.Linear(64, 32), layer).part("scale") is layer.scale
+        else:
+            with pytest.raises(InputRefused, match="no layer that fxc knows"):
+                PackedLinear("head", other, nn.Linear(64, 32), layer)
+
+
 def test_parts_of_another_size_are_refused_when_it_is_called():
     made = PackedLinear("up", record(parts={"qweight": ["i8", 32, 60], "scale": ["f32", 32]}), nn.Linear(64, 32))
     with pytest.raises(InputRefused):
