@@ -7,7 +7,8 @@
 record is {"operator": as a program names it, "parts": {argument: [dtype, size, ...]}, "arguments": {argument: number}}, and
 each part is a tensor LAYER.PART of the safetensors files: numbers and scales are the program's, bit for bit. A head that is
 tied to a packed table has "parts_of", the name of the layer whose tensors its parts are. What is float is stored as in any
-folder. It is loaded back, and its outputs compared with the program's.
+folder; "folded" are the batch norms that went into convolutions. It is loaded back, and its outputs compared with the
+program's.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from fxc.source.load import quiet_transformers
 
 TOOL = "transformers with fxc"
 _SCALED = "ScaledWordEmbedding"  # Gemma's, Bart's and others': rows times embed_scale
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -75,24 +77,30 @@ def export(
             "nothing in it is quantized", where=folder, hint="--format hf writes a model of float weights as a plain folder"
         )
     tensors = {name: _tensors(program, weight) for name, weight in packed.items()}
-    fit = describe(as_float(program, packed), config)
-    layers = {}
+    fit = describe(_as_float(program, packed), config)
+    layers, parts = {}, {}
     for name, each in packed.items():
-        layers |= _records(fit, name, each, tensors[name])
+        records = _records(fit, name, each, tensors[name])
+        layers |= records
+        parts |= {f"{next(iter(records))}.{part}": tensor for part, tensor in tensors[name].items()}
+    missing = {name for name in fit.missing if name not in parts}
+    norms = {name: module for name, module in fit.model.named_modules() if isinstance(module, BATCH_NORM)}
+    names = {name: {f"{name}.{part}" for part in module.state_dict()} for name, module in norms.items()}
+    folded = sorted(name for name in norms if names[name] and names[name] <= missing)
+    gone = {part for name in folded for part in names[name]}
     dtype = float_dtype(program, packed)
     fit.config.dtype = dtype
-    says = {"quant_method": "fxc", "version": metadata.version("fxc"), "layers": dict(sorted(layers.items()))}
+    says = {"quant_method": "fxc", "version": metadata.version("fxc"), "layers": layers, "folded": folded}
     with quiet_transformers(), target.staged(program.nbytes()) as place:
-        state = state_of(fit, program, dtype, tensors)
-        theirs = {f"{layer}.{part}" for layer, record in layers.items() if "parts_of" in record for part in record["parts"]}
-        write_weights(place, {name: tensor for name, tensor in state.items() if name not in theirs}, max_shard_bytes)
+        state = state_of(fit, program, dtype, {name: {} for name in packed})
+        write_weights(place, {name: state[name] for name in state.keys() - gone} | parts, max_shard_bytes)
         write(target.files, place)
         write_config(place, fit, says)
         rounds = any(each.product.activations for each in packed.values())
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
         allowed = rounded_apart(in_float32(program)) if rounds else tolerance(wide)
         check_written(place, target.folder, fit, program, dtype, allowed, _by_definition)
-    zeros = sorted(name for name in fit.missing if fit.model.state_dict()[name].is_floating_point())
+    zeros = sorted(name for name in missing - gone if fit.model.state_dict()[name].is_floating_point())
     return Exported(target.folder, fit.config, changed_fields(config, fit.config), zeros)
 
 
@@ -159,9 +167,20 @@ def _tensors(program: Program, each: Packed) -> dict[str, Tensor]:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """What is the layer's of a product's arguments."""
-    given = product_of(node.target).arguments(node.args)
-    return {name: value for name, value in given.items() if name not in ("x", "bias", "indices", "offsets", "dtype")}
+    """What a record has of a product's arguments. The bias of a convolution is part of it, for that is often of a batch norm,
+    where the model has none."""
+    product = product_of(node.target)
+    others = {"x", "indices", "offsets", "dtype"} | ({"bias"} if product.layer is not CONV2D else set())
+    return {name: value for name, value in product.arguments(node.args).items() if name not in others}
+
+
+def _as_float(program: Program, packed: Mapping[str, Packed]) -> Program:
+    """As `as_float`, without what is part of a packed layer besides its weight."""
+    made = as_float(program, packed)
+    given = [value for each in packed.values() for value in _arguments(each.readers[0]).values()]
+    parts = {value.target for value in given if isinstance(value, fx.Node)}
+    made.constants = {name: tensor for name, tensor in made.constants.items() if name not in parts}
+    return made
 
 
 def _record(node: fx.Node, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

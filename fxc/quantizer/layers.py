@@ -21,8 +21,8 @@ from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import CONV2D, EMBEDDING, LINEAR, product_of
 
 _TWO_BYTES = (torch.bfloat16, torch.float16)
-_GIVEN = frozenset({"x", "bias", "indices", "offsets", "dtype"})
-"""Arguments of products that no record has: they come with the call."""
+_GIVEN = frozenset({"x", "indices", "offsets", "dtype"})
+"""Arguments of products that no record has: they come with the call. A bias is the layer's own, or a part where it has none."""
 _PLAIN = (int, float, bool)
 
 
@@ -85,7 +85,8 @@ class _Lowered(Packed):
 
     def __init__(self, name: str, record: Mapping[str, Any], layer: nn.Module, owner: Packed | None = None):
         super().__init__(name, record, layer.weight, owner)
-        self.register_parameter("bias", layer.bias)
+        if "bias" not in self.parts:
+            self.register_parameter("bias", layer.bias)
         self.by_definition = False
         self._programs: dict[tuple[torch.device, torch.dtype], CompiledModel] = {}
 
@@ -100,7 +101,7 @@ class _Lowered(Packed):
 
     def _run(self, x: Tensor) -> Tensor:
         if self.by_definition:
-            return self.operator(*self.given(**self._parts_for(x.dtype), x=x, bias=self.bias))
+            return self.operator(*self.given(**({"x": x, "bias": self.bias} | self._parts_for(x.dtype))))
         key = x.device, x.dtype
         program = self._programs.get(key)
         if program is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,27 +12,32 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxc.errors import InputRefused
-from fxc.export.quantized import layer_kind
+from fxc.export.quantized import BATCH_NORM, layer_kind
 from fxc.quantizer.layers import Packed, PackedConv2d, PackedEmbedding, PackedExperts, PackedLinear, PackedRows
 from fxc.schemes.ops import GROUPED_LINEAR
 
+_BY_CLASS = "load the folder by the class that its config.json names"
 _PACKED = {kind.stands_for: kind for kind in (PackedLinear, PackedEmbedding, PackedConv2d)}
 
 
 @register_quantization_config("fxc")
 class FxcConfig(QuantizationConfigMixin):
     """`quantization_config` of a config.json. layers: name of a layer -> what stands in its place, as
-    `fxc.export.quantized` writes it; version: of the fxc that wrote it."""
+    `fxc.export.quantized` writes it; folded: batch norms that went into them, which then do nothing; version: of the fxc that
+    wrote it."""
 
-    def __init__(self, layers: Mapping[str, Any] | None = None, version: str | None = None, **others: Any):
+    def __init__(
+        self, layers: Mapping[str, Any] | None = None, version: str | None = None, folded: Sequence[str] = (), **others: Any
+    ):
         self.quant_method = "fxc"
-        if others.keys() - {"quant_method"} or not isinstance(layers, Mapping) or not layers:
+        known = isinstance(layers, Mapping) and layers and isinstance(folded, Sequence) and not others.keys() - {"quant_method"}
+        if not known:
             raise InputRefused(
                 "this is not what fxc says of a quantized model",
                 where="quantization_config",
                 hint="fxc export OUT --format fxc -o FOLDER writes such a folder; upgrade fxc where a newer one wrote it",
             )
-        self.layers = dict(layers)
+        self.layers, self.folded = dict(layers), list(folded)
         self.version = version
 
 
@@ -46,18 +51,16 @@ class FxcQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         records = self.quantization_config.layers
         kinds = {name: layer_kind(model, name) for name in records}
+        modules = dict(model.named_modules())
         made: dict[str, Packed] = {}
         # Those whose parts are another's last.
         for name, record in sorted(records.items(), key=lambda item: _owner_of(item[1]) is not None):
             if kinds[name] is None:
-                module = dict(model.named_modules()).get(name)
-                found = f"{type(model).__name__} has no such" if module is None else f"a {type(module).__name__} stands there"
-                raise InputRefused("the model has no layer of this name that can be packed", where=name, why=found,
-                                   hint="load the folder by the class that its config.json names")  # fmt: skip
+                there = f"a {type(modules[name]).__name__} is there" if name in modules else f"{type(model).__name__} has none"
+                raise InputRefused("it is no layer of the model that can be packed", where=name, why=there, hint=_BY_CLASS)
             owner = _owner_of(record)
             if owner is not None and owner not in made:
-                raise InputRefused("its parts are those of a layer that is not there", where=name, why=owner,
-                                   hint="load the folder by the class that its config.json names")  # fmt: skip
+                raise InputRefused("its parts are those of a layer that is not there", where=name, why=owner, hint=_BY_CLASS)
             if kinds[name] is GROUPED_LINEAR:
                 path, _, weight = name.rpartition(".")
                 experts = model.get_submodule(path)
@@ -69,6 +72,10 @@ class FxcQuantizer(HfQuantizer):
             else:
                 made[name] = _PACKED[kinds[name]](name, record, model.get_submodule(name), made.get(owner))
                 model.set_submodule(name, made[name])
+        for name in self.quantization_config.folded:
+            if not isinstance(modules.get(name), BATCH_NORM):
+                raise InputRefused("the model has no batch norm of this name", where=name, hint=_BY_CLASS)
+            model.set_submodule(name, nn.Identity())
         _untie(model, made)
 
     def is_serializable(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from families import _auto, _causal, build
 from safetensors.torch import load_file
+from torch import nn
 
 import fxc
 from fxc.errors import UsageError
@@ -50,6 +51,9 @@ CASES = {
                      {"model.layers.1.mlp.experts": PackedExperts, "model.layers.1.mlp.experts.down_proj": PackedRows}),
     "a convolution": (lambda: build("vit")[0], "int8:mode=static", IMAGES,
                       {"vit.embeddings.patch_embeddings.projection": PackedConv2d}),
+    "convolutions that batch norms went into": (
+        lambda: build("resnet")[0], "int8:mode=static", IMAGES,
+        {"resnet.embedder.embedder.convolution": PackedConv2d, "resnet.embedder.embedder.normalization": nn.Identity}),
     "convolutions by channel": (convnext, "int8:mode=static", IMAGES,
                                 {"convnext.encoder.stages.0.layers.0.dwconv": PackedConv2d}),
 }  # fmt: skip
@@ -94,12 +98,12 @@ def test_a_tied_head_has_the_tables_numbers_wherever_they_go(tmp_path):
     loaded = type(model).from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     table, head = loaded.model.embed_tokens, loaded.lm_head
     assert table(IDS).dtype == torch.bfloat16 and head.part("qweight") is table.qweight
-    assert loaded.float() is loaded and table(IDS).dtype == torch.float32
     before = loaded(IDS).logits
     loaded.load_state_dict(loaded.state_dict() | {"model.embed_tokens.scale": table.scale * 2})
     after = loaded(IDS).logits
     assert (after - before).norm() > 0.5 * before.norm()
     assert loaded.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 13)
+    assert table.to(torch.float32)(IDS).dtype == torch.float32 and table.qweight.dtype == torch.int8
 
 
 def test_experts_are_taken_by_their_config_too(tmp_path):
