@@ -11,7 +11,7 @@ from torch import nn
 
 import fxc  # noqa: F401 - registers the operators
 from fxc.errors import InputRefused, UsageError
-from fxc.quantizer.layers import PackedLinear
+from fxc.quantizer.layers import PackedEmbedding, PackedLinear
 from fxc.quantizer.registered import FxcConfig
 from fxc.schemes.scheme import SCHEMES
 
@@ -62,6 +62,17 @@ def test_other_numbers_are_taken_after_a_call(layer):
 def test_it_is_copied_and_pickled_after_a_call(layer, way):
     expected = layer(X)
     assert torch.equal(way(layer)(X), expected) and "int8_linear" in repr(way(layer))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"])
+def test_a_head_that_is_copied_with_its_table_reads_the_copys(way):
+    table = PackedEmbedding("table", record(operator="fxc.int8_embedding"), nn.Embedding(32, 64))
+    table.load_state_dict(SCHEMES["int8"].pack(torch.randn(32, 64)))
+    head = PackedLinear("head", record(), nn.Linear(64, 32, bias=False), table)
+    made = way(nn.ModuleDict({"table": table, "head": head}))
+    assert made["head"].part("scale") is made["table"].scale and made["table"].scale is not table.scale
+    assert torch.equal(made["head"](X), head(X)) and list(made.state_dict()) == ["table.qweight", "table.scale"]
+    assert torch.equal(made["table"](torch.tensor([3])), table(torch.tensor([3])))
 
 
 def test_a_gradient_is_refused_where_it_is_asked_for(layer):
