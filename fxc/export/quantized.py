@@ -83,25 +83,30 @@ def export(
         records = _records(fit, name, each, tensors[name])
         layers |= records
         parts |= {f"{next(iter(records))}.{part}": tensor for part, tensor in tensors[name].items()}
-    missing = {name for name in fit.missing if name not in parts}
-    norms = {name: module for name, module in fit.model.named_modules() if isinstance(module, BATCH_NORM)}
-    names = {name: {f"{name}.{part}" for part in module.state_dict()} for name, module in norms.items()}
-    folded = sorted(name for name in norms if names[name] and names[name] <= missing)
-    gone = {part for name in folded for part in names[name]}
+    missing = set(fit.missing) - parts.keys()
+    folded = _folded(fit.model, missing)
+    gone = {name for names in folded.values() for name in names}
     dtype = float_dtype(program, packed)
     fit.config.dtype = dtype
-    says = {"quant_method": "fxc", "version": metadata.version("fxc"), "layers": layers, "folded": folded}
+    says = {"quant_method": "fxc", "version": metadata.version("fxc"), "layers": layers, "folded": sorted(folded)}
     with quiet_transformers(), target.staged(program.nbytes()) as place:
         state = state_of(fit, program, dtype, {name: {} for name in packed})
         write_weights(place, {name: state[name] for name in state.keys() - gone} | parts, max_shard_bytes)
         write(target.files, place)
         write_config(place, fit, says)
-        rounds = any(each.product.activations for each in packed.values())
+        rounds = any(product_of(node.target).activations for each in packed.values() for node in each.readers)
         wide = torch.float32 if dtype == torch.bfloat16 else dtype
         allowed = rounded_apart(in_float32(program)) if rounds else tolerance(wide)
         check_written(place, target.folder, fit, program, dtype, allowed, _by_definition)
     zeros = sorted(name for name in missing - gone if fit.model.state_dict()[name].is_floating_point())
     return Exported(target.folder, fit.config, changed_fields(config, fit.config), zeros)
+
+
+def _folded(model: nn.Module, missing: set[str]) -> dict[str, set[str]]:
+    """Batch norm -> the names of its numbers, of those that the program has nothing of: convolutions have them."""
+    norms = {name: module.state_dict() for name, module in model.named_modules() if isinstance(module, BATCH_NORM)}
+    names = {name: {f"{name}.{part}" for part in state} for name, state in norms.items() if state}
+    return {name: theirs for name, theirs in names.items() if theirs <= missing}
 
 
 def _by_definition(model: nn.Module) -> None:
@@ -124,7 +129,7 @@ def layer_kind(model: nn.Module, name: str) -> OpOverload | None:
     if type(module) is nn.Conv2d and module.padding_mode == "zeros":
         return CONV2D
     experts = _submodule(model, path)
-    if last in _EXPERTS and hasattr(experts, "_apply_gate") and not experts.is_transposed:
+    if last in _EXPERTS and hasattr(experts, "_apply_gate") and not getattr(experts, "is_transposed", True):
         return GROUPED_LINEAR
     return None
 
@@ -139,6 +144,8 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 def _records(fit: Fit, name: str, each: Packed, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Layer -> record, of all that read the weight `name`, the layer that has its tensors first."""
     records: dict[str, Any] = {}
+    if name not in fit.places.values():
+        raise refused(each, TOOL, f"{type(fit.model).__name__} has no place for it", "fxc.load reads the artifact as it is")
     for place in sorted((place for place, fqn in fit.places.items() if fqn == name), key=list(fit.model.state_dict()).index):
         layer = place.removesuffix(".weight")
         kind = layer_kind(fit.model, layer)
