@@ -20,6 +20,7 @@ import fxc
 for package in ("accelerate", "fastapi", "openai", "uvicorn"):
     pytest.importorskip(package)
 
+HERE = "127.0.0.1"
 SERVE = "import fxc; from transformers.cli.transformers import main; main()"
 ASKED = "import os\nimport "
 
@@ -36,13 +37,13 @@ def test_a_chat_completion_is_what_the_folder_generates(tmp_path):
     fxc.optimize(REPO / "examples" / "pylm", passes="int8:embeddings=int8", verify=False).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{% for each in messages %}{{ each.content }}{% endfor %}")
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((HERE, 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-c", SERVE, "serve", str(folder), "--host", HERE, "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])}
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as server:
         try:
-            url, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
+            url, until = f"http://{HERE}:{port}", time.monotonic() + 600
             while True:
                 try:
                     ask(f"{url}/health")
