@@ -43,7 +43,7 @@ ALLOWED = {
     "fxc.page": "errors units ir schemes analysis calibrate",
     "fxc.parallel": "errors ranks ir schemes analysis passes fxc_kernels",
     "fxc.compiled": "errors safety neutral ranks ir frontend compilation artifact lower export runtime page",
-    "fxc.quantizer": "errors ir schemes compiled",
+    "fxc.quantizer": "errors ir schemes export compiled",
     "fxc.publish": "errors safety units ir artifact export page",
     "fxc.captured": "errors neutral memory ir source data frontend artifact options",
     "fxc.recipe": "errors",

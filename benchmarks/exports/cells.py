@@ -69,6 +69,7 @@ FORMATS = (
     Format("hf", "canonicalize", fxc.CompiledModel.save_pretrained),
     Format("fxc, int8", "int8", fxc.CompiledModel.export_fxc),
     Format("fxc, int4", "int4:group=32", fxc.CompiledModel.export_fxc),
+    Format("fxc, int8 static", "int8:mode=static:embeddings=int8", fxc.CompiledModel.export_fxc),
     Format("compressed-tensors, int8", "int8", fxc.CompiledModel.export_compressed_tensors, ("compressed-tensors",)),
     Format("compressed-tensors, int4", "int4:group=32", fxc.CompiledModel.export_compressed_tensors, ("compressed-tensors",)),
     Format("gguf, float", "canonicalize", fxc.CompiledModel.export_gguf, _GGUF),

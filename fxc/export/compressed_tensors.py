@@ -139,10 +139,10 @@ def _form(each: Packed) -> _Form:
     product = each.product
     if product.layer is EMBEDDING or any(product_of(node.target).layer is EMBEDDING for node in each.readers):
         why = "its readers take tables of embeddings in float only"
-        raise refused(each, TOOL, why, "compile without embeddings=; --format gguf holds packed tables")
+        raise refused(each, TOOL, why, "compile without embeddings=; --format gguf and --format fxc hold packed tables")
     if product.layer is GROUPED_LINEAR:
         why = "transformers keeps the experts of a mixture as one weight, which the package does not pack"
-        raise refused(each, TOOL, why, "leave the experts out with --skip")
+        raise refused(each, TOOL, why, "leave the experts out with --skip; --format fxc holds them")
     if product.layer is not LINEAR:
         raise refused(each, TOOL, f"it stands for {product.layer}", "leave it out with --skip")
     if product.learned:

@@ -196,8 +196,8 @@ def _is_tied(layers: Layers) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------------ tensors
 
-_Stored = tuple[str, Tensor, Tensor]
-"""(name of the type, what the file holds: uint8 [N, bytes] of blocks or a float tensor, the float32 numbers it stands for)."""
+_Stored = tuple[str, Tensor, Tensor | Packed]
+"""(name of the type, what the file holds: uint8 [N, bytes] of blocks or a float tensor, the weight that it stands for)."""
 
 
 def _tensors(layers: Layers, config: Any, architecture: _Architecture, warnings: list[str]) -> dict[str, _Stored]:
@@ -260,18 +260,18 @@ def _stored(found: Tensor | Packed) -> _Stored | str:
     """As the file holds it, or why a packed weight has no blocks."""
     if isinstance(found, Packed):
         made = ggml.blocks(found)
-        return made if isinstance(made, str) else (*made, found.dense())
+        return made if isinstance(made, str) else (*made, found)
     # Vectors are added and multiplied with float32 in ggml.
     found = found.float() if found.ndim < 2 else found
-    return _FLOATS[found.dtype], found.contiguous(), found.float()
+    return _FLOATS[found.dtype], found.contiguous(), found
 
 
 def _as_float(found: Packed) -> _Stored:
     dense = found.dense()
     half = dense.half()
     if float((half.float() - dense).norm() / dense.norm().clamp(min=1e-30)) <= ggml.LIMIT:
-        return "F16", half, dense
-    return "F32", dense, dense
+        return "F16", half, found
+    return "F32", dense, found
 
 
 def _as_float_type(why: str) -> str:
@@ -383,7 +383,9 @@ def _check_written(path: Path, tensors: Mapping[str, _Stored]) -> None:
     read = {each.name: each for each in gguf.GGUFReader(path).tensors}
     if read.keys() != tensors.keys():
         raise VerificationFailed(f"the file holds other tensors than were written: {listed(read.keys() ^ tensors.keys())}")
-    for name, (_, _, meant) in tensors.items():
+    for name, (_, _, given) in tensors.items():
+        # One at a time: those of all of them take four bytes a number.
+        meant = given.dense() if isinstance(given, Packed) else given.float()
         found = torch.from_numpy(gguf.dequantize(read[name].data, read[name].tensor_type).copy())
         error = float((found - meant).norm() / meant.norm().clamp(min=1e-30)) if found.shape == meant.shape else math.inf
         if not error <= ggml.LIMIT:

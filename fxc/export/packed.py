@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxc.errors import UsageError
 from fxc.ir.names import layer_of, parts_of
 from fxc.ir.program import Program
+from fxc.schemes.ops import GROUPED_LINEAR
 from fxc.schemes.scheme import Product, Scheme, product_of, scheme_of
 
 
@@ -50,7 +51,7 @@ class Packed:
 
 
 def packed_weights(program: Program) -> dict[str, Packed]:
-    """Name of the weight as the model has it (layer.weight) -> what it is packed as."""
+    """Name of the weight as the model has it (layer.weight, or the name of experts) -> what it is packed as."""
     found: dict[str, Packed] = {}
     for node in program.graph.nodes:
         scheme = scheme_of(node.target)
@@ -58,7 +59,7 @@ def packed_weights(program: Program) -> dict[str, Packed]:
             continue
         names = parts_of(node)
         layer = layer_of(node, names[scheme.numbers])
-        name = f"{layer}.weight"
+        name = layer if product_of(node.target).layer is GROUPED_LINEAR else f"{layer}.weight"  # experts are bare parameters
         if name in found:
             found[name] = _also_read_by(found[name], node)
             continue

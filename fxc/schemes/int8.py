@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fxc.errors import InputRefused
 from fxc.schemes.ops import GROUPED_LINEAR
-from fxc.schemes.scheme import EMBEDDING, Product, Scheme, register
+from fxc.schemes.scheme import CONV2D, EMBEDDING, Product, Scheme, register
 from fxc_kernels import embedding as _embedding  # noqa: F401 - registers its operators
 from fxc_kernels import int8_static as _int8_static  # noqa: F401 - registers its operators
 from fxc_kernels.cpu import native_int8_quantize as native
@@ -18,7 +18,6 @@ GROUPED = torch.ops.fxc.int8_grouped_linear.default
 LOOKUP = torch.ops.fxc.int8_embedding.default
 STATIC = torch.ops.fxc.int8_static_linear.default
 STATIC_CONV2D = torch.ops.fxc.int8_static_conv2d.default
-CONV2D = torch.ops.aten.conv2d.default
 _NORMAL = {"x_scale": 0.04, "x_zero": 128}
 
 

@@ -19,6 +19,7 @@ from fxc.mapped import LARGE, passed
 
 LINEAR = torch.ops.aten.linear.default
 EMBEDDING = torch.ops.aten.embedding.default
+CONV2D = torch.ops.aten.conv2d.default
 
 
 def runs_anywhere(capability: int) -> None:

@@ -92,14 +92,9 @@ def test_a_pruned_model_has_the_configuration_that_it_is_now(qwen, tmp_path):
     assert loaded.config.intermediate_size < qwen.config.intermediate_size
 
 
-@pytest.mark.parametrize(
-    ("passes", "says"),
-    [("", "nothing in it is quantized"), ("int8:embeddings=int8", "read by other layers than linear ones")],
-)
-def test_what_has_no_place_is_refused_with_the_reason(passes, says, qwen, tmp_path):
-    compiled = fxc.optimize(qwen, passes=passes, verify=False)
-    with pytest.raises(UsageError, match=says):
-        compiled.export_fxc(tmp_path / "out")
+def test_a_model_with_nothing_packed_is_refused(qwen, tmp_path):
+    with pytest.raises(UsageError, match="nothing in it is quantized"):
+        fxc.optimize(qwen, passes="", verify=False).export_fxc(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxc  # noqa: F401 - registers the operators
 from fxc.errors import InputRefused, UsageError
-from fxc.quantizer.layers import PackedLinear
+from fxc.quantizer.layers import PackedEmbedding, PackedLinear
 from fxc.quantizer.registered import FxcConfig
 from fxc.schemes.scheme import SCHEMES
 
@@ -64,6 +64,17 @@ def test_it_is_copied_and_pickled_after_a_call(layer, way):
     assert torch.equal(way(layer)(X), expected) and "int8_linear" in repr(way(layer))
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))], ids=["copy", "pickle"])
+def test_a_head_that_is_copied_with_its_table_reads_the_copys(way):
+    table = PackedEmbedding("table", record(operator="fxc.int8_embedding"), nn.Embedding(32, 64))
+    table.load_state_dict(SCHEMES["int8"].pack(torch.randn(32, 64)))
+    head = PackedLinear("head", record(), nn.Linear(64, 32, bias=False), table)
+    made = way(nn.ModuleDict({"table": table, "head": head}))
+    assert made["head"].part("scale") is made["table"].scale and made["table"].scale is not table.scale
+    assert torch.equal(made["head"](X), head(X)) and list(made.state_dict()) == ["table.qweight", "table.scale"]
+    assert torch.equal(made["table"](torch.tensor([3])), table(torch.tensor([3])))
+
+
 def test_a_gradient_is_refused_where_it_is_asked_for(layer):
     found = layer(X.clone().requires_grad_())
     assert near(found.detach(), layer.expected)
@@ -80,6 +91,15 @@ def test_a_gradient_is_refused_where_it_is_asked_for(layer):
 def test_records_that_say_something_else_are_refused(wrong):
     with pytest.raises(InputRefused, match="no layer that fxc knows"):
         PackedLinear("up", wrong, nn.Linear(64, 32))
+
+
+def test_a_layer_has_no_parts_of_one_that_has_others(layer):
+    for other in (record(), record(parts={"qweight": ["i8", 32, 64], "scale": ["f32", 31]}), record(parts={"zero": ["u8", 3]})):
+        if other == record():
+            assert PackedLinear("head", other, nn.Linear(64, 32), layer).part("scale") is layer.scale
+        else:
+            with pytest.raises(InputRefused, match="no layer that fxc knows"):
+                PackedLinear("head", other, nn.Linear(64, 32), layer)
 
 
 def test_parts_of_another_size_are_refused_when_it_is_called():
