@@ -70,9 +70,13 @@ class Reading:
             self._read.append(each)
             self._bytes += each.nbytes
         if self._bytes > READ_BYTES:
-            self.__exit__()
+            self.finish()
 
     def __exit__(self, *error: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Let go of what was read last."""
         let_go(self._read, self.clean)
         self._read.clear()
         self._bytes = 0
