@@ -107,8 +107,8 @@ def plan_of(captured: Captured, options: Options) -> Plan:
     need values no result is known. How fast weights are packed is tried on a part of the largest one.
 
     memory, where it is read piece by piece: of the process, of what no file holds, of a part that waits and one that is
-    written, of what was read last, and twice of the largest that passes make of one weight, or where they are rehearsed on the
-    first layers what they make of those. The model's own size is not in it."""
+    written, of what was read last, and twice of the largest that passes make of one weight, or of the first layers where they
+    are rehearsed on those. The model's own size is not in it."""
     left = options.max_memory if options.max_memory is not None else available()
     weights = captured.program.nbytes()
     plain = captured.program.copy()
@@ -121,7 +121,7 @@ def plan_of(captured: Captured, options: Options) -> Plan:
         return Plan(weights, result, False, TIMES * weights + BESIDES, left, None)
     tried = captured.small.nbytes() if captured.small is not None else 0
     is_made = captured.small is not None and any(each.is_policy for each in rehearsed(captured.small, options))
-    made = max(2 * _largest_made(plain, options), tried if is_made else 0)
+    made = 2 * max(_largest_made(plain, options), tried if is_made else 0)
     parts = 2 * min(PART_BYTES, weights) + min(READ_BYTES, weights)
     memory = PROCESS + in_memory(captured.program.constants.values()) + max(parts + made, tried)
     return Plan(weights, result, True, memory, left, _seconds(captured.program, options))

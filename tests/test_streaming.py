@@ -121,7 +121,7 @@ def test_of_passes_that_need_values_the_plan_knows_no_result(folder):
     plan = streaming.plan_of(captured, options)
     # The first layers are pruned in memory before.
     besides = streaming.PROCESS + mapped.in_memory(captured.program.constants.values())
-    assert plan.memory == besides + 3 * captured.program.nbytes() + captured.small.nbytes()
+    assert plan.memory == besides + 3 * captured.program.nbytes() + 2 * captured.small.nbytes()
     assert plan.result is None and plan.seconds is None and "depends on the weights" in str(plan)
 
 
