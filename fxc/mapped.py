@@ -8,7 +8,7 @@ import ctypes
 import mmap
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -70,9 +70,13 @@ class Reading:
             self._read.append(each)
             self._bytes += each.nbytes
         if self._bytes > READ_BYTES:
-            self.__exit__()
+            self.finish()
 
     def __exit__(self, *error: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Let go of what was read last."""
         let_go(self._read, self.clean)
         self._read.clear()
         self._bytes = 0
@@ -84,6 +88,15 @@ _OPEN: weakref.WeakSet[Reading] = weakref.WeakSet()
 def passed(piece: Tensor) -> None:
     """`piece` of a large tensor was read, and may go where a `Reading` knows that it is mapped."""
     any(let_go([piece], each.clean) for each in list(_OPEN))
+
+
+def pieces(tensor: Tensor, nbytes: int = READ_BYTES) -> Iterator[Tensor]:
+    """`tensor` in parts along its first dimension, of `nbytes` at most where an index of it has no more; of a large one each is
+    `passed` when the next is asked for."""
+    for piece in tensor.split(max(len(tensor) * nbytes // max(tensor.nbytes, 1), 1)):
+        yield piece
+        if tensor.nbytes > LARGE:
+            passed(piece)
 
 
 def let_go(tensors: Iterable[Tensor], clean: Ranges | None = None) -> int:

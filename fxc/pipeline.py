@@ -16,7 +16,7 @@ from fxc.errors import FxcError, UsageError, VerificationFailed
 from fxc.ir.program import Program
 from fxc.ir.thinned import remember_thinned
 from fxc.options import Options
-from fxc.passes.base import Context, Original
+from fxc.passes.base import Context, Original, Pass
 from fxc.passes.instead import instead
 from fxc.passes.order import order
 from fxc.passes.patterns import check_patterns
@@ -132,10 +132,14 @@ def run_passes(
 def rehearse(small: Program, options: Options) -> None:
     """Run the passes up to the last mechanism over the first layers of a model that is larger than memory, so that their gates
     hold there. Raises what `run_passes` does."""
-    ordered = order(options.passes, small).passes
-    last = max((at for at, step in enumerate(ordered, 1) if not step.is_policy), default=0)
-    chosen = replace(options, passes=ordered[:last], dump_dir=None, allow_noop=True)
+    chosen = replace(options, passes=rehearsed(small, options), dump_dir=None, allow_noop=True)
     run_passes(small, Context(skip=options.skip, seed=options.seed, is_short=True), chosen, is_small=True)
+
+
+def rehearsed(small: Program, options: Options) -> list[Pass]:
+    """The passes of `options`, in their order, up to the last mechanism."""
+    ordered = order(options.passes, small).passes
+    return ordered[: max((at for at, step in enumerate(ordered, 1) if not step.is_policy), default=0)]
 
 
 def _dump(program: Program, path: Path) -> None:

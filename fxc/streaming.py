@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from fxc.mapped import READ_BYTES, in_memory, keep_freed, keep_no_more, let_go
 from fxc.memory import BESIDES, TIMES, available
 from fxc.options import Options
 from fxc.passes.base import Context
+from fxc.passes.float_weights import FloatWeights
 from fxc.passes.linears import PackLinears
-from fxc.pipeline import run_passes
+from fxc.pipeline import rehearsed, run_passes
 from fxc.schemes.scheme import AT_ONCE
 
-# Torch, transformers and fxc, and what passes make on the way.
-PROCESS = 1 << 29
+# Torch, transformers and fxc with the graph of some tens of layers, as measured.
+PROCESS = 5 << 27
 
 
 def constants_of(captured: Captured, options: Options) -> Constants:
@@ -102,27 +104,51 @@ class Plan:
 
 def plan_of(captured: Captured, options: Options) -> Plan:
     """What it takes to compile a captured model. The passes run over it without its values, which takes seconds; of passes that
-    need values nothing is known. How fast weights are packed is tried on a part of the largest one."""
+    need values no result is known. How fast weights are packed is tried on a part of the largest one.
+
+    memory, where it is read piece by piece: of the process, of what no file holds, of a part that waits and one that is
+    written, of what was read last, and twice of the largest that passes make of one weight, or of the first layers where they
+    are rehearsed on those. The model's own size is not in it."""
     left = options.max_memory if options.max_memory is not None else available()
     weights = captured.program.nbytes()
+    plain = captured.program.copy()
+    plain.constants = {name: tensor.to("meta") for name, tensor in captured.program.constants.items()}
     try:
-        result = _planned(captured.program, options)
+        result = _planned(plain, options).nbytes()
     except FxcError:
         result = None
     if not captured.is_streamed:
         return Plan(weights, result, False, TIMES * weights + BESIDES, left, None)
-    largest = max((each.nbytes for each in captured.program.constants.values()), default=0)
     tried = captured.small.nbytes() if captured.small is not None else 0
+    is_made = captured.small is not None and any(each.is_policy for each in rehearsed(captured.small, options))
+    made = 2 * max(_largest_made(plain, options), tried if is_made else 0)
     parts = 2 * min(PART_BYTES, weights) + min(READ_BYTES, weights)
-    memory = PROCESS + in_memory(captured.program.constants.values()) + max(parts + 3 * largest // 2, tried)
+    memory = PROCESS + in_memory(captured.program.constants.values()) + max(parts + made, tried)
     return Plan(weights, result, True, memory, left, _seconds(captured.program, options))
 
 
-def _planned(program: Program, options: Options) -> int:
-    plain = program.copy()
-    plain.constants = {name: tensor.to("meta") for name, tensor in program.constants.items()}
+def _planned(plain: Program, options: Options) -> Program:
+    """What passes make of a program without its values."""
     chosen = replace(options, verify=False, dump_dir=None, allow_noop=True)
-    return run_passes(plain, Context(skip=options.skip, seed=options.seed), chosen)[0].nbytes()
+    return run_passes(plain, Context(skip=options.skip, seed=options.seed), chosen)[0]
+
+
+def _largest_made(plain: Program, options: Options) -> int:
+    """Bytes of the most that passes make of one weight of a program without its values."""
+    sizes = {name: each.nbytes for name, each in plain.constants.items()}
+    if any(isinstance(each, FloatWeights) for each in options.passes):
+        return max(sizes.values(), default=0)
+    made: Counter[str] = Counter()
+    try:
+        after = _planned(plain, options)
+    except FxcError:
+        # Values tell which units of layers go, and what is left of a weight is no larger than it is.
+        made.update({name: size for name, size in sizes.items() if any(map(str.isdecimal, name.split(".")))})
+        after = _planned(plain, replace(options, passes=[each for each in options.passes if isinstance(each, PackLinears)]))
+    for name, each in after.constants.items():
+        if each is not plain.constants.get(name):
+            made[name.rpartition(".")[0]] += each.nbytes
+    return max(made.values(), default=0)
 
 
 def _seconds(program: Program, options: Options) -> float | None:

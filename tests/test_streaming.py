@@ -110,13 +110,18 @@ def test_the_plan_says_what_it_takes(folder):
     made = fxc.optimize(folder, passes="int4:group=32")
     assert plan.is_streamed and plan.weights == captured.program.nbytes() and plan.result == made.program.nbytes()
     assert plan.seconds > 0 and "piece by piece" in str(plan)
+    assert streaming.plan_of(captured, Options("int8", stream=True)).memory > plan.memory
     with pytest.raises(ResourceError, match="compiling takes about"):
         streaming.plan_of(captured, Options("int4:group=32", stream=True, max_memory=500_000_000)).check()
 
 
 def test_of_passes_that_need_values_the_plan_knows_no_result(folder):
     options = Options("prune:ffn=0.25", stream=True)
-    plan = streaming.plan_of(capture_source(folder, options=options), options)
+    captured = capture_source(folder, options=options)
+    plan = streaming.plan_of(captured, options)
+    # The first layers are pruned in memory before.
+    besides = streaming.PROCESS + mapped.in_memory(captured.program.constants.values())
+    assert plan.memory == besides + 3 * captured.program.nbytes() + 2 * captured.small.nbytes()
     assert plan.result is None and plan.seconds is None and "depends on the weights" in str(plan)
 
 

@@ -14,6 +14,10 @@ from torch import Tensor, fx
 
 from fxc.ir.call import Call
 from fxc.ir.program import Program
+from fxc.mapped import pieces
+
+# So much of a weight is looked at at once: in float64 it takes four times as much.
+AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,20 @@ class Known:
     def map(self, function: Callable[[Tensor], Tensor]) -> Known:
         """The same rearrangement of both."""
         return Known(function(self.values), function(self.mask))
+
+
+class OfConstant(Known):
+    """Of a constant all is known. It is asked for wherever it is read, for a program that is larger than memory lets go of what
+    was asked for before."""
+
+    def __init__(self, program: Program, name: str) -> None:
+        object.__setattr__(self, "_constants", program.constants)
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "mask", torch.ones((), dtype=torch.bool).expand(program.constants[name].shape))
+
+    @property
+    def values(self) -> Tensor:
+        return self._constants[self._name]
 
 
 @dataclass
@@ -75,9 +93,13 @@ def uniform(known: Known, dims: list[int]) -> Known:
     """With size 1 along `dims`, known where all along them are and agree."""
     values, mask = known.values, known.mask
     for d in dims:
-        first = values.narrow(d, 0, 1)
-        mask = (mask & (values == first)).all(d, keepdim=True)
-        values = first
+        first, there, at = values.narrow(d, 0, 1), mask.narrow(d, 0, 1), 0
+        for piece in pieces(values.movedim(d, 0), AT_ONCE):
+            its, at = mask.narrow(d, at, len(piece)), at + len(piece)
+            there = there & (its & (piece.movedim(0, d) == first)).all(d, keepdim=True)
+            if not there.any():
+                break
+        values, mask = first, there
     return Known(values, mask)
 
 
@@ -101,12 +123,18 @@ def constant_along(known: Known | None, dim: int, size: int) -> tuple[Tensor, Te
     return mask.expand(size), torch.where(mask, values[0], 0).double().expand(size)
 
 
+def is_read(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """bool, of the shape that `weight` has without `dims`: where some number along them is not zero."""
+    found = [piece.any(dims) for piece in pieces(weight, AT_ONCE)]
+    return torch.stack(found).any(0) if 0 in dims else torch.cat(found)
+
+
 def unread(weight: fx.Node, known: Mapping[fx.Node, Known], size: int, dims: tuple[int, ...]) -> Tensor:
     """[size] bool: where a weight is zero along all of `dims`; nowhere, unless all of it is known."""
     its = known.get(weight)
     if its is None or not its.is_complete:
         return torch.zeros(size, dtype=torch.bool)
-    return ~its.values.expand(weight.meta["val"].shape).any(dims)
+    return ~is_read(its.values.expand(weight.meta["val"].shape), dims)
 
 
 def vanishes(argument: fx.Node, dim: int, known: Mapping[fx.Node, Known]) -> Tensor | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxc.analysis.constants import Known, State
+from fxc.analysis.constants import Known, OfConstant, State
 from fxc.analysis.operators import operator_of
 from fxc.ir.cache import cache_pairs
 from fxc.ir.call import Call
@@ -30,8 +30,7 @@ def known_values(program: Program) -> dict[fx.Node, Known]:
             if node.op == "get_attr":
                 tensor = program.constants[node.target]
                 if not tensor.is_meta and not tensor.is_complex():
-                    mask = torch.ones((1,) * tensor.ndim, dtype=torch.bool).expand(tensor.shape)
-                    state.found[node] = Known(tensor, mask)
+                    state.found[node] = OfConstant(program, node.target)
             elif node.op == "call_function" and (rule := operator_of(node.target).known) is not None:
                 result = rule(state, Call(node))
                 if isinstance(result, list) or (result is not None and bool(result.mask.any())):

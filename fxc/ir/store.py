@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fxc.mapped import Reading
+from fxc.mapped import Reading, let_go
 
 # So much that was put in may wait in memory to be written together, and as much be written meanwhile.
 PART_BYTES = 1 << 28
@@ -127,9 +127,10 @@ class Constants(dict[str, Tensor]):
             super().__setitem__(name, torch.ones((), dtype=torch.uint8).to(tensor.dtype).expand(tensor.shape))
 
     def settle(self) -> None:
-        """Write what waits, and wait for it."""
+        """Write what waits, wait for it, and let go of what was read: who comes next has a copy, with a reading of its own."""
         self._begin()
         self._end()
+        self._reading.finish()
 
     def _begin(self) -> None:
         """Begin to write what waits, when what was begun is written."""
@@ -154,6 +155,8 @@ class Constants(dict[str, Tensor]):
             if super().get(name) is written[name]:
                 super().__setitem__(name, tensor)
                 self._reading.knows(tensor)
+        # What went through the page cache is in memory once it is mapped.
+        let_go(mapped.values(), self._reading.clean)
         return mapped
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxc.errors import InputRefused
 from fxc.ir.names import layer_name
 from fxc.ir.program import Program
-from fxc.mapped import LARGE, READ_BYTES, Reading, passed
+from fxc.mapped import Reading, pieces
 
 LEAST = 0.25
 """From this share of zeros on a float weight counts as one that was thinned out."""
@@ -30,11 +30,7 @@ def remember_thinned(program: Program, packed: Mapping[str, Tensor]) -> None:
 
 def _zeros(tensor: Tensor) -> float:
     """The share of zeros."""
-    others = 0
-    for piece in tensor.split(max(len(tensor) * READ_BYTES // max(tensor.nbytes, 1), 1)):
-        others += int(piece.count_nonzero())
-        if tensor.nbytes > LARGE:
-            passed(piece)
+    others = sum(int(piece.count_nonzero()) for piece in pieces(tensor))
     return 1 - others / max(tensor.numel(), 1)
 
 

@@ -104,7 +104,8 @@ def _complete(passes: list[Pass], program: Program | None) -> list[Pass]:
             givers = [cls for cls in Pass.registry.values() if fact in cls.gives and not cls.is_policy]
             if len(givers) == 1:
                 added = givers[0]()
-                if program is not None and not _missing(fact, wanted, program) and _cannot_run(added, program):
+                # In this order: whether there is dead structure takes a look at all weights.
+                if program is not None and _cannot_run(added, program) and not _missing(fact, wanted, program):
                     continue
                 passes.insert(0, added)
                 todo.append(added)

@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,18 +25,22 @@ import torch
 from torch import Tensor, fx
 
 from fxc.calibrate import gradients, prune
-from fxc.calibrate.masks import keep_share
+from fxc.calibrate.masks import keep_share, keep_share_of_pieces
 from fxc.calibrate.needs import Needs
 from fxc.calibrate.ranking import Ranking, relative
 from fxc.calibrate.stages import Statistic
 from fxc.errors import UsageError
 from fxc.ir.names import layer_at, layer_name
 from fxc.ir.program import Program
+from fxc.mapped import pieces
 from fxc.passes.base import Context, Fact, Result, check_data_is_given
 from fxc.passes.facts import CANONICAL, DENSE_WEIGHTS, FLOAT_WEIGHTS, FULL_PRECISION, UNSCALED
 from fxc.passes.float_weights import CONVOLUTIONS, FloatWeights, checked
 from fxc.passes.learned_linears import learned_note
 from fxc.passes.learning import announce_backward, learn
+
+# So much of a weight is looked at at once.
+_AT_ONCE = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,17 @@ class Sparsify(FloatWeights):
             samples = context.track(context.samples, "scoring numbers by taylor", len(context.samples))
             scored = gradients.scores(program, chosen, samples, context.seed)
         ranking = Ranking()
-
-        def scores(fqn: str) -> Tensor:
-            return scored[fqn] if self.criterion == "taylor" else checked(fqn, program.constants[fqn]).square()
-
-        if self.scope == "global":
-            for fqn in chosen:
-                ranking.add(fqn, scores(fqn) if self.criterion == "taylor" else relative(scores(fqn)))
+        for fqn in chosen if self.scope == "global" else ():
+            by = scored[fqn] if self.criterion == "taylor" else relative(checked(fqn, program.constants[fqn]).square())
+            ranking.add(fqn, by)
         shares = ranking.shares(self.sparsity)
         for fqn in chosen:
-            keep = keep_share(scores(fqn), shares.get(fqn, self.sparsity), by_row=False)
-            program.constants[fqn] = torch.where(keep, program.constants[fqn], 0)
+            weight, share = program.constants[fqn], shares.get(fqn, self.sparsity)
+            if self.criterion == "taylor":
+                made = torch.where(keep_share(scored[fqn], share, by_row=False), weight, 0)
+            else:
+                made = _without_smallest(fqn, weight, share, Tensor.square)
+            program.constants[fqn] = made
 
     def _learn(self, program: Program, chosen: dict[str, list[fx.Node]], context: Context, result: Result) -> None:
         """Prune by what the layers read in the samples, each behind layers that are sparse already."""
@@ -145,7 +149,7 @@ class Sparsify(FloatWeights):
                 for matrix, each in zip(_matrices(weight), statistics, strict=True):
                     share = shares.get(fqn, self.sparsity)
                     if not each.rows:
-                        made.append(_without_smallest(fqn, matrix, share))
+                        made.append(_without_smallest(fqn, matrix, share, Tensor.abs))
                         continue
                     found = prune.learned(self.criterion, matrix, each, sparsity=share)
                     made.append(found.weight.to(weight.dtype))
@@ -168,7 +172,7 @@ class Sparsify(FloatWeights):
         needs = run(compress, restore)
         for fqn in chosen.keys() - seen:
             # What reads it reads nothing but constants.
-            program.constants[fqn] = _without_smallest(fqn, program.constants[fqn], self.sparsity)
+            program.constants[fqn] = _without_smallest(fqn, program.constants[fqn], self.sparsity, Tensor.abs)
         named = {fqn: layer_at(program, nodes[0]) for fqn, nodes in chosen.items()}
         if errors:
             result.notes.append(learned_note({named[fqn]: e for fqn, e in errors.items()}, len(samples), needs))
@@ -181,11 +185,24 @@ def _matrices(weight: Tensor) -> Iterable[Tensor]:
     return weight.reshape(-1, *weight.shape[-2:]).unbind(0)
 
 
-def _without_smallest(fqn: str, weight: Tensor, share: float) -> Tensor:
-    return torch.where(keep_share(checked(fqn, weight).abs(), share, by_row=False), weight, 0)
+def _without_smallest(fqn: str, weight: Tensor, share: float, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Looked at piece by piece: sorted it would take ten times its memory."""
+
+    def scores() -> Iterable[Tensor]:
+        return (score(checked(fqn, piece)) for piece in pieces(weight, _AT_ONCE))
+
+    made, at = torch.empty_like(weight, memory_format=torch.contiguous_format), 0
+    kept = keep_share_of_pieces(scores, share, weight.numel())
+    for piece, keep in zip(pieces(weight, _AT_ONCE), kept, strict=True):
+        made[at : at + len(piece)] = torch.where(keep, piece, 0)
+        at += len(piece)
+    return made
 
 
 def _zeros(weights: Iterable[Tensor]) -> tuple[int, int]:
     """How many numbers are zero, and of how many."""
-    pairs = [(int((weight == 0).sum()), weight.numel()) for weight in weights]
-    return sum(zeros for zeros, _ in pairs), sum(count for _, count in pairs)
+    others = count = 0
+    for weight in weights:
+        others += sum(int(piece.count_nonzero()) for piece in pieces(weight, _AT_ONCE))
+        count += weight.numel()
+    return count - others, count

@@ -125,7 +125,8 @@ def _facts(step: Pass, before: Program, after: Program, is_cut: bool) -> None:
     for fact in [] if is_cut else sorted(step.gives, key=str):
         for where, why in fact.broken(after).items():
             raise broken(fact, f"it promises {fact}", where, why)
-    for fact in sorted(step.needs | step.breaks, key=str):
+    # Of what is broken altogether there is nothing to ask.
+    for fact in sorted(step.needs | {each for each in step.breaks if each.by_layer}, key=str):
         was = fact.broken(before) if fact.by_layer else {}
         for where, why in fact.broken(after).items():
             if where in was:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from layers import hessian_of, layer, output_loss
 
-from fxc.calibrate.masks import keep_n_of_m, keep_share, pruned
+from fxc.calibrate.masks import keep_n_of_m, keep_share, keep_share_of_pieces, pruned
 from fxc.errors import InputRefused
 
 
@@ -28,6 +28,20 @@ def test_a_share_is_of_each_row_or_of_the_whole():
     for wrong in (1.0, -0.1):
         with pytest.raises(InputRefused, match="is not from 0 up to 1"):
             keep_share(scores, wrong, by_row=True)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.6, 0.999])
+@pytest.mark.parametrize("kind", ["all different", "many alike", "all alike", "infinite"])
+def test_of_pieces_the_same_stay_as_of_the_whole(kind, sparsity):
+    scores = torch.randn(7, 30, generator=torch.Generator().manual_seed(0)).square()
+    if kind == "many alike":
+        scores = (scores * 3).round()
+    elif kind == "all alike":
+        scores = torch.full_like(scores, 0.3)
+    elif kind == "infinite":
+        scores[scores > 0.5] = float("inf")
+    found = torch.cat(list(keep_share_of_pieces(lambda: scores.split(2), sparsity, scores.numel())))
+    assert torch.equal(found, keep_share(scores, sparsity, by_row=False))
 
 
 def test_what_is_pruned_is_zero_and_its_loss_is_told():

@@ -8,10 +8,23 @@ import torch
 from torch import Tensor, fx
 
 from fxc.analysis.axis import ONE, Axis, give_role, pin
-from fxc.analysis.constants import Known, State, constant_along, either, finite, uniform, unread, vanishes, widened
+from fxc.analysis.constants import (
+    AT_ONCE,
+    Known,
+    State,
+    constant_along,
+    either,
+    finite,
+    is_read,
+    uniform,
+    unread,
+    vanishes,
+    widened,
+)
 from fxc.analysis.dims import Axes, Dims, Site, broadcast, by_spec, join, pinned
 from fxc.analysis.operators.table import Dead, register
 from fxc.ir.call import Call
+from fxc.mapped import pieces
 from fxc.schemes import ops
 
 aten = torch.ops.aten
@@ -35,14 +48,15 @@ def _known_of_linear(state: State, call: Call) -> Known | None:
     matrix = weight.values.expand(call.shape_of("weight"))
     known, lead = state.get(call["input"]), (1,) * (call.rank - 1)
     if known is None:
-        result = ~matrix.any(dim=1)
+        result = ~is_read(matrix, (1,))
         values = torch.zeros(matrix.shape[0], dtype=matrix.dtype)
         values, result = values.reshape(*lead, -1), result.reshape(*lead, -1)
     else:
         known = widened(known, -1, matrix.shape[1])
-        unknown = (~known.mask).to(torch.float32)
-        result = unknown @ (matrix != 0).to(torch.float32).t() == 0
-        values = (torch.where(known.mask, known.values, 0).double() @ matrix.double().t()).to(matrix.dtype)
+        unknown, there = (~known.mask).to(torch.float32), torch.where(known.mask, known.values, 0).double()
+        results = [unknown @ (piece != 0).to(torch.float32).t() == 0 for piece in pieces(matrix, AT_ONCE)]
+        products = [(there @ piece.double().t()).to(matrix.dtype) for piece in pieces(matrix, AT_ONCE)]
+        result, values = torch.cat(results, -1), torch.cat(products, -1)
     if bias is not None:
         values, result = values + bias.values, result & bias.mask
     return finite(values, result, len(lead) + 1)

@@ -32,6 +32,7 @@ from fxc.analysis.groups import Group, WeightedSite
 from fxc.calibrate.gradients import loss
 from fxc.ir.observe import observe
 from fxc.ir.program import Program
+from fxc.mapped import pieces
 from fxc.progress import Track, untracked
 
 aten = torch.ops.aten
@@ -39,6 +40,8 @@ Criterion = Literal["l2", "l1", "bn_scale", "taylor", "wanda", "mask_gradient"]
 CRITERIA: tuple[str, ...] = get_args(Criterion)
 NEED_DATA = ("taylor", "wanda", "mask_gradient")
 NEED_GRADIENTS = ("taylor", "mask_gradient")
+# So much of a weight is summed up at once.
+_AT_ONCE = 1 << 25
 
 
 def scores(
@@ -81,7 +84,8 @@ def _magnitude(program: Program, group: Group, p: int) -> Tensor:
         # Vectors are biases and the parameters of norms, whose size is no measure of what a unit does.
         if tensor.ndim > 1 and tensor.is_floating_point():
             others = [d for d in range(tensor.ndim) if d != member.dim]
-            total += by_unit(member.units, tensor.float().abs().pow(p).sum(others), group.size)
+            sums = [piece.float().abs().pow(p).sum(others) for piece in pieces(tensor, _AT_ONCE)]
+            total += by_unit(member.units, torch.stack(sums).sum(0) if member.dim else torch.cat(sums), group.size)
     return total.pow(1 / p)
 
 
