@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
 import threading
@@ -81,7 +80,7 @@ def watched(folder: Path) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """said: the error, None where it was taken; seconds: how long; grown: bytes by which the process's peak grew."""
+    """said: the error, None where it was taken; seconds: how long; grown: bytes by which the process was larger meanwhile."""
 
     said: str | None
     seconds: float
@@ -91,7 +90,7 @@ class Outcome:
 def judged(folder: Path, read: Callable[[Path], Any]) -> Outcome:
     """Read `folder`, which may be anything. Raises `Broke` unless that works, or is refused with one clear error, with nothing
     executed, in ten seconds and a gigabyte."""
-    began, peak = time.perf_counter(), _peak()
+    began, size = time.perf_counter(), _size_from_now()
     said = None
     try:
         with watched(folder) as seen:
@@ -108,11 +107,18 @@ def judged(folder: Path, read: Callable[[Path], Any]) -> Outcome:
         raise Broke(f"{type(error).__name__}: {str(error)[:300]}") from error
     if seen:
         raise Broke(f"it did what it may not: {seen[:3]}")
-    grown = _peak() - peak
+    grown = _kilobytes("VmHWM") * 1024 - size
     if grown > BYTES:
         raise Broke(f"it took {grown / 1e9:.1f} GB")
     return Outcome(said, time.perf_counter() - began, grown)
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _size_from_now() -> int:
+    """The process's bytes, from which its peak is counted anew: an earlier peak would hide this one."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _kilobytes("VmRSS") * 1024
+
+
+def _kilobytes(of: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{of}:"))
