@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fuzz.guard import own_seconds
 from benchmarks.output import RESULTS, earlier, note, quiet, write
 
 COUNTS = {"checkpoints": 2000, "lines": 20_000, "recipes": 5000, "artifacts": 10_000, "commands": 1000, "networks": 2000}
@@ -104,7 +105,7 @@ def _run(row: dict, check: Callable[[int], str], first: int, seconds: float, fau
     for number in [*failed, *range(first + row["done"], first + row["of"])]:
         if number not in failed and time.monotonic() - began > seconds:
             break
-        start = time.perf_counter()
+        start = own_seconds()
         try:
             outcome = check(number)
             outcomes[outcome] += 1
@@ -112,7 +113,7 @@ def _run(row: dict, check: Callable[[int], str], first: int, seconds: float, fau
         except Exception as error:  # whatever it is, it is a fault, and the next one goes on
             faults.append({"kind": kind, "number": number, "what": f"{type(error).__name__}: {error}"[:1500]})
             note(f"{kind} {number}: {faults[-1]['what'][:600]}")
-        row["slowest"] = max(row["slowest"], round(time.perf_counter() - start, 2))
+        row["slowest"] = max(row["slowest"] or 0.0, round(own_seconds() - start, 2))
         row |= {
             "done": row["done"] + (number not in failed), "faults": sum(each["kind"] == kind for each in faults),
             "seconds": round(before + time.monotonic() - began, 1), "outcomes": dict(outcomes.most_common()),
@@ -147,7 +148,7 @@ def _table(report: dict) -> str:
         outcomes = "; ".join(f"{count}x {name}" for name, count in shown).replace("|", "\\|")
         rest = sum(row["outcomes"].values()) - sum(count for _, count in shown)
         outcomes += f"; {rest}x other" * bool(rest)
-        numbers = [row["faults"], row["seconds"], row["slowest"], row["peak_grew_mb"]]
+        numbers = [row["faults"], row["seconds"], row["slowest"] or "not known", row["peak_grew_mb"]]
         lines.append(f"| {row['kind']} | {row['done']} of {row['of']} | {' | '.join(map(str, numbers))} | {outcomes} |")
     lines += [""] + [f"- {each['kind']} {each['number']}: {each['what'].splitlines()[0]}" for each in report["faults"]]
     for row in report["rows"]:

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,8 +74,13 @@ def start(
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
-        # A shell that puts this in the background has it ignore Ctrl-C.
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        # What this process leaves to its end is not for the fork to do.
+        atexit._clear()
+        weakref.finalize._registry, weakref.finalize._registered_with_atexit = {}, False
+        # As in a process that a shell starts in the foreground.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if at_write is not None:
             _watch(*at_write)
         code = _main(words)
