@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -13,22 +12,20 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-# What hands outputs and journals over.
-WRITES = ((os, "fsync"), (os, "replace"), (pathlib.Path, "rename"))
 
-
-def warm(words: list[str]) -> tuple[int, str]:
-    """Run a command, as `run` does, and import here what it imported."""
+def warm(words: list[str]) -> tuple[int, str, int]:
+    """Run a command, as `run` does, and import here what it imported. The last number: of its writes."""
     seen = Path(words[words.index("-o") + 1]).with_name("imported")
-    code, said = run(words, at_exit=lambda: seen.write_text("\n".join(sys.modules)))
-    for name in seen.read_text().splitlines():
+    code, said = run(words, at_exit=lambda: seen.write_text("\n".join([str(_writes), *sys.modules])))
+    writes, *names = seen.read_text().splitlines()
+    for name in names:
         if name not in sys.modules and not name.startswith("__"):
             try:
                 __import__(name)
             except ImportError:  # a name that is no file, which a module made up
                 continue
     seen.unlink()
-    return code, said
+    return code, said, int(writes)
 
 
 def run(words: list[str], **how) -> tuple[int, str]:
@@ -64,7 +61,8 @@ class Fork:
 def start(
     words: list[str], *, at_write: tuple[int, Callable[[], None]] | None = None, at_exit: Callable[[], object] | None = None
 ) -> Fork:
-    """at_write: (n, what to do just before the n-th write, from 0); at_exit: what to do at the end."""
+    """at_write: (n, what to do just before the n-th write, from 0), where a file beside the output or in it is opened to be
+    written or renamed, or any is synced to the disk; at_exit: what to do at the end."""
     output = os.memfd_create("output")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -81,8 +79,7 @@ def start(
         # As in a process that a shell starts in the foreground.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if at_write is not None:
-            _watch(*at_write)
+        _watch(str(Path(words[words.index("-o") + 1]).parent) if "-o" in words else "", *(at_write or (-1, None)))
         code = _main(words)
         if at_exit is not None:
             at_exit()
@@ -107,18 +104,26 @@ def _main(words: list[str]) -> object:
     return 0
 
 
-def _watch(at: int, act: Callable[[], None]) -> None:
-    left = at
+_writes = 0
 
-    def watched(true: Callable) -> Callable:
-        def call(*arguments, **options):
-            nonlocal left
-            left -= 1
-            if left == -1:
-                act()
-            return true(*arguments, **options)
 
-        return call
+def _watch(folder: str, at: int, act: Callable[[], None] | None) -> None:
+    sync = os.fsync
 
-    for owner, name in WRITES:
-        setattr(owner, name, watched(getattr(owner, name)))
+    def write() -> None:
+        global _writes
+        _writes += 1
+        if _writes == at + 1:
+            act()
+
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "os.rename" or (event == "open" and isinstance(arguments[2], int) and arguments[2] & 3)
+        if writes and folder and str(arguments[0]).startswith(folder):
+            write()
+
+    def fsync(handle: int) -> None:
+        write()
+        sync(handle)
+
+    sys.addaudithook(hook)
+    os.fsync = fsync

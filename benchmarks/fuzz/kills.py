@@ -35,8 +35,6 @@ from benchmarks.fuzz.forked import run, start, warm
 from benchmarks.output import RESULTS, note, quiet, write
 
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
-# Of a command, about so many.
-WRITES = 40
 DISK = "64m"
 GPTQ = "int4:group=32:algorithm=gptq"
 
@@ -66,7 +64,7 @@ def commands(place: Path) -> dict[str, Command]:
     source, data, pruned = str(place / "model"), str(place / "rows.jsonl"), str(place / "pruned")
     common = ("-o", "OUT", "--no-measure", "--budget", "9", "--layer-budget", "9")
     made = Command(("compile", source, "--passes", "prune:ffn=0.5:uniform=true", *common)).line(place / "pruned")
-    code, said = warm(made)
+    code, said, _ = warm(made)
     assert code == 0, said
     train = ("--steps", "6", "--batch", "2", "--method", "all", "-o", "OUT")
     return {
@@ -85,20 +83,11 @@ def files(folder: Path) -> dict[str, str] | None:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def trial(command: Command, whole: dict[str, str], old: Path, seconds: float, draw: random.Random, place: Path) -> str:
-    """Kill it once, and let it go on. Returns what was there after the kill; raises AssertionError for anything else than the
-    old output, the new one, or none."""
-    return _disturbed(command, whole, old, draw, place, lambda words: _killed(words, seconds, draw))
-
-
-def full(command: Command, whole: dict[str, str], old: Path, draw: random.Random, place: Path) -> str:
-    """Fill the disk that `place` is on while it runs, and let it go on when there is room again."""
-    return _disturbed(command, whole, old, draw, place, lambda words: _filled(words, place.parent / "filler", draw))
-
-
-def _disturbed(
+def trial(
     command: Command, whole: dict[str, str], old: Path, draw: random.Random, place: Path, disturb: Callable[[list[str]], str]
 ) -> str:
+    """Run it while `disturb` kills it or fills the disk, and let it go on. Returns what was there in between; raises
+    AssertionError for anything else than the old output, the new one, or none."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     out, over = place / "out", draw.random() < 0.5
@@ -125,10 +114,10 @@ def _disturbed(
     return f"{said if said != 'old' or over else 'none'} after {how.partition(' at ')[0]}"
 
 
-def _killed(words: list[str], seconds: float, draw: random.Random) -> str:
+def _killed(words: list[str], seconds: float, writes: int, draw: random.Random) -> str:
     sent = draw.choice(SIGNALS)
     if draw.random() < 0.5:
-        at = draw.randint(0, WRITES)
+        at = draw.randrange(writes)
         code, _ = run(words, at_write=(at, lambda: os.kill(os.getpid(), sent)))
         return f"{sent.name} at write {at}" if code else "the end"
     fork, wait = start(words), draw.uniform(0.02, 1.05) * seconds
@@ -140,12 +129,12 @@ def _killed(words: list[str], seconds: float, draw: random.Random) -> str:
     return "the end"
 
 
-def _filled(words: list[str], filler: Path, draw: random.Random) -> str:
+def _filled(words: list[str], filler: Path, writes: int, draw: random.Random) -> str:
     def fill() -> None:
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(filler.parent).free)
 
-    at = draw.randint(0, WRITES)
+    at = draw.randrange(writes)
     try:
         code, text = run(words, at_write=(at, fill))
     finally:
@@ -198,7 +187,7 @@ def main() -> int:
 
 
 def _all_of(name: str, command: Command, place: Path, disk: Path | None, options: argparse.Namespace, report: dict) -> None:
-    code, said = warm(command.line(place / f"{name}-warm"))
+    code, said, writes = warm(command.line(place / f"{name}-warm"))
     assert code == 0, said
     began = time.monotonic()
     code, said = run(command.line(place / f"{name}-whole"))
@@ -207,17 +196,18 @@ def _all_of(name: str, command: Command, place: Path, disk: Path | None, options
     # An old output that is whole, and another one.
     old = shutil.copytree(place / f"{name}-whole", place / f"{name}-old")
     _make_other(old)
-    kinds = {"kills": lambda draw: trial(command, whole, old, seconds, draw, place / "trial")}
+    kinds = {"kills": (place, lambda draw: lambda words: _killed(words, seconds, writes, draw))}
     if disk is not None:
-        kinds["full disks"] = lambda draw: full(command, whole, old, draw, disk / "trial")
-    for kind, once in kinds.items():
+        kinds["full disks"] = disk, lambda draw: lambda words: _filled(words, disk / "filler", writes, draw)
+    for kind, (where, disturb) in kinds.items():
         outcomes, count, began = Counter(), 0, time.monotonic()
         for number in range(options.count):
             if time.monotonic() - began > 60 * options.minutes:
                 break
             count += 1
+            draw = random.Random(f"{name}-{kind}-{options.seed}-{number}")
             try:
-                outcomes[once(random.Random(f"{name}-{kind}-{options.seed}-{number}"))] += 1
+                outcomes[trial(command, whole, old, draw, where / "trial", disturb(draw))] += 1
             except AssertionError as error:
                 report["faults"].append(f"{name}, {kind} {number}: {error}")
                 note(report["faults"][-1])

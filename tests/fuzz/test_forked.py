@@ -63,12 +63,14 @@ def test_it_is_killed_at_a_moment_or_at_a_write(sent, monkeypatch, tmp_path):
         return 0
 
     _as_main(monkeypatch, act)
-    assert forked.run([], at_write=(3, lambda: os.kill(os.getpid(), sent)))[0] == -sent
+    # Each is opened, then renamed.
+    words = ["-o", str(tmp_path / "out")]
+    assert forked.run(words, at_write=(7, lambda: os.kill(os.getpid(), sent)))[0] == -sent
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "moved-0", "moved-1", "moved-2"]
 
 
 def test_what_a_first_run_imports_is_there_for_the_next(monkeypatch, tmp_path):
     monkeypatch.setattr(forked, "_main", lambda words: __import__("colorsys") and 0)
     sys.modules.pop("colorsys", None)
-    assert forked.warm(["-o", str(tmp_path / "out")])[0] == 0
+    assert forked.warm(["-o", str(tmp_path / "out")]) == (0, "", 0)
     assert "colorsys" in sys.modules and not [*tmp_path.iterdir()]
