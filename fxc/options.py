@@ -14,6 +14,7 @@ from fxc.data.calibration import LIMIT, TRAINING, WINDOW, check_amount, check_da
 from fxc.errors import UsageError
 from fxc.lower.target import check_target
 from fxc.passes.base import Pass, check_data_is_given, parse_passes
+from fxc.passes.order import order
 from fxc.source.load import as_dtype, check_is_model
 
 LEAST_MEMORY = 500_000_000
@@ -91,8 +92,9 @@ class Options:
         object.__setattr__(self, "passes", tuple(parse_passes(self.passes)))
 
     def check(self) -> None:
-        """What can be found out before a model is loaded: that data, dtype, device, backend and folders are there and can be
-        used. Raises `UsageError` or `ResourceError`."""
+        """What can be found out before a model is loaded: that the passes have an order, that data, dtype, device, backend and
+        folders are there and can be used. Raises `UsageError` or `ResourceError`."""
+        order(self.passes)
         for name, what, usual in (("calib", "calibration", LIMIT), ("train", "training", TRAINING)):
             data, amount = getattr(self, name), (getattr(self, f"{name}_samples"), getattr(self, f"{name}_length"))
             check_amount(*amount)

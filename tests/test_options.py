@@ -32,6 +32,7 @@ def test_passes_are_parsed_once_and_options_may_be_varied():
         ({"calib": ["a text"], "calib_length": 1}, "1 tokens"),
         ({"calib_length": 512}, "no calibration data to take"),
         ({"passes": "prune:ffn=0.5:criterion=wanda"}, "calibration data"),
+        ({"passes": "int8,fp8"}, "each have to run before the other"),
     ],
 )
 def test_what_cannot_be_is_refused_before_capture(given, message):

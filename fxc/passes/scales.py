@@ -191,7 +191,7 @@ def _vector(node: fx.Node) -> int | None:
 
 def _is_constant(node: fx.Node) -> bool:
     """Whether it is computed of constants alone."""
-    return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes or [None])))
+    return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
 
 
 def _evaluated(program: Program, node: fx.Node) -> Tensor:

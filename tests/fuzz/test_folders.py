@@ -3,9 +3,11 @@ seconds and a gigabyte. `python -m benchmarks.fuzz` has more of them."""
 
 import os
 import subprocess
+import time
 
 import pytest
 
+from benchmarks.fuzz import guard
 from benchmarks.fuzz.folders import artifacts, check_artifact, check_checkpoint, checkpoints
 from benchmarks.fuzz.guard import Broke, judged
 from fxc.errors import FxcError, InputRefused
@@ -57,7 +59,32 @@ def _says_nothing(folder):
     raise InputRefused("")
 
 
-@pytest.mark.parametrize("reads", [_system, _child, _writes, _faulty, _trace, _says_nothing])
-def test_the_guard_sees_what_may_not_be(reads, tmp_path):
+def _sleeps(folder):
+    time.sleep(5)
+
+
+def _computes(folder):
+    while True:
+        pass
+
+
+def _catches(folder):
+    try:
+        _computes(folder)
+    except Exception as error:
+        raise InputRefused("something is wrong with it") from error
+
+
+def _takes_memory(folder):
+    return len(b"x" * 80_000_000)
+
+
+WRONG = [_system, _child, _writes, _faulty, _trace, _says_nothing, _sleeps, _computes, _catches, _takes_memory]
+
+
+@pytest.mark.parametrize("reads", WRONG)
+def test_the_guard_sees_what_may_not_be(reads, tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "SECONDS", 0.3)
+    monkeypatch.setattr(guard, "BYTES", 40_000_000)
     with pytest.raises(Broke):
         judged(tmp_path, reads)

@@ -6,15 +6,26 @@ import torch
 
 from benchmarks.fuzz import networks
 
-EACH = 4
+EACH = 6
+# Every pass alone, and as many pairs.
+NUMBERS = range(2 * len(networks.PASSES))
 
 
 @pytest.mark.fault(2, 3, 6, 12, 14, 15, 17)
-@pytest.mark.parametrize("shard", range(len(networks.PASSES) // EACH + 1))
+@pytest.mark.parametrize("shard", range(len(NUMBERS) // EACH))
 def test_a_random_network_goes_through_its_passes(shard, tmp_path):
-    numbers = range(shard * EACH, min((shard + 1) * EACH, len(networks.PASSES)))
-    outcomes = [networks.check(0, number, tmp_path) for number in numbers]
-    assert len(outcomes) == len(numbers)
+    outcomes = [networks.check(0, number, tmp_path) for number in NUMBERS[shard * EACH : (shard + 1) * EACH]]
+    assert "compiled" in outcomes
+
+
+def test_every_pass_and_every_pair_that_can_run_is_met_once_before_any_is_met_again():
+    every = len(networks.PASSES) + len(networks.pairs())
+    specs = [tuple(networks.spec_of(number)) for number in range(every)]
+    assert len(set(specs)) == every and networks.spec_of(every) == networks.pairs()[0]
+    assert ("prune:ffn=0.3", "int8") in specs and ("int8", "prune:ffn=0.3") in specs and ("int8", "fp8") not in specs
+    found = networks.coverage(range(every - 10), range(every - 10, every))
+    assert found["passes"].startswith(f"{len(networks.PASSES)} of {len(networks.PASSES)} compiled, 0 declined")
+    assert found["pairs of passes, in each order"].endswith("compiled, 10 declined each time")
 
 
 def test_every_pass_is_tried_and_networks_are_those_of_their_seed():

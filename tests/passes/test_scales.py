@@ -200,6 +200,26 @@ def test_it_declines_with_the_reason(model, why):
     assert step.changed == 0 and any(why in refusal.reason for refusal in step.refusals), step.refusals
 
 
+class Ramp(nn.Module):
+    """A gain that is computed of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)) * (1 + torch.arange(32, dtype=x.dtype)))
+
+
+def test_a_gain_without_any_input_is_a_constant():
+    torch.manual_seed(0)
+    program, after, step = ran(Ramp().eval().double(), (torch.randn(3, 32, dtype=torch.float64),), "smooth")
+    [gain] = set(after.constants) - set(program.constants)
+    factor = (1 + torch.arange(32)) / after.constants[gain]
+    expected = program.constants["down.weight"] * factor
+    assert step.changed == 1 and torch.allclose(after.constants["down.weight"], expected, rtol=1e-12)
+
+
 def test_relu_passes_a_scale_and_a_skipped_layer_keeps_its_weight():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
     _, after, step = ran(model, (torch.randn(3, 32),), "smooth")
