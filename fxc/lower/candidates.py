@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxc.ir import edit
+from fxc.ir.program import Program
 from fxc.lower.siblings import Place, Siblings
 from fxc.schemes import int4, int8
 from fxc.schemes.scheme import product_of, scheme_of
 from fxc_kernels.cpu import int8_linear, int8_product, native_int4, native_int8
-from fxc_kernels.cpu.int8_static import POST_OPS, to_levels
+from fxc_kernels.cpu.int8_static import POST_OPS, reach, to_levels
 from fxc_kernels.cpu.ops import (
     DENSE_LINEAR,
     INT8_LINEAR,
@@ -263,6 +265,12 @@ def _make_static(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: 
 # Float
 
 
+def within_reach(program: Program, x: fx.Node, scale: float, zero: int, before: fx.Node) -> fx.Node:
+    """x where a scale from data ends, as the operator has it: rounding may be left out, and what is beyond may not."""
+    how = {"before": before, "by": "lower", "fqn": before.meta.get("fqn", "")}
+    return edit.insert(program, torch.ops.aten.clamp.default, (x, *reach(scale, zero)), **how)
+
+
 def _float_trial(qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> Trial:
     weight = packed_where_it_helps((qweight.float() * scale[:, None]).to(dtype))
     return lambda x, whole: functools.partial(dense_linear, x, weight, None)
@@ -278,7 +286,10 @@ def _make_float(place: CpuPlace, group: Siblings, dense: Tensor | None, limit: i
     bias = None if group.bias is None else group.bias.to(group.dtype)
     weight = float_weight(group, place.packed)
     target = DENSE_LINEAR if weight.is_mkldnn else torch.ops.aten.linear.default
-    return place.call(target, (group.x, place.constant("weight", weight), place.constant("bias", bias)), group)
+    x = group.x
+    if group.target is int8.STATIC:
+        x = within_reach(place.program, x, *group.arguments[0][4:6], group.nodes[0])
+    return place.call(target, (x, place.constant("weight", weight), place.constant("bias", bias)), group)
 
 
 def _native_int8(split: bool, kind: str, target: object, rows: tuple[int, ...], wins_for: str) -> Candidate:

@@ -17,7 +17,7 @@ from fxc.ir import edit
 from fxc.ir.call import Call
 from fxc.ir.names import layer_of
 from fxc.ir.program import Program
-from fxc.lower.candidates import SATURATE
+from fxc.lower.candidates import SATURATE, within_reach
 from fxc.lower.fusion import activation_after
 from fxc.lower.siblings import LayerChoice, module_name
 from fxc.schemes import int8
@@ -52,7 +52,8 @@ def lower_convolutions(program: Program, packed: bool) -> list[LayerChoice]:
             if bias is not None and bias.meta["val"].dtype != dtype:
                 bias = edit.insert(program, aten.to.dtype, (bias, dtype), before=node, by="lower", fqn=layer)
             how = tuple(call[each] for each in ("stride", "padding", "dilation", "groups"))
-            edit.call(program, aten.conv2d.default, (call["x"], weight, bias, *how), replacing=node, by="lower")
+            x = within_reach(program, call["x"], call["x_scale"], call["x_zero"], node)
+            edit.call(program, aten.conv2d.default, (x, weight, bias, *how), replacing=node, by="lower")
             report.append(LayerChoice(layer, "dequantized", f"dequantized: {reason}", *size))
             continue
         how = tuple(list(call[each]) * (2 // len(call[each])) for each in ("stride", "padding", "dilation"))

@@ -38,6 +38,11 @@ def to_levels(x: Tensor, scale: float, zero: int, factor: Tensor | None = None) 
     return (x.float() * factor).round_().add_(zero).clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
+def reach(scale: float, zero: int) -> tuple[float, float]:
+    """The least and the largest number that levels stand for."""
+    return -zero * scale, (LEVELS - 1 - zero) * scale
+
+
 def from_levels(q: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
     """The numbers that levels stand for."""
     return q.float().sub_(zero).mul_(scale).to(dtype)
@@ -51,7 +56,7 @@ def static_linear(
     """weight: what `pack_int8` gave, or int8 [N, K], which a compiler packs as a constant. dense: the weight as numbers, used
     for up to `limit` rows of x, which is float then."""
     if dense is not None and x.numel() <= limit * x.shape[-1]:
-        return activated(dense_linear(x, dense, bias), activation)
+        return activated(dense_linear(x.clamp(*reach(x_scale, x_zero)), dense, bias), activation)
     out = dtype if y_scale is None else torch.uint8
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:

@@ -8,9 +8,12 @@ from int8_programs import program_of
 from lowered import on_cpu
 from torch import nn
 
+import fxc
 from fxc.lower import candidates as forms
 from fxc.lower import choose
 from fxc.lower.candidates import FLOAT, INT8, SPLIT
+from fxc.verify.compare import relative_error
+from fxc_kernels.cpu import int8_product, int8_static
 
 DOUBLE = dataclasses.replace(FLOAT, name="float64", timed_as="float64", kind="float64", targets=INT8.targets, rows=(1, 16))
 BOTH = (INT8, DOUBLE, FLOAT)
@@ -63,3 +66,18 @@ def test_three_forms_are_timed_and_remembered_together(tmp_path, monkeypatch):
     monkeypatch.setattr(choose, "compare", lambda *asked: pytest.fail("measured again"))
     assert choose.measure(BOTH, 24, 16, torch.float32, True, 1) == first
     choose.measure.cache_clear()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(32, 16), nn.Conv2d(3, 8, 3)], ids=["linear", "convolution"])
+def test_in_floats_a_static_layer_reads_what_its_scale_reaches(layer, monkeypatch):
+    monkeypatch.setattr(int8_product, "products_saturate", lambda: True)
+    monkeypatch.setattr(int8_static, "conv2d_is_exact", lambda: False)
+    shape = (4, 32) if isinstance(layer, nn.Linear) else (4, 3, 8, 8)
+    torch.manual_seed(0)
+    known, wide = torch.rand(shape), 5 * torch.randn(shape)
+    model = fxc.optimize(layer.eval(), (known,), passes="int8:mode=static:observer=minmax:smooth=false", calib=[(known,)])
+    expected = model.program.module()(wide)
+    found = model(wide)
+    assert {each.op for each in model.layers} == {"dequantized"}
+    assert relative_error([found], expected) < 0.02
+    assert relative_error([layer(wide)], expected) > 0.5
