@@ -68,7 +68,7 @@ def test_three_forms_are_timed_and_remembered_together(tmp_path, monkeypatch):
     choose.measure.cache_clear()
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(32, 16), nn.Conv2d(3, 8, 3)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("layer", [nn.Linear(32, 16), nn.Conv2d(3, 16, 3)], ids=["linear", "convolution"])
 def test_in_floats_a_static_layer_reads_what_its_scale_reaches(layer, monkeypatch):
     monkeypatch.setattr(int8_product, "products_saturate", lambda: True)
     monkeypatch.setattr(int8_static, "conv2d_is_exact", lambda: False)
