@@ -81,3 +81,9 @@ def test_in_floats_a_static_layer_reads_what_its_scale_reaches(layer, monkeypatc
     assert {each.op for each in model.layers} == {"dequantized"}
     assert relative_error([found], expected) < 0.02
     assert relative_error([layer(wide)], expected) > 0.5
+
+
+@pytest.mark.parametrize(("many", "name"), [(1.1, "dequantized"), (3.0, "dequantized"), (5.0, "int8")])
+def test_a_large_layer_far_ahead_on_the_whole_may_lose_at_one_row(many, name):
+    timing = {1: (1.0, 0.75), 16: (1.0, 1.5), 128: (1.0, many), 256: (1.0, many)}
+    assert choose.choose((INT8, FLOAT), timing, is_small=False).name == name
