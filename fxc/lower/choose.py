@@ -18,8 +18,8 @@ from fxc.lower.remembered import Timing
 # A form has to win over float by this factor: what it saves must be above the noise of the measurement.
 MARGIN = 0.95
 # A layer that is kept in one form may be so much slower than in the other at a row count, where it is faster on the whole; and
-# slower than that where on the whole it is so many times as fast, as beside bfloat16 on a CPU that does not multiply it.
-SLOWEST, FAR_AHEAD = 0.85, 2
+# so much where on the whole it is FAR_AHEAD times as fast, as beside bfloat16 on a CPU that does not multiply it.
+SLOWEST, SLOWEST_FAR_AHEAD, FAR_AHEAD = 0.85, 0.7, 2
 # A float copy of a weight is kept beside its int8 form, for the row counts where it is faster, up to this many numbers.
 SMALL_LAYER = 1 << 21
 # The forms run in turns, so that another process slows all of them down; the best of each counts.
@@ -286,10 +286,10 @@ def dense_limit(times: Pairs) -> int | None:
 
 def wins_on_the_whole(times: Pairs) -> bool:
     """Whether a form is faster in the geometric mean over the measured row counts, and at none of them slower than SLOWEST, or
-    FAR_AHEAD in that mean."""
+    where that mean is FAR_AHEAD than SLOWEST_FAR_AHEAD."""
     gains = [as_float / as_form for as_form, as_float in times.values()]
     mean = math.prod(gains) ** (1 / len(gains))
-    return mean > 1 / MARGIN and (min(gains) >= SLOWEST or mean >= FAR_AHEAD)
+    return mean > 1 / MARGIN and min(gains) >= (SLOWEST_FAR_AHEAD if mean >= FAR_AHEAD else SLOWEST)
 
 
 def split_limit(times: Pairs) -> int | None:
