@@ -26,7 +26,7 @@ from fxc.errors import UsageError, VerificationFailed, first_line
 from fxc.export.folder import Target, check_has_values
 from fxc.export.hugging_face import in_float32
 from fxc.export.packed import packed_weights, refused
-from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
+from fxc.export.runs import TWO_BYTES, rounded_apart, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.program import Program
 from fxc.lower.aoti import compile_package
@@ -136,7 +136,7 @@ def _compiler() -> str:
 
 def _compile(module: fx.GraphModule, program: Program, path: Path, command: str) -> None:
     try:
-        compile_package(module, samples(program)[0], dynamic_shapes(program), path, command, {})
+        compile_package(module, samples(program)[0], path, command, {})
     except NotBuilt as error:
         raise UsageError(
             "fxc's kernels were not built into the package", why=error, hint="with FXC_CPU_LEVEL set to none it does without"

@@ -33,11 +33,12 @@ from fxc.export.folder import Target, check_has_values
 from fxc.export.hugging_face import in_float32
 from fxc.export.onnx_products import ACCURACY_LEVEL, written_out
 from fxc.export.packed import as_float, packed_weights
-from fxc.export.runs import TWO_BYTES, dynamic_shapes, rounded_apart, runs
+from fxc.export.runs import TWO_BYTES, rounded_apart, runs
 from fxc.frontend.check import tolerance
 from fxc.ir.cache import has_cache, is_causal_lm, is_past, is_present
 from fxc.ir.names import layer_at
 from fxc.ir.program import Program
+from fxc.lower.inductor import dynamic_shapes
 from fxc.verify.compare import difference
 
 NAME = "model.onnx"
@@ -173,7 +174,7 @@ def _model(written: Program, program: Program) -> Any:
     try:
         with _quiet(), torch.no_grad():
             made = torch.onnx.export(
-                written.module(), tuple(inputs), dynamo=True, dynamic_shapes=dynamic_shapes(program), opset_version=OPSET,
+                written.module(), tuple(inputs), dynamo=True, dynamic_shapes=dynamic_shapes(program.graph), opset_version=OPSET,
                 input_names=input_names(program), output_names=output_names(program), external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch.onnx wraps whatever its translations raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +40,3 @@ def rounded_apart(program: Program) -> float:
     plain = without_rounding(program)
     noise = max(difference(outputs, run(plain, inputs)).error for inputs, outputs in runs(program, is_wide=True))
     return min(max(_AT_LEAST, 1.5 * noise), _AT_MOST)
-
-
-def dynamic_shapes(program: Program) -> tuple[dict[int, Any], ...]:
-    """The sizes of each input that vary, as torch.export takes them."""
-    shapes = [node.meta["val"].shape for node in program.placeholders]
-    return tuple({d: torch.export.Dim.AUTO for d, n in enumerate(shape) if not isinstance(n, int)} for shape in shapes)

@@ -10,7 +10,6 @@ shape share the code. It holds no weights: it reads those of the program where t
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, fx, nn
 from fxc.errors import UsageError, first_line
 from fxc.ir.program import Program
 from fxc.lower.definitions import by_definition
-from fxc.lower.inductor import compiler
+from fxc.lower.inductor import compiler, dynamic_shapes
 from fxc.neutral import one_at_a_time
 from fxc_kernels.cpu import native
 from fxc_kernels.cpu.packaged import KERNELS, linked
@@ -55,17 +54,16 @@ class Package(nn.Module):
 
 
 def compile_package(
-    module: fx.GraphModule, examples: Sequence[Tensor], shapes: Any, path: Path, command: str, settings: dict[str, Any]
+    module: fx.GraphModule, examples: Sequence[Tensor], path: Path, command: str, settings: dict[str, Any]
 ) -> None:
     """Write `module` as a package at `path`, with fxc's kernels linked in where it calls them.
 
-    examples: inputs that it takes, of sizes other than 0 and 1 where they vary; shapes: as `torch.export.export` takes
-    dynamic_shapes; command: the C++ compiler; settings: more of Inductor's. Raises `native.NotBuilt`, and whatever Inductor's
-    lowerings and the compiler do.
+    examples: inputs that it takes, of sizes other than 0 and 1 where they vary; command: the C++ compiler; settings: more of
+    Inductor's. Raises `native.NotBuilt`, and whatever Inductor's lowerings and the compiler do.
     """
     called = {node.target for node in module.graph.nodes} & set(KERNELS)
     with torch.no_grad(), linked(called, command) as own:
-        exported = torch.export.export(module, tuple(examples), dynamic_shapes=shapes)
+        exported = torch.export.export(module, tuple(examples), dynamic_shapes=dynamic_shapes(module.graph))
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=own | settings)
 
 
@@ -78,12 +76,9 @@ def _compile(program: Program, module: fx.GraphModule, path: Path) -> None:
             "the aoti backend needs a C++ compiler for code that is not in the cache folder yet", where="backend=aoti",
             why=error, hint="install g++ (or set CXX), copy the cache folder of a machine of this kind, or use backend=eager",
         ) from error  # fmt: skip
-    values = [node.meta["val"] for node in program.placeholders]
-    shapes = tuple(
-        {d: torch.export.Dim.AUTO for d, size in enumerate(value.shape) if not isinstance(size, int)} for value in values
-    )
+    examples = [_example(node.meta["val"]) for node in program.placeholders]
     try:
-        compile_package(module, [_example(value) for value in values], shapes, path, command, _SETTINGS)
+        compile_package(module, examples, path, command, _SETTINGS)
     except Exception as error:  # Inductor wraps whatever its lowerings and the C++ compiler raise
         raise UsageError(
             "Inductor does not compile this program ahead of time", where="backend=aoti", why=first_line(error),
@@ -102,4 +97,4 @@ def _hash(program: Program) -> str:
     except native.NotBuilt:
         level = "none"
     parts = (str(program), torch.__version__, level, native.sources(), repr(_SETTINGS))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    return native.digest(*(part.encode() for part in parts))

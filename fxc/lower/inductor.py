@@ -45,6 +45,17 @@ def require_compiler() -> None:
         ) from error
 
 
+def dynamic_dims(graph: fx.Graph) -> list[frozenset[int]]:
+    """Of each input, the dimensions whose size may change between calls."""
+    shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
+    return [frozenset(d for d, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]
+
+
+def dynamic_shapes(graph: fx.Graph) -> tuple[dict[int, Any], ...]:
+    """The same, as torch.export takes them."""
+    return tuple({d: torch.export.Dim.AUTO for d in sorted(dims)} for dims in dynamic_dims(graph))
+
+
 @dataclass
 class Specialization:
     run: Callable[..., Any]

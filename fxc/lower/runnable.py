@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxc.ir.program import Program
 from fxc.lower.aoti import Package
-from fxc.lower.inductor import CompiledGraph
+from fxc.lower.inductor import CompiledGraph, dynamic_dims
 from fxc_kernels.cpu import native
 from fxc_kernels.cpu.ops import FUNCTIONS
 
@@ -37,9 +37,3 @@ def runnable(program: Program, device: torch.device | str, backend: str) -> nn.M
         module.__dict__.update(module._buffers)
         return module
     return CompiledGraph(module, dynamic_dims(module.graph), freezing=device.type == "cpu")
-
-
-def dynamic_dims(graph: fx.Graph) -> list[frozenset[int]]:
-    """Of each input, the dimensions whose size may change between calls."""
-    shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
-    return [frozenset(d for d, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]

@@ -52,7 +52,7 @@ extern "C" {
 // Bytes of scratch for so many rows.
 int64_t int8_linear_scratch(int64_t rows, int64_t columns, int is_split) {
   const int64_t all = rows * (1 + is_split), most = all < BLOCK ? all : BLOCK;
-  return most * (stride_of(columns) * sizeof(Quantum) + 8);
+  return bytes_of(most, columns);
 }
 
 // x [rows][columns], y [rows][outputs]: float32, or bfloat16 where x_is_bfloat16. bias: as long as scale, or null.

@@ -238,6 +238,7 @@ void quantize_split(const Number* x, int64_t columns, Quantum* first, Quantum* r
 }
 
 int64_t stride_of(int64_t columns) { return (columns + 63) / 64 * 64; }
+int64_t bytes_of(int64_t rows, int64_t columns) { return rows * (stride_of(columns) * (int64_t)sizeof(Quantum) + 8); }
 
 }  // namespace
 }  // namespace product

@@ -94,7 +94,7 @@ def products_saturate() -> bool:
 @functools.cache
 def int8_is_exact() -> bool:
     """Whether there is an `int8_product` in this process, and it is exact."""
-    return torch.backends.mkldnn.is_available() and is_exact(_tried(int8_product))
+    return torch.backends.mkldnn.is_available() and (not products_saturate() or is_exact(_tried(int8_product)))
 
 
 def _tried(product: Callable[..., Tensor]) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:

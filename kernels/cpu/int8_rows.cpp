@@ -80,7 +80,7 @@ Sizes sizes_of(const Plan& p) {
   const int64_t number = p.is_bfloat16 ? 2 : 4;
   for (int64_t i = 0; i < p.count; i++) {
     const Step& s = p.steps[i];
-    const int64_t quantized = ROWS_AT_ONCE * (product::stride_of(s.columns) * (int64_t)sizeof(product::Quantum) + 8), row = (s.columns + LANES) * 4;
+    const int64_t quantized = product::bytes_of(ROWS_AT_ONCE, s.columns), row = (s.columns + LANES) * 4;
     if (s.kind == LINEAR && quantized > sizes.quantized) sizes.quantized = quantized;
     if (s.kind == NORM && row > sizes.row) sizes.row = aligned(row);
     if (s.kind == ATTENTION) {

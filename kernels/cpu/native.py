@@ -218,7 +218,7 @@ def _file(kernel: str, level: str) -> Iterator[Path]:
     """The library, built unless it is in the cache folder. What is kept nowhere is gone afterwards."""
     source = _HERE / f"{kernel}.cpp"
     flags = [*FLAGS, *(f"-m{each}" for each in LEVELS[level][0].split())]
-    code = digest(*(path.read_bytes() for path in (source, *_headers())), " ".join(flags).encode())
+    code = digest(*(path.read_bytes() for path in (source, *sorted(_HERE.glob("*.h")))), " ".join(flags).encode())
     try:
         command = compiler()
     except NotBuilt:
@@ -255,11 +255,7 @@ def kept(name: str, lock: str, make: Callable[[Path], None]) -> Iterator[Path]:
 
 def sources() -> str:
     """A hash of the code of all kernels."""
-    return digest(*(path.read_bytes() for path in (*sorted(_HERE.rglob("*.cpp")), *_headers())))
-
-
-def _headers() -> list[Path]:
-    return sorted(_HERE.rglob("*.h"))
+    return digest(*(path.read_bytes() for kind in ("*.cpp", "*.h") for path in sorted(_HERE.rglob(kind))))
 
 
 def digest(*parts: bytes) -> str:
